@@ -1,0 +1,393 @@
+import os
+import re
+import sys
+import tracemalloc
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any, NoReturn
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tpipe_jax.config import Config, DataConfig, ModelConfig, TrainConfig, UserError
+from tpipe_jax.data import Batches, TokenSource, open_data
+
+T = 8
+B = 4
+
+
+def settings(
+    train: str | Path, eval: str | Path | None = None, *, vocab_size: int = 256, seed: int = 0
+) -> Config:
+    return Config(
+        model=ModelConfig(seq_len=T, vocab_size=vocab_size),
+        train=TrainConfig(batch_size=B, seed=seed),
+        data=DataConfig(train=str(train), eval=None if eval is None else str(eval)),
+    )
+
+
+@pytest.fixture
+def counting(tmp_path: Path) -> Path:
+    """A file of tokens that are their own positions, 0 ... 999: 900 to train on, 112 windows."""
+    path = tmp_path / "counting.npy"
+    np.save(path, np.arange(1000))
+    return path
+
+
+def open_counting(path: Path, seed: int = 0) -> tuple[Batches, Batches]:
+    return open_data(settings(path, vocab_size=1000, seed=seed))
+
+
+def stream(batches: Batches, num_sequences: int) -> np.ndarray:
+    """The first sequences of the stream that batches are cut from."""
+    num_batches = -(-num_sequences // B)
+    return np.concatenate([batches.batch(i) for i in range(num_batches)])[:num_sequences]
+
+
+def test_batch_is_a_pure_function_of_seed_and_step(counting: Path) -> None:
+    upwards, _ = open_counting(counting)
+    batches = [upwards.batch(step) for step in range(60)]
+    downwards, _ = open_counting(counting)
+    for step in reversed(range(60)):
+        np.testing.assert_array_equal(downwards.batch(step), batches[step])
+
+
+def test_order_depends_on_the_seed(counting: Path) -> None:
+    orders = {stream(open_counting(counting, seed)[0], 112)[:, 0].tobytes() for seed in range(5)}
+    assert len(orders) == 5
+
+
+def test_rows_of_the_shards_make_the_batch(counting: Path) -> None:
+    for batches in open_counting(counting):
+        shards = [batches.batch(3, slice(0, 1)), batches.batch(3, slice(1, 4))]
+        np.testing.assert_array_equal(np.concatenate(shards), batches.batch(3))
+
+
+def test_each_epoch_has_every_window_once_in_another_order(counting: Path) -> None:
+    epochs = stream(open_counting(counting)[0], 3 * 112)[:, 0].reshape(3, 112)
+    for epoch in epochs:
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(112) * T)
+    assert len({epoch.tobytes() for epoch in [np.arange(112) * T, *epochs]}) == 4
+
+
+def test_an_epoch_is_not_that_of_another_seed(counting: Path) -> None:
+    second = stream(open_counting(counting, 0)[0], 2 * 112)[112:]
+    assert (second != stream(open_counting(counting, 1)[0], 112)).any()
+
+
+def test_targets_are_the_next_tokens(counting: Path) -> None:
+    for batches in open_counting(counting):
+        batch = batches.batch(0)
+        assert batch.shape == (B, T + 1) and batch.dtype == np.int32
+        np.testing.assert_array_equal(batch[:, 1:], batch[:, :-1] + 1)
+
+
+def test_held_out_tokens_are_the_last_ones_and_not_trained_on(counting: Path) -> None:
+    train, held_out = open_counting(counting)
+    assert (train.num_tokens, held_out.num_tokens) == (900, 100)
+    assert stream(train, 112).max() < 900
+    np.testing.assert_array_equal(stream(held_out, 12)[:, 0], 900 + T * np.arange(12))
+
+
+def test_held_out_batches_start_again_at_the_end(counting: Path) -> None:
+    _, held_out = open_counting(counting)
+    np.testing.assert_array_equal(held_out.batch(3), held_out.batch(0))
+    np.testing.assert_array_equal(held_out.batch(4), held_out.batch(1))
+
+
+def test_eval_of_its_own_leaves_all_of_train_to_train_on(tmp_path: Path, counting: Path) -> None:
+    np.save(tmp_path / "eval.npy", np.arange(500, 600))
+    train, held_out = open_data(settings(counting, tmp_path / "eval.npy", vocab_size=1000))
+    assert (train.num_tokens, held_out.num_tokens) == (1000, 100)
+    np.testing.assert_array_equal(stream(held_out, 12)[:, 0], 500 + T * np.arange(12))
+
+
+def test_eval_that_names_the_files_of_train_is_split(counting: Path) -> None:
+    same = counting.parent / ".." / counting.parent.name / counting.name
+    train, held_out = open_data(settings(counting, same, vocab_size=1000))
+    assert (train.num_tokens, held_out.num_tokens) == (900, 100)
+
+
+TEXT = "".join(f"{i} sheep, schlüpfrig\n" for i in range(20)).encode()
+
+
+def write_text(path: Path) -> Path:
+    path.with_suffix(".txt").write_bytes(TEXT)
+    return path.with_suffix(".txt")
+
+
+def write_bin(path: Path) -> Path:
+    np.frombuffer(TEXT, np.uint8).astype("<u2").tofile(path.with_suffix(".bin"))
+    return path.with_suffix(".bin")
+
+
+def write_wide_bin(path: Path) -> Path:
+    np.frombuffer(TEXT, np.uint8).astype("<u4").tofile(path.with_suffix(".bin"))
+    return path.with_suffix(".bin")
+
+
+def write_npy(path: Path) -> Path:
+    np.save(path.with_suffix(".npy"), np.frombuffer(TEXT, np.uint8).astype(">i8"))
+    return path.with_suffix(".npy")
+
+
+def write_folder(path: Path) -> Path:
+    """Files shorter than a window, an empty one, and others that are not text."""
+    (path / "b").mkdir(parents=True)
+    for name, part in {
+        "a.txt": TEXT[:3],
+        "b/a.rst": TEXT[3:5],
+        "b/empty.md": b"",
+        "b/z.MD": TEXT[5:7],
+        "c.py": TEXT[7:],
+        "b/picture.png": b"\x89PNG",
+        "tokens.bin": b"12",
+    }.items():
+        (path / name).write_bytes(part)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("write", "vocab_size"),
+    [
+        (write_text, 256),
+        (write_bin, 256),
+        (write_bin, 2**16),
+        (write_wide_bin, 2**16 + 1),
+        (write_npy, 256),
+        (write_folder, 256),
+    ],
+)
+def test_formats_give_the_same_tokens(tmp_path: Path, write: Any, vocab_size: int) -> None:
+    _, held_out = open_data(settings("pydocs", write(tmp_path / "data"), vocab_size=vocab_size))
+    assert held_out.num_tokens == len(TEXT)
+    num_windows = (len(TEXT) - 1) // T
+    inputs = stream(held_out, num_windows)[:, :-1].reshape(-1)
+    np.testing.assert_array_equal(inputs, list(TEXT[: num_windows * T]))
+
+
+def test_pydocs_are_the_documentation_inside_python() -> None:
+    text = "".join(topics.values()).encode()
+    train, held_out = open_data(settings("pydocs"))
+    assert train.num_tokens + held_out.num_tokens == len(text)
+    start = train.num_tokens
+    assert bytes(held_out.batch(0)[1].tolist()) == text[start + T : start + 2 * T + 1]
+
+
+@given(st.lists(st.integers(0, 5), min_size=1), st.data())
+def test_read_joins_the_parts(lengths: list[int], data: st.DataObject) -> None:
+    tokens = np.arange(sum(lengths) + 1)
+    parts = np.split(tokens, np.cumsum(lengths))
+    start = data.draw(st.integers(0, len(tokens) - 1))
+    stop = data.draw(st.integers(start + 1, len(tokens)))
+    read = TokenSource("tokens", len(tokens), parts).read(start, stop)
+    np.testing.assert_array_equal(read, tokens[start:stop])
+
+
+def test_a_big_file_is_not_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "big.txt"
+    size = 3 * 2**30  # of which only the last page takes space; its positions exceed int32
+    with path.open("wb") as file:
+        file.truncate(size)
+        file.seek(size - 16)
+        file.write(b"0123456789abcdef")
+    tracemalloc.start()
+    train, held_out = open_data(settings(path))
+    train.batch(0)
+    last_window = (held_out.num_tokens - 1) // T - 1
+    last = held_out.batch(last_window // B)[last_window % B]
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak_bytes < 2**20
+    with path.open("rb") as file:
+        file.seek(train.num_tokens + last_window * T)
+        expected = file.read(T + 1)
+    assert bytes(last.tolist()) == expected and set(expected) - {0}
+
+
+def test_a_folder_of_many_files_keeps_none_open(tmp_path: Path) -> None:
+    for i in range(50):
+        (tmp_path / f"{i}.txt").write_text("some text")
+    before = len(os.listdir("/dev/fd"))
+    train, held_out = open_data(settings(tmp_path))
+    stream(train, 50)
+    stream(held_out, 50)
+    assert len(os.listdir("/dev/fd")) == before
+
+
+@pytest.mark.parametrize("bad_id", [1000, -1, 2**40])
+def test_ids_outside_the_vocabulary_are_refused_where_read(tmp_path: Path, bad_id: int) -> None:
+    tokens = np.arange(1000)
+    tokens[917] = bad_id
+    path = tmp_path / "tokens.npy"
+    np.save(path, tokens)
+    _, held_out = open_counting(path)
+    held_out.batch(0, slice(0, 2))
+    with pytest.raises(UserError) as error:
+        held_out.batch(0, slice(2, 4))
+    assert str(error.value) == (
+        f"config.data.train={path} has token id {bad_id} at position 917, but ids are at least 0 "
+        "and below config.model.vocab_size=1000: set that to the size of the data's vocabulary."
+    )
+
+
+def assert_refused(config: Config, sentence: str) -> None:
+    with pytest.raises(UserError, match=f"^{re.escape(sentence)}$"):
+        open_data(config)
+
+
+@pytest.mark.parametrize("name", ["train", "eval"])
+def test_missing_path(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "missing.txt"
+    config = settings(path) if name == "train" else settings("pydocs", path)
+    assert_refused(
+        config,
+        f"config.data.{name}={path} does not exist: give pydocs, a text file, a folder of text "
+        "files, or a token file (.bin or .npy).",
+    )
+
+
+def test_an_empty_name_is_not_the_current_folder() -> None:
+    with pytest.raises(UserError, match=r"^config\.data\.train= does not exist"):
+        open_data(settings(""))
+
+
+@pytest.mark.parametrize("name", ["file.txt", "tokens.bin", "tokens.npy", "folder"])
+def test_empty_data(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if path.suffix == ".npy":
+        np.save(path, np.zeros(0, np.int32))
+    elif path.suffix:
+        path.touch()
+    else:
+        path.mkdir()
+        (path / "empty.txt").touch()
+        (path / "picture.png").write_bytes(b"\x89PNG")
+    assert_refused(
+        settings(path),
+        f"config.data.train={path} is empty: give a file that is not, or a folder with such files "
+        "that end in .txt, .md, .rst, .py.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "item_bytes", "dtype"), [(256, 2, "uint16"), (2**17, 4, "uint32")]
+)
+def test_bin_of_a_broken_size(tmp_path: Path, vocab_size: int, item_bytes: int, dtype: str) -> None:
+    path = tmp_path / "tokens.bin"
+    path.write_bytes(bytes(101))
+    assert_refused(
+        settings(path, vocab_size=vocab_size),
+        f"config.data.train={path} has 101 bytes, not a multiple of the {item_bytes} of a token: "
+        f"write {dtype}, which config.model.vocab_size={vocab_size} asks for.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokens", "found"),
+    [
+        (np.zeros((10, 10), np.int32), "shape (10, 10) and type int32"),
+        (np.zeros(100), "shape (100,) and type float64"),
+        (np.zeros(100, bool), "shape (100,) and type bool"),
+        (np.zeros(100, "m8[s]"), "shape (100,) and type timedelta64[s]"),
+        (np.int32(5), "shape () and type int32"),
+    ],
+)
+def test_npy_of_other_things_than_tokens(tmp_path: Path, tokens: Any, found: str) -> None:
+    path = tmp_path / "tokens.npy"
+    np.save(path, tokens)
+    assert_refused(
+        settings(path),
+        f"config.data.train={path} has {found}: save tokens as a one-dimensional array of "
+        "integers.",
+    )
+
+
+def test_broken_npy(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.npy"
+    np.save(path, np.arange(1000))
+    whole = path.read_bytes()
+    np.save(path, np.array([{}]), allow_pickle=True)
+    pickled = path.read_bytes()
+    cut_header = b"\x93NUMPY\x01\x00\x04\x00{{{{"
+    for content in [b"", b"some text", whole[:50], whole[:-1], cut_header, pickled]:
+        path.write_bytes(content)
+        with pytest.raises(UserError) as error:
+            open_data(settings(path))
+        assert str(error.value).startswith(f"config.data.train={path} is not a whole .npy array (")
+        assert str(error.value).endswith("): write it with numpy.save.")
+
+
+@pytest.mark.parametrize("name", ["file.txt", "tokens.bin", "folder"])
+def test_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    path = tmp_path / name
+    file = path if path.suffix else path / "file.txt"
+    file.parent.mkdir(exist_ok=True)
+    file.write_bytes(TEXT)
+
+    def refuse(self: Path, mode: str) -> NoReturn:  # a file mode would not stop root
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert_refused(
+        settings(path),
+        f"config.data.train={path} cannot be read (Permission denied: {file}): "
+        "name data that you have permission to read.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_train", "num_eval", "problem"),
+    [
+        (8, None, "train={train} has 8 tokens, 8 of them left to train on by {held_out}"),
+        (89, None, "train={train} has 89 tokens, 8 of them held out by {held_out}"),
+        (8, 9, "train={train} has 8 tokens, 8 of them to train on"),
+        (9, 8, "eval={eval} has 8 tokens, 8 of them held out"),
+    ],
+)
+def test_data_shorter_than_a_sequence(
+    tmp_path: Path, num_train: int, num_eval: int | None, problem: str
+) -> None:
+    train, held_out = tmp_path / "train.txt", None
+    train.write_bytes(bytes(num_train))
+    if num_eval is not None:
+        held_out = tmp_path / "eval.txt"
+        held_out.write_bytes(bytes(num_eval))
+    names = {"train": train, "eval": held_out, "held_out": "config.data.held_out=0.1"}
+    assert_refused(
+        settings(train, held_out),
+        f"config.data.{problem.format(**names)}, but one sequence of config.model.seq_len=8 takes "
+        "9: give longer data or lower config.model.seq_len.",
+    )
+
+
+@pytest.mark.parametrize(("num_train", "num_eval"), [(90, None), (9, 9)])
+def test_data_as_long_as_one_sequence(tmp_path: Path, num_train: int, num_eval: int | None) -> None:
+    train, held_out = tmp_path / "train.txt", None
+    train.write_bytes(bytes(range(num_train)))
+    if num_eval is not None:
+        held_out = tmp_path / "eval.txt"
+        held_out.write_bytes(bytes(range(81, 81 + num_eval)))
+    _, batches = open_data(settings(train, held_out))
+    np.testing.assert_array_equal(batches.batch(0), [np.arange(81, 90)] * B)
+
+
+def test_python_without_its_documentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pydoc_data.topics", None)
+    assert_refused(
+        settings("pydocs"),
+        "config.data.train=pydocs needs the module pydoc_data, which this Python lacks: "
+        "give a text file.",
+    )
+
+
+def test_eval_must_not_share_files_with_train(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "folder")
+    assert_refused(
+        settings(folder, folder / "c.py"),
+        f"config.data.eval={folder}/c.py holds {folder}/c.py, and so does config.data.train="
+        f"{folder}: keep their files apart, or leave out config.data.eval to hold out the end "
+        "of config.data.train.",
+    )

@@ -1,0 +1,142 @@
+"""Causal attention of one token slice over its context, in key blocks, with an exact hand-written backward pass.
+
+The keys and values of a sequence lie in a cache as long as the sequence; a slice attends to everything before it there
+and to itself. Both loops, over query blocks and over the key blocks of the context, have run-time trip counts: time
+follows the context that a slice really has, and one compiled body serves every slice of one length, wherever it lies.
+
+Softmax over blocks keeps a running maximum and sum (Milakov and Gimelshein 2018, arXiv 1805.02867); the backward pass
+recomputes the weights from the saved log-sum-exp (FlashAttention, arXiv 2205.14135). Only the block on the diagonal has
+the causal mask.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from tpipe_jax.inplace import Position, read, write
+
+BLOCK = 128  # queries, and keys, of one block of scores; the fastest of 64 to 512 in docs/design.md
+MASKED = -1e30  # finite, so that the difference of two masked scores is not NaN
+
+_dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the sequences, `[B, H, T, K]` each, or the gradients with respect to them."""
+
+    k: Array
+    v: Array
+
+
+def attend(q_BHLK: Array, cache: KVCache, at: Position) -> tuple[Array, Array]:
+    """Attention of the slice at a position, whose keys and values are in the cache already.
+
+    Returns the output, `[B, H, L, K]` in the dtype of q, and the log-sum-exp of each row of scores, `[B, H, L, 1]` float32.
+    """
+    B, _, L, K = q_BHLK.shape
+
+    def query_block(start: Array | int, size: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        q = read(q_BHLK, Position(0, start), B, size) * K**-0.5
+        context = at.token + start
+
+        def fold(state: tuple[Array, Array, Array], first_key: Array, num_keys: int, visible: Array):
+            top, total, out = state
+            k, v = (read(c, Position(at.row, first_key), B, num_keys) for c in cache)
+            score = jnp.where(visible, _dot("bhqe,bhke->bhqk", q, k), MASKED)
+            new_top = jnp.maximum(top, score.max(-1, keepdims=True))
+            weight, rescale = jnp.exp(score - new_top), jnp.exp(top - new_top)
+            out = out * rescale + _dot("bhqk,bhke->bhqe", weight.astype(v.dtype), v)
+            return new_top, total * rescale + weight.sum(-1, keepdims=True), out
+
+        zeros = jnp.zeros_like(q, jnp.float32)
+        nothing = zeros[..., :1] + MASKED, zeros[..., :1], zeros
+        state = fold(nothing, context, size, _causal(size))
+        top, total, out = _over_context(context, cache.k.shape[2], fold, state)
+        here = Position(0, start)
+        return write(carry[0], out / total, here), write(carry[1], top + jnp.log(total), here)
+
+    empty = jnp.zeros_like(q_BHLK), jnp.zeros_like(q_BHLK[..., :1], jnp.float32)
+    return _over_queries(L, query_block, empty)
+
+
+def attend_backward(
+    q_BHLK: Array,
+    cache: KVCache,
+    at: Position,
+    out_BHLK: Array,
+    lse_BHL1: Array,
+    d_out_BHLK: Array,
+    d_cache: KVCache,
+) -> tuple[Array, KVCache]:
+    """Gradients of `attend`, given its results and the gradient with respect to its output.
+
+    Adds this slice's share to `d_cache`, float32, for its own and for all earlier keys and values; the sums of a slice are
+    complete once all later slices and the slice itself have been here. Returns the gradient with respect to q and the
+    new `d_cache`.
+    """
+    B, _, L, K = q_BHLK.shape
+    delta_BHL1 = (d_out_BHLK.astype(jnp.float32) * out_BHLK.astype(jnp.float32)).sum(-1, keepdims=True)
+
+    def query_block(start: Array | int, size: int, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
+        here = Position(0, start)
+        q = read(q_BHLK, here, B, size) * K**-0.5
+        d_out, lse, delta = (read(a, here, B, size) for a in (d_out_BHLK, lse_BHL1, delta_BHL1))
+        context = at.token + start
+
+        def fold(state: tuple[Array, KVCache], first_key: Array, num_keys: int, visible: Array):
+            d_q, d_cache = state
+            keys = Position(at.row, first_key)
+            k, v = (read(c, keys, B, num_keys) for c in cache)
+            weight = jnp.where(visible, jnp.exp(_dot("bhqe,bhke->bhqk", q, k) - lse), 0)
+            d_weight = _dot("bhqe,bhke->bhqk", d_out, v)
+            d_score = (weight * (d_weight - delta)).astype(q.dtype)
+            d_k = _dot("bhqk,bhqe->bhke", d_score, q)
+            d_v = _dot("bhqk,bhqe->bhke", weight.astype(q.dtype), d_out)
+            d_cache = KVCache(
+                write(d_cache.k, read(d_cache.k, keys, B, num_keys) + d_k, keys),
+                write(d_cache.v, read(d_cache.v, keys, B, num_keys) + d_v, keys),
+            )
+            return d_q + _dot("bhqk,bhke->bhqe", d_score, k), d_cache
+
+        d_q_BHLK, d_cache = carry
+        state = fold((jnp.zeros_like(q, jnp.float32), d_cache), context, size, _causal(size))
+        d_q, d_cache = _over_context(context, cache.k.shape[2], fold, state)
+        return write(d_q_BHLK, d_q * K**-0.5, here), d_cache
+
+    return _over_queries(L, query_block, (jnp.zeros_like(q_BHLK), d_cache))
+
+
+def _over_queries(num_queries: int, query_block: Callable[[Array | int, int, Any], Any], carry: Any) -> Any:
+    """Runs `query_block(start, size, carry)` over all blocks of queries; a shorter one comes last."""
+    size = min(BLOCK, num_queries)
+    num_full, rest = divmod(num_queries, size)
+    if num_full == 1:
+        carry = query_block(0, size, carry)
+    else:
+        carry = lax.fori_loop(0, num_full, lambda i, carry: query_block(i * size, size, carry), carry)
+    return query_block(num_full * size, rest, carry) if rest else carry
+
+
+def _over_context(
+    context: Array | int, cache_length: int, fold: Callable[[Any, Array, int, Array], Any], state: Any
+) -> Any:
+    """Folds the tokens before `context` into the state, block by block, the last block first.
+
+    The blocks end at `context`, so the one at the start of the sequence may be short: it is read in full all the same, and
+    what does not belong to it is masked.
+    """
+    size = min(BLOCK, cache_length)
+
+    def block(i: Array, state: Any) -> Any:
+        stop = context - i * size
+        first = jnp.maximum(stop - size, 0)
+        return fold(state, first, size, first + jnp.arange(size) < stop)
+
+    return lax.fori_loop(0, (context + size - 1) // size, block, state)
+
+
+def _causal(size: int) -> Array:
+    return jnp.arange(size)[:, None] >= jnp.arange(size)[None, :]

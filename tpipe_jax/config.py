@@ -1,0 +1,223 @@
+"""All settings of a run: frozen dataclasses, each field with its default, its meaning and the range it must lie in.
+
+Rules that join several settings (slices that sum to the sequence, a mesh that fits the devices) live in `plan.py` and
+`mesh.py`.
+"""
+
+import dataclasses
+import math
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+
+class UserError(ValueError):
+    """Something the user can mend: one sentence with the setting, its value, the rule and the remedy."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a numeric field may take: `low <= value`, and `value <= high` or `value < below`."""
+
+    low: float
+    high: float = math.inf
+    below: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high and value < self.below
+
+    def __str__(self) -> str:
+        if self.high < math.inf:
+            return f"between {self.low:g} and {self.high:g}"
+        return f"at least {self.low:g}" + (f" and below {self.below:g}" if self.below < math.inf else " and finite")
+
+
+Count = Annotated[int, Range(1)]
+CountOrZero = Annotated[int, Range(0)]
+NonNegative = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, below=1)]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The GPT, as published for GPT-2 and GPT-3."""
+
+    num_layers: Count = 4
+    """Transformer blocks, spread over the stages as evenly as they go."""
+    d_model: Count = 128
+    """Width of the residual stream."""
+    num_heads: Count = 4
+    """Attention heads; must divide d_model."""
+    d_ff: Count | None = None
+    """Width of the feed-forward layer; none means 4 * d_model."""
+    vocab_size: Count = 256
+    """Number of token ids; 256 reads text as bytes."""
+    seq_len: Count = 256
+    """Tokens of a training sequence."""
+
+    @property
+    def ff_width(self) -> int:
+        return self.d_ff or 4 * self.d_model
+
+    @property
+    def head_width(self) -> int:
+        return self.d_model // self.num_heads
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are divided; data * pipe * model is the number of devices."""
+
+    data: Count = 1
+    """Data-parallel shards of the batch."""
+    pipe: Count = 1
+    """Pipeline stages."""
+    model: Count = 1
+    """Devices that share each operator of a stage (operator partitioning)."""
+
+    @property
+    def num_devices(self) -> int:
+        return self.data * self.pipe * self.model
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """How batch and sequence are cut into the pieces that flow through the pipeline."""
+
+    token_slices: str = "uniform:4"
+    """Token slices of each sequence: uniform:N, or lengths that sum to seq_len, as 96,64,56,40."""
+    batch_slices: str = "uniform:1"
+    """Batch slices of each data shard: uniform:N, or sizes that sum to batch_size / mesh.data, as 2,1,1."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    num_steps: Count = 1000
+    """Optimiser steps of the whole run."""
+    batch_size: Count = 8
+    """Sequences of a step, over all data shards."""
+    seed: CountOrZero = 0
+    """Seed of the initial parameters and of the order of the data."""
+    log_every: Count = 10
+    """Steps between two lines in metrics.jsonl."""
+    eval_every: Count = 100
+    """Steps between two evaluations on held-out data."""
+    eval_batches: Count = 8
+    """Batches of an evaluation."""
+    sample_tokens: CountOrZero = 200
+    """Tokens that the trained model continues held-out text with at the end of the run."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up, cosine decay to a tenth, and clipping by the global norm."""
+
+    learning_rate: NonNegative = 1e-3
+    """Peak learning rate."""
+    warmup_steps: CountOrZero = 50
+    """Steps of linear warm-up from 0."""
+    weight_decay: NonNegative = 0.1
+    """Decay of weight matrices; norms, biases and embeddings have none."""
+    beta1: Fraction = 0.9
+    """Decay rate of the first moment."""
+    beta2: Fraction = 0.95
+    """Decay rate of the second moment."""
+    grad_clip: NonNegative = 1.0
+    """Largest global norm of the gradients; 0 turns clipping off."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from: pydocs (the documentation inside Python), a text file, a folder of text files, or a
+    token file: .bin (uint16, or uint32 if vocab_size is over 65536) or .npy."""
+
+    train: str = "pydocs"
+    """Training tokens."""
+    eval: str | None = None
+    """Held-out tokens; none, or the same as train, means the last part of train."""
+    held_out: Annotated[float, Range(0, high=0.5)] = 0.1
+    """Fraction of train that is held out where eval has no source of its own."""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints in the workdir; the last step and an interruption are saved too."""
+
+    every: Count = 500
+    """Steps between two checkpoints."""
+    keep: Count = 2
+    """Newest checkpoints that are kept."""
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Number formats; parameters, sums of gradients, norms, softmax and loss are float32 always."""
+
+    compute: Literal["float32", "bfloat16"] = "float32"
+    """Format of matrix products and activations."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. Raises `UserError` where a field has the wrong type or lies outside its range."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+
+    def __post_init__(self) -> None:
+        for path, hint, value in _fields(self):
+            _check_field(path, hint, value)
+        if self.model.d_model % self.model.num_heads:
+            raise UserError(
+                f"config.model.num_heads={self.model.num_heads} does not divide config.model.d_model="
+                f"{self.model.d_model}: pick a divisor."
+            )
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The resolved config as nested dictionaries, for `config.json`."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, dict[str, Any]]) -> Config:
+    """The inverse of `to_dict`. Raises `UserError` if a section or field does not exist."""
+    sections = get_type_hints(Config)
+    try:
+        return Config(**{name: sections[name](**section) for name, section in values.items()})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"this is not the config of a run: {error}.") from None
+
+
+def _fields(config: Config) -> Iterator[tuple[str, Any, Any]]:
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        for name, hint in get_type_hints(type(values), include_extras=True).items():
+            yield f"config.{section.name}.{name}", hint, getattr(values, name)
+
+
+def _check_field(path: str, hint: Any, value: Any) -> None:
+    if get_origin(hint) in (types.UnionType,) or str(get_origin(hint)) == "typing.Union":
+        if value is None:
+            return
+        hint = next(option for option in get_args(hint) if option is not type(None))
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise UserError(f"{path}={value!r} is not one of {', '.join(get_args(hint))}.")
+        return
+    allowed = None
+    if get_origin(hint) is Annotated:
+        hint, allowed = get_args(hint)
+    accepted = (int, float) if hint is float else hint
+    if not isinstance(value, accepted) or isinstance(value, bool):
+        raise UserError(f"{path}={value!r} must be of type {hint.__name__}.")
+    if allowed is not None and (value not in allowed or not math.isfinite(value)):
+        raise UserError(f"{path}={value} must be {allowed}.")

@@ -1,0 +1,44 @@
+"""Large buffers that a compiled loop updates in place.
+
+Every buffer has sequences on its first axis and tokens on its last but one: `[B, T, D]`, `[B, H, T, K]`. A slice reads and
+writes the part of it that starts at its `Position`.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+Carry = TypeVar("Carry")
+
+
+class Position(NamedTuple):
+    """Where a slice lies in the batch: its first sequence and its first token, int32 scalars."""
+
+    row: Array | int
+    token: Array | int
+
+
+def read(buffer: Array, at: Position, num_rows: int, num_tokens: int) -> Array:
+    """Returns `num_rows` sequences by `num_tokens` tokens of a buffer."""
+    size = (num_rows, *buffer.shape[1:-2], num_tokens, buffer.shape[-1])
+    return lax.dynamic_slice(buffer, _start(buffer, at), size)
+
+
+def write(buffer: Array, value: Array, at: Position) -> Array:
+    """Returns the buffer with one slice replaced, cast to the buffer's dtype."""
+    return lax.dynamic_update_slice(buffer, value.astype(buffer.dtype), _start(buffer, at))
+
+
+def run_if(condition: Array, function: Callable[[Carry], Carry], carry: Carry) -> Carry:
+    """`function(carry)` where the condition holds, else the carry unchanged.
+
+    A loop of one turn or none. XLA updates the state of a loop in place, whereas a conditional copies what its branches
+    change: measured in docs/design.md.
+    """
+    return lax.fori_loop(0, condition.astype(jnp.int32), lambda _, carry: function(carry), carry)
+
+
+def _start(buffer: Array, at: Position) -> tuple[Array | int, ...]:
+    return at.row, *(0,) * (buffer.ndim - 3), at.token, 0

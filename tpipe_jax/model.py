@@ -1,0 +1,133 @@
+"""The GPT of GPT-2 and GPT-3 in Flax NNX, as parameters and pure functions of them.
+
+Pre-LayerNorm blocks with biases, learned positions, tanh-approximated GELU, a head tied to the token embedding, and
+GPT-2's initialisation (Radford et al. 2019). This is the only module that imports flax; parameters are plain
+dictionaries everywhere else.
+
+A block is cut at its attention, `qkv` before it and `finish` after it, because attention is where the slices of a sequence
+meet: the pipeline runs it on caches and walks back through it by hand.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from tpipe_jax.attention import KVCache, attend, attend_backward
+from tpipe_jax.config import ModelConfig
+from tpipe_jax.inplace import Position
+
+Params = Any  # nested dictionaries and lists of arrays
+Tape = Callable[[str, Array], Array]  # sees each named value, returns the value to go on with
+
+_layer_norm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+
+
+class Block(nnx.Module):
+    """One transformer block. Heads stay an axis of their own, so that 'model' can shard it without a transfer."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
+        D, H, K, F = config.d_model, config.num_heads, config.head_width, config.ff_width
+        init = nnx.initializers.normal(0.02)
+        residual_init = nnx.initializers.normal(0.02 * (2 * config.num_layers) ** -0.5)
+        einsum = partial(nnx.Einsum, dtype=dtype, rngs=rngs)
+        self.norm_1 = _layer_norm(D, dtype=dtype, rngs=rngs)
+        self.attn_in = einsum("bld,dthk->tbhlk", (D, 3, H, K), (3, H, K), kernel_init=init)
+        self.attn_out = einsum("bhlk,hkd->bld", (H, K, D), (D,), kernel_init=residual_init)
+        self.norm_2 = _layer_norm(D, dtype=dtype, rngs=rngs)
+        self.ff_in = einsum("bld,df->blf", (D, F), (F,), kernel_init=init)
+        self.ff_out = einsum("blf,fd->bld", (F, D), (D,), kernel_init=residual_init)
+
+    def qkv(self, x_BLD: Array) -> Array:
+        return self.attn_in(self.norm_1(x_BLD))
+
+    def finish(self, x_BLD: Array, attn_BHLK: Array, tape: Tape) -> Array:
+        middle_BLD = tape("middle", x_BLD + self.attn_out(attn_BHLK))
+        hidden_BLF = tape("hidden", self.ff_in(self.norm_2(middle_BLD)))
+        return middle_BLD + self.ff_out(nnx.gelu(hidden_BLF, approximate=True))
+
+
+class BlockFunctions(NamedTuple):
+    """A block as pure functions of its parameters."""
+
+    qkv: Callable[[Params, Array], Array]
+    """`(params, x [B, L, D])` to queries, keys and values `[3, B, H, L, K]`."""
+    finish: Callable[[Params, Array, Array, Tape], Array]
+    """`(params, x [B, L, D], attention [B, H, L, K], tape)` to the block's output `[B, L, D]`; names `middle`, `hidden`."""
+
+
+def block_functions(config: ModelConfig, dtype: jnp.dtype) -> BlockFunctions:
+    """The pure functions of one block, computing in `dtype`."""
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Block(config, dtype, nnx.Rngs(0))))
+    return BlockFunctions(
+        qkv=lambda params, x: nnx.merge(graph, params).qkv(x),
+        finish=lambda params, x, attn, tape: nnx.merge(graph, params).finish(x, attn, tape),
+    )
+
+
+def init(config: ModelConfig, key: Array) -> Params:
+    """Fresh float32 parameters: `embed` (`tokens` [V, D], `positions` [T, D]), `blocks` (a list, one per layer), `norm`."""
+    normal = nnx.initializers.normal(0.02)
+    key_tokens, key_positions, key_blocks = jax.random.split(key, 3)
+
+    def block(key: Array) -> Params:
+        return nnx.to_pure_dict(nnx.state(Block(config, jnp.float32, nnx.Rngs(key))))
+
+    return {
+        "embed": {
+            "tokens": normal(key_tokens, (config.vocab_size, config.d_model), jnp.float32),
+            "positions": normal(key_positions, (config.seq_len, config.d_model), jnp.float32),
+        },
+        "blocks": [block(k) for k in jax.random.split(key_blocks, config.num_layers)],
+        "norm": {"scale": jnp.ones(config.d_model), "bias": jnp.zeros(config.d_model)},
+    }
+
+
+def final_norm(params: Params, x_BTD: Array) -> Array:
+    """The LayerNorm before the head, in the dtype of x."""
+    D = x_BTD.shape[-1]
+    graph, _ = nnx.split(nnx.eval_shape(lambda: _layer_norm(D, dtype=x_BTD.dtype, rngs=nnx.Rngs(0))))
+    return nnx.merge(graph, params)(x_BTD)
+
+
+def num_params(config: ModelConfig) -> int:
+    """How many parameters the model has."""
+    shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+@jax.custom_vjp
+def self_attention(qkv_tBHTK: Array) -> Array:
+    """Attention of whole sequences `[3, B, H, T, K]`, differentiable: the pipeline's attention with a single slice."""
+    q, k, v = qkv_tBHTK
+    return attend(q, KVCache(k, v), Position(0, 0))[0]
+
+
+def _self_attention_forward(qkv_tBHTK: Array) -> tuple[Array, tuple[Array, Array, Array]]:
+    q, k, v = qkv_tBHTK
+    out, lse = attend(q, KVCache(k, v), Position(0, 0))
+    return out, (qkv_tBHTK, out, lse)
+
+
+def _self_attention_backward(residuals: tuple[Array, Array, Array], d_out: Array) -> tuple[Array]:
+    (q, k, v), out, lse = residuals
+    zeros = KVCache(jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32))
+    d_q, d_cache = attend_backward(q, KVCache(k, v), Position(0, 0), out, lse, d_out, zeros)
+    return (jnp.stack([d_q, *(d.astype(d_q.dtype) for d in d_cache)]),)
+
+
+self_attention.defvjp(_self_attention_forward, _self_attention_backward)
+
+
+def logits(config: ModelConfig, params: Params, tokens_BT: Array) -> Array:
+    """The whole model on one device, without a pipeline, in float32: `[B, T, V]`. What everything else is tested against."""
+    block = block_functions(config, jnp.float32)
+    x_BTD = params["embed"]["tokens"][tokens_BT] + params["embed"]["positions"][: tokens_BT.shape[1]]
+    for block_params in params["blocks"]:
+        attn_BHTK = self_attention(block.qkv(block_params, x_BTD))
+        x_BTD = block.finish(block_params, x_BTD, attn_BHTK, lambda _, value: value)
+    return jnp.einsum("btd,vd->btv", final_norm(params["norm"], x_BTD), params["embed"]["tokens"])

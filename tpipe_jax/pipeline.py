@@ -1,0 +1,85 @@
+"""The sliced pipeline: a scan over ticks in which every stage works on its own item and hands the result to its neighbour.
+
+    tick t:  [stage 0: item 3] -> [stage 1: item 2] -> [stage 2: item 1]      -> is a ppermute
+
+This is code of one device inside `shard_map`, with the axis 'pipe' manual. The table of the schedule says what to do at
+each tick; items of one shape share one compiled body, since their position is a run-time value. What a stage keeps between
+items (attention caches, saved activations, sums of gradients) is the state that the scan carries and updates in place.
+
+Forward and backward passes are the same sweep with the stages in opposite order. There is no differentiation through the
+scan, which would keep a copy of the state for every tick.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from tpipe_jax.inplace import Position, read, run_if, write
+from tpipe_jax.schedule import Item
+
+State = TypeVar("State")
+Work = Callable[[Array, Position, State], tuple[Array, State]]
+
+
+def varying(tree: State, axes: Sequence[str] = ("data", "pipe")) -> State:
+    """Marks arrays as different on every device of the axes, which the carry of a loop must be from the start."""
+
+    def cast(a: Array) -> Array:
+        missing = tuple(sorted(set(axes) - set(jax.typeof(a).manual_axis_type.varying)))
+        return lax.pcast(a, missing, to="varying") if missing else a
+
+    return jax.tree.map(cast, tree)
+
+
+def sweep(
+    table: np.ndarray, items: Sequence[Item], work: Work, source_BTD: Array, state: State, *, reverse: bool = False
+) -> tuple[Array, State]:
+    """Sends all items of a batch through all stages.
+
+    Args:
+        table: `[tick, stage]`, the index of the item or IDLE.
+        work: what a stage does with an item: `(x [B, L, D], position, state)` to `(y [B, L, D], state)`.
+        source_BTD: what the items are cut from on the stage where they enter.
+        reverse: whether items enter at the last stage and leave at the first.
+
+    Returns:
+        What `work` has made of each item on this stage, `[B, T, D]`: the result of the sweep on the stage where the items
+        leave. And the state.
+    """
+    num_stages, D = table.shape[1], source_BTD.shape[-1]
+    entry, step = (num_stages - 1, -1) if reverse else (0, 1)
+    neighbours = [(s, s + step) for s in range(num_stages) if 0 <= s + step < num_stages]
+    stage = lax.axis_index("pipe")
+    shapes = sorted({item.shape for item in items})
+    shape_of = jnp.array([shapes.index(item.shape) for item in items])
+    row_of = jnp.array([item.row for item in items])
+    token_of = jnp.array([item.token for item in items])
+
+    def tick(carry: tuple[State, Array, Array], row: Array) -> tuple[tuple[State, Array, Array], None]:
+        index = row[stage]
+        at = Position(row_of[index], token_of[index])
+        state, result_BTD, inbox_BLD = carry
+
+        for kind, (B, L) in enumerate(shapes):
+
+            def run(carry: tuple[State, Array, Array]) -> tuple[State, Array, Array]:
+                state, result_BTD, box_BLD = carry
+                x_BLD = jnp.where(stage == entry, read(source_BTD, at, B, L), box_BLD[:B, :L])
+                y_BLD, state = work(x_BLD, at, state)
+                return state, write(result_BTD, y_BLD, at), write(box_BLD, y_BLD, Position(0, 0))
+
+            is_mine = (index >= 0) & (shape_of[index] == kind)
+            state, result_BTD, inbox_BLD = run_if(is_mine, run, (state, result_BTD, inbox_BLD))
+
+        if neighbours:
+            inbox_BLD = lax.ppermute(inbox_BLD, "pipe", neighbours)
+        return (state, result_BTD, inbox_BLD), None
+
+    longest = max(B for B, _ in shapes), max(L for _, L in shapes)
+    empty = jnp.zeros_like(source_BTD), jnp.zeros((*longest, D), source_BTD.dtype)
+    (state, result_BTD, _), _ = lax.scan(tick, varying((state, *empty)), jnp.asarray(table))
+    return result_BTD, state

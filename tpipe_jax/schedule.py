@@ -1,0 +1,98 @@
+"""The schedule: which slice each stage works on at each tick, as a table of plain numbers.
+
+TeraPipe's schedule (Li et al. 2021, section 3.2) for P stages and S items, all forward passes, then all backward passes in
+the opposite order. Three stages and four items:
+
+    tick       0  1  2  3  4  5     0  1  2  3  4  5
+    stage 0    0  1  2  3  .  .     .  .  3  2  1  0
+    stage 1    .  0  1  2  3  .     .  3  2  1  0  .
+    stage 2    .  .  0  1  2  3     3  2  1  0  .  .
+               forward              backward
+
+The executor in `pipeline.py` follows any table in which the neighbour has finished an item one tick earlier.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tpipe_jax.plan import Plan
+
+IDLE = -1
+
+
+@dataclass(frozen=True)
+class Item:
+    """One piece of work: some sequences by some tokens. Sizes are counts, `row` and `token` are offsets."""
+
+    row: int
+    token: int
+    num_rows: int
+    num_tokens: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.num_rows, self.num_tokens
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Items, and for each direction a table `[tick, stage]` of indices into them, or IDLE."""
+
+    items: tuple[Item, ...]
+    forward: np.ndarray
+    backward: np.ndarray
+
+    @property
+    def num_stages(self) -> int:
+        return self.forward.shape[1]
+
+
+@dataclass(frozen=True)
+class Box:
+    """One item on one stage in a timeline, seconds."""
+
+    stage: int
+    item: int
+    is_backward: bool
+    start_seconds: float
+    stop_seconds: float
+
+
+def terapipe(plan: Plan) -> Schedule:
+    """All items forward through the stages, then all of them backward."""
+    items, row = [], 0
+    for num_rows, token_slices in zip(plan.batch_slices, plan.token_slices, strict=True):
+        token = 0
+        for num_tokens in token_slices:
+            items.append(Item(row, token, num_rows, num_tokens))
+            token += num_tokens
+        row += num_rows
+    S, P = len(items), plan.num_stages
+    tick, stage = np.arange(S + P - 1)[:, None], np.arange(P)[None, :]
+    forward = np.where((tick >= stage) & (tick - stage < S), tick - stage, IDLE)
+    # Backward is forward run in reverse: last item first, last stage first.
+    return Schedule(tuple(items), forward.astype(np.int32), forward[::-1].astype(np.int32))
+
+
+def simulate(
+    schedule: Schedule, forward_seconds: Sequence[float], backward_seconds: Sequence[float]
+) -> list[Box]:
+    """The timeline if item i takes that many seconds on each stage and transfers take none.
+
+    A stage starts an item as soon as it has finished the one before and its neighbour has finished this one.
+    """
+    boxes, free = [], [0.0] * schedule.num_stages
+    for table, seconds, is_backward in (
+        (schedule.forward, forward_seconds, False),
+        (schedule.backward, backward_seconds, True),
+    ):
+        ready = [0.0] * len(schedule.items)  # when the neighbour hands each item on
+        for row in table:
+            for stage, item in sorted(enumerate(row.tolist()), reverse=not is_backward):
+                if item != IDLE:
+                    start = max(free[stage], ready[item])
+                    free[stage] = ready[item] = start + seconds[item]
+                    boxes.append(Box(stage, item, is_backward, start, free[stage]))
+    return boxes
