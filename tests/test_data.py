@@ -30,14 +30,17 @@ def settings(
 
 @pytest.fixture
 def counting(tmp_path: Path) -> Path:
-    """A file of tokens that are their own positions, 0 ... 999: 900 to train on, 112 windows."""
+    """Tokens that are their own positions: 936 to train on, in 116 windows, and 104 held out.
+
+    Both are multiples of T: the last T tokens lack a next token, and so make no window.
+    """
     path = tmp_path / "counting.npy"
-    np.save(path, np.arange(1000))
+    np.save(path, np.arange(1040))
     return path
 
 
 def open_counting(path: Path, seed: int = 0) -> tuple[Batches, Batches]:
-    return open_data(settings(path, vocab_size=1000, seed=seed))
+    return open_data(settings(path, vocab_size=1040, seed=seed))
 
 
 def stream(batches: Batches, num_sequences: int) -> np.ndarray:
@@ -55,7 +58,7 @@ def test_batch_is_a_pure_function_of_seed_and_step(counting: Path) -> None:
 
 
 def test_order_depends_on_the_seed(counting: Path) -> None:
-    orders = {stream(open_counting(counting, seed)[0], 112)[:, 0].tobytes() for seed in range(5)}
+    orders = {stream(open_counting(counting, seed)[0], 116)[:, 0].tobytes() for seed in range(5)}
     assert len(orders) == 5
 
 
@@ -66,15 +69,15 @@ def test_rows_of_the_shards_make_the_batch(counting: Path) -> None:
 
 
 def test_each_epoch_has_every_window_once_in_another_order(counting: Path) -> None:
-    epochs = stream(open_counting(counting)[0], 3 * 112)[:, 0].reshape(3, 112)
+    epochs = stream(open_counting(counting)[0], 3 * 116)[:, 0].reshape(3, 116)
     for epoch in epochs:
-        np.testing.assert_array_equal(np.sort(epoch), np.arange(112) * T)
-    assert len({epoch.tobytes() for epoch in [np.arange(112) * T, *epochs]}) == 4
+        np.testing.assert_array_equal(np.sort(epoch), np.arange(116) * T)
+    assert len({epoch.tobytes() for epoch in [np.arange(116) * T, *epochs]}) == 4
 
 
 def test_an_epoch_is_not_that_of_another_seed(counting: Path) -> None:
-    second = stream(open_counting(counting, 0)[0], 2 * 112)[112:]
-    assert (second != stream(open_counting(counting, 1)[0], 112)).any()
+    second = stream(open_counting(counting, 0)[0], 2 * 116)[116:]
+    assert (second != stream(open_counting(counting, 1)[0], 116)).any()
 
 
 def test_targets_are_the_next_tokens(counting: Path) -> None:
@@ -86,9 +89,9 @@ def test_targets_are_the_next_tokens(counting: Path) -> None:
 
 def test_held_out_tokens_are_the_last_ones_and_not_trained_on(counting: Path) -> None:
     train, held_out = open_counting(counting)
-    assert (train.num_tokens, held_out.num_tokens) == (900, 100)
-    assert stream(train, 112).max() < 900
-    np.testing.assert_array_equal(stream(held_out, 12)[:, 0], 900 + T * np.arange(12))
+    assert (train.num_tokens, held_out.num_tokens) == (936, 104)
+    assert stream(train, 116).max() < 936
+    np.testing.assert_array_equal(stream(held_out, 12)[:, 0], 936 + T * np.arange(12))
 
 
 def test_held_out_batches_start_again_at_the_end(counting: Path) -> None:
@@ -99,15 +102,15 @@ def test_held_out_batches_start_again_at_the_end(counting: Path) -> None:
 
 def test_eval_of_its_own_leaves_all_of_train_to_train_on(tmp_path: Path, counting: Path) -> None:
     np.save(tmp_path / "eval.npy", np.arange(500, 600))
-    train, held_out = open_data(settings(counting, tmp_path / "eval.npy", vocab_size=1000))
-    assert (train.num_tokens, held_out.num_tokens) == (1000, 100)
+    train, held_out = open_data(settings(counting, tmp_path / "eval.npy", vocab_size=1040))
+    assert (train.num_tokens, held_out.num_tokens) == (1040, 100)
     np.testing.assert_array_equal(stream(held_out, 12)[:, 0], 500 + T * np.arange(12))
 
 
 def test_eval_that_names_the_files_of_train_is_split(counting: Path) -> None:
     same = counting.parent / ".." / counting.parent.name / counting.name
-    train, held_out = open_data(settings(counting, same, vocab_size=1000))
-    assert (train.num_tokens, held_out.num_tokens) == (900, 100)
+    train, held_out = open_data(settings(counting, same, vocab_size=1040))
+    assert (train.num_tokens, held_out.num_tokens) == (936, 104)
 
 
 TEXT = "".join(f"{i} sheep, schlüpfrig\n" for i in range(20)).encode()
@@ -217,10 +220,10 @@ def test_a_folder_of_many_files_keeps_none_open(tmp_path: Path) -> None:
     assert len(os.listdir("/dev/fd")) == before
 
 
-@pytest.mark.parametrize("bad_id", [1000, -1, 2**40])
+@pytest.mark.parametrize("bad_id", [1040, -1, 2**40])
 def test_ids_outside_the_vocabulary_are_refused_where_read(tmp_path: Path, bad_id: int) -> None:
-    tokens = np.arange(1000)
-    tokens[917] = bad_id
+    tokens = np.arange(1040)
+    tokens[953] = bad_id
     path = tmp_path / "tokens.npy"
     np.save(path, tokens)
     _, held_out = open_counting(path)
@@ -228,8 +231,8 @@ def test_ids_outside_the_vocabulary_are_refused_where_read(tmp_path: Path, bad_i
     with pytest.raises(UserError) as error:
         held_out.batch(0, slice(2, 4))
     assert str(error.value) == (
-        f"config.data.train={path} has token id {bad_id} at position 917, but ids are at least 0 "
-        "and below config.model.vocab_size=1000: set that to the size of the data's vocabulary."
+        f"config.data.train={path} has token id {bad_id} at position 953, but ids are at least 0 "
+        "and below config.model.vocab_size=1040: set that to the size of the data's vocabulary."
     )
 
 

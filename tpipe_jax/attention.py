@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from tpipe_jax.inplace import Position, read, write
 
-BLOCK = 128  # queries, and keys, of one block of scores; the fastest of 64 to 512 in docs/design.md
+BLOCK = 128  # keys, and about as many queries, of one block of scores: the fastest of 64 to 512 in docs/design.md
 MASKED = -1e30  # finite, so that the difference of two masked scores is not NaN
 
 _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -110,8 +110,13 @@ def attend_backward(
 
 
 def _over_queries(num_queries: int, query_block: Callable[[Array | int, int, Any], Any], carry: Any) -> Any:
-    """Runs `query_block(start, size, carry)` over all blocks of queries; a shorter one comes last."""
-    size = min(BLOCK, num_queries)
+    """Runs `query_block(start, size, carry)` over all blocks of queries; a shorter one comes last.
+
+    A size that divides the slice is preferred where one is near, since a last block of another size is compiled anew.
+    """
+    near = range(min(num_queries, BLOCK * 3 // 2), BLOCK // 2, -1)
+    divisors = [size for size in near if num_queries % size == 0]
+    size = min(divisors, key=lambda size: abs(size - BLOCK), default=min(num_queries, BLOCK))
     num_full, rest = divmod(num_queries, size)
     if num_full == 1:
         carry = query_block(0, size, carry)

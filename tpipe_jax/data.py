@@ -36,8 +36,7 @@ class MappedFile:
 
     def __getitem__(self, where: slice) -> np.ndarray:
         # A map that stays keeps its file open, too many in a big folder; a new one takes 20 us.
-        tokens = np.memmap(self.path, self.dtype, "r", self.offset, (self.num_tokens,))
-        return np.array(tokens[where])
+        return np.memmap(self.path, self.dtype, "r", self.offset, (self.num_tokens,))[where]
 
 
 class TokenSource:

@@ -1,5 +1,6 @@
 """Devices, and what lies where on them: the mesh, the sharding rules and which stage has which layer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -28,7 +29,13 @@ BLOCK_SPECS = {
 EMBED_SPECS = {"tokens": PartitionSpec(("pipe", "model")), "positions": _WHOLE}
 
 
-def make_mesh(config: MeshConfig, devices: list[jax.Device]) -> Mesh:
+def find_devices(config: MeshConfig) -> list[jax.Device]:
+    """All devices; on a CPU, as many as the mesh asks for. Call it before anything else of jax."""
+    jax.config.update("jax_num_cpu_devices", config.num_devices)
+    return jax.devices()
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
     """Mesh with the axes 'data', 'pipe' and 'model'. Raises `UserError` if the devices don't fit."""
     if len(devices) != config.num_devices:
         raise UserError(
@@ -73,17 +80,6 @@ def to_stages(params: Params, mesh: Mesh) -> Params:
         "embed": params["embed"] | {"tokens": jnp.pad(table_VD, ((0, fill), (0, 0)))},
         "blocks": [jax.tree.map(lambda *stages: jnp.stack(stages), *slot) for slot in slots],
     }
-
-
-def from_stages(params: Params, config: ModelConfig) -> Params:
-    """The inverse of `to_stages`."""
-    num_stages = jax.tree.leaves(params["blocks"])[0].shape[0]
-    counts = layer_counts(config.num_layers, num_stages)
-    blocks = [
-        jax.tree.map(lambda a, s=s: a[s], params["blocks"][n]) for s in range(num_stages) for n in range(counts[s])
-    ]
-    tokens = params["embed"]["tokens"][: config.vocab_size]
-    return params | {"embed": params["embed"] | {"tokens": tokens}, "blocks": blocks}
 
 
 def param_specs(num_blocks: int) -> Params:

@@ -36,14 +36,14 @@ class Block(nnx.Module):
         residual_init = nnx.initializers.normal(0.02 * (2 * config.num_layers) ** -0.5)
         einsum = partial(nnx.Einsum, dtype=dtype, rngs=rngs)
         self.norm_1 = _layer_norm(D, dtype=dtype, rngs=rngs)
-        self.attn_in = einsum("bld,dthk->tbhlk", (D, 3, H, K), (3, H, K), kernel_init=init)
+        self.attn_in = einsum("bld,dthk->blthk", (D, 3, H, K), (3, H, K), kernel_init=init)
         self.attn_out = einsum("bhlk,hkd->bld", (H, K, D), (D,), kernel_init=residual_init)
         self.norm_2 = _layer_norm(D, dtype=dtype, rngs=rngs)
         self.ff_in = einsum("bld,df->blf", (D, F), (F,), kernel_init=init)
         self.ff_out = einsum("blf,fd->bld", (F, D), (D,), kernel_init=residual_init)
 
     def qkv(self, x_BLD: Array) -> Array:
-        return self.attn_in(self.norm_1(x_BLD))
+        return jnp.einsum("blthk->tbhlk", self.attn_in(self.norm_1(x_BLD)))
 
     def finish(self, x_BLD: Array, attn_BHLK: Array, tape: Tape) -> Array:
         middle_BLD = tape("middle", x_BLD + self.attn_out(attn_BHLK))
@@ -98,6 +98,14 @@ def num_params(config: ModelConfig) -> int:
     """How many parameters the model has."""
     shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def forward_flops(config: ModelConfig, num_tokens: int, context: int) -> int:
+    """Floating-point operations of one layer for one slice after `context` tokens, forward."""
+    D, F = config.d_model, config.ff_width
+    matrices = 2 * num_tokens * (4 * D * D + 2 * D * F)
+    visible_pairs = num_tokens * context + num_tokens * (num_tokens + 1) // 2
+    return matrices + 4 * D * visible_pairs
 
 
 @jax.custom_vjp

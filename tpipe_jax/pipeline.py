@@ -66,14 +66,14 @@ def sweep(
 
         for kind, (B, L) in enumerate(shapes):
 
-            def run(carry: tuple[State, Array, Array]) -> tuple[State, Array, Array]:
+            def run(at: Position, carry: tuple[State, Array, Array]) -> tuple[State, Array, Array]:
                 state, result_BTD, box_BLD = carry
                 x_BLD = jnp.where(stage == entry, read(source_BTD, at, B, L), box_BLD[:B, :L])
                 y_BLD, state = work(x_BLD, at, state)
                 return state, write(result_BTD, y_BLD, at), write(box_BLD, y_BLD, Position(0, 0))
 
             is_mine = (index >= 0) & (shape_of[index] == kind)
-            state, result_BTD, inbox_BLD = run_if(is_mine, run, (state, result_BTD, inbox_BLD))
+            state, result_BTD, inbox_BLD = run_if(is_mine, run, at, (state, result_BTD, inbox_BLD))
 
         if neighbours:
             inbox_BLD = lax.ppermute(inbox_BLD, "pipe", neighbours)

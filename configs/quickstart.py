@@ -1,0 +1,28 @@
+"""A small byte-level GPT on two pipeline stages and four token slices, for a laptop with two cores.
+
+    python launch/multihost.py
+
+It learns the documentation that ships inside Python. Expect about two minutes and a held-out loss
+near 1.9 nats per byte at the end; 5.5 is what guessing costs.
+"""
+
+from tpipe_jax.config import (
+    CheckpointConfig,
+    Config,
+    MeshConfig,
+    ModelConfig,
+    OptimConfig,
+    PlanConfig,
+    TrainConfig,
+)
+
+
+def get_config() -> Config:
+    return Config(
+        model=ModelConfig(num_layers=4, d_model=128, num_heads=4, vocab_size=256, seq_len=256),
+        mesh=MeshConfig(data=1, pipe=2, model=1),
+        plan=PlanConfig(token_slices="uniform:4"),
+        train=TrainConfig(num_steps=400, batch_size=8, log_every=10, eval_every=100),
+        optim=OptimConfig(learning_rate=2e-3, warmup_steps=40),
+        checkpoint=CheckpointConfig(every=200),
+    )

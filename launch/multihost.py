@@ -1,0 +1,30 @@
+"""Trains a GPT through a token-sliced pipeline.
+
+    python launch/multihost.py --config=configs/quickstart.py --config.train.num-steps=600
+
+--help lists every setting.
+"""
+
+import sys
+
+from tpipe_jax.config import UserError
+from tpipe_jax.flags import parse
+
+
+def main() -> int:
+    try:
+        flags = parse(sys.argv[1:], program="python launch/multihost.py")
+        # Imported late, so that a mistake in the flags is answered at once.
+        from tpipe_jax.console import Console
+        from tpipe_jax.mesh import find_devices
+        from tpipe_jax.train import train
+
+        train(flags.config, flags.workdir, find_devices(flags.config.mesh), Console())
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,119 @@
+import json
+import math
+import resource
+import struct
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from tpipe_jax.config import UserError
+from tpipe_jax.metrics import Metrics
+
+
+def open_metrics(workdir: Path, first_step: int = 0) -> Any:
+    return closing(Metrics(workdir, first_step))
+
+
+def read_lines(workdir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_events(workdir: Path) -> Iterator[Event]:
+    """TFRecord framing: 8 bytes of length, 4 of checksum, the record, 4 of its checksum."""
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack_from("<Q", data)
+            yield Event.FromString(data[12 : 12 + length])
+            data = data[12 + length + 4 :]
+
+
+def shown_by_tensorboard(workdir: Path) -> list[tuple[int, str, float]]:
+    """The scalars that are left when each start of a session purges its step and all later ones."""
+    shown: list[tuple[int, str, float]] = []
+    for event in read_events(workdir):
+        if event.session_log.status == SessionLog.START:
+            shown = [scalar for scalar in shown if scalar[0] < event.step]
+        shown += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return shown
+
+
+def test_a_line_is_in_the_file_as_soon_as_it_is_written(tmp_path: Path) -> None:
+    with open_metrics(tmp_path / "run") as metrics:
+        metrics.write(10, {"loss": 2.5, "learning_rate": 1e-3})
+        metrics.write(20, {"loss": 2.25, "eval_loss": 2.375})
+        assert read_lines(tmp_path / "run") == [
+            {"step": 10, "loss": 2.5, "learning_rate": 1e-3},
+            {"step": 20, "loss": 2.25, "eval_loss": 2.375},
+        ]
+
+
+def test_tensorboard_has_the_same_numbers_at_once(tmp_path: Path) -> None:
+    with open_metrics(tmp_path) as metrics:
+        metrics.write(10, {"loss": 2.5, "tokens_per_second": 4096.0})
+        metrics.write(20, {"loss": 2.25})
+        assert shown_by_tensorboard(tmp_path) == [
+            (10, "loss", 2.5),
+            (10, "tokens_per_second", 4096.0),
+            (20, "loss", 2.25),
+        ]
+    # Without this version TensorBoard does not purge at the start of a session.
+    assert next(read_events(tmp_path)).file_version == "brain.Event:2"
+    assert all(event.wall_time > 1.7e9 for event in read_events(tmp_path))
+
+
+def test_not_a_number_is_null_in_json(tmp_path: Path) -> None:
+    with open_metrics(tmp_path) as metrics:
+        metrics.write(1, {"loss": math.nan, "grad_norm": math.inf, "step_seconds": 0.5})
+    assert read_lines(tmp_path) == [
+        {"step": 1, "loss": None, "grad_norm": None, "step_seconds": 0.5}
+    ]
+    loss, grad_norm, _ = (value for _, _, value in shown_by_tensorboard(tmp_path))
+    assert math.isnan(loss)
+    assert grad_norm == math.inf
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 40, "lo', '{"step": 40, "loss": 1.0}'])
+def test_resuming_leaves_neither_gaps_nor_doubles(tmp_path: Path, torn: str) -> None:
+    with open_metrics(tmp_path) as metrics:
+        for step in (10, 20, 30):
+            metrics.write(step, {"loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(torn)
+    with open_metrics(tmp_path, first_step=20) as metrics:
+        for step in (30, 40):
+            metrics.write(step, {"loss": 2.0})
+    expected = [(10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0)]
+    assert [(line["step"], line["loss"]) for line in read_lines(tmp_path)] == expected
+    assert [(step, value) for step, _, value in shown_by_tensorboard(tmp_path)] == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "tensorboard"]
+
+
+def test_a_file_with_other_content_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"epoch": 1}\n{"step": 50}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl .*--workdir"):
+        Metrics(tmp_path, first_step=0)
+    assert path.read_text() == '{"epoch": 1}\n{"step": 50}\n'
+
+
+def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"cannot write .*/file/.*Not a directory.*--workdir"):
+        Metrics(tmp_path / "file" / "run", first_step=0)
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path, first_step=0)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # no file may grow further; for root too
+    try:
+        with pytest.raises(UserError, match=r"cannot write .*/metrics\.jsonl .*--workdir"):
+            metrics.write(1, {f"number {i}": 0.0 for i in range(20)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    metrics.close()

@@ -1,0 +1,73 @@
+"""The command line: a config file, then flags that override its fields."""
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+from tpipe_jax.config import Config, UserError
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Trains a GPT through a token-sliced pipeline.
+
+    --config=FILE names a Python file with a function get_config() that returns the settings; the
+    flags below change single ones. Running the same command again continues from the last
+    checkpoint in the workdir.
+    """
+
+    config: Config
+    workdir: Path
+    """Folder for config.json, plan.json, metrics, checkpoints and timeline.png."""
+
+
+def parse(args: list[str], program: str) -> Flags:
+    """Reads the command line; prints help or tyro's explanation and exits where it must.
+
+    Raises `UserError` for a config file that cannot be used or a setting out of its range.
+    """
+    path, rest = _take_config(args)
+    default = Flags(load_config(path), Path("runs") / path.stem)
+    return tyro.cli(Flags, args=rest, default=default, prog=program)
+
+
+def load_config(path: Path) -> Config:
+    """Runs `get_config()` of a config file, which is code. Raises `UserError` if it has none."""
+    if not path.is_file():
+        known = ", ".join(sorted(os.path.relpath(p) for p in CONFIGS.glob("*.py")))
+        raise UserError(f"--config={path} does not exist: give a config file, such as {known}.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"--config={path} is not a Python file: its name must end in .py.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except UserError:
+        raise
+    except Exception as error:  # whatever the file's code raises is for its author to mend
+        raise UserError(
+            f"--config={path} cannot be used ({type(error).__name__}: {error}): "
+            "it must define get_config() -> Config."
+        ) from error
+    if not isinstance(config, Config):
+        raise UserError(f"--config={path}: get_config() must return a tpipe_jax.config.Config.")
+    return config
+
+
+def _take_config(args: list[str]) -> tuple[Path, list[str]]:
+    """Splits --config=FILE or --config FILE off the arguments; the last one counts."""
+    path, rest, words = CONFIGS / "quickstart.py", [], iter(args)
+    for word in words:
+        if word == "--config":
+            path = Path(next(words, ""))
+        elif word.startswith("--config="):
+            path = Path(word.removeprefix("--config="))
+        else:
+            rest.append(word)
+    return path, rest

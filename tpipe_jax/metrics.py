@@ -1,0 +1,92 @@
+"""The numbers of a run, as lines of `metrics.jsonl` and as TensorBoard events.
+
+Each write reaches the files before it returns, so a killed run keeps what it logged. The events are
+written record by record: tensorboardX's own SummaryWriter leaves that to a thread, which a full
+disk ends and which the run then waits for without end.
+"""
+
+import contextlib
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tensorboardX import RecordWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from tpipe_jax.config import UserError
+
+
+class Metrics:
+    """`metrics.jsonl` and `tensorboard/` in `workdir`, of a run that has done `first_step` steps.
+
+    What an interrupted run logged beyond its last checkpoint, the resumed run logs again: lines of
+    steps after `first_step` are dropped, and TensorBoard is told to drop its own.
+
+    Raises `UserError`, as `write` and `close` do, if a file cannot be written.
+    """
+
+    def __init__(self, workdir: Path, first_step: int) -> None:
+        self._path = workdir / "metrics.jsonl"
+        events = workdir / "tensorboard"
+        with self._writing():
+            events.mkdir(parents=True, exist_ok=True)
+            _drop_after(first_step, self._path)
+            # Nanoseconds, so that the name is new: RecordWriter overwrites a file that exists.
+            self._events = RecordWriter(str(events / f"events.out.tfevents.{time.time_ns()}"))
+            self._lines = self._path.open("a", encoding="utf-8")
+            self._write_event(Event(file_version="brain.Event:2"))
+            purge = SessionLog(status=SessionLog.START)
+            self._write_event(Event(step=first_step + 1, session_log=purge))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends the values after `step` steps; NaN and infinity, unknown to JSON, as null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        with self._writing():
+            self._lines.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+            self._lines.flush()
+            self._write_event(Event(step=step, summary=Summary(value=scalars)))
+
+    def close(self) -> None:
+        """Closes the files."""
+        with self._writing(), contextlib.closing(self._events):
+            self._lines.close()
+
+    def _write_event(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._events.write(event.SerializeToString())
+        self._events.flush()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write {error.filename or self._path} ({error.strerror}): make it writable "
+                "and see that the disk has space, or choose another folder with --workdir."
+            ) from error
+
+
+def _drop_after(last_step: int, path: Path) -> None:
+    """Removes the lines of steps after `last_step`, and the torn last line that a kill leaves."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    try:
+        kept = [line for line in whole if json.loads(line)["step"] <= last_step]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} has lines that are no metrics of a run: move it away, or choose another "
+            "folder with --workdir."
+        ) from error
+    if kept != lines:
+        # In one go, so that a kill in between cannot lose the lines that stay.
+        new = path.with_suffix(".jsonl.new")
+        new.write_bytes(b"".join(kept))
+        os.replace(new, path)

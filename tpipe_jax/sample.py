@@ -1,0 +1,38 @@
+"""Continues a text with the trained model, through the same pipeline."""
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tpipe_jax.config import Config
+from tpipe_jax.mesh import put_rows
+from tpipe_jax.model import Params
+from tpipe_jax.plan import Plan
+from tpipe_jax.schedule import terapipe
+from tpipe_jax.train_step import make_next_token_logits
+
+TEMPERATURE = 0.7
+
+
+def sample(
+    config: Config, mesh: Mesh, plan: Plan, params: Params, prompt: np.ndarray, num_tokens: int
+) -> np.ndarray:
+    """Draws `num_tokens` tokens after the prompt, `[num_tokens]`, from a seed of the config.
+
+    Each token takes a forward pass over the last `seq_len` tokens: right on any mesh, and slow.
+    """
+    seq_len = config.model.seq_len
+    schedule = terapipe(Plan(plan.num_stages, (1,), plan.token_slices[:1]))
+    next_token_logits = make_next_token_logits(config, mesh, schedule)
+    random = np.random.default_rng(config.train.seed)
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        context = tokens[-seq_len:]
+        rows = np.zeros((config.mesh.data, seq_len), np.int32)
+        rows[:, : len(context)] = context
+        logits = next_token_logits(params, put_rows(mesh, rows), np.int32(len(context) - 1))
+        logits_V = np.asarray(jax.device_get(logits))[0, : config.model.vocab_size]
+        # The largest of logits plus Gumbel noise is a draw from their softmax.
+        noise = random.gumbel(size=logits_V.shape)
+        tokens.append(int(np.argmax(logits_V / TEMPERATURE + noise)))
+    return np.array(tokens[len(prompt) :], np.int32)
