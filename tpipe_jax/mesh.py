@@ -20,7 +20,7 @@ _WHOLE = PartitionSpec()
 _NORM = {"scale": _WHOLE, "bias": _WHOLE}
 BLOCK_SPECS = {
     "norm_1": _NORM,
-    "attn_in": {"kernel": PartitionSpec(None, None, "model"), "bias": PartitionSpec(None, "model")},
+    "attn_in": {"kernel": PartitionSpec(None, "model"), "bias": PartitionSpec("model")},
     "attn_out": {"kernel": PartitionSpec("model"), "bias": _WHOLE},
     "norm_2": _NORM,
     "ff_in": {"kernel": PartitionSpec(None, "model"), "bias": PartitionSpec("model")},

@@ -28,25 +28,33 @@ _layer_norm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 
 
 class Block(nnx.Module):
-    """One transformer block. Heads stay an axis of their own, so that 'model' can shard it without a transfer."""
+    """One transformer block.
+
+    The outputs of `attn_in` are ordered head, then query, key and value, then width: so 'model' can
+    divide them by heads without a transfer.
+    """
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
-        D, H, K, F = config.d_model, config.num_heads, config.head_width, config.ff_width
+        D, F = config.d_model, config.ff_width
         init = nnx.initializers.normal(0.02)
         residual_init = nnx.initializers.normal(0.02 * (2 * config.num_layers) ** -0.5)
-        einsum = partial(nnx.Einsum, dtype=dtype, rngs=rngs)
+        linear = partial(nnx.Linear, dtype=dtype, rngs=rngs)
+        self.num_heads = config.num_heads
         self.norm_1 = _layer_norm(D, dtype=dtype, rngs=rngs)
-        self.attn_in = einsum("bld,dthk->blthk", (D, 3, H, K), (3, H, K), kernel_init=init)
-        self.attn_out = einsum("bhlk,hkd->bld", (H, K, D), (D,), kernel_init=residual_init)
+        self.attn_in = linear(D, 3 * D, kernel_init=init)
+        self.attn_out = linear(D, D, kernel_init=residual_init)
         self.norm_2 = _layer_norm(D, dtype=dtype, rngs=rngs)
-        self.ff_in = einsum("bld,df->blf", (D, F), (F,), kernel_init=init)
-        self.ff_out = einsum("blf,fd->bld", (F, D), (D,), kernel_init=residual_init)
+        self.ff_in = linear(D, F, kernel_init=init)
+        self.ff_out = linear(F, D, kernel_init=residual_init)
 
     def qkv(self, x_BLD: Array) -> Array:
-        return jnp.einsum("blthk->tbhlk", self.attn_in(self.norm_1(x_BLD)))
+        B, L, _ = x_BLD.shape
+        qkv = self.attn_in(self.norm_1(x_BLD)).reshape(B, L, self.num_heads, 3, -1)
+        return qkv.transpose(3, 0, 2, 1, 4)
 
     def finish(self, x_BLD: Array, attn_BHLK: Array, tape: Tape) -> Array:
-        middle_BLD = tape("middle", x_BLD + self.attn_out(attn_BHLK))
+        attn_BLD = attn_BHLK.transpose(0, 2, 1, 3).reshape(x_BLD.shape)
+        middle_BLD = tape("middle", x_BLD + self.attn_out(attn_BLD))
         hidden_BLF = tape("hidden", self.ff_in(self.norm_2(middle_BLD)))
         return middle_BLD + self.ff_out(nnx.gelu(hidden_BLF, approximate=True))
 

@@ -9,33 +9,25 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from tpipe_jax.checkpoint import Checkpoints
 from tpipe_jax.config import Config, UserError, from_dict, to_dict
 from tpipe_jax.console import Console
 from tpipe_jax.data import Batches, open_data
-from tpipe_jax.mesh import (
-    check_model,
-    layer_counts,
-    make_mesh,
-    param_specs,
-    put_rows,
-    shardings,
-    to_stages,
-)
+from tpipe_jax.mesh import check_model, make_mesh, put_rows
 from tpipe_jax.metrics import Metrics
-from tpipe_jax.model import Params, forward_flops, init
+from tpipe_jax.model import Params, forward_flops
 from tpipe_jax.optim import learning_rate, make_optimizer
 from tpipe_jax.plan import Plan, make_plan
 from tpipe_jax.sample import sample
 from tpipe_jax.schedule import Schedule, terapipe
 from tpipe_jax.timeline import draw_timeline
-from tpipe_jax.train_step import TrainState, make_loss, make_train_step
+from tpipe_jax.train_state import TrainState, abstract_state, init_state
+from tpipe_jax.train_step import make_loss, make_train_step
 
 
 def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console: Console) -> None:
@@ -91,6 +83,7 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
             if step % config.train.eval_every == 0 or step == num_steps:
                 log.finish(partial(evaluate, state.params))
             if step % config.checkpoint.every == 0 or step == num_steps or interrupted():
+                log.finish()  # a step is logged before it is saved, so that no kill loses its line
                 checkpoints.save(step, state)
         log.finish()
     if step < num_steps:
@@ -156,41 +149,6 @@ def interruptions() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def abstract_state(
-    config: Config, mesh: Mesh, optimizer: optax.GradientTransformation
-) -> TrainState:
-    """Shapes, dtypes and shardings of a state, without its arrays."""
-    shapes = jax.eval_shape(partial(_new_state, config, mesh, optimizer))
-    num_blocks = max(layer_counts(config.model.num_layers, config.mesh.pipe))
-    specs = param_specs(num_blocks)
-    opt_specs = optax.tree_map_params(
-        optimizer,
-        lambda _, spec: spec,
-        shapes.opt_state,
-        specs,
-        transform_non_params=lambda _: PartitionSpec(),
-    )
-    places = shardings(mesh, TrainState(specs, opt_specs, PartitionSpec()))
-    return jax.tree.map(
-        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, places
-    )
-
-
-def init_state(
-    config: Config, mesh: Mesh, optimizer: optax.GradientTransformation
-) -> TrainState:
-    """A fresh state, each shard made where it lies. The parameters depend on the seed alone."""
-    places = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh, optimizer))
-    return jax.jit(partial(_new_state, config, mesh, optimizer), out_shardings=places)()
-
-
-def _new_state(
-    config: Config, mesh: Mesh, optimizer: optax.GradientTransformation
-) -> TrainState:
-    params = to_stages(init(config.model, jax.random.key(config.train.seed)), mesh)
-    return TrainState(params, optimizer.init(params), jnp.int32(0))
 
 
 def _restore_or_init(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,14 +17,7 @@ from tpipe_jax.model import Params, block_functions
 from tpipe_jax.pipeline import sweep, varying
 from tpipe_jax.schedule import Schedule
 from tpipe_jax.stage import Gradients, Stage, empty_caches, empty_saved
-
-
-class TrainState(NamedTuple):
-    """What training changes and a checkpoint holds."""
-
-    params: Params
-    opt_state: optax.OptState
-    step: Array
+from tpipe_jax.train_state import TrainState
 
 
 def make_train_step(
