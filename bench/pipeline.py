@@ -61,7 +61,9 @@ def start_workers() -> int:
         port = probe.getsockname()[1]
     command = [sys.executable, *sys.argv, f"--port={port}"]
     workers = [
-        subprocess.Popen([*command, f"--process-id={i}"], stderr=None if i == 0 else subprocess.PIPE)
+        subprocess.Popen(
+            [*command, f"--process-id={i}"], stderr=None if i == 0 else subprocess.PIPE
+        )
         for i in range(NUM_STAGES)
     ]
     return max(abs(worker.wait()) for worker in workers)

@@ -1,12 +1,14 @@
-"""Causal attention of one token slice over its context, in key blocks, with an exact hand-written backward pass.
+"""Causal attention of one token slice over its context, in key blocks, with an exact hand-written
+backward pass.
 
-The keys and values of a sequence lie in a cache as long as the sequence; a slice attends to everything before it there
-and to itself. Both loops, over query blocks and over the key blocks of the context, have run-time trip counts: time
-follows the context that a slice really has, and one compiled body serves every slice of one length, wherever it lies.
+The keys and values of a sequence lie in a cache as long as the sequence; a slice attends to
+everything before it there and to itself. Both loops, over query blocks and over the key blocks of
+the context, have run-time trip counts: time follows the context that a slice really has, and one
+compiled body serves every slice of one length, wherever it lies.
 
-Softmax over blocks keeps a running maximum and sum (Milakov and Gimelshein 2018, arXiv 1805.02867); the backward pass
-recomputes the weights from the saved log-sum-exp (FlashAttention, arXiv 2205.14135). Only the block on the diagonal has
-the causal mask.
+Softmax over blocks keeps a running maximum and sum (Milakov and Gimelshein 2018, arXiv 1805.02867);
+the backward pass recomputes the weights from the saved log-sum-exp (FlashAttention, arXiv
+2205.14135). Only the block on the diagonal has the causal mask.
 """
 
 from collections.abc import Callable
@@ -18,14 +20,15 @@ from jax import Array, lax
 
 from tpipe_jax.inplace import Position, read, write
 
-BLOCK = 128  # keys, and about as many queries, of one block of scores: the fastest of 64 to 512 in docs/design.md
+# Keys, and about as many queries, of one block of scores: the fastest of 64 to 512 on a CPU.
+BLOCK = 128
 MASKED = -1e30  # finite, so that the difference of two masked scores is not NaN
 
 _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the sequences, `[B, H, T, K]` each, or the gradients with respect to them."""
+    """Keys and values of the sequences, `[B, H, T, K]` each, or their gradients."""
 
     k: Array
     v: Array
@@ -34,15 +37,20 @@ class KVCache(NamedTuple):
 def attend(q_BHLK: Array, cache: KVCache, at: Position) -> tuple[Array, Array]:
     """Attention of the slice at a position, whose keys and values are in the cache already.
 
-    Returns the output, `[B, H, L, K]` in the dtype of q, and the log-sum-exp of each row of scores, `[B, H, L, 1]` float32.
+    Returns the output, `[B, H, L, K]` in the dtype of q, and the log-sum-exp of each row of scores,
+    `[B, H, L, 1]` float32.
     """
     B, _, L, K = q_BHLK.shape
 
-    def query_block(start: Array | int, size: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+    def query_block(
+        start: Array | int, size: int, carry: tuple[Array, Array]
+    ) -> tuple[Array, Array]:
         q = read(q_BHLK, Position(0, start), B, size) * K**-0.5
         context = at.token + start
 
-        def fold(state: tuple[Array, Array, Array], first_key: Array, num_keys: int, visible: Array):
+        def fold(
+            state: tuple[Array, Array, Array], first_key: Array | int, num_keys: int, visible: Array
+        ):
             top, total, out = state
             k, v = (read(c, Position(at.row, first_key), B, num_keys) for c in cache)
             score = jnp.where(visible, _dot("bhqe,bhke->bhqk", q, k), MASKED)
@@ -73,20 +81,26 @@ def attend_backward(
 ) -> tuple[Array, KVCache]:
     """Gradients of `attend`, given its results and the gradient with respect to its output.
 
-    Adds this slice's share to `d_cache`, float32, for its own and for all earlier keys and values; the sums of a slice are
-    complete once all later slices and the slice itself have been here. Returns the gradient with respect to q and the
-    new `d_cache`.
+    Adds this slice's share to `d_cache`, float32, for its own and for all earlier keys and values;
+    the sums of a slice are complete once all later slices and the slice itself have been here.
+    Returns the gradient with respect to q and the new `d_cache`.
     """
     B, _, L, K = q_BHLK.shape
-    delta_BHL1 = (d_out_BHLK.astype(jnp.float32) * out_BHLK.astype(jnp.float32)).sum(-1, keepdims=True)
+    delta_BHL1 = (d_out_BHLK.astype(jnp.float32) * out_BHLK.astype(jnp.float32)).sum(
+        -1, keepdims=True
+    )
 
-    def query_block(start: Array | int, size: int, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
+    def query_block(
+        start: Array | int, size: int, carry: tuple[Array, KVCache]
+    ) -> tuple[Array, KVCache]:
         here = Position(0, start)
         q = read(q_BHLK, here, B, size) * K**-0.5
         d_out, lse, delta = (read(a, here, B, size) for a in (d_out_BHLK, lse_BHL1, delta_BHL1))
         context = at.token + start
 
-        def fold(state: tuple[Array, KVCache], first_key: Array, num_keys: int, visible: Array):
+        def fold(
+            state: tuple[Array, KVCache], first_key: Array | int, num_keys: int, visible: Array
+        ):
             d_q, d_cache = state
             keys = Position(at.row, first_key)
             k, v = (read(c, keys, B, num_keys) for c in cache)
@@ -109,10 +123,13 @@ def attend_backward(
     return _over_queries(L, query_block, (jnp.zeros_like(q_BHLK), d_cache))
 
 
-def _over_queries(num_queries: int, query_block: Callable[[Array | int, int, Any], Any], carry: Any) -> Any:
+def _over_queries(
+    num_queries: int, query_block: Callable[[Array | int, int, Any], Any], carry: Any
+) -> Any:
     """Runs `query_block(start, size, carry)` over all blocks of queries; a shorter one comes last.
 
-    A size that divides the slice is preferred where one is near, since a last block of another size is compiled anew.
+    A size that divides the slice is preferred where one is near, since a last block of another size
+    is compiled anew.
     """
     near = range(min(num_queries, BLOCK * 3 // 2), BLOCK // 2, -1)
     divisors = [size for size in near if num_queries % size == 0]
@@ -121,17 +138,22 @@ def _over_queries(num_queries: int, query_block: Callable[[Array | int, int, Any
     if num_full == 1:
         carry = query_block(0, size, carry)
     else:
-        carry = lax.fori_loop(0, num_full, lambda i, carry: query_block(i * size, size, carry), carry)
+        carry = lax.fori_loop(
+            0, num_full, lambda i, carry: query_block(i * size, size, carry), carry
+        )
     return query_block(num_full * size, rest, carry) if rest else carry
 
 
 def _over_context(
-    context: Array | int, cache_length: int, fold: Callable[[Any, Array, int, Array], Any], state: Any
+    context: Array | int,
+    cache_length: int,
+    fold: Callable[[Any, Array | int, int, Array], Any],
+    state: Any,
 ) -> Any:
     """Folds the tokens before `context` into the state, block by block, the last block first.
 
-    The blocks end at `context`, so the one at the start of the sequence may be short: it is read in full all the same, and
-    what does not belong to it is masked.
+    The blocks end at `context`, so the one at the start of the sequence may be short: it is read in
+    full all the same, and what does not belong to it is masked.
     """
     size = min(BLOCK, cache_length)
 

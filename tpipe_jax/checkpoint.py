@@ -99,7 +99,7 @@ class Checkpoints:
         with contextlib.closing(self._manager):
             self.wait()
 
-    def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> ocp.args.Composite:
+    def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
         try:
             with _without_reports_of_abandoned_reads():
                 return self._manager.restore(step, args=ocp.args.Composite(**items))

@@ -1,7 +1,8 @@
-"""All settings of a run: frozen dataclasses, each field with its default, its meaning and the range it must lie in.
+"""All settings of a run: frozen dataclasses, each field with its default, its meaning and the range
+it must lie in.
 
-Rules that join several settings (slices that sum to the sequence, a mesh that fits the devices) live in `plan.py` and
-`mesh.py`.
+Rules that join several settings (slices that sum to the sequence, a mesh that fits the devices)
+live in `plan.py` and `mesh.py`.
 """
 
 import dataclasses
@@ -12,13 +13,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 
-class UserError(ValueError):
-    """Something the user can mend: one sentence with the setting, its value, the rule and the remedy."""
+class UserError(Exception):
+    """Something the user can mend: one sentence with setting, value, rule and remedy."""
 
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a numeric field may take: `low <= value`, and `value <= high` or `value < below`."""
+    """The values that a numeric field may take: from `low` to `high`, and under `below`."""
 
     low: float
     high: float = math.inf
@@ -30,7 +31,9 @@ class Range:
     def __str__(self) -> str:
         if self.high < math.inf:
             return f"between {self.low:g} and {self.high:g}"
-        return f"at least {self.low:g}" + (f" and below {self.below:g}" if self.below < math.inf else " and finite")
+        return f"at least {self.low:g}" + (
+            f" and below {self.below:g}" if self.below < math.inf else ""
+        )
 
 
 Count = Annotated[int, Range(1)]
@@ -88,7 +91,8 @@ class PlanConfig:
     token_slices: str = "uniform:4"
     """Token slices of each sequence: uniform:N, or lengths that sum to seq_len, as 96,64,56,40."""
     batch_slices: str = "uniform:1"
-    """Batch slices of each data shard: uniform:N, or sizes that sum to batch_size / mesh.data, as 2,1,1."""
+    """Batch slices of each data shard: uniform:N, or sizes that sum to batch_size / mesh.data, as
+    2,1,1."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +135,9 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where tokens come from: pydocs (the documentation inside Python), a text file, a folder of text files, or a
-    token file: .bin (uint16, or uint32 if vocab_size is over 65536) or .npy."""
+    """Where tokens come from: pydocs (the documentation inside Python), a text file, a folder of
+    text files, or a token file: .bin (uint16, or uint32 if vocab_size is over 65536) or .npy.
+    """
 
     train: str = "pydocs"
     """Training tokens."""
@@ -178,8 +183,8 @@ class Config:
             _check_field(path, hint, value)
         if self.model.d_model % self.model.num_heads:
             raise UserError(
-                f"config.model.num_heads={self.model.num_heads} does not divide config.model.d_model="
-                f"{self.model.d_model}: pick a divisor."
+                f"config.model.num_heads={self.model.num_heads} does not divide "
+                f"config.model.d_model={self.model.d_model}: pick a divisor."
             )
 
 
@@ -219,5 +224,7 @@ def _check_field(path: str, hint: Any, value: Any) -> None:
     accepted = (int, float) if hint is float else hint
     if not isinstance(value, accepted) or isinstance(value, bool):
         raise UserError(f"{path}={value!r} must be of type {hint.__name__}.")
-    if allowed is not None and (value not in allowed or not math.isfinite(value)):
+    if allowed is not None and not math.isfinite(value):
+        raise UserError(f"{path}={value} must be a finite number.")
+    if allowed is not None and value not in allowed:
         raise UserError(f"{path}={value} must be {allowed}.")

@@ -38,7 +38,9 @@ class Console:
         """Model, mesh, data and plan as a table each or a line each."""
         model, counts = config.model, layer_counts(config.model.num_layers, config.mesh.pipe)
         kind = mesh.devices.flat[0].device_kind
-        per_stage = f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)}-{max(counts)}"
+        per_stage = (
+            f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)}-{max(counts)}"
+        )
         facts = Table(show_header=False, box=None, pad_edge=False)
         facts.add_row(
             "model",

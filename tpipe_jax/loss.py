@@ -1,8 +1,10 @@
-"""Embedding, head and cross-entropy with the vocabulary sharded over the stages, so that all of them share the work.
+"""Embedding, head and cross-entropy with the vocabulary sharded over the stages, so that all of
+them share the work.
 
-Code of one device inside `shard_map`, with the axis 'pipe' manual; each stage holds V / P rows of the tied embedding (and
-GSPMD divides those over 'model'). Rows beyond the vocabulary are padding. As Megatron-LM's parallel cross-entropy
-(Shoeybi et al. 2019, section 3), with all-reduces over 'pipe' only.
+Code of one device inside `shard_map`, with the axis 'pipe' manual; each stage holds V / P rows of
+the tied embedding (and GSPMD divides those over 'model'). Rows beyond the vocabulary are padding.
+As Megatron-LM's parallel cross-entropy (Shoeybi et al. 2019, section 3), with all-reduces over
+'pipe' only.
 """
 
 from collections.abc import Callable
@@ -15,7 +17,7 @@ from jax import Array, lax
 
 from tpipe_jax.attention import MASKED
 from tpipe_jax.model import Params, final_norm
-from tpipe_jax.pipeline import varying
+from tpipe_jax.pipeline import sum_over, varying
 
 IGNORE = -1  # a target that does not count
 CHUNK = 1024  # tokens whose logits are in memory at a time
@@ -30,16 +32,17 @@ class Head(NamedTuple):
 
 
 def embed(params: Params, tokens_BT: Array) -> Array:
-    """Token plus position embeddings `[B, T, D]`, the same on all stages, in the dtype of the parameters."""
+    """Token plus position embeddings `[B, T, D]`, the same on all stages."""
     table_VD = params["tokens"]
     found_BTD = _own_rows(tokens_BT, table_VD.shape[0], lambda rows: table_VD[rows])
     return found_BTD + params["positions"][: tokens_BT.shape[1]]
 
 
 def cross_entropy(head: Head, y_BTD: Array, targets_BT: Array, vocab_size: int) -> Array:
-    """Sum over this shard's tokens of the negative log-likelihood in nats, a float32 scalar, the same on all stages.
+    """Negative log-likelihood of this shard's tokens in nats, summed, float32.
 
-    Targets equal to `IGNORE` don't count. `y_BTD` is the output of the last stage, the same on all stages.
+    Targets equal to `IGNORE` don't count. `y_BTD`, the output of the last stage, and the result are
+    the same on all stages.
     """
 
     def chunk(total: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
@@ -54,11 +57,14 @@ def cross_entropy_and_grads(
 ) -> tuple[Array, Head, Array]:
     """`cross_entropy` and its gradients with respect to head and `y_BTD`, chunk by chunk.
 
-    Gradients are summed over the stages but not over 'data'; that of the table is of this stage's rows.
+    Gradients are summed over the stages, except that each has its own rows of the table, and not
+    over 'data'.
     """
     head = varying(head)
 
-    def chunk(carry: tuple[Array, Head], inputs: tuple[Array, Array]) -> tuple[tuple[Array, Head], Array]:
+    def chunk(
+        carry: tuple[Array, Head], inputs: tuple[Array, Array]
+    ) -> tuple[tuple[Array, Head], Array]:
         total, d_head = carry
         y_CD, targets_C = inputs
         loss = partial(_chunk_loss, targets_C=targets_C, vocab_size=vocab_size)
@@ -68,7 +74,8 @@ def cross_entropy_and_grads(
     no_gradients = varying(jax.tree.map(partial(jnp.zeros_like, dtype=jnp.float32), head))
     start = varying(jnp.float32(0), ("data",)), no_gradients
     (total, d_head), d_y = lax.scan(chunk, start, _chunks(y_BTD, targets_BT))
-    d_norm, d_y = lax.psum((d_head.norm, d_y), "pipe")
+    d_norm = lax.psum(d_head.norm, "pipe")
+    d_y = sum_over("pipe", d_y)
     d_y_BTD = d_y.reshape(-1, y_BTD.shape[-1])[: targets_BT.size].reshape(y_BTD.shape)
     return total, Head(d_norm, d_head.table_VD), d_y_BTD
 
@@ -77,7 +84,9 @@ def logits(head: Head, y_CD: Array, vocab_size: int) -> Array:
     """Logits of tokens over this stage's rows of the vocabulary, `[C, V / P]` float32."""
     num_rows = head.table_VD.shape[0]
     normed_CD = final_norm(head.norm, y_CD)
-    logits_CV = jnp.einsum("cd,vd->cv", normed_CD, head.table_VD, preferred_element_type=jnp.float32)
+    logits_CV = jnp.einsum(
+        "cd,vd->cv", normed_CD, head.table_VD, preferred_element_type=jnp.float32
+    )
     is_token_V = lax.axis_index("pipe") * num_rows + jnp.arange(num_rows) < vocab_size
     return jnp.where(is_token_V, logits_CV, MASKED)
 
@@ -87,7 +96,9 @@ def _chunk_loss(head: Head, y_CD: Array, targets_C: Array, vocab_size: int) -> A
     top_C = lax.pmax(lax.stop_gradient(logits_CV).max(-1), "pipe")
     total_C = lax.psum(jnp.exp(logits_CV - top_C[:, None]).sum(-1), "pipe")
     num_rows = logits_CV.shape[-1]
-    target_C = _own_rows(targets_C, num_rows, lambda rows: jnp.take_along_axis(logits_CV, rows[:, None], -1)[:, 0])
+    target_C = _own_rows(
+        targets_C, num_rows, lambda rows: jnp.take_along_axis(logits_CV, rows[:, None], -1)[:, 0]
+    )
     return jnp.where(targets_C != IGNORE, jnp.log(total_C) + top_C - target_C, 0).sum()
 
 
@@ -96,11 +107,14 @@ def _own_rows(ids: Array, num_rows: int, values: Callable[[Array], Array]) -> Ar
     rows = ids - lax.axis_index("pipe") * num_rows
     is_own = (rows >= 0) & (rows < num_rows)
     found = values(jnp.clip(rows, 0, num_rows - 1))
-    return lax.psum(jnp.where(is_own.reshape(is_own.shape + (1,) * (found.ndim - is_own.ndim)), found, 0), "pipe")
+    is_own = is_own.reshape(is_own.shape + (1,) * (found.ndim - is_own.ndim))
+    return sum_over("pipe", jnp.where(is_own, found, 0))
 
 
 def _chunks(y_BTD: Array, targets_BT: Array) -> tuple[Array, Array]:
-    """Flattens sequences and cuts them into equal chunks; what fills the last one does not count."""
+    """Flattens sequences and cuts them into equal chunks; what fills the last one does not
+    count.
+    """
     num_tokens, D = targets_BT.size, y_BTD.shape[-1]
     num_chunks = -(-num_tokens // CHUNK)
     size = -(-num_tokens // num_chunks)

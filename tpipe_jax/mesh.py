@@ -1,5 +1,8 @@
-"""Devices, and what lies where on them: the mesh, the sharding rules and which stage has which layer."""
+"""Devices, and what lies where on them: the mesh, the sharding rules and which stage has which
+layer.
+"""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,8 +17,9 @@ from tpipe_jax.model import Params
 
 AXES = ("data", "pipe", "model")
 
-# How operator partitioning divides the parameters of a block over 'model': by attention heads and by feed-forward width
-# (Megatron-LM). The same tree as a block's parameters; without 'model' in its entry a parameter is on all devices.
+# How operator partitioning divides the parameters of a block over 'model': by attention heads and
+# by feed-forward width (Megatron-LM). The same tree as a block's parameters; without 'model' in its
+# entry a parameter is on all devices.
 _WHOLE = PartitionSpec()
 _NORM = {"scale": _WHOLE, "bias": _WHOLE}
 BLOCK_SPECS = {
@@ -30,17 +34,26 @@ EMBED_SPECS = {"tokens": PartitionSpec(("pipe", "model")), "positions": _WHOLE}
 
 
 def find_devices(config: MeshConfig) -> list[jax.Device]:
-    """All devices; on a CPU, as many as the mesh asks for. Call it before anything else of jax."""
+    """All devices; on a CPU, as many as the mesh asks for.
+
+    Call it before anything else of jax, which counts its devices only once. Devices that have no
+    core to spare run faster without threads inside their operators.
+    """
+    if config.num_devices >= (os.cpu_count() or 1):
+        no_threads = "--xla_cpu_multi_thread_eigen=false"
+        os.environ["XLA_FLAGS"] = f"{no_threads} {os.environ.get('XLA_FLAGS', '')}"
     jax.config.update("jax_num_cpu_devices", config.num_devices)
     return jax.devices()
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
-    """Mesh with the axes 'data', 'pipe' and 'model'. Raises `UserError` if the devices don't fit."""
+    """Mesh of the axes data, pipe and model. Raises `UserError` if the devices don't fit."""
     if len(devices) != config.num_devices:
         raise UserError(
-            f"config.mesh.data={config.data} * pipe={config.pipe} * model={config.model} asks for {config.num_devices} "
-            f"devices, but there are {len(devices)}: set the three so that their product is {len(devices)}."
+            f"config.mesh.data={config.data} * pipe={config.pipe} * model={config.model} asks for "
+            f"{config.num_devices} devices, but there are {len(devices)} "
+            f"({devices[0].device_kind}): "
+            f"set the three so that their product is {len(devices)}."
         )
     shape = config.data, config.pipe, config.model
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
@@ -51,7 +64,8 @@ def check_model(config: ModelConfig, mesh: MeshConfig) -> None:
     for name, value in (("num_heads", config.num_heads), ("d_ff", config.ff_width)):
         if value % mesh.model:
             raise UserError(
-                f"config.mesh.model={mesh.model} does not divide config.model.{name}={value}: pick a divisor."
+                f"config.mesh.model={mesh.model} does not divide config.model.{name}={value}: "
+                "pick a divisor."
             )
 
 
@@ -63,16 +77,18 @@ def layer_counts(num_layers: int, num_stages: int) -> list[int]:
 def to_stages(params: Params, mesh: Mesh) -> Params:
     """The model's parameters as the mesh holds them.
 
-    Block n of the result stacks the nth block of every stage, `[P, ...]`, zeros where a stage has no nth block: an array for
-    each layer of a stage rather than one for all, since a slice of a stack would be copied for each use. The vocabulary
-    is padded to a multiple of P times the size of 'model'.
+    Block n of the result stacks the nth block of every stage, `[P, ...]`, zeros where a stage has
+    no nth block: an array for each layer of a stage rather than one for all, since a slice of a
+    stack would be copied for each use. The vocabulary is padded to a multiple of P times the size
+    of 'model'.
     """
     num_stages = mesh.shape["pipe"]
     blocks, counts = params["blocks"], layer_counts(len(params["blocks"]), num_stages)
     start = np.cumsum([0, *counts])
     padding = jax.tree.map(jnp.zeros_like, blocks[0])
     slots = [
-        [blocks[start[s] + n] if n < counts[s] else padding for s in range(num_stages)] for n in range(counts[0])
+        [blocks[start[s] + n] if n < counts[s] else padding for s in range(num_stages)]
+        for n in range(counts[0])
     ]
     table_VD = params["embed"]["tokens"]
     fill = -table_VD.shape[0] % (num_stages * mesh.shape["model"])
@@ -92,7 +108,9 @@ def manual_part(specs: Any) -> Any:
     """The specs without 'model', which `shard_map` leaves to GSPMD."""
 
     def keep(axis: Any) -> Any:
-        kept = tuple(a for a in (axis if isinstance(axis, tuple) else (axis,)) if a not in (None, "model"))
+        kept = tuple(
+            a for a in (axis if isinstance(axis, tuple) else (axis,)) if a not in (None, "model")
+        )
         return kept[0] if len(kept) == 1 else kept or None
 
     return jax.tree.map(lambda spec: PartitionSpec(*map(keep, spec)), specs, is_leaf=_is_spec)
@@ -106,7 +124,9 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
 def put_rows(mesh: Mesh, rows: np.ndarray) -> Array:
     """Puts the batch on the mesh, `[B of all shards, T + 1]`, sharded over 'data'."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index], dtype=rows.dtype)
+    return jax.make_array_from_callback(
+        rows.shape, sharding, lambda index: rows[index], dtype=rows.dtype
+    )
 
 
 def _is_spec(value: Any) -> bool:

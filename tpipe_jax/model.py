@@ -1,11 +1,11 @@
 """The GPT of GPT-2 and GPT-3 in Flax NNX, as parameters and pure functions of them.
 
-Pre-LayerNorm blocks with biases, learned positions, tanh-approximated GELU, a head tied to the token embedding, and
-GPT-2's initialisation (Radford et al. 2019). This is the only module that imports flax; parameters are plain
-dictionaries everywhere else.
+Pre-LayerNorm blocks with biases, learned positions, tanh-approximated GELU, a head tied to the
+token embedding, and GPT-2's initialisation (Radford et al. 2019). This is the only module that
+imports flax; parameters are plain dictionaries everywhere else.
 
-A block is cut at its attention, `qkv` before it and `finish` after it, because attention is where the slices of a sequence
-meet: the pipeline runs it on caches and walks back through it by hand.
+A block is cut at its attention, `qkv` before it and `finish` after it, because attention is where
+the slices of a sequence meet: the pipeline runs it on caches and walks back through it by hand.
 """
 
 from collections.abc import Callable
@@ -65,7 +65,8 @@ class BlockFunctions(NamedTuple):
     qkv: Callable[[Params, Array], Array]
     """`(params, x [B, L, D])` to queries, keys and values `[3, B, H, L, K]`."""
     finish: Callable[[Params, Array, Array, Tape], Array]
-    """`(params, x [B, L, D], attention [B, H, L, K], tape)` to the block's output `[B, L, D]`; names `middle`, `hidden`."""
+    """`(params, x [B, L, D], attention [B, H, L, K], tape)` to the block's output `[B, L, D]`;
+    names `middle`, `hidden`."""
 
 
 def block_functions(config: ModelConfig, dtype: jnp.dtype) -> BlockFunctions:
@@ -78,7 +79,10 @@ def block_functions(config: ModelConfig, dtype: jnp.dtype) -> BlockFunctions:
 
 
 def init(config: ModelConfig, key: Array) -> Params:
-    """Fresh float32 parameters: `embed` (`tokens` [V, D], `positions` [T, D]), `blocks` (a list, one per layer), `norm`."""
+    """Fresh float32 parameters.
+
+    A dictionary of `embed` (`tokens` [V, D], `positions` [T, D]), `blocks` (a list) and `norm`.
+    """
     normal = nnx.initializers.normal(0.02)
     key_tokens, key_positions, key_blocks = jax.random.split(key, 3)
 
@@ -98,7 +102,9 @@ def init(config: ModelConfig, key: Array) -> Params:
 def final_norm(params: Params, x_BTD: Array) -> Array:
     """The LayerNorm before the head, in the dtype of x."""
     D = x_BTD.shape[-1]
-    graph, _ = nnx.split(nnx.eval_shape(lambda: _layer_norm(D, dtype=x_BTD.dtype, rngs=nnx.Rngs(0))))
+    graph, _ = nnx.split(
+        nnx.eval_shape(lambda: _layer_norm(D, dtype=x_BTD.dtype, rngs=nnx.Rngs(0)))
+    )
     return nnx.merge(graph, params)(x_BTD)
 
 
@@ -118,7 +124,7 @@ def forward_flops(config: ModelConfig, num_tokens: int, context: int) -> int:
 
 @jax.custom_vjp
 def self_attention(qkv_tBHTK: Array) -> Array:
-    """Attention of whole sequences `[3, B, H, T, K]`, differentiable: the pipeline's attention with a single slice."""
+    """Attention of whole sequences `[3, B, H, T, K]` as a single slice, differentiable."""
     q, k, v = qkv_tBHTK
     return attend(q, KVCache(k, v), Position(0, 0))[0]
 
@@ -140,9 +146,14 @@ self_attention.defvjp(_self_attention_forward, _self_attention_backward)
 
 
 def logits(config: ModelConfig, params: Params, tokens_BT: Array) -> Array:
-    """The whole model on one device, without a pipeline, in float32: `[B, T, V]`. What everything else is tested against."""
+    """Logits `[B, T, V]` of the whole model on one device, without a pipeline, in float32.
+
+    What everything else is tested against.
+    """
     block = block_functions(config, jnp.float32)
-    x_BTD = params["embed"]["tokens"][tokens_BT] + params["embed"]["positions"][: tokens_BT.shape[1]]
+    x_BTD = (
+        params["embed"]["tokens"][tokens_BT] + params["embed"]["positions"][: tokens_BT.shape[1]]
+    )
     for block_params in params["blocks"]:
         attn_BHTK = self_attention(block.qkv(block_params, x_BTD))
         x_BTD = block.finish(block_params, x_BTD, attn_BHTK, lambda _, value: value)

@@ -10,7 +10,7 @@ FINAL_FRACTION = 0.1  # of the peak learning rate, at the end of the run, as GPT
 
 
 def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
-    """Step, counted from 0, to learning rate: linear from 0 to the peak, then a cosine to a tenth."""
+    """Step, from 0, to learning rate: linear to the peak, then a cosine to a tenth of it."""
     warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
     decay_steps = max(1, num_steps - config.warmup_steps)
     decay = optax.cosine_decay_schedule(config.learning_rate, decay_steps, FINAL_FRACTION)

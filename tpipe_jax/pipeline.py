@@ -1,16 +1,19 @@
-"""The sliced pipeline: a scan over ticks in which every stage works on its own item and hands the result to its neighbour.
+"""The sliced pipeline: a scan over ticks in which every stage works on its own item and hands the
+result to its neighbour.
 
     tick t:  [stage 0: item 3] -> [stage 1: item 2] -> [stage 2: item 1]      -> is a ppermute
 
-This is code of one device inside `shard_map`, with the axis 'pipe' manual. The table of the schedule says what to do at
-each tick; items of one shape share one compiled body, since their position is a run-time value. What a stage keeps between
-items (attention caches, saved activations, sums of gradients) is the state that the scan carries and updates in place.
+This is code of one device inside `shard_map`, with the axis 'pipe' manual. The table of the
+schedule says what to do at each tick; items of one shape share one compiled body, since their
+position is a run-time value. What a stage keeps between items (attention caches, saved activations,
+sums of gradients) is the state that the scan carries and updates in place.
 
-Forward and backward passes are the same sweep with the stages in opposite order. There is no differentiation through the
-scan, which would keep a copy of the state for every tick.
+Forward and backward passes are the same sweep with the stages in opposite order. There is no
+differentiation through the scan, which would keep a copy of the state for every tick.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import jax
@@ -19,14 +22,15 @@ import numpy as np
 from jax import Array, lax
 
 from tpipe_jax.inplace import Position, read, run_if, write
-from tpipe_jax.schedule import Item
+from tpipe_jax.schedule import IDLE, Item
 
 State = TypeVar("State")
+Carry = tuple[State, Array, Array]  # state, results, and the box that goes round the stages
 Work = Callable[[Array, Position, State], tuple[Array, State]]
 
 
 def varying(tree: State, axes: Sequence[str] = ("data", "pipe")) -> State:
-    """Marks arrays as different on every device of the axes, which the carry of a loop must be from the start."""
+    """Marks arrays as different along the axes, as the carry of a loop must be from the start."""
 
     def cast(a: Array) -> Array:
         missing = tuple(sorted(set(axes) - set(jax.typeof(a).manual_axis_type.varying)))
@@ -35,20 +39,36 @@ def varying(tree: State, axes: Sequence[str] = ("data", "pipe")) -> State:
     return jax.tree.map(cast, tree)
 
 
+def sum_over(axis: str, value: Array) -> Array:
+    """The sum over an axis of the mesh, taken in float32 and returned in the dtype of `value`.
+
+    XLA for CPUs, as of jax 0.10, aborts on an all-reduce of bfloat16 over a manual axis.
+    """
+    return lax.psum(value.astype(jnp.float32), axis).astype(value.dtype)
+
+
 def sweep(
-    table: np.ndarray, items: Sequence[Item], work: Work, source_BTD: Array, state: State, *, reverse: bool = False
+    table: np.ndarray,
+    items: Sequence[Item],
+    work: Work,
+    source_BTD: Array,
+    state: State,
+    *,
+    reverse: bool = False,
 ) -> tuple[Array, State]:
     """Sends all items of a batch through all stages.
 
     Args:
         table: `[tick, stage]`, the index of the item or IDLE.
-        work: what a stage does with an item: `(x [B, L, D], position, state)` to `(y [B, L, D], state)`.
+        items: what the indices stand for.
+        work: what a stage does: `(x [B, L, D], position, state)` to `(y [B, L, D], state)`.
         source_BTD: what the items are cut from on the stage where they enter.
+        state: what this stage keeps between items, a tree of arrays.
         reverse: whether items enter at the last stage and leave at the first.
 
     Returns:
-        What `work` has made of each item on this stage, `[B, T, D]`: the result of the sweep on the stage where the items
-        leave. And the state.
+        What `work` has made of each item on this stage, `[B, T, D]`: the result of the sweep on the
+        stage where the items leave. And the state.
     """
     num_stages, D = table.shape[1], source_BTD.shape[-1]
     entry, step = (num_stages - 1, -1) if reverse else (0, 1)
@@ -59,25 +79,23 @@ def sweep(
     row_of = jnp.array([item.row for item in items])
     token_of = jnp.array([item.token for item in items])
 
-    def tick(carry: tuple[State, Array, Array], row: Array) -> tuple[tuple[State, Array, Array], None]:
+    def run(shape: tuple[int, int], at: Position, carry: Carry) -> Carry:
+        state, result_BTD, box_BLD = carry
+        B, L = shape
+        x_BLD = jnp.where(stage == entry, read(source_BTD, at, B, L), box_BLD[:B, :L])
+        y_BLD, state = work(x_BLD, at, state)
+        return state, write(result_BTD, y_BLD, at), write(box_BLD, y_BLD, Position(0, 0))
+
+    def tick(carry: Carry, row: Array) -> tuple[Carry, None]:
         index = row[stage]
         at = Position(row_of[index], token_of[index])
-        state, result_BTD, inbox_BLD = carry
-
-        for kind, (B, L) in enumerate(shapes):
-
-            def run(at: Position, carry: tuple[State, Array, Array]) -> tuple[State, Array, Array]:
-                state, result_BTD, box_BLD = carry
-                x_BLD = jnp.where(stage == entry, read(source_BTD, at, B, L), box_BLD[:B, :L])
-                y_BLD, state = work(x_BLD, at, state)
-                return state, write(result_BTD, y_BLD, at), write(box_BLD, y_BLD, Position(0, 0))
-
-            is_mine = (index >= 0) & (shape_of[index] == kind)
-            state, result_BTD, inbox_BLD = run_if(is_mine, run, at, (state, result_BTD, inbox_BLD))
-
+        for kind, shape in enumerate(shapes):
+            is_due = (index != IDLE) & (shape_of[index] == kind)
+            carry = run_if(is_due, partial(run, shape), at, carry)
+        state, result_BTD, box_BLD = carry
         if neighbours:
-            inbox_BLD = lax.ppermute(inbox_BLD, "pipe", neighbours)
-        return (state, result_BTD, inbox_BLD), None
+            box_BLD = lax.ppermute(box_BLD, "pipe", neighbours)
+        return (state, result_BTD, box_BLD), None
 
     longest = max(B for B, _ in shapes), max(L for _, L in shapes)
     empty = jnp.zeros_like(source_BTD), jnp.zeros((*longest, D), source_BTD.dtype)

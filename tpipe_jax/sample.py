@@ -1,6 +1,7 @@
 """Continues a text with the trained model, through the same pipeline."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -30,7 +31,7 @@ def sample(
         context = tokens[-seq_len:]
         rows = np.zeros((config.mesh.data, seq_len), np.int32)
         rows[:, : len(context)] = context
-        logits = next_token_logits(params, put_rows(mesh, rows), np.int32(len(context) - 1))
+        logits = next_token_logits(params, put_rows(mesh, rows), jnp.int32(len(context) - 1))
         logits_V = np.asarray(jax.device_get(logits))[0, : config.model.vocab_size]
         # The largest of logits plus Gumbel noise is a draw from their softmax.
         noise = random.gumbel(size=logits_V.shape)

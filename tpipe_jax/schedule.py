@@ -1,7 +1,7 @@
 """The schedule: which slice each stage works on at each tick, as a table of plain numbers.
 
-TeraPipe's schedule (Li et al. 2021, section 3.2) for P stages and S items, all forward passes, then all backward passes in
-the opposite order. Three stages and four items:
+TeraPipe's schedule (Li et al. 2021, section 3.2) for P stages and S items, all forward passes, then
+all backward passes in the opposite order. Three stages and four items:
 
     tick       0  1  2  3  4  5     0  1  2  3  4  5
     stage 0    0  1  2  3  .  .     .  .  3  2  1  0
@@ -9,7 +9,8 @@ the opposite order. Three stages and four items:
     stage 2    .  .  0  1  2  3     3  2  1  0  .  .
                forward              backward
 
-The executor in `pipeline.py` follows any table in which the neighbour has finished an item one tick earlier.
+The executor in `pipeline.py` follows any table in which the neighbour has finished an item one tick
+earlier.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ IDLE = -1
 
 @dataclass(frozen=True)
 class Item:
-    """One piece of work: some sequences by some tokens. Sizes are counts, `row` and `token` are offsets."""
+    """One piece of work: `num_rows` sequences from `row` on by `num_tokens` from `token` on."""
 
     row: int
     token: int
@@ -81,7 +82,8 @@ def simulate(
 ) -> list[Box]:
     """The timeline if item i takes that many seconds on each stage and transfers take none.
 
-    A stage starts an item as soon as it has finished the one before and its neighbour has finished this one.
+    A stage starts an item as soon as it has finished the one before and its neighbour has finished
+    this one.
     """
     boxes, free = [], [0.0] * schedule.num_stages
     for table, seconds, is_backward in (

@@ -1,7 +1,8 @@
-"""What one pipeline stage does with one slice: its layers forward, and backward from what forward has saved.
+"""What one stage does with one slice: its layers forward, and backward from what forward saved.
 
-Rematerialisation by name: a block runs with a recorder in the forward pass and with a replayer in the backward pass, which
-returns the saved value and routes the gradient to the recomputed one, so that XLA drops the computation.
+Rematerialisation by name: a block runs with a recorder in the forward pass and with a replayer in
+the backward pass, which returns the saved value and routes the gradient to the recomputed one, so
+that XLA drops the computation.
 """
 
 from collections.abc import Callable
@@ -20,7 +21,7 @@ LayerState = TypeVar("LayerState")
 
 
 class Saved(NamedTuple):
-    """What the backward pass of one layer needs of the forward pass; its size does not depend on the slices."""
+    """What the backward pass of a layer needs of its forward pass, whatever the slices."""
 
     cache: KVCache
     values: dict[str, Array]
@@ -35,7 +36,7 @@ class Gradients(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """The layers of one stage; a layer that only some of the stages have is skipped on the others."""
+    """The layers of one stage; a layer that only some stages have is skipped on the others."""
 
     block: BlockFunctions
     params: list[Params]
@@ -44,7 +45,9 @@ class Stage(NamedTuple):
     min_active: int
     """The least `num_active` of all stages: these layers need no condition."""
 
-    def infer(self, x_BLD: Array, at: Position, caches: list[KVCache]) -> tuple[Array, list[KVCache]]:
+    def infer(
+        self, x_BLD: Array, at: Position, caches: list[KVCache]
+    ) -> tuple[Array, list[KVCache]]:
         """Runs a slice and keeps nothing but its keys and values."""
 
         def layer(n: int, at: Position, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
@@ -59,7 +62,9 @@ class Stage(NamedTuple):
         def layer(n: int, at: Position, carry: tuple[Array, Saved]) -> tuple[Array, Saved]:
             x_BLD, (cache, buffers) = carry
             y_BLD, cache, values = self._layer(n, x_BLD, cache, at)
-            return y_BLD, Saved(cache, {name: write(buffers[name], values[name], at) for name in buffers})
+            return y_BLD, Saved(
+                cache, {name: write(buffers[name], values[name], at) for name in buffers}
+            )
 
         return self._each_layer(layer, x_BLD, at, saved)
 
@@ -74,14 +79,24 @@ class Stage(NamedTuple):
             params, (cache, buffers) = self.params[n], saved[n]
             values = {name: read(buffer, at, B, L) for name, buffer in buffers.items()}
             x_BLD, attn_BHLK = values["x"], values["attn"]
-            finish = partial(self.block.finish, tape=lambda name, value: _substitute(value, values[name]))
+
+            def replay(name: str, value: Array) -> Array:
+                return _substitute(value, values[name])
+
+            def finish(params: Params, x_BLD: Array, attn_BHLK: Array) -> Array:
+                return self.block.finish(params, x_BLD, attn_BHLK, replay)
+
             _, finish_vjp = jax.vjp(finish, params, x_BLD, attn_BHLK)
             d_params_finish, d_x_finish, d_attn_BHLK = finish_vjp(d_y_BLD)
-            d_q, d_cache = attend_backward(values["q"], cache, at, attn_BHLK, values["lse"], d_attn_BHLK, d_cache)
+            d_q, d_cache = attend_backward(
+                values["q"], cache, at, attn_BHLK, values["lse"], d_attn_BHLK, d_cache
+            )
             d_qkv = jnp.stack([d_q, *(read(d, at, B, L).astype(d_q.dtype) for d in d_cache)])
             _, qkv_vjp = jax.vjp(self.block.qkv, params, x_BLD)
             d_params_qkv, d_x_qkv = qkv_vjp(d_qkv)
-            d_params = jax.tree.map(lambda total, a, b: total + a + b, d_params, d_params_finish, d_params_qkv)
+            d_params = jax.tree.map(
+                lambda total, a, b: total + a + b, d_params, d_params_finish, d_params_qkv
+            )
             return d_x_finish + d_x_qkv, Gradients(d_cache, d_params)
 
         return self._each_layer(layer, d_y_BLD, at, gradients, reverse=True)
@@ -93,7 +108,9 @@ class Stage(NamedTuple):
         cache = KVCache(write(cache.k, k, at), write(cache.v, v, at))
         attn, lse = attend(q, cache, at)
         values = {"x": x_BLD, "q": q, "attn": attn, "lse": lse}
-        y_BLD = self.block.finish(self.params[n], x_BLD, attn, lambda name, value: values.setdefault(name, value))
+        y_BLD = self.block.finish(
+            self.params[n], x_BLD, attn, lambda name, value: values.setdefault(name, value)
+        )
         return y_BLD, cache, values
 
     def _each_layer(
@@ -107,23 +124,34 @@ class Stage(NamedTuple):
         states, order = list(states), range(len(self.params))
         for n in reversed(order) if reverse else order:
             run, carry = partial(layer, n), (x_BLD, states[n])
-            x_BLD, states[n] = run(at, carry) if n < self.min_active else run_if(n < self.num_active, run, at, carry)
+            if n < self.min_active:
+                x_BLD, states[n] = run(at, carry)
+            else:
+                x_BLD, states[n] = run_if(n < self.num_active, run, at, carry)
         return x_BLD, states
 
 
 def empty_caches(num_layers: int, shape_BHTK: tuple[int, ...], dtype: jnp.dtype) -> list[KVCache]:
     """Zeroed keys and values of every layer, or gradients with respect to them."""
-    return [KVCache(jnp.zeros(shape_BHTK, dtype), jnp.zeros(shape_BHTK, dtype)) for _ in range(num_layers)]
+    return [
+        KVCache(jnp.zeros(shape_BHTK, dtype), jnp.zeros(shape_BHTK, dtype))
+        for _ in range(num_layers)
+    ]
 
 
-def empty_saved(num_layers: int, shape_BHTK: tuple[int, ...], ff_width: int, dtype: jnp.dtype) -> list[Saved]:
+def empty_saved(
+    num_layers: int, shape_BHTK: tuple[int, ...], ff_width: int, dtype: jnp.dtype
+) -> list[Saved]:
     """Zeroed buffers of every layer."""
     B, H, T, K = shape_BHTK
 
     def values() -> dict[str, Array]:
         shapes = {"x": (B, T, H * K), "q": (B, H, T, K), "attn": (B, H, T, K), "lse": (B, H, T, 1)}
         shapes |= {"middle": (B, T, H * K), "hidden": (B, T, ff_width)}
-        return {name: jnp.zeros(s, jnp.float32 if name == "lse" else dtype) for name, s in shapes.items()}
+        return {
+            name: jnp.zeros(s, jnp.float32 if name == "lse" else dtype)
+            for name, s in shapes.items()
+        }
 
     return [Saved(cache, values()) for cache in empty_caches(num_layers, shape_BHTK, dtype)]
 
@@ -134,4 +162,6 @@ def _substitute(value: Array, saved: Array) -> Array:
     return saved
 
 
-_substitute.defvjp(lambda value, saved: (saved, None), lambda _, gradient: (gradient, jnp.zeros_like(gradient)))
+_substitute.defvjp(
+    lambda value, saved: (saved, None), lambda _, gradient: (gradient, jnp.zeros_like(gradient))
+)

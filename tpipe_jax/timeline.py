@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.figure import Figure
@@ -30,7 +31,7 @@ def draw_timeline(
     for box in boxes:
         shade = colours(0.15 + 0.75 * box.item / max(1, num_items - 1))
         width = box.stop_seconds - box.start_seconds
-        style = {"alpha": 0.55, "hatch": "///"} if box.is_backward else {}
+        style: dict[str, Any] = {"alpha": 0.55, "hatch": "///"} if box.is_backward else {}
         corner = box.start_seconds, box.stage - 0.4
         axes.add_patch(
             Rectangle(corner, width, 0.8, facecolor=shade, edgecolor="white", lw=0.8, **style)
@@ -39,7 +40,7 @@ def draw_timeline(
             item = schedule.items[box.item]
             axes.text(
                 *(box.start_seconds + width / 2, box.stage),
-                f"{item.num_rows}x{item.num_tokens}" if item.num_rows > 1 else item.num_tokens,
+                f"{item.num_rows} x {item.num_tokens}",
                 ha="center",
                 va="center",
                 fontsize=8,
@@ -49,7 +50,10 @@ def draw_timeline(
     axes.set_yticks(range(num_stages), [f"stage {s}" for s in range(num_stages)])
     axes.set_title(f"{title}\nstages are busy {busy:.0%} of the time", fontsize=10)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    grey = {"facecolor": "grey", "edgecolor": "white"}
-    kinds = [Patch(label="forward", **grey), Patch(label="backward", alpha=0.55, hatch="///", **grey)]
+    grey: dict[str, Any] = {"facecolor": "grey", "edgecolor": "white"}
+    kinds = [
+        Patch(label="forward", **grey),
+        Patch(label="backward", alpha=0.55, hatch="///", **grey),
+    ]
     figure.legend(handles=kinds, loc="outside lower right", ncols=2, frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)

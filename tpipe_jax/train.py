@@ -63,7 +63,9 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
     _describe_in_files(config, workdir, plan, schedule)
 
     start = time.monotonic()
-    train_step = make_train_step(config, mesh, schedule, optimizer).lower(state, first_rows).compile()
+    train_step = (
+        make_train_step(config, mesh, schedule, optimizer).lower(state, first_rows).compile()
+    )
     console.say(f"compiled in {time.monotonic() - start:.0f} s")
     evaluate = partial(_evaluate, config, mesh, make_loss(config, mesh, schedule), held_out)
 
@@ -87,7 +89,9 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
                 checkpoints.save(step, state)
         log.finish()
     if step < num_steps:
-        console.say(f"Interrupted and saved after step {step}: the same command continues from here.")
+        console.say(
+            f"Interrupted and saved after step {step}: the same command continues from here."
+        )
         return
     if config.train.sample_tokens:
         tokens = sample(config, mesh, plan, state.params, prompt, config.train.sample_tokens)
@@ -116,13 +120,14 @@ class StepLog:
         if self._running is None:
             return
         (step, values), self._running = self._running, None
-        line = {name: float(value) for name, value in jax.device_get(values).items()}
+        values = jax.device_get(values)
+        line = {name: float(values[name]) for name in ("loss", "grad_norm")}
         self._num_timed += 1
         if not (evaluate or step % self._train.log_every == 0 or step == self._train.num_steps):
             return
         step_seconds = (time.monotonic() - self._since) / self._num_timed
         line |= {
-            "learning_rate": float(self._learning_rate(step - 1)),
+            "learning_rate": np.asarray(self._learning_rate(step - 1)).item(),
             "step_seconds": step_seconds,
             "tokens_per_second": self._tokens_per_step / step_seconds,
         }
@@ -177,7 +182,7 @@ def _check_workdir(workdir: Path) -> None:
         return
     try:
         from_dict(json.loads(path.read_text()))
-    except (ValueError, OSError) as error:
+    except (UserError, ValueError, OSError) as error:
         raise UserError(
             f"--workdir={workdir} has a config.json that is not of a run ({error}): "
             "choose another folder."
@@ -194,11 +199,11 @@ def _describe_in_files(config: Config, workdir: Path, plan: Plan, schedule: Sche
             for item in schedule.items
         ]
         title = (
-            f"{len(schedule.items)} slices on {schedule.num_stages} stages, "
-            "boxes as wide as a layer's operations on the slice"
+            f"{len(schedule.items)} slices (sequences x tokens) on {schedule.num_stages} stages, "
+            "as wide as their floating-point operations"
         )
         path = workdir / "timeline.png"
-        draw_timeline(path, schedule, cost, [2 * c for c in cost], title, "GFLOP of a layer")
+        draw_timeline(path, schedule, cost, [2 * c for c in cost], title, "GFLOP in a layer")
     except OSError as error:
         raise UserError(
             f"cannot write to --workdir={workdir} ({error.strerror}: {error.filename}): make it "

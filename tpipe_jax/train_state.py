@@ -30,28 +30,26 @@ def abstract_state(
     num_blocks = max(layer_counts(config.model.num_layers, config.mesh.pipe))
     specs = param_specs(num_blocks)
     opt_specs = optax.tree_map_params(
-        optimizer,
+        optimizer.init,
         lambda _, spec: spec,
         shapes.opt_state,
         specs,
         transform_non_params=lambda _: PartitionSpec(),
     )
-    places = shardings(mesh, TrainState(specs, opt_specs, PartitionSpec()))
+    places = shardings(
+        mesh, shapes._replace(params=specs, opt_state=opt_specs, step=PartitionSpec())
+    )
     return jax.tree.map(
         lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, places
     )
 
 
-def init_state(
-    config: Config, mesh: Mesh, optimizer: optax.GradientTransformation
-) -> TrainState:
+def init_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
     """A fresh state, each shard made where it lies. The parameters depend on the seed alone."""
     places = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh, optimizer))
     return jax.jit(partial(_new_state, config, mesh, optimizer), out_shardings=places)()
 
 
-def _new_state(
-    config: Config, mesh: Mesh, optimizer: optax.GradientTransformation
-) -> TrainState:
+def _new_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
     params = to_stages(init(config.model, jax.random.key(config.train.seed)), mesh)
     return TrainState(params, optimizer.init(params), jnp.int32(0))

@@ -1,4 +1,6 @@
-"""A step as one compiled program: embed, sweep forward, loss, sweep back, update; and the same without gradients."""
+"""A step as one compiled program: embed, sweep forward, loss, sweep back, update; and the same
+without gradients.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,12 +11,13 @@ import jax.numpy as jnp
 import optax
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
+from jax.stages import Wrapped
 
 from tpipe_jax import loss
 from tpipe_jax.config import Config
 from tpipe_jax.mesh import layer_counts, manual_part, param_specs
 from tpipe_jax.model import Params, block_functions
-from tpipe_jax.pipeline import sweep, varying
+from tpipe_jax.pipeline import sum_over, sweep, varying
 from tpipe_jax.schedule import Schedule
 from tpipe_jax.stage import Gradients, Stage, empty_caches, empty_saved
 from tpipe_jax.train_state import TrainState
@@ -22,8 +25,11 @@ from tpipe_jax.train_state import TrainState
 
 def make_train_step(
     config: Config, mesh: Mesh, schedule: Schedule, optimizer: optax.GradientTransformation
-) -> Callable[[TrainState, Array], tuple[TrainState, dict[str, Array]]]:
-    """`(state, rows [B, T + 1])` to the next state and `loss` and `grad_norm`; the old state is donated."""
+) -> Wrapped:
+    """`(state, rows [B, T + 1])` to the next state and `loss` and `grad_norm`.
+
+    The old state is donated.
+    """
     loss_and_grads = make_loss_and_grads(config, mesh, schedule)
 
     @partial(jax.jit, donate_argnums=0)
@@ -31,15 +37,16 @@ def make_train_step(
         value, grads = loss_and_grads(state.params, rows)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), {"loss": value, "grad_norm": optax.global_norm(grads)}
+        return TrainState(params, opt_state, state.step + 1), {
+            "loss": value,
+            "grad_norm": optax.tree.norm(grads),
+        }
 
     return train_step
 
 
-def make_loss_and_grads(
-    config: Config, mesh: Mesh, schedule: Schedule
-) -> Callable[[Params, Array], tuple[Array, Params]]:
-    """`(params, rows [B, T + 1])` to the mean loss in nats per token and its float32 gradients, through the pipeline."""
+def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapped:
+    """`(params, rows [B, T + 1])` to the mean loss in nats per token and its float32 gradients."""
     num_stages, shape_BHTK = mesh.shape["pipe"], _cache_shape(config, mesh)
     dtype = jnp.dtype(config.precision.compute)
 
@@ -54,12 +61,19 @@ def make_loss_and_grads(
 
         y_BTD = _from_stage(num_stages - 1, y_BTD)
         head = loss.Head(params["norm"], params["embed"]["tokens"])
-        total, d_head, d_y_BTD = loss.cross_entropy_and_grads(head, y_BTD, targets_BT, config.model.vocab_size)
+        total, d_head, d_y_BTD = loss.cross_entropy_and_grads(
+            head, y_BTD, targets_BT, config.model.vocab_size
+        )
 
         d_caches = empty_caches(len(stage.params), shape_BHTK, jnp.float32)
-        gradients = [Gradients(d_cache, _zeros(block)) for d_cache, block in zip(d_caches, stage.params, strict=True)]
+        gradients = [
+            Gradients(d_cache, _zeros(block))
+            for d_cache, block in zip(d_caches, stage.params, strict=True)
+        ]
         backward = partial(stage.backward, saved)
-        d_x_BTD, gradients = sweep(schedule.backward, schedule.items, backward, d_y_BTD, gradients, reverse=True)
+        d_x_BTD, gradients = sweep(
+            schedule.backward, schedule.items, backward, d_y_BTD, gradients, reverse=True
+        )
 
         (d_embed,) = embed_vjp(_from_stage(0, d_x_BTD))
         d_embed["tokens"] = d_embed["tokens"] + d_head.table_VD
@@ -68,15 +82,16 @@ def make_loss_and_grads(
             "blocks": [jax.tree.map(lambda g: g[None], layer.params) for layer in gradients],
             "norm": d_head.norm,
         }
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         total, grads = lax.psum((total, grads), "data")
         count = _count(targets_BT)
-        return total / count, jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)
+        return total / count, jax.tree.map(lambda g: g / count, grads)
 
     return _over_mesh(config, mesh, local, lambda specs: (PartitionSpec(), specs))
 
 
-def make_loss(config: Config, mesh: Mesh, schedule: Schedule) -> Callable[[Params, Array], Array]:
-    """`(params, rows [B, T + 1])` to the mean loss in nats per token, through the pipeline."""
+def make_loss(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapped:
+    """`(params, rows [B, T + 1])` to the mean loss in nats per token."""
 
     def local(params: Params, rows: Array) -> Array:
         tokens_BT, targets_BT = rows[:, :-1], rows[:, 1:]
@@ -89,10 +104,8 @@ def make_loss(config: Config, mesh: Mesh, schedule: Schedule) -> Callable[[Param
     return _over_mesh(config, mesh, local, lambda _: PartitionSpec())
 
 
-def make_next_token_logits(
-    config: Config, mesh: Mesh, schedule: Schedule
-) -> Callable[[Params, Array, Array], Array]:
-    """`(params, tokens [B, T], index)` to the logits `[B, V]` of the token after that index, through the pipeline."""
+def make_next_token_logits(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapped:
+    """`(params, tokens [B, T], index)` to the logits `[B, V]` of the token after that index."""
 
     def local(params: Params, tokens_BT: Array, index: Array) -> Array:
         params = _for_compute(config, params)
@@ -103,18 +116,30 @@ def make_next_token_logits(
     return _over_mesh(config, mesh, local, lambda _: PartitionSpec("data", "pipe"), num_scalars=1)
 
 
-def _infer(config: Config, mesh: Mesh, schedule: Schedule, params: Params, tokens_BT: Array) -> Array:
+def _infer(
+    config: Config, mesh: Mesh, schedule: Schedule, params: Params, tokens_BT: Array
+) -> Array:
     stage = _make_stage(config, params)
     dtype = jnp.dtype(config.precision.compute)
     shape_BHTK = (tokens_BT.shape[0], *_cache_shape(config, mesh)[1:])
     caches = empty_caches(len(stage.params), shape_BHTK, dtype)
-    y_BTD, _ = sweep(schedule.forward, schedule.items, stage.infer, loss.embed(params["embed"], tokens_BT), caches)
+    y_BTD, _ = sweep(
+        schedule.forward,
+        schedule.items,
+        stage.infer,
+        loss.embed(params["embed"], tokens_BT),
+        caches,
+    )
     return _from_stage(mesh.shape["pipe"] - 1, y_BTD)
 
 
 def _over_mesh(
-    config: Config, mesh: Mesh, local: Callable[..., Any], out_specs: Callable[[Any], Any], num_scalars: int = 0
-) -> Callable[..., Any]:
+    config: Config,
+    mesh: Mesh,
+    local: Callable[..., Any],
+    out_specs: Callable[[Any], Any],
+    num_scalars: int = 0,
+) -> Wrapped:
     """Compiles code of one device, with 'data' and 'pipe' manual and 'model' left to GSPMD."""
     num_blocks = max(layer_counts(config.model.num_layers, mesh.shape["pipe"]))
     specs = manual_part(param_specs(num_blocks))
@@ -128,7 +153,8 @@ def _over_mesh(
 def _for_compute(config: Config, params: Params) -> Params:
     """Parameters of this device as the model takes them, matrices in the format of matrix products.
 
-    They are marked as different on the data shards, so that gradients are summed once and not where they arise.
+    They are marked as different on the data shards, so that gradients are summed over those once,
+    at the end, and not where they arise.
     """
     blocks = [jax.tree.map(lambda a: a[0], block) for block in params["blocks"]]
     dtype = jnp.dtype(config.precision.compute)
@@ -144,7 +170,7 @@ def _make_stage(config: Config, params: Params) -> Stage:
 
 def _from_stage(stage: int, value: Array) -> Array:
     """The value that one stage has, on all stages."""
-    return lax.psum(jnp.where(lax.axis_index("pipe") == stage, value, 0), "pipe")
+    return sum_over("pipe", jnp.where(lax.axis_index("pipe") == stage, value, 0))
 
 
 def _count(targets_BT: Array) -> Array:

@@ -1,0 +1,138 @@
+"""The command line: config files, overrides, and answers to mistakes."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from tpipe_jax.config import Config, MeshConfig, ModelConfig, UserError, from_dict, to_dict
+from tpipe_jax.flags import CONFIGS, load_config, parse
+
+
+def test_default_is_the_quick_start():
+    flags = parse([], "program")
+    assert flags.config == load_config(CONFIGS / "quickstart.py")
+    assert flags.workdir == Path("runs/quickstart")
+
+
+@pytest.mark.parametrize("spelling", ["num-layers", "num_layers"])
+@pytest.mark.parametrize("form", ["--config.model.{}=7", "--config.model.{} 7"])
+def test_overrides_take_both_spellings(spelling: str, form: str):
+    flags = parse(form.format(spelling).split(), "program")
+    quickstart = load_config(CONFIGS / "quickstart.py")
+    model = dataclasses.replace(quickstart.model, num_layers=7)
+    assert flags.config == dataclasses.replace(quickstart, model=model)
+
+
+def test_config_file_names_the_workdir(tmp_path: Path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from tpipe_jax.config import Config, TrainConfig\n"
+        "def get_config(): return Config(train=TrainConfig(seed=5))\n"
+    )
+    flags = parse([f"--config={path}", "--config.train.num-steps=3"], "program")
+    assert (flags.config.train.seed, flags.config.train.num_steps) == (5, 3)
+    assert flags.workdir == Path("runs/mine")
+    assert parse(["--config", str(path), "--workdir=x"], "program").workdir == Path("x")
+
+
+def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit_:
+        parse(["--help"], "program")
+    assert exit_.value.code == 0
+    text = capsys.readouterr().out
+    for section in dataclasses.fields(Config):
+        for field in dataclasses.fields(section.default_factory()):  # pyrefly: ignore
+            assert f"--config.{section.name}.{field.name.replace('_', '-')} " in text
+    assert "--workdir" in text
+    assert text.count("(default: ") == text.count("--config.") + 1
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--config.model.num-layer=3"], "--config.model.num-layers"),
+        (["--wrkdir=x"], "--workdir"),
+        (["--config.train.num-steps=many"], "--config.train.num-steps"),
+        (["--config.precision.compute=float8"], "'float32', 'bfloat16'"),
+    ],
+)
+def test_mistakes_in_flags_name_the_real_ones(
+    args: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(SystemExit) as exit_:
+        parse(args, "program")
+    assert exit_.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--config.model.num-layers=0"], "config.model.num_layers=0 must be at least 1"),
+        (["--config.optim.beta1=1"], "config.optim.beta1=1.0 must be at least 0 and below 1"),
+        (["--config.optim.learning-rate=nan"], "config.optim.learning_rate=nan must be a finite number"),
+        (["--config.optim.learning-rate=inf"], "config.optim.learning_rate=inf must be a finite number"),
+        (["--config.data.held-out=0.7"], "config.data.held_out=0.7 must be between 0 and 0.5"),
+        (["--config.model.num-heads=3"], "num_heads=3 does not divide config.model.d_model=128"),
+        (["--config=configs/none.py"], "--config=configs/none.py does not exist"),
+        (["--config"], "--config=. does not exist"),
+        (["--config=README.md"], "--config=README.md is not a Python file"),
+    ],
+)
+def test_values_out_of_range_are_refused(args: list[str], sentence: str):
+    with pytest.raises(UserError) as error:
+        parse(args, "program")
+    assert sentence in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("x = 1", "it must define get_config() -> Config"),
+        ("def get_config(): return 1", "must return a tpipe_jax.config.Config"),
+        ("def get_config(): return 1 / 0", "ZeroDivisionError"),
+        ("this is no Python", "SyntaxError"),
+    ],
+)
+def test_broken_config_files_are_refused(code: str, sentence: str, tmp_path: Path):
+    path = tmp_path / "broken.py"
+    path.write_text(code)
+    with pytest.raises(UserError, match="broken.py") as error:
+        load_config(path)
+    assert sentence in str(error.value)
+
+
+def test_wrong_types_in_code_are_refused():
+    with pytest.raises(UserError, match="config.model.d_model='64' must be of type int"):
+        Config(model=ModelConfig(d_model="64"))  # pyrefly: ignore
+    with pytest.raises(UserError, match="config.mesh.pipe=True must be of type int"):
+        Config(mesh=MeshConfig(pipe=True))
+
+
+def test_config_survives_json():
+    for path in CONFIGS.glob("*.py"):
+        config = load_config(path)
+        assert from_dict(to_dict(config)) == config
+    with pytest.raises(UserError):
+        from_dict({"model": {"depth": 3}})
+    with pytest.raises(UserError):
+        from_dict({"no_section": {}})
+
+
+def test_configs_of_the_paper_have_its_shapes():
+    """Table 1 of Li et al. 2021: layers, hidden size, heads, batch, data x pipe x op."""
+    expected = {
+        "gpt3_1b": (24, 2048, 16, 128, (8, 24, 1)),
+        "gpt3_13b": (40, 5120, 40, 32, (1, 40, 8)),
+        "gpt3_44b": (96, 6144, 48, 8, (1, 48, 8)),
+        "gpt3_175b": (96, 12288, 96, 2, (1, 96, 4)),
+    }
+    for name, shape in expected.items():
+        config = load_config(CONFIGS / f"{name}.py")
+        model, mesh = config.model, config.mesh
+        assert model.seq_len == 2048
+        assert shape == (
+            *(model.num_layers, model.d_model, model.num_heads, config.train.batch_size),
+            (mesh.data, mesh.pipe, mesh.model),
+        )

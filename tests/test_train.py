@@ -1,0 +1,265 @@
+"""Whole runs: what they leave behind, resuming, interruptions, and refusals."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import chex
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from tpipe_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    PlanConfig,
+    TrainConfig,
+    UserError,
+    from_dict,
+)
+from tpipe_jax.console import Console
+from tpipe_jax.train import train
+
+ROOT = Path(__file__).parents[1]
+
+
+class Lines(Console):
+    """Keeps what is said; `on_step` is called when a step is logged."""
+
+    def __init__(self, on_step=lambda step: None):
+        super().__init__(is_quiet=True)
+        self.said: list[str] = []
+        self._on_step = on_step
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def show_progress(self, step: int, metrics: dict[str, float]) -> None:
+        super().show_progress(step, metrics)
+        self._on_step(step)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i} squared is {i * i}.\n" for i in range(200)))
+    return Config(
+        model=ModelConfig(num_layers=3, d_model=16, num_heads=2, seq_len=16),
+        mesh=MeshConfig(pipe=2),
+        plan=PlanConfig(token_slices="6,6,4"),
+        train=TrainConfig(
+            num_steps=6, batch_size=4, log_every=1, eval_every=4, eval_batches=2, sample_tokens=3
+        ),
+        data=DataConfig(train=str(text)),
+        checkpoint=CheckpointConfig(every=100),
+    )
+
+
+def run(config: Config, workdir: Path, on_step=lambda step: None) -> list[str]:
+    console = Lines(on_step)
+    train(config, workdir, jax.devices()[: config.mesh.num_devices], console)
+    return console.said
+
+
+def metrics(workdir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved_state(workdir: Path, step: int):
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore((workdir / "checkpoints" / str(step) / "state").absolute())
+
+
+def changed(config: Config, **sections: dict[str, object]) -> Config:
+    return dataclasses.replace(
+        config,
+        **{
+            name: dataclasses.replace(getattr(config, name), **fields)
+            for name, fields in sections.items()
+        },
+    )
+
+
+def test_a_run_leaves_its_files(config: Config, tmp_path: Path):
+    workdir = tmp_path / "run"
+    said = run(config, workdir)
+    assert from_dict(json.loads((workdir / "config.json").read_text())) == config
+    assert json.loads((workdir / "plan.json").read_text()) == {
+        "num_stages": 2,
+        "batch_slices": [4],
+        "token_slices": [[6, 6, 4]],
+    }
+    lines = metrics(workdir)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    fields = {"step", "loss", "grad_norm", "learning_rate", "step_seconds", "tokens_per_second"}
+    for line in lines:
+        assert set(line) == fields | ({"eval_loss"} if line["step"] in (4, 6) else set())
+        assert line["tokens_per_second"] == pytest.approx(4 * 16 / line["step_seconds"])
+    # Guessing among 256 tokens costs log(256), and training helps.
+    assert lines[0]["loss"] == pytest.approx(np.log(256), abs=0.1)
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert (workdir / "timeline.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workdir / "tensorboard").iterdir())
+    assert any(str(workdir) in text for text in said)
+
+
+def test_a_finished_run_says_how_to_go_on_and_changes_nothing(config: Config, tmp_path: Path):
+    workdir = tmp_path / "run"
+    run(changed(config, train={"num_steps": 2}), workdir)
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    said = run(changed(config, train={"num_steps": 2}), workdir)
+    assert "--config.train.num-steps=4" in said[-1]
+    assert "--workdir" in said[-1]
+    assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed_is_bitwise_uninterrupted(
+    config: Config, tmp_path: Path, number: int
+):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(config, whole)
+    said = run(config, parts, lambda step: os.kill(os.getpid(), number) if step == 2 else None)
+    assert "the same command continues" in said[-1]
+    stopped = metrics(parts)[-1]["step"]
+    assert 2 <= stopped < 6
+    said = run(config, parts)
+    assert f"continuing after step {stopped}" in said
+    for key in ("step", "loss", "grad_norm", "learning_rate"):
+        assert [m[key] for m in metrics(parts)] == [m[key] for m in metrics(whole)]
+    chex.assert_trees_all_equal(saved_state(parts, 6), saved_state(whole, 6))
+
+
+def test_second_interruption_stops_at_once(config: Config, tmp_path: Path):
+    def interrupt_twice(step: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "run", interrupt_twice)
+
+
+def test_losses_do_not_depend_on_the_mesh(config: Config, tmp_path: Path):
+    meshes = {"1x2x1": MeshConfig(1, 2, 1), "2x2x2": MeshConfig(2, 2, 2)}
+    losses = {}
+    for name, mesh in meshes.items():
+        run(dataclasses.replace(config, mesh=mesh), tmp_path / name)
+        losses[name] = [line["loss"] for line in metrics(tmp_path / name)]
+    # Sums are taken in another order: 1e-4 after six updates in float32.
+    np.testing.assert_allclose(losses["2x2x2"], losses["1x2x1"], rtol=1e-4)
+
+
+def test_bfloat16_trains_as_float32_does(config: Config, tmp_path: Path):
+    run(config, tmp_path / "float32")
+    run(changed(config, precision={"compute": "bfloat16"}), tmp_path / "bfloat16")
+    losses = [[line["loss"] for line in metrics(tmp_path / n)] for n in ("float32", "bfloat16")]
+    # bfloat16 has 8 bits: an error of 2^-9 an operation, on losses near 5.5.
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"model": {"d_model": 32}}, "config.model.d_model=16, but this run has 32"),
+        ({"mesh": {"pipe": 1}}, "config.mesh.pipe=2, but this run has 1"),
+    ],
+)
+def test_checkpoint_of_another_model_is_refused(
+    config: Config, tmp_path: Path, change: dict, sentence: str
+):
+    workdir = tmp_path / "run"
+    run(changed(config, train={"num_steps": 2}), workdir)
+    before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="--workdir") as error:
+        run(changed(config, **change), workdir)
+    assert sentence in str(error.value)
+    assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+
+def test_foreign_workdir_is_refused(config: Config, tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"name": "something else"}')
+    with pytest.raises(UserError, match="not of a run"):
+        run(config, tmp_path)
+    assert (tmp_path / "config.json").read_text() == '{"name": "something else"}'
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"plan": {"token_slices": "6,6"}}, "sums to 12, but config.model.seq_len is 16"),
+        ({"model": {"num_heads": 1}, "mesh": {"model": 2}}, "does not divide"),
+        ({"train": {"batch_size": 3}, "mesh": {"data": 2}}, "is not a multiple of"),
+        ({"data": {"train": "no/such/file"}}, "config.data.train=no/such/file does not exist"),
+        ({"model": {"vocab_size": 50}}, "config.model.vocab_size=50"),
+    ],
+)
+def test_nothing_is_written_before_all_settings_fit(
+    config: Config, tmp_path: Path, change: dict, sentence: str
+):
+    with pytest.raises(UserError) as error:
+        run(changed(config, **change), tmp_path / "run")
+    assert sentence in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def launch(*args: str, **kwargs) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "launch/multihost.py", *args],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--config.model.num-layers=0"], "config.model.num_layers=0"),
+        (["--config.plan.token-slices=100,100"], "config.plan.token_slices=100,100 sums to 200"),
+        (["--workdir=/proc/run"], "--workdir"),
+    ],
+)
+def test_the_program_answers_mistakes_in_one_sentence(args: list[str], sentence: str):
+    process = launch(*args)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert sentence in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_ctrl_c_saves_and_says_how_to_continue(tmp_path: Path):
+    """The quick start as a user runs and interrupts it, then the same command to its end."""
+    args = [f"--workdir={tmp_path}", "--config.train.num-steps=30", "--config.train.log-every=1"]
+    args += ["--config.train.eval-batches=1", "--config.train.sample-tokens=4"]
+    process = launch(*args)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert "the same command continues" in out
+    assert err == ""
+
+    process = launch(*args)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert "continuing after step" in out
+    for expected in ("parameters", "mesh", "64, 64, 64, 64", "tokens/s", "held-out loss"):
+        assert expected in out
+    assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 31))
