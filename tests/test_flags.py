@@ -71,8 +71,14 @@ def test_mistakes_in_flags_name_the_real_ones(
     [
         (["--config.model.num-layers=0"], "config.model.num_layers=0 must be at least 1"),
         (["--config.optim.beta1=1"], "config.optim.beta1=1.0 must be at least 0 and below 1"),
-        (["--config.optim.learning-rate=nan"], "config.optim.learning_rate=nan must be a finite number"),
-        (["--config.optim.learning-rate=inf"], "config.optim.learning_rate=inf must be a finite number"),
+        (
+            ["--config.optim.learning-rate=nan"],
+            "config.optim.learning_rate=nan must be a finite number",
+        ),
+        (
+            ["--config.optim.learning-rate=inf"],
+            "config.optim.learning_rate=inf must be a finite number",
+        ),
         (["--config.data.held-out=0.7"], "config.data.held_out=0.7 must be between 0 and 0.5"),
         (["--config.model.num-heads=3"], "num_heads=3 does not divide config.model.d_model=128"),
         (["--config=configs/none.py"], "--config=configs/none.py does not exist"),

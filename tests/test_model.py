@@ -172,7 +172,7 @@ def test_every_gradient_is_that_of_gpt2(outcomes: tuple[Outcome, Outcome]) -> No
 
 
 @pytest.mark.parametrize(
-    "shape, billions, tolerance",
+    ("shape", "billions", "tolerance"),
     [
         ((12, 768, 12, 1024), 0.124439808, 0),  # GPT-2 small
         ((24, 2048, 16, 2048), 1.3, 0.02),  # GPT-3 XL, which the paper calls 1B
@@ -233,11 +233,13 @@ def test_initialisation_follows_the_key() -> None:
 
 def test_a_token_changes_its_own_and_all_later_logits_but_no_earlier_one() -> None:
     config = ModelConfig(num_layers=2, d_model=32, num_heads=2, vocab_size=29, seq_len=300)
-    leaves, tree = jax.tree.flatten(model.init(config, jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    noisy = [x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]
-    logits = partial(jax.jit(partial(model.logits, config)), tree.unflatten(noisy))
-    tokens = np.random.default_rng(0).integers(config.vocab_size, size=(1, config.seq_len))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(x + rng.normal(scale=0.3, size=x.shape), jnp.float32),
+        model.init(config, jax.random.key(0)),
+    )
+    logits = partial(jax.jit(partial(model.logits, config)), params)
+    tokens = rng.integers(config.vocab_size, size=(1, config.seq_len))
     before = np.asarray(logits(tokens))
     # around the edges of the blocks, of 128 keys and 150 queries
     for t in [0, 1, 127, 128, 149, 150, 298, 299]:
@@ -258,10 +260,10 @@ def dense_attention(qkv_tBHTK: Array) -> Array:
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 130, 300, 389])
 def test_self_attention_has_the_value_and_gradient_of_dense_attention(num_tokens: int) -> None:
-    keys = jax.random.split(jax.random.key(0))
+    normal = np.random.default_rng(0).normal
     qkv, d_out = (
-        1.5 * jax.random.normal(k, (n, 2, 3, num_tokens, 5))
-        for k, n in zip(keys, (3, 1), strict=True)
+        jnp.asarray(normal(scale=1.5, size=(*n, 2, 3, num_tokens, 5)), jnp.float32)
+        for n in [(3,), ()]
     )
 
     @partial(jax.jit, static_argnums=0)
@@ -271,8 +273,8 @@ def test_self_attention_has_the_value_and_gradient_of_dense_attention(num_tokens
         out, pull_back = jax.vjp(attention, qkv)
         return out, *pull_back(d_out)
 
-    ours = value_and_gradient(model.self_attention, qkv, d_out[0])
-    expected = value_and_gradient(dense_attention, qkv, d_out[0])
+    ours = value_and_gradient(model.self_attention, qkv, d_out)
+    expected = value_and_gradient(dense_attention, qkv, d_out)
     # both sum in float32, in different orders: some dozen roundings of values up to 15
     chex.assert_trees_all_close(ours, expected, rtol=0, atol=5e-5)
 

@@ -7,7 +7,6 @@ K]`. A slice reads and writes the part of it that starts at its `Position`.
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-import jax.numpy as jnp
 from jax import Array, lax
 
 Carry = TypeVar("Carry")
@@ -31,24 +30,13 @@ def write(buffer: Array, value: Array, at: Position) -> Array:
     return lax.dynamic_update_slice(buffer, value.astype(buffer.dtype), _start(buffer, at))
 
 
-def run_if(
-    condition: Array | bool,
-    function: Callable[[Position, Carry], Carry],
-    at: Position,
-    carry: Carry,
-) -> Carry:
-    """`function(at, carry)` where the condition holds, else the carry unchanged.
+def run_if(condition: Array | bool, function: Callable[[Carry], Carry], carry: Carry) -> Carry:
+    """`function(carry)` where the condition holds, else the carry unchanged.
 
-    A loop of one turn or none: XLA updates the state of a loop in place, whereas a conditional
-    copies what its branches change. The position is tied to the turn, which keeps the work in the
-    loop; reads at a position from outside would be moved out together with all that follows from
-    them, and then run whatever the condition.
+    XLA lets a conditional with a predicate update its operands in place, but copies those of a
+    conditional with an index, which is what `lax.switch` makes: measured in docs/design.md.
     """
-
-    def turn(i: Array, carry: Carry) -> Carry:
-        return function(Position(at.row + i, at.token + i), carry)  # i is 0
-
-    return lax.fori_loop(0, jnp.int32(condition), turn, carry)
+    return lax.cond(condition, function, lambda carry: carry, carry)
 
 
 def _start(buffer: Array, at: Position) -> tuple[Array | int, ...]:

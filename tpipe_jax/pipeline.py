@@ -91,7 +91,7 @@ def sweep(
         at = Position(row_of[index], token_of[index])
         for kind, shape in enumerate(shapes):
             is_due = (index != IDLE) & (shape_of[index] == kind)
-            carry = run_if(is_due, partial(run, shape), at, carry)
+            carry = run_if(is_due, partial(run, shape, at), carry)
         state, result_BTD, box_BLD = carry
         if neighbours:
             box_BLD = lax.ppermute(box_BLD, "pipe", neighbours)

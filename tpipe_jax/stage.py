@@ -50,23 +50,23 @@ class Stage(NamedTuple):
     ) -> tuple[Array, list[KVCache]]:
         """Runs a slice and keeps nothing but its keys and values."""
 
-        def layer(n: int, at: Position, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
+        def layer(n: int, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
             y_BLD, cache, _ = self._layer(n, *carry, at)
             return y_BLD, cache
 
-        return self._each_layer(layer, x_BLD, at, caches)
+        return self._each_layer(layer, x_BLD, caches)
 
     def forward(self, x_BLD: Array, at: Position, saved: list[Saved]) -> tuple[Array, list[Saved]]:
         """Runs a slice and saves what its backward pass needs."""
 
-        def layer(n: int, at: Position, carry: tuple[Array, Saved]) -> tuple[Array, Saved]:
+        def layer(n: int, carry: tuple[Array, Saved]) -> tuple[Array, Saved]:
             x_BLD, (cache, buffers) = carry
             y_BLD, cache, values = self._layer(n, x_BLD, cache, at)
             return y_BLD, Saved(
                 cache, {name: write(buffers[name], values[name], at) for name in buffers}
             )
 
-        return self._each_layer(layer, x_BLD, at, saved)
+        return self._each_layer(layer, x_BLD, saved)
 
     def backward(
         self, saved: list[Saved], d_y_BLD: Array, at: Position, gradients: list[Gradients]
@@ -74,7 +74,7 @@ class Stage(NamedTuple):
         """Walks back through the layers; the slices of a sequence must come in descending order."""
         B, L, _ = d_y_BLD.shape
 
-        def layer(n: int, at: Position, carry: tuple[Array, Gradients]) -> tuple[Array, Gradients]:
+        def layer(n: int, carry: tuple[Array, Gradients]) -> tuple[Array, Gradients]:
             d_y_BLD, (d_cache, d_params) = carry
             params, (cache, buffers) = self.params[n], saved[n]
             values = {name: read(buffer, at, B, L) for name, buffer in buffers.items()}
@@ -99,7 +99,7 @@ class Stage(NamedTuple):
             )
             return d_x_finish + d_x_qkv, Gradients(d_cache, d_params)
 
-        return self._each_layer(layer, d_y_BLD, at, gradients, reverse=True)
+        return self._each_layer(layer, d_y_BLD, gradients, reverse=True)
 
     def _layer(
         self, n: int, x_BLD: Array, cache: KVCache, at: Position
@@ -115,9 +115,8 @@ class Stage(NamedTuple):
 
     def _each_layer(
         self,
-        layer: Callable[[int, Position, tuple[Array, LayerState]], tuple[Array, LayerState]],
+        layer: Callable[[int, tuple[Array, LayerState]], tuple[Array, LayerState]],
         x_BLD: Array,
-        at: Position,
         states: list[LayerState],
         reverse: bool = False,
     ) -> tuple[Array, list[LayerState]]:
@@ -125,9 +124,9 @@ class Stage(NamedTuple):
         for n in reversed(order) if reverse else order:
             run, carry = partial(layer, n), (x_BLD, states[n])
             if n < self.min_active:
-                x_BLD, states[n] = run(at, carry)
+                x_BLD, states[n] = run(carry)
             else:
-                x_BLD, states[n] = run_if(n < self.num_active, run, at, carry)
+                x_BLD, states[n] = run_if(n < self.num_active, run, carry)
         return x_BLD, states
 
 

@@ -1,0 +1,14 @@
+import os
+
+import jax
+from hypothesis import settings
+
+# Read when jax looks for devices. One process has 8 of them, so operators need no threads of their
+# own.
+os.environ["XLA_FLAGS"] = (
+    f"--xla_cpu_multi_thread_eigen=false {os.environ.get('XLA_FLAGS', '')}".strip()
+)
+jax.config.update("jax_num_cpu_devices", 8)
+
+settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+settings.load_profile("tests")

@@ -1,0 +1,291 @@
+import re
+from collections import Counter
+from collections.abc import Sequence
+from functools import cache, partial
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
+from jax.stages import Compiled
+
+import reference
+from tpipe_jax import mesh, model
+from tpipe_jax.config import Config, MeshConfig, ModelConfig, PlanConfig, TrainConfig
+from tpipe_jax.inplace import Position
+from tpipe_jax.loss import IGNORE
+from tpipe_jax.pipeline import sweep
+from tpipe_jax.plan import Plan, make_plan
+from tpipe_jax.schedule import IDLE, Item, terapipe
+from tpipe_jax.train_step import make_loss, make_loss_and_grads
+
+Params = Any  # nested dictionaries and lists of arrays
+
+# Float32 rounds to 6e-8, and errors grow along layers and sums over tokens: 1e-6 is seen.
+TOLERANCE = 1e-5
+
+
+def open_mesh(config: MeshConfig) -> Mesh:
+    return mesh.make_mesh(config, jax.devices()[: config.num_devices])
+
+
+class Diary(NamedTuple):
+    """What a stage has been given, in order."""
+
+    count: Array
+    seen: Array
+    """`[items, 3]`: row, token and number of tokens."""
+
+
+def write_down(x_BLD: Array, at: Position, diary: Diary) -> tuple[Array, Diary]:
+    """Appends the number of the stage, from 1, to each value as a decimal."""
+    entry = jnp.stack([at.row, at.token, jnp.int32(x_BLD.shape[1])])
+    seen = lax.dynamic_update_slice(diary.seen, entry[None], (diary.count, 0))
+    return 10 * x_BLD + lax.axis_index("pipe") + 1, Diary(diary.count + 1, seen)
+
+
+def run_sweep(
+    table: np.ndarray, items: Sequence[Item], source_BT1: np.ndarray, reverse: bool
+) -> tuple[np.ndarray, Diary]:
+    """What each stage has made of the source, and its diary; both with a first axis of stages.
+
+    Only the stage where items enter has the source, the others have NaN.
+    """
+    P = table.shape[1]
+    sources = np.full((P, *source_BT1.shape), np.nan, np.float32)
+    sources[P - 1 if reverse else 0] = source_BT1
+
+    def local(sources: Array) -> tuple[Array, Diary]:
+        diary = Diary(jnp.int32(0), jnp.zeros((2 * len(items), 3), jnp.int32))
+        result = sweep(table, items, write_down, sources[0], diary, reverse=reverse)
+        return jax.tree.map(lambda a: a[None], result)
+
+    spec = PartitionSpec("pipe")
+    # Results may differ along 'data' too, which has a single shard here.
+    out_specs = PartitionSpec(("pipe", "data"))
+    devices = open_mesh(MeshConfig(pipe=P))
+    run = jax.shard_map(local, mesh=devices, in_specs=spec, out_specs=out_specs)
+    return jax.tree.map(np.asarray, jax.jit(run)(sources))
+
+
+PLANS = {
+    "one item": Plan(4, (2,), ((5,),)),
+    "equal slices": Plan(4, (1,), ((2, 2, 2, 2, 2, 2),)),
+    "slices of several shapes": Plan(4, (1, 2), ((3, 5, 2), (4, 3, 3))),
+    "one stage": Plan(1, (1, 1), ((3, 1), (2, 2))),
+}
+
+
+def with_pauses(plan: Plan, reverse: bool) -> np.ndarray:
+    """A table where items wait before they enter, some longer than others, and so do the stages
+    before the first and after the last.
+    """
+    num_items, P = sum(map(len, plan.token_slices)), plan.num_stages
+    entries = np.cumsum([2, *(1 + i % 3 for i in range(num_items - 1))])
+    table = np.full((entries[-1] + P + 2, P), IDLE, np.int32)
+    for item, entry in enumerate(entries):
+        for stage in range(P):
+            table[entry + stage, stage] = item
+    return table[::-1] if reverse else table
+
+
+@pytest.mark.parametrize("pauses", [False, True])
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_every_item_passes_every_stage_once_and_in_order(
+    plan: Plan, reverse: bool, pauses: bool
+) -> None:
+    plain = terapipe(plan)
+    table = plain.backward if reverse else plain.forward
+    if pauses:
+        table = with_pauses(plan, reverse)
+    source = 1.0 + np.arange(plan.batch_size * plan.seq_len).reshape(plan.batch_size, -1, 1)
+    results, diary = run_sweep(table, plain.items, source, reverse)
+
+    stages = range(plan.num_stages)
+    expected = source
+    for stage in reversed(stages) if reverse else stages:
+        expected = 10 * expected + stage + 1
+        np.testing.assert_array_equal(results[stage], expected)
+
+    order = [(item.row, item.token, item.num_tokens) for item in plain.items]
+    for stage in stages:
+        assert diary.count[stage] == len(order)
+        seen = diary.seen[stage][: len(order)].tolist()
+        assert list(map(tuple, seen)) == (order[::-1] if reverse else order)
+
+
+class Case(NamedTuple):
+    """A mesh, a model and a plan for it; slices are of one data shard."""
+
+    mesh: MeshConfig
+    num_layers: int
+    token_slices: str
+    batch_slices: str
+    batch_size: int
+
+    @property
+    def config(self) -> Config:
+        return Config(
+            model=ModelConfig(self.num_layers, 16, 2, 24, vocab_size=11, seq_len=12),
+            mesh=self.mesh,
+            plan=PlanConfig(self.token_slices, self.batch_slices),
+            train=TrainConfig(batch_size=self.batch_size * self.mesh.data),
+        )
+
+
+def draw_params(config: ModelConfig) -> Params:
+    """Initial parameters and noise, so that biases, norms and attention matter."""
+    params = model.init(config, jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    noise = [0.2 * jax.random.normal(key, a.shape) for key, a in zip(keys, leaves, strict=True)]
+    return jax.tree.map(jnp.add, params, jax.tree.unflatten(tree, noise))
+
+
+def draw_rows(config: Config) -> np.ndarray:
+    """The last target of the first sequence does not count, so the data shards' counts differ."""
+    shape = config.train.batch_size, config.model.seq_len + 1
+    rows = np.random.default_rng(2).integers(0, config.model.vocab_size, shape, np.int32)
+    rows[0, -1] = IGNORE
+    return rows
+
+
+@cache
+def unpipelined(config: ModelConfig, batch_size: int) -> tuple[Array, Params]:
+    rows = draw_rows(Config(model=config, train=TrainConfig(batch_size=batch_size)))
+    loss_and_grads = jax.jit(jax.value_and_grad(partial(reference.loss, config)))
+    return loss_and_grads(draw_params(config), jnp.asarray(rows))
+
+
+def compile_step(config: Config, make: Any = make_loss_and_grads) -> Compiled:
+    """Loss, or loss and gradients, compiled for parameters and rows that lie where they should."""
+    devices = open_mesh(config.mesh)
+    params = jax.eval_shape(
+        lambda: mesh.to_stages(model.init(config.model, jax.random.key(0)), devices)
+    )
+    rows = jax.ShapeDtypeStruct((config.train.batch_size, config.model.seq_len + 1), jnp.int32)
+    specs = mesh.param_specs(len(params["blocks"])), PartitionSpec("data")
+    args = jax.tree.map(
+        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
+        (params, rows),
+        mesh.shardings(devices, specs),
+    )
+    function = make(config, devices, terapipe(make_plan(config)))
+    # Machine code that is not optimised takes half the time to compile; the program is the same.
+    return function.lower(*args).compile({"xla_backend_optimization_level": 0})
+
+
+def run_step(config: Config, make: Any = make_loss_and_grads) -> Any:
+    """What the compiled step makes of the parameters and rows drawn above."""
+    devices, step = open_mesh(config.mesh), compile_step(config, make)
+    params = mesh.to_stages(draw_params(config.model), devices)
+    places = mesh.shardings(devices, mesh.param_specs(len(params["blocks"])))
+    return step(jax.device_put(params, places), mesh.put_rows(devices, draw_rows(config)))
+
+
+def check_gradients(config: Config) -> None:
+    loss, grads = run_step(config)
+    chex.assert_type(jax.tree.leaves(grads), jnp.float32)
+    got = reference.from_stages(grads, config.model.num_layers, config.model.vocab_size)
+    expected = unpipelined(config.model, config.train.batch_size)
+    reference.assert_close((loss, got), expected, TOLERANCE)
+    # Layers and tokens that are padding have gradients too, and count in the global norm: zeros.
+    padded = mesh.to_stages(jax.device_get(got), open_mesh(config.mesh))
+    chex.assert_trees_all_equal(jax.device_get(grads), jax.device_get(padded))
+
+
+def lists(total: int, max_slices: int) -> st.SearchStrategy[str]:
+    """Lists of positive lengths that sum to the total."""
+    cuts = st.sets(st.integers(1, total - 1), max_size=max_slices - 1) if total > 1 else st.just([])
+    return cuts.map(lambda c: ",".join(map(str, np.diff([0, *sorted(c), total]))))
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    num_stages = draw(st.integers(1, 4))
+    # Layers of a stage are what takes time to compile.
+    num_layers = draw(st.integers(1, min(5, 3 * num_stages)))
+    batch_size = draw(st.integers(1, 3))
+    return Case(
+        MeshConfig(data=draw(st.integers(1, 2)), pipe=num_stages),
+        num_layers,
+        draw(lists(12, 4) | st.integers(1, 12).map("uniform:{}".format)),
+        draw(lists(batch_size, 2) | st.just("uniform:1")),
+        batch_size,
+    )
+
+
+@settings(max_examples=10)
+@given(cases())
+def test_gradients_equal_those_of_the_unpipelined_model(case: Case) -> None:
+    check_gradients(case.config)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(MeshConfig(2, 2, 2), 3, "5,4,3", "1,1", 2),
+        Case(MeshConfig(1, 2, 2), 2, "uniform:2", "uniform:1", 1),
+        Case(MeshConfig(1, 4, 1), 2, "6,6", "1,2", 3),  # two stages have no layer
+        Case(MeshConfig(2, 4, 1), 5, "7,5", "uniform:1", 1),
+    ],
+    ids=str,
+)
+def test_gradients_on_chosen_meshes(case: Case) -> None:
+    check_gradients(case.config)
+
+
+def test_slices_change_nothing() -> None:
+    mesh_config = MeshConfig(pipe=2)
+    whole, *sliced = (
+        Case(mesh_config, 2, token_slices, batch_slices, 3).config
+        for token_slices, batch_slices in [
+            ("12", "3"),
+            ("uniform:12", "uniform:1"),
+            ("6,3,2,1", "1,2"),
+            ("uniform:3", "uniform:3"),
+        ]
+    )
+    expected = run_step(whole)
+    for config in sliced:
+        reference.assert_close(run_step(config), expected, TOLERANCE)
+        reference.assert_close(run_step(config, make_loss), expected[0], TOLERANCE)
+
+
+def temporary_bytes(token_slices: str) -> int:
+    """Memory of a step in which saved activations outweigh all else."""
+    config = Config(
+        model=ModelConfig(2, 64, 4, vocab_size=16, seq_len=512),
+        mesh=MeshConfig(pipe=2),
+        plan=PlanConfig(token_slices),
+        train=TrainConfig(batch_size=2),
+    )
+    return compile_step(config).memory_analysis().temp_size_in_bytes
+
+
+def test_memory_does_not_grow_with_the_slices() -> None:
+    """Temporaries of one slice shrink with its length, which would hide that something is kept for
+    each of a few slices; from 8 to 16 slices that no longer counts.
+    """
+    one, eight, sixteen = map(temporary_bytes, ["uniform:1", "uniform:8", "uniform:16"])
+    assert eight <= 1.1 * one
+    assert sixteen <= 1.1 * eight
+
+
+@pytest.mark.parametrize("mesh_config", [MeshConfig(1, 2, 1), MeshConfig(2, 2, 2)], ids=str)
+def test_devices_exchange_nothing_but_neighbours_results_and_sums(mesh_config: MeshConfig) -> None:
+    """The rest of what XLA might insert deadlocks where not all stages take part."""
+    text = compile_step(Case(mesh_config, 3, "7,5", "1,1", 2).config).as_text()
+    collectives = re.findall(
+        r" (collective-\w+|all-\w+|reduce-scatter|ragged-all-to-all)(?:-start)?\(", text
+    )
+    kinds = Counter(name.removesuffix("-start") for name in collectives)
+    assert kinds.pop("all-reduce") > 0
+    assert kinds == {"collective-permute": 2}  # one for each direction
