@@ -43,7 +43,7 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
     train_data, held_out = open_data(config)
     optimizer = make_optimizer(config.optim, config.train.num_steps)
     first_rows = put_rows(mesh, train_data.batch(0))
-    prompt = held_out.batch(0)[0, : config.model.seq_len // 2]
+    prompt = held_out.batch(0)[-1, : config.model.seq_len // 2]
     num_tokens = train_data.num_tokens, held_out.num_tokens
     console.describe_run(config, mesh, plan, schedule, num_tokens)
 
