@@ -75,7 +75,7 @@ def measure(num_queries: int, context: int) -> None:
     run_vjp = jax.jit(vjp)
     forward["dense"], backward["dense"] = lambda: run_dense(q, k, v), lambda: run_vjp(d_out)
     for size in BLOCKS:
-        attention.BLOCK = size
+        attention.BLOCK = size  # pyrefly: ignore[bad-assignment]
         run = jax.jit(lambda q, cache, at: attend(q, cache, at))
         out, lse = run(q, cache, at)
         run_backward = jax.jit(lambda *inputs: attend_backward(*inputs), donate_argnums=6)

@@ -104,15 +104,15 @@ def test_values_out_of_range_are_refused(args: list[str], sentence: str):
 def test_broken_config_files_are_refused(code: str, sentence: str, tmp_path: Path):
     path = tmp_path / "broken.py"
     path.write_text(code)
-    with pytest.raises(UserError, match="broken.py") as error:
+    with pytest.raises(UserError, match=r"broken\.py") as error:
         load_config(path)
     assert sentence in str(error.value)
 
 
 def test_wrong_types_in_code_are_refused():
-    with pytest.raises(UserError, match="config.model.d_model='64' must be of type int"):
+    with pytest.raises(UserError, match=r"config\.model\.d_model='64' must be of type int"):
         Config(model=ModelConfig(d_model="64"))  # pyrefly: ignore
-    with pytest.raises(UserError, match="config.mesh.pipe=True must be of type int"):
+    with pytest.raises(UserError, match=r"config\.mesh\.pipe=True must be of type int"):
         Config(mesh=MeshConfig(pipe=True))
 
 

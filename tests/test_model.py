@@ -297,7 +297,7 @@ def test_flops_of_one_token_are_those_that_xla_counts() -> None:
     assert cost is not None
     expected = model.forward_flops(config, 1, context)
     # XLA counts the norms, biases, GELU and softmax too, here 1.8%
-    assert expected < cost["flops"] < 1.03 * expected
+    assert expected < cost["flops"] < 1.05 * expected
 
 
 def test_flops_of_a_slice_are_those_of_its_tokens() -> None:
