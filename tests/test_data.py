@@ -83,7 +83,8 @@ def test_an_epoch_is_not_that_of_another_seed(counting: Path) -> None:
 def test_targets_are_the_next_tokens(counting: Path) -> None:
     for batches in open_counting(counting):
         batch = batches.batch(0)
-        assert batch.shape == (B, T + 1) and batch.dtype == np.int32
+        assert batch.shape == (B, T + 1)
+        assert batch.dtype == np.int32
         np.testing.assert_array_equal(batch[:, 1:], batch[:, :-1] + 1)
 
 
@@ -207,7 +208,8 @@ def test_a_big_file_is_not_read_whole(tmp_path: Path) -> None:
     with path.open("rb") as file:
         file.seek(train.num_tokens + last_window * T)
         expected = file.read(T + 1)
-    assert bytes(last.tolist()) == expected and set(expected) - {0}
+    assert bytes(last.tolist()) == expected
+    assert set(expected) - {0}
 
 
 def test_a_folder_of_many_files_keeps_none_open(tmp_path: Path) -> None:

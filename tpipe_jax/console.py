@@ -27,6 +27,7 @@ class Console:
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
             console=self._rich,
+            refresh_per_second=2,  # the cores are busy
         )
 
     def say(self, text: str) -> None:

@@ -22,6 +22,7 @@ def draw_timeline(
     """Writes a PNG of the simulated timeline, given the time of each item on a stage."""
     boxes = simulate(schedule, forward_seconds, backward_seconds)
     num_stages, num_items = schedule.num_stages, len(schedule.items)
+    is_one_row = all(item.num_rows == 1 for item in schedule.items)
     end = max(box.stop_seconds for box in boxes)
     busy = sum(box.stop_seconds - box.start_seconds for box in boxes) / (num_stages * end)
 
@@ -36,11 +37,12 @@ def draw_timeline(
         axes.add_patch(
             Rectangle(corner, width, 0.8, facecolor=shade, edgecolor="white", lw=0.8, **style)
         )
-        if width > 0.02 * end and num_stages <= 24:
-            item = schedule.items[box.item]
+        item = schedule.items[box.item]
+        label = f"{item.num_tokens}" if is_one_row else f"{item.num_rows} x {item.num_tokens}"
+        if width > 0.008 * len(label) * end and num_stages <= 24:
             axes.text(
                 *(box.start_seconds + width / 2, box.stage),
-                f"{item.num_rows} x {item.num_tokens}",
+                label,
                 ha="center",
                 va="center",
                 fontsize=8,

@@ -209,7 +209,10 @@ def _evaluate(run: Run, loss: Callable[[Params, Array], Array], params: Params) 
 
 
 def _as_text(config: Config, tokens: np.ndarray) -> str:
-    """Byte tokens as the text they are, others as numbers."""
+    """Byte tokens as the text they are, without control characters; others as numbers."""
     if config.model.vocab_size == 256:
-        return tokens.astype(np.uint8).tobytes().decode(errors="replace")
+        text = tokens.astype(np.uint8).tobytes().decode(errors="replace")
+        return "".join(
+            c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text
+        )
     return " ".join(map(str, tokens))

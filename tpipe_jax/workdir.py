@@ -41,8 +41,8 @@ def describe_in_files(config: Config, workdir: Path, plan: Plan, schedule: Sched
         for item in schedule.items
     ]
     title = (
-        f"{len(schedule.items)} slices (sequences x tokens) on {schedule.num_stages} stages, "
-        "as wide as their floating-point operations"
+        f"{len(schedule.items)} slices ({'sequences x ' * (plan.batch_size > 1)}tokens) on "
+        f"{schedule.num_stages} stages, as wide as their floating-point operations"
     )
     path = workdir / "timeline.png"
     try:
