@@ -1,0 +1,48 @@
+"""The picture of a schedule: what is drawn on it."""
+
+from pathlib import Path
+
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from tpipe_jax.plan import Plan
+from tpipe_jax.schedule import terapipe
+from tpipe_jax.timeline import draw_timeline
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that have been saved, as they were drawn."""
+    saved: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **kw: saved.append(self) or save(self, *args, **kw)
+    )
+    return saved
+
+
+def test_one_box_for_each_slice_and_direction_on_each_stage(tmp_path: Path, figures: list[Figure]):
+    schedule = terapipe(Plan(3, (2, 1), ((5, 3), (8,))))
+    forward, backward = [1.0, 1.1, 1.2], [2.0, 2.2, 2.4]
+    draw_timeline(tmp_path / "a.png", schedule, forward, backward, "title")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    axes = figures[0].axes[0]
+    boxes = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
+    widths = sorted(box.get_width() for box in boxes)
+    assert widths == pytest.approx(sorted([*forward, *backward] * 3))
+    labels = [text.get_text() for text in axes.texts]
+    assert labels.count("2 x 5") == labels.count("2 x 3") == labels.count("1 x 8") == 6
+    # 9.9 s of work on each stage, and (P - 1)(1.2 + 2.4) s of waiting: equation 5 of TeraPipe.
+    assert "busy 58% of the time" in axes.get_title()
+    assert [label.get_text() for label in axes.get_yticklabels()] == [
+        "stage 0",
+        "stage 1",
+        "stage 2",
+    ]
+
+
+def test_sequences_are_left_out_where_slices_have_one_each(tmp_path: Path, figures: list[Figure]):
+    schedule = terapipe(Plan(2, (1,), ((5, 3),)))
+    draw_timeline(tmp_path / "a.png", schedule, [1.0, 1.0], [1.0, 1.0], "title")
+    assert {text.get_text() for text in figures[0].axes[0].texts} == {"5", "3"}
