@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.stages import Compiled
 
+import reference
 from tpipe_jax import attention
 from tpipe_jax.attention import KVCache
 from tpipe_jax.inplace import Position

@@ -5,10 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
+import reference
 from tpipe_jax import loss
 from tpipe_jax.config import MeshConfig
 from tpipe_jax.loss import IGNORE, Head

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
+import chex
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -40,7 +41,8 @@ def attend(q_BHLK: Array, cache: KVCache, at: Position) -> tuple[Array, Array]:
     Returns the output, `[B, H, L, K]` in the dtype of q, and the log-sum-exp of each row of scores,
     `[B, H, L, 1]` float32.
     """
-    B, _, L, K = q_BHLK.shape
+    B, H, L, K = q_BHLK.shape
+    chex.assert_shape(cache, (None, H, None, K))
 
     def query_block(
         start: Array | int, size: int, carry: tuple[Array, Array]

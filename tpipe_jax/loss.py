@@ -11,6 +11,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -115,6 +116,7 @@ def _chunks(y_BTD: Array, targets_BT: Array) -> tuple[Array, Array]:
     """Flattens sequences and cuts them into equal chunks; what fills the last one does not
     count.
     """
+    chex.assert_equal_shape_prefix([y_BTD, targets_BT], 2)
     num_tokens, D = targets_BT.size, y_BTD.shape[-1]
     num_chunks = -(-num_tokens // CHUNK)
     size = -(-num_tokens // num_chunks)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +71,7 @@ def sweep(
         What `work` has made of each item on this stage, `[B, T, D]`: the result of the sweep on the
         stage where the items leave. And the state.
     """
+    chex.assert_rank([table, source_BTD], [2, 3])
     num_stages, D = table.shape[1], source_BTD.shape[-1]
     entry, step = (num_stages - 1, -1) if reverse else (0, 1)
     neighbours = [(s, s + step) for s in range(num_stages) if 0 <= s + step < num_stages]

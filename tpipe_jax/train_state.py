@@ -3,6 +3,7 @@
 from functools import partial
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -29,6 +30,7 @@ def abstract_state(
     shapes = jax.eval_shape(partial(_new_state, config, mesh, optimizer))
     num_blocks = max(layer_counts(config.model.num_layers, config.mesh.pipe))
     specs = param_specs(num_blocks)
+    chex.assert_trees_all_equal_structs(shapes.params, specs)
     opt_specs = optax.tree_map_params(
         optimizer.init,
         lambda _, spec: spec,

@@ -1,0 +1,114 @@
+import chex
+import jax
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import AxisType, Mesh
+
+import reference
+from tpipe_jax import mesh, model
+from tpipe_jax.config import MeshConfig, ModelConfig, UserError
+
+
+def open_mesh(config: MeshConfig) -> Mesh:
+    return mesh.make_mesh(config, jax.devices()[: config.num_devices])
+
+
+def model_config(num_layers: int, vocab_size: int = 10) -> ModelConfig:
+    return ModelConfig(num_layers, d_model=8, num_heads=2, vocab_size=vocab_size, seq_len=4)
+
+
+def draw_params(config: ModelConfig) -> reference.Params:
+    """No value is 0, so that padding can be told from parameters."""
+    random = np.random.default_rng(0)
+    shapes = jax.eval_shape(lambda: model.init(config, jax.random.key(0)))
+    return jax.tree.map(lambda a: random.uniform(1, 2, a.shape).astype(a.dtype), shapes)
+
+
+def test_mesh_has_its_devices_in_the_order_data_pipe_model() -> None:
+    devices = jax.devices()
+    got = mesh.make_mesh(MeshConfig(data=2, pipe=1, model=4), devices)
+    assert got.axis_names == ("data", "pipe", "model")
+    assert got.devices.shape == (2, 1, 4)
+    assert set(got.devices.flat) == set(devices)
+    assert got.axis_types == (AxisType.Auto,) * 3
+
+
+@pytest.mark.parametrize("num_devices", [5, 8])
+def test_mesh_that_does_not_fit_the_devices_is_refused(num_devices: int) -> None:
+    with pytest.raises(UserError) as error:
+        mesh.make_mesh(MeshConfig(data=2, pipe=3), jax.devices()[:num_devices])
+    assert str(error.value) == (
+        "config.mesh.data=2 * pipe=3 * model=1 asks for 6 devices, but there are "
+        f"{num_devices} (cpu): set the three so that their product is {num_devices}."
+    )
+
+
+@pytest.mark.parametrize(
+    ("model_size", "d_ff", "sentence"),
+    [
+        (3, None, "config.mesh.model=3 does not divide config.model.num_heads=4: pick a divisor."),
+        (4, 30, "config.mesh.model=4 does not divide config.model.d_ff=30: pick a divisor."),
+        (8, None, "config.mesh.model=8 does not divide config.model.num_heads=4: pick a divisor."),
+    ],
+)
+def test_model_that_operators_do_not_divide_into_is_refused(
+    model_size: int, d_ff: int | None, sentence: str
+) -> None:
+    config = ModelConfig(d_model=16, num_heads=4, d_ff=d_ff)
+    with pytest.raises(UserError) as error:
+        mesh.check_model(config, MeshConfig(model=model_size))
+    assert str(error.value) == sentence
+
+
+@pytest.mark.parametrize("model_size", [1, 2, 4])
+def test_model_that_operators_divide_into_is_accepted(model_size: int) -> None:
+    config = ModelConfig(d_model=16, num_heads=4, d_ff=28)
+    mesh.check_model(config, MeshConfig(data=3, pipe=5, model=model_size))
+
+
+@given(st.integers(1, 100), st.integers(1, 100))
+def test_layers_are_spread_evenly_and_earlier_stages_have_more(
+    num_layers: int, num_stages: int
+) -> None:
+    counts = mesh.layer_counts(num_layers, num_stages)
+    assert len(counts) == num_stages
+    assert sum(counts) == num_layers
+    assert max(counts) - min(counts) <= 1
+    assert counts == sorted(counts, reverse=True)
+
+
+MESHES = [MeshConfig(), MeshConfig(pipe=2), MeshConfig(pipe=3, model=2), MeshConfig(2, 4, 1)]
+
+
+@pytest.mark.parametrize("num_layers", [1, 4, 5])
+@pytest.mark.parametrize("config", MESHES, ids=str)
+def test_to_stages_keeps_every_parameter_once_and_pads_with_zeros(
+    config: MeshConfig, num_layers: int
+) -> None:
+    params = draw_params(model_config(num_layers))
+    staged = mesh.to_stages(params, open_mesh(config))
+    chex.assert_trees_all_equal(reference.from_stages(staged, num_layers, 10), params)
+
+    def num_nonzero(tree: reference.Params) -> int:
+        return sum(np.count_nonzero(a) for a in jax.tree.leaves(tree))
+
+    assert num_nonzero(staged) == num_nonzero(params)
+    assert len(staged["embed"]["tokens"]) == -(-10 // config.pipe // config.model) * (
+        config.pipe * config.model
+    )
+
+
+def test_a_stage_has_consecutive_layers() -> None:
+    params = draw_params(model_config(5))
+    staged = mesh.to_stages(params, open_mesh(MeshConfig(pipe=3)))
+    layers = [
+        [
+            params["blocks"].index(block)
+            for block in stage
+            if any(map(np.any, jax.tree.leaves(block)))
+        ]
+        for stage in ([jax.tree.map(lambda a: a[s], b) for b in staged["blocks"]] for s in range(3))
+    ]
+    assert layers == [[0, 1], [2, 3], [4]]

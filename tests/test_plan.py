@@ -1,0 +1,85 @@
+"""Slices as settings spell them, and the plan made of them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tpipe_jax.config import Config, MeshConfig, ModelConfig, PlanConfig, TrainConfig, UserError
+from tpipe_jax.plan import Plan, make_plan, parse_slices
+
+
+def parse(text: str, total: int) -> tuple[int, ...]:
+    return parse_slices(text, total, "config.plan.token_slices", "config.model.seq_len")
+
+
+@given(st.lists(st.integers(1, 1000), min_size=1, max_size=40))
+def test_a_list_is_taken_as_it_stands(lengths: list[int]):
+    assert parse(",".join(map(str, lengths)), sum(lengths)) == tuple(lengths)
+    assert parse(" , ".join(map(str, lengths)), sum(lengths)) == tuple(lengths)
+
+
+@given(st.integers(1, 500), st.data())
+def test_uniform_slices_are_as_even_as_they_go(total: int, data: st.DataObject):
+    num = data.draw(st.integers(1, total))
+    slices = parse(f"uniform:{num}", total)
+    assert len(slices) == num
+    assert sum(slices) == total
+    assert max(slices) - min(slices) <= 1
+    assert list(slices) == sorted(slices, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("10,5", "config.plan.token_slices=10,5 sums to 15, but config.model.seq_len is 16"),
+        ("16,0", "neither uniform:N nor a list of positive lengths"),
+        ("20,-4", "neither uniform:N nor a list of positive lengths"),
+        ("", "neither uniform:N nor a list of positive lengths"),
+        ("8,,8", "neither uniform:N nor a list of positive lengths"),
+        ("8.0,8.0", "neither uniform:N nor a list of positive lengths"),
+        ("uniform", "neither uniform:N nor a list of positive lengths"),
+        ("uniform:x", "neither uniform:N nor a list of positive lengths"),
+        ("even:4", "neither uniform:N nor a list of positive lengths"),
+        ("uniform:0", "must ask for 1 to 16 slices"),
+        ("uniform:17", "must ask for 1 to 16 slices"),
+    ],
+)
+def test_slices_that_break_a_rule_are_refused(text: str, sentence: str):
+    with pytest.raises(UserError) as error:
+        parse(text, 16)
+    assert sentence in str(error.value)
+    assert "config.plan.token_slices" in str(error.value)
+
+
+def config(batch_size: int, data: int, batch_slices: str) -> Config:
+    return Config(
+        model=ModelConfig(seq_len=12),
+        mesh=MeshConfig(data=data, pipe=3),
+        plan=PlanConfig(token_slices="7,5", batch_slices=batch_slices),
+        train=TrainConfig(batch_size=batch_size),
+    )
+
+
+def test_batch_slices_are_of_one_data_shard():
+    plan = make_plan(config(batch_size=12, data=2, batch_slices="3,2,1"))
+    assert plan == Plan(3, (3, 2, 1), ((7, 5), (7, 5), (7, 5)))
+    assert (plan.batch_size, plan.seq_len) == (6, 12)
+
+
+def test_batch_that_does_not_fit_is_refused():
+    with pytest.raises(UserError, match=r"config\.plan\.batch_slices=3,3 sums to 6, .* is 12"):
+        make_plan(config(batch_size=12, data=1, batch_slices="3,3"))
+    with pytest.raises(UserError, match=r"batch_size=9 is not a multiple of config\.mesh\.data=2"):
+        make_plan(config(batch_size=9, data=2, batch_slices="uniform:1"))
+
+
+def test_plan_file(tmp_path: Path):
+    Plan(2, (2, 1), ((3, 1), (4,))).save(tmp_path / "plan.json")
+    assert json.loads((tmp_path / "plan.json").read_text()) == {
+        "num_stages": 2,
+        "batch_slices": [2, 1],
+        "token_slices": [[3, 1], [4]],
+    }

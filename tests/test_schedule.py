@@ -1,0 +1,95 @@
+"""The table of the schedule, and the timeline that follows from it."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tpipe_jax.plan import Plan
+from tpipe_jax.schedule import IDLE, Item, simulate, terapipe
+
+plans = st.builds(
+    lambda num_stages, parts: Plan(
+        num_stages, tuple(b for b, _ in parts), tuple(t for _, t in parts)
+    ),
+    st.integers(1, 6),
+    st.lists(
+        st.tuples(
+            st.integers(1, 3), st.lists(st.integers(1, 9), min_size=1, max_size=5).map(tuple)
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+)
+
+
+def test_grid_of_three_stages_and_four_items():
+    schedule = terapipe(Plan(3, (1,), ((4, 3, 2, 1),)))
+    x = IDLE
+    assert schedule.forward.tolist() == [
+        [0, x, x],
+        [1, 0, x],
+        [2, 1, 0],
+        [3, 2, 1],
+        [x, 3, 2],
+        [x, x, 3],
+    ]
+    assert schedule.backward.tolist() == [
+        [x, x, 3],
+        [x, 3, 2],
+        [3, 2, 1],
+        [2, 1, 0],
+        [1, 0, x],
+        [0, x, x],
+    ]
+
+
+def test_items_lie_where_the_slices_before_them_end():
+    schedule = terapipe(Plan(2, (2, 1), ((5, 3), (6, 1, 1))))
+    assert schedule.items == (
+        Item(row=0, token=0, num_rows=2, num_tokens=5),
+        Item(row=0, token=5, num_rows=2, num_tokens=3),
+        Item(row=2, token=0, num_rows=1, num_tokens=6),
+        Item(row=2, token=6, num_rows=1, num_tokens=1),
+        Item(row=2, token=7, num_rows=1, num_tokens=1),
+    )
+
+
+@given(plans)
+def test_every_stage_has_every_item_in_order_one_tick_after_its_neighbour(plan: Plan):
+    schedule = terapipe(plan)
+    num_items = sum(map(len, plan.token_slices))
+    for table, order, first in (
+        (schedule.forward, 1, 0),
+        (schedule.backward, -1, plan.num_stages - 1),
+    ):
+        assert table.shape == (num_items + plan.num_stages - 1, plan.num_stages)
+        for stage in range(plan.num_stages):
+            done = table[:, stage][table[:, stage] != IDLE]
+            assert done.tolist() == list(range(num_items))[::order]
+            ticks = [int(np.flatnonzero(table[:, stage] == i)[0]) for i in range(num_items)]
+            if stage != first:
+                neighbour = table[:, stage - order]
+                assert [t - 1 for t in ticks] == [
+                    int(np.flatnonzero(neighbour == i)[0]) for i in range(num_items)
+                ]
+
+
+seconds = st.floats(0.01, 10)
+
+
+@given(st.integers(1, 6), st.lists(st.tuples(seconds, seconds), min_size=1, max_size=8))
+def test_makespan_is_that_of_equation_5(num_stages: int, times: list[tuple[float, float]]):
+    """All forward, then all backward: sum(f + b) + (P - 1)(max f + max b)."""
+    forward, backward = [f for f, _ in times], [b for _, b in times]
+    schedule = terapipe(Plan(num_stages, (1,), ((1,) * len(times),)))
+    boxes = simulate(schedule, forward, backward)
+    assert len(boxes) == 2 * num_stages * len(times)
+    wait = (num_stages - 1) * (max(forward) + max(backward))
+    makespan = max(box.stop_seconds for box in boxes)
+    assert makespan == pytest.approx(sum(forward) + sum(backward) + wait)
+    for stage in range(num_stages):  # one thing at a time
+        own = sorted((b.start_seconds, b.stop_seconds) for b in boxes if b.stage == stage)
+        assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(own))
