@@ -1,10 +1,12 @@
+from functools import partial
+
 import chex
 import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, PartitionSpec
 
 import reference
 from tpipe_jax import mesh, model
@@ -102,13 +104,67 @@ def test_to_stages_keeps_every_parameter_once_and_pads_with_zeros(
 
 def test_a_stage_has_consecutive_layers() -> None:
     params = draw_params(model_config(5))
-    staged = mesh.to_stages(params, open_mesh(MeshConfig(pipe=3)))
-    layers = [
-        [
-            params["blocks"].index(block)
-            for block in stage
-            if any(map(np.any, jax.tree.leaves(block)))
-        ]
-        for stage in ([jax.tree.map(lambda a: a[s], b) for b in staged["blocks"]] for s in range(3))
+    params["blocks"] = [
+        jax.tree.map(partial(np.full_like, fill_value=1 + n), block)
+        for n, block in enumerate(params["blocks"])
     ]
-    assert layers == [[0, 1], [2, 3], [4]]
+    staged = mesh.to_stages(params, open_mesh(MeshConfig(pipe=3)))
+    for leaf in zip(*map(jax.tree.leaves, staged["blocks"]), strict=True):
+        layers = [[float(slot[stage].mean()) for slot in leaf] for stage in range(3)]
+        assert layers == [[1, 2], [3, 4], [5, 0]]
+
+
+@pytest.mark.parametrize("num_layers", [1, 5])
+def test_specs_fit_the_parameters_and_divide_all_operators(num_layers: int) -> None:
+    config = MeshConfig(pipe=2, model=2)
+    devices = open_mesh(config)
+    params = mesh.to_stages(draw_params(model_config(num_layers)), devices)
+    specs = mesh.param_specs(len(params["blocks"]))
+    placed = jax.device_put(params, mesh.shardings(devices, specs))  # the same tree, divisible
+    chex.assert_trees_all_equal(placed, params)
+
+    def num_parts(a: jax.Array) -> tuple[int, ...]:
+        shard = a.sharding.shard_shape(a.shape)
+        return tuple(whole // part for whole, part in zip(a.shape, shard, strict=True))
+
+    assert num_parts(placed["embed"]["tokens"]) == (4, 1)
+    kernel_in = {"kernel": (2, 1, 2), "bias": (2, 2)}  # stages, then what 'model' divides
+    kernel_out = {"kernel": (2, 2, 1), "bias": (2, 1)}
+    norm = {"scale": (2, 1), "bias": (2, 1)}
+    for block in placed["blocks"]:
+        assert jax.tree.map(num_parts, block) == {
+            "norm_1": norm,
+            "attn_in": kernel_in,
+            "attn_out": kernel_out,
+            "norm_2": norm,
+            "ff_in": kernel_in,
+            "ff_out": kernel_out,
+        }
+
+
+def test_model_is_left_out_of_manual_specs() -> None:
+    spec = PartitionSpec
+    specs = {
+        "tokens": spec(("pipe", "model")),
+        "kernel": spec("pipe", None, "model"),
+        "positions": spec(),
+        "rows": [spec("data"), spec(("data", "pipe"), "model")],
+    }
+    assert mesh.manual_part(specs) == {
+        "tokens": spec("pipe"),
+        "kernel": spec("pipe", None, None),
+        "positions": spec(),
+        "rows": [spec("data"), spec(("data", "pipe"), None)],
+    }
+
+
+def test_every_stage_of_a_data_shard_has_its_rows() -> None:
+    rows = np.arange(12, dtype=np.int32).reshape(4, 3)
+    devices = open_mesh(MeshConfig(data=2, pipe=2, model=2))
+    placed = mesh.put_rows(devices, rows)
+    np.testing.assert_array_equal(placed, rows)
+    assert placed.dtype == rows.dtype
+    shards = {shard.device: np.asarray(shard.data) for shard in placed.addressable_shards}
+    for data in range(2):
+        for device in devices.devices[data].flat:
+            np.testing.assert_array_equal(shards[device], rows[2 * data : 2 * data + 2])

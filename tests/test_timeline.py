@@ -31,6 +31,8 @@ def test_one_box_for_each_slice_and_direction_on_each_stage(tmp_path: Path, figu
     boxes = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
     widths = sorted(box.get_width() for box in boxes)
     assert widths == pytest.approx(sorted([*forward, *backward] * 3))
+    hatched = {round(box.get_width(), 6) for box in boxes if box.get_hatch()}
+    assert sorted(hatched) == pytest.approx(backward)
     labels = [text.get_text() for text in axes.texts]
     assert labels.count("2 x 5") == labels.count("2 x 3") == labels.count("1 x 8") == 6
     # 9.9 s of work on each stage, and (P - 1)(1.2 + 2.4) s of waiting: equation 5 of TeraPipe.

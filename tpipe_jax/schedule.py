@@ -92,7 +92,7 @@ def simulate(
     ):
         ready = [0.0] * len(schedule.items)  # when the neighbour hands each item on
         for row in table:
-            for stage, item in sorted(enumerate(row.tolist()), reverse=not is_backward):
+            for stage, item in enumerate(row.tolist()):
                 if item != IDLE:
                     start = max(free[stage], ready[item])
                     free[stage] = ready[item] = start + seconds[item]
