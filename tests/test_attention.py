@@ -118,7 +118,7 @@ def test_cache_may_be_shorter_than_a_block() -> None:
 
 
 def test_cache_may_end_with_the_slice() -> None:
-    s = draw(Position(2, T - 130), L=130)
+    s = draw(Position(2, 193), L=7, T=200)  # in the middle of a block
     reference.assert_close(run(s), expect(s), TOLERANCE)
 
 

@@ -86,6 +86,7 @@ def init(config: ModelConfig, key: Array) -> Params:
     normal = nnx.initializers.normal(0.02)
     key_tokens, key_positions, key_blocks = jax.random.split(key, 3)
 
+    @jax.jit  # traced once for all layers
     def block(key: Array) -> Params:
         return nnx.to_pure_dict(nnx.state(Block(config, jnp.float32, nnx.Rngs(key))))
 
