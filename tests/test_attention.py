@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from jax.stages import Compiled
 
@@ -99,12 +99,13 @@ def test_equals_float64_wherever_the_slice_lies(L: int) -> None:
         reference.assert_close(run(s), expect(s), TOLERANCE)
 
 
-@settings(max_examples=12)
+@settings(max_examples=12, phases=[Phase.explicit, Phase.generate])  # compiles each: no shrinking
 @given(
     L=st.integers(1, 24),
     contexts=st.lists(st.integers(0, 24), min_size=1, max_size=8),
     block=st.sampled_from([1, 4, 6]),
 )
+@example(L=23, contexts=[0, 3, 8, 24], block=4)  # a shorter block of queries comes last
 def test_equals_float64_for_any_number_of_blocks(L: int, contexts: list[int], block: int) -> None:
     for context in contexts:
         s = draw(Position(1, context), L, T=48)

@@ -277,6 +277,15 @@ def test_empty_data(tmp_path: Path, name: str) -> None:
     )
 
 
+def test_uint32_is_recognised_in_a_small_vocabulary(tmp_path: Path) -> None:
+    tokens = np.random.default_rng(0).integers(0, 60, 500)
+    for dtype in ("<u2", "<u4"):
+        path = tmp_path / f"{dtype[1:]}.bin"
+        tokens.astype(dtype).tofile(path)
+        train, _ = open_data(settings(path, vocab_size=60))
+        assert train.num_tokens == 450
+
+
 @pytest.mark.parametrize(
     ("vocab_size", "item_bytes", "dtype"), [(256, 2, "uint16"), (2**17, 4, "uint32")]
 )

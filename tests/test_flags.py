@@ -81,8 +81,8 @@ def test_mistakes_in_flags_name_the_real_ones(
         ),
         (["--config.data.held-out=0.7"], "config.data.held_out=0.7 must be between 0 and 0.5"),
         (["--config.model.num-heads=3"], "num_heads=3 does not divide config.model.d_model=128"),
-        (["--config=configs/none.py"], "--config=configs/none.py does not exist"),
-        (["--config"], "--config=. does not exist"),
+        (["--config=configs/none.py"], "--config=configs/none.py is no file"),
+        (["--config"], "--config=. is no file"),
         (["--config=README.md"], "--config=README.md is not a Python file"),
     ],
 )

@@ -15,7 +15,7 @@ NUM_STEPS = 20
 def formula(step: int, config: OptimConfig, num_steps: int) -> float:
     """Linear to the peak, then half a cosine to a tenth of it."""
     if step < config.warmup_steps:
-        return config.learning_rate * step / config.warmup_steps
+        return config.learning_rate * (step + 1) / config.warmup_steps
     done = min(1.0, (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps))
     return config.learning_rate * (0.1 + 0.9 * 0.5 * (1 + np.cos(np.pi * done)))
 

@@ -1,6 +1,7 @@
+import dataclasses
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
@@ -17,7 +18,14 @@ from jax.stages import Compiled
 
 import reference
 from tpipe_jax import mesh, model
-from tpipe_jax.config import Config, MeshConfig, ModelConfig, PlanConfig, TrainConfig
+from tpipe_jax.config import (
+    Config,
+    MeshConfig,
+    ModelConfig,
+    PlanConfig,
+    PrecisionConfig,
+    TrainConfig,
+)
 from tpipe_jax.inplace import Position
 from tpipe_jax.loss import IGNORE
 from tpipe_jax.pipeline import sweep
@@ -82,31 +90,32 @@ PLANS = {
 }
 
 
-def with_pauses(plan: Plan, reverse: bool) -> np.ndarray:
-    """A table where items wait before they enter, some longer than others, and so do the stages
-    before the first and after the last.
+def other_table(plan: Plan, reverse: bool) -> np.ndarray:
+    """A table with another order of items, where some wait before they enter, and all stages before
+    the first and after the last.
     """
     num_items, P = sum(map(len, plan.token_slices)), plan.num_stages
+    order = [*range(1, num_items, 2), *range(0, num_items, 2)]
     entries = np.cumsum([2, *(1 + i % 3 for i in range(num_items - 1))])
     table = np.full((entries[-1] + P + 2, P), IDLE, np.int32)
-    for item, entry in enumerate(entries):
+    for item, entry in zip(order, entries, strict=True):
         for stage in range(P):
             table[entry + stage, stage] = item
     return table[::-1] if reverse else table
 
 
-@pytest.mark.parametrize("pauses", [False, True])
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("make_table", [None, other_table], ids=["terapipe", "other table"])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_every_item_passes_every_stage_once_and_in_order(
-    plan: Plan, reverse: bool, pauses: bool
+def test_every_item_passes_every_stage_once_in_the_order_of_the_table(
+    plan: Plan, reverse: bool, make_table: Callable[[Plan, bool], np.ndarray] | None
 ) -> None:
-    plain = terapipe(plan)
-    table = plain.backward if reverse else plain.forward
-    if pauses:
-        table = with_pauses(plan, reverse)
+    schedule = terapipe(plan)
+    table = schedule.backward if reverse else schedule.forward
+    if make_table:
+        table = make_table(plan, reverse)
     source = 1.0 + np.arange(plan.batch_size * plan.seq_len).reshape(plan.batch_size, -1, 1)
-    results, diary = run_sweep(table, plain.items, source, reverse)
+    results, diary = run_sweep(table, schedule.items, source, reverse)
 
     stages = range(plan.num_stages)
     expected = source
@@ -114,11 +123,11 @@ def test_every_item_passes_every_stage_once_and_in_order(
         expected = 10 * expected + stage + 1
         np.testing.assert_array_equal(results[stage], expected)
 
-    order = [(item.row, item.token, item.num_tokens) for item in plain.items]
     for stage in stages:
-        assert diary.count[stage] == len(order)
-        seen = diary.seen[stage][: len(order)].tolist()
-        assert list(map(tuple, seen)) == (order[::-1] if reverse else order)
+        due = [schedule.items[i] for i in table[:, stage] if i != IDLE]
+        assert diary.count[stage] == len(due) == len(schedule.items)
+        seen = diary.seen[stage][: len(due)].tolist()
+        assert seen == [[item.row, item.token, item.num_tokens] for item in due]
 
 
 class Case(NamedTuple):
@@ -229,7 +238,8 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=10)
+# Shrinking would take minutes, since each example is compiled.
+@settings(max_examples=10, phases=[Phase.generate])
 @given(cases())
 def test_gradients_equal_those_of_the_unpipelined_model(case: Case) -> None:
     check_gradients(case.config)
@@ -268,6 +278,21 @@ def test_loss_alone_equals_the_loss_with_gradients() -> None:
     config = Case(MeshConfig(data=2, pipe=2), 3, "5,5,2", "1,1", 2).config
     expected, _ = unpipelined(config.model, config.train.batch_size)
     reference.assert_close(run_step(config, make_loss), expected, TOLERANCE)
+
+
+def test_bfloat16_is_near_float32() -> None:
+    """Activations are rounded to 2^-9 some twenty times on the way through 3 layers and back: up to
+    4% of the largest gradient is seen. The loss is an average over tokens, and so is their error.
+    """
+    config = Case(MeshConfig(data=2, pipe=2), 3, "7,5", "1,1", 2).config
+    config = dataclasses.replace(config, precision=PrecisionConfig("bfloat16"))
+    loss, grads = run_step(config)
+    chex.assert_type(jax.tree.leaves((loss, grads)), jnp.float32)
+    got = reference.from_stages(grads, config.model.num_layers, config.model.vocab_size)
+    expected_loss, expected_grads = unpipelined(config.model, config.train.batch_size)
+    reference.assert_close(loss, expected_loss, 2e-3)
+    reference.assert_close(got, expected_grads, 0.08)
+    assert reference.relative_error(got["norm"]["scale"], expected_grads["norm"]["scale"]) > 1e-4
 
 
 def temporary_bytes(token_slices: str) -> int:

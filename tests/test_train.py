@@ -25,6 +25,7 @@ from tpipe_jax.config import (
     TrainConfig,
     UserError,
     from_dict,
+    resolved,
 )
 from tpipe_jax.console import Console
 from tpipe_jax.train import train
@@ -92,7 +93,7 @@ def changed(config: Config, **sections: dict[str, object]) -> Config:
 def test_a_run_leaves_its_files(config: Config, tmp_path: Path):
     workdir = tmp_path / "run"
     said = run(config, workdir)
-    assert from_dict(json.loads((workdir / "config.json").read_text())) == config
+    assert from_dict(json.loads((workdir / "config.json").read_text())) == resolved(config)
     assert json.loads((workdir / "plan.json").read_text()) == {
         "num_stages": 2,
         "batch_slices": [4],
@@ -187,10 +188,27 @@ def test_checkpoint_of_another_model_is_refused(
 
 def test_foreign_workdir_is_refused(config: Config, tmp_path: Path):
     (tmp_path / "config.json").write_text('{"name": "something else"}')
-    with pytest.raises(UserError, match="not of a run"):
+    with pytest.raises(UserError, match="not the folder of a run"):
         run(config, tmp_path)
     assert (tmp_path / "config.json").read_text() == '{"name": "something else"}'
     assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("name", ["plan.json", "timeline.png", "metrics.jsonl"])
+def test_files_that_are_not_of_a_run_stay(config: Config, tmp_path: Path, name: str):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match="not the folder of a run"):
+        run(config, tmp_path)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_settings_that_a_state_does_not_depend_on_may_change(config: Config, tmp_path: Path):
+    run(changed(config, train={"num_steps": 2}), tmp_path)
+    said = run(changed(config, model={"d_ff": 64}, optim={"grad_clip": 0.0}), tmp_path)
+    assert "changed since the last start: config.optim.grad_clip 1.0 -> 0.0" in said
+    assert "changed since the last start: config.train.num_steps 2 -> 6" in said
+    assert "continuing after step 2" in said
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(

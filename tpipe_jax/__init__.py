@@ -3,10 +3,13 @@
 The letters at the end of an array's name are its shape, here and in every module; inside
 `shard_map` they mean the shape on this device.
 
-B sequences            L tokens of a slice       T tokens of the sequence   C context before the
-slice D model width          H heads                   K head width               F feed-forward
-width V vocabulary           N layers on a stage       P stages                   S slices M batch
-slices
+    B  sequences                M  batch slices
+    L  tokens of a slice        S  slices
+    T  tokens of the sequence   P  stages
+    C  context before a slice   N  layers on a stage
+    D  model width              H  heads
+    F  feed-forward width       K  head width
+    V  vocabulary               t  query, key or value
 """
 
 __version__ = "0.1.0"

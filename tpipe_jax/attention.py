@@ -1,5 +1,4 @@
-"""Causal attention of one token slice over its context, in key blocks, with an exact hand-written
-backward pass.
+"""Causal attention of one token slice over its context, in blocks, forward and backward.
 
 The keys and values of a sequence lie in a cache as long as the sequence; a slice attends to
 everything before it there and to itself. Both loops, over query blocks and over the key blocks of

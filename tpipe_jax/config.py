@@ -1,5 +1,4 @@
-"""All settings of a run: frozen dataclasses, each field with its default, its meaning and the range
-it must lie in.
+"""All settings of a run as frozen dataclasses: each field has a default, a meaning and a range.
 
 Rules that join several settings (slices that sum to the sequence, a mesh that fits the devices)
 live in `plan.py` and `mesh.py`.
@@ -10,7 +9,7 @@ import math
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
 class UserError(Exception):
@@ -53,7 +52,7 @@ class ModelConfig:
     num_heads: Count = 4
     """Attention heads; must divide d_model."""
     d_ff: Count | None = None
-    """Width of the feed-forward layer; none means 4 * d_model."""
+    """Width of the feed-forward layer; None means 4 * d_model."""
     vocab_size: Count = 256
     """Number of token ids; 256 reads text as bytes."""
     seq_len: Count = 256
@@ -122,7 +121,7 @@ class OptimConfig:
     learning_rate: NonNegative = 1e-3
     """Peak learning rate."""
     warmup_steps: CountOrZero = 50
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up."""
     weight_decay: NonNegative = 0.1
     """Decay of weight matrices; norms, biases and embeddings have none."""
     beta1: Fraction = 0.9
@@ -136,13 +135,14 @@ class OptimConfig:
 @dataclass(frozen=True)
 class DataConfig:
     """Where tokens come from: pydocs (the documentation inside Python), a text file, a folder of
-    text files, or a token file: .bin (uint16, or uint32 if vocab_size is over 65536) or .npy.
+    text files, or a token file: .npy, or .bin of uint16 or uint32 (where vocab_size is over 65536,
+    or where every other uint16 is 0).
     """
 
     train: str = "pydocs"
     """Training tokens."""
     eval: str | None = None
-    """Held-out tokens; none, or the same as train, means the last part of train."""
+    """Held-out tokens; None, or the same as train, means the last part of train."""
     held_out: Annotated[float, Range(0, high=0.5)] = 0.1
     """Fraction of train that is held out where eval has no source of its own."""
 
@@ -188,6 +188,12 @@ class Config:
             )
 
 
+def resolved(config: Config) -> Config:
+    """The config with what defaults to other settings filled in."""
+    model = dataclasses.replace(config.model, d_ff=config.model.ff_width)
+    return dataclasses.replace(config, model=model)
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """The resolved config as nested dictionaries, for `config.json`."""
     return dataclasses.asdict(config)
@@ -210,7 +216,7 @@ def _fields(config: Config) -> Iterator[tuple[str, Any, Any]]:
 
 
 def _check_field(path: str, hint: Any, value: Any) -> None:
-    if get_origin(hint) in (types.UnionType,) or str(get_origin(hint)) == "typing.Union":
+    if get_origin(hint) in (types.UnionType, Union):
         if value is None:
             return
         hint = next(option for option in get_args(hint) if option is not type(None))

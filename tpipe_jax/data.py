@@ -210,7 +210,8 @@ def _open_text(path: Path) -> MappedFile:
 
 
 def _open_bin(setting: str, path: Path, vocab_size: int) -> MappedFile:
-    dtype = np.dtype("<u4" if vocab_size > 2**16 else "<u2")
+    is_long = vocab_size > 2**16 or _looks_like_uint32(path)
+    dtype = np.dtype("<u4" if is_long else "<u2")
     num_tokens, rest = divmod(_num_bytes(path), dtype.itemsize)
     if rest:
         raise UserError(
@@ -218,6 +219,14 @@ def _open_bin(setting: str, path: Path, vocab_size: int) -> MappedFile:
             f"token: write {dtype.name}, which config.model.vocab_size={vocab_size} asks for."
         )
     return MappedFile(path, dtype, 0, num_tokens)
+
+
+def _looks_like_uint32(path: Path) -> bool:
+    """Whether the upper halves of what would be uint32 are zero and the lower ones are not."""
+    with path.open("rb") as file:
+        head = np.frombuffer(file.read(2**16), np.uint8)
+    pairs = head[: len(head) // 4 * 4].view("<u2").reshape(-1, 2)
+    return bool(pairs[:, 0].any() and not pairs[:, 1].any())
 
 
 def _open_npy(setting: str, path: Path) -> MappedFile:

@@ -40,7 +40,7 @@ def load_config(path: Path) -> Config:
     """Runs `get_config()` of a config file, which is code. Raises `UserError` if it has none."""
     if not path.is_file():
         known = ", ".join(sorted(os.path.relpath(p) for p in CONFIGS.glob("*.py")))
-        raise UserError(f"--config={path} does not exist: give a config file, such as {known}.")
+        raise UserError(f"--config={path} is no file: give a config file, such as {known}.")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
         raise UserError(f"--config={path} is not a Python file: its name must end in .py.")

@@ -1,7 +1,7 @@
 """Large buffers that a compiled loop updates in place.
 
-Every buffer has sequences on its first axis and tokens on its last but one: `[B, T, D]`, `[B, H, T,
-K]`. A slice reads and writes the part of it that starts at its `Position`.
+Every buffer has sequences on its first axis and tokens on its last but one, as `[B, T, D]` and
+`[B, H, T, K]`. A slice reads and writes the part of it that starts at its `Position`.
 """
 
 from collections.abc import Callable

@@ -1,5 +1,4 @@
-"""Embedding, head and cross-entropy with the vocabulary sharded over the stages, so that all of
-them share the work.
+"""Embedding, head and cross-entropy, with the vocabulary sharded so that all stages share them.
 
 Code of one device inside `shard_map`, with the axis 'pipe' manual; each stage holds V / P rows of
 the tied embedding (and GSPMD divides those over 'model'). Rows beyond the vocabulary are padding.
@@ -33,7 +32,11 @@ class Head(NamedTuple):
 
 
 def embed(params: Params, tokens_BT: Array) -> Array:
-    """Token plus position embeddings `[B, T, D]`, the same on all stages."""
+    """Token plus position embeddings `[B, T, D]`, the same on all stages.
+
+    In float32, as the parameters are: so many tokens may add to the gradient of one row of the
+    table that a sum in a shorter format would stand still.
+    """
     table_VD = params["tokens"]
     found_BTD = _own_rows(tokens_BT, table_VD.shape[0], lambda rows: table_VD[rows])
     return found_BTD + params["positions"][: tokens_BT.shape[1]]
@@ -67,10 +70,10 @@ def cross_entropy_and_grads(
         carry: tuple[Array, Head], inputs: tuple[Array, Array]
     ) -> tuple[tuple[Array, Head], Array]:
         total, d_head = carry
-        y_CD, targets_C = inputs
-        loss = partial(_chunk_loss, targets_C=targets_C, vocab_size=vocab_size)
-        value, (d_head_chunk, d_y_CD) = jax.value_and_grad(loss, (0, 1))(head, varying(y_CD))
-        return (total + value, jax.tree.map(jnp.add, d_head, d_head_chunk)), d_y_CD
+        y_LD, targets_L = inputs
+        loss = partial(_chunk_loss, targets_L=targets_L, vocab_size=vocab_size)
+        value, (d_head_chunk, d_y_LD) = jax.value_and_grad(loss, (0, 1))(head, varying(y_LD))
+        return (total + value, jax.tree.map(jnp.add, d_head, d_head_chunk)), d_y_LD
 
     no_gradients = varying(jax.tree.map(partial(jnp.zeros_like, dtype=jnp.float32), head))
     start = varying(jnp.float32(0), ("data",)), no_gradients
@@ -81,26 +84,26 @@ def cross_entropy_and_grads(
     return total, Head(d_norm, d_head.table_VD), d_y_BTD
 
 
-def logits(head: Head, y_CD: Array, vocab_size: int) -> Array:
-    """Logits of tokens over this stage's rows of the vocabulary, `[C, V / P]` float32."""
+def logits(head: Head, y_LD: Array, vocab_size: int) -> Array:
+    """Logits of L tokens over this stage's rows of the vocabulary, `[L, V / P]` float32."""
     num_rows = head.table_VD.shape[0]
-    normed_CD = final_norm(head.norm, y_CD)
-    logits_CV = jnp.einsum(
-        "cd,vd->cv", normed_CD, head.table_VD, preferred_element_type=jnp.float32
+    normed_LD = final_norm(head.norm, y_LD).astype(head.table_VD.dtype)
+    logits_LV = jnp.einsum(
+        "ld,vd->lv", normed_LD, head.table_VD, preferred_element_type=jnp.float32
     )
     is_token_V = lax.axis_index("pipe") * num_rows + jnp.arange(num_rows) < vocab_size
-    return jnp.where(is_token_V, logits_CV, MASKED)
+    return jnp.where(is_token_V, logits_LV, MASKED)
 
 
-def _chunk_loss(head: Head, y_CD: Array, targets_C: Array, vocab_size: int) -> Array:
-    logits_CV = logits(head, y_CD, vocab_size)
-    top_C = lax.pmax(lax.stop_gradient(logits_CV).max(-1), "pipe")
-    total_C = lax.psum(jnp.exp(logits_CV - top_C[:, None]).sum(-1), "pipe")
-    num_rows = logits_CV.shape[-1]
-    target_C = _own_rows(
-        targets_C, num_rows, lambda rows: jnp.take_along_axis(logits_CV, rows[:, None], -1)[:, 0]
+def _chunk_loss(head: Head, y_LD: Array, targets_L: Array, vocab_size: int) -> Array:
+    logits_LV = logits(head, y_LD, vocab_size)
+    top_L = lax.pmax(lax.stop_gradient(logits_LV).max(-1), "pipe")
+    total_L = lax.psum(jnp.exp(logits_LV - top_L[:, None]).sum(-1), "pipe")
+    num_rows = logits_LV.shape[-1]
+    target_L = _own_rows(
+        targets_L, num_rows, lambda rows: jnp.take_along_axis(logits_LV, rows[:, None], -1)[:, 0]
     )
-    return jnp.where(targets_C != IGNORE, jnp.log(total_C) + top_C - target_C, 0).sum()
+    return jnp.where(targets_L != IGNORE, jnp.log(total_L) + top_L - target_L, 0).sum()
 
 
 def _own_rows(ids: Array, num_rows: int, values: Callable[[Array], Array]) -> Array:
@@ -113,9 +116,7 @@ def _own_rows(ids: Array, num_rows: int, values: Callable[[Array], Array]) -> Ar
 
 
 def _chunks(y_BTD: Array, targets_BT: Array) -> tuple[Array, Array]:
-    """Flattens sequences and cuts them into equal chunks; what fills the last one does not
-    count.
-    """
+    """Cuts all tokens into equal chunks; what fills up the last one does not count."""
     chex.assert_equal_shape_prefix([y_BTD, targets_BT], 2)
     num_tokens, D = targets_BT.size, y_BTD.shape[-1]
     num_chunks = -(-num_tokens // CHUNK)

@@ -1,6 +1,4 @@
-"""Devices, and what lies where on them: the mesh, the sharding rules and which stage has which
-layer.
-"""
+"""The mesh of devices, the sharding rules, and which stage has which layer."""
 
 import os
 from collections.abc import Sequence
@@ -53,7 +51,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
             f"config.mesh.data={config.data} * pipe={config.pipe} * model={config.model} asks for "
             f"{config.num_devices} devices, but there are {len(devices)} "
             f"({devices[0].device_kind}): "
-            f"set the three so that their product is {len(devices)}."
+            f"set the three so that their product is {len(devices)}, "
+            "or run on CPU devices with the environment variable JAX_PLATFORMS=cpu."
         )
     shape = config.data, config.pipe, config.model
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)

@@ -24,6 +24,7 @@ from tpipe_jax.inplace import Position
 Params = Any  # nested dictionaries and lists of arrays
 Tape = Callable[[str, Array], Array]  # sees each named value, returns the value to go on with
 
+# Without a dtype it returns float32, that of its parameters; the linear layer after it casts.
 _layer_norm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 
 
@@ -40,10 +41,10 @@ class Block(nnx.Module):
         residual_init = nnx.initializers.normal(0.02 * (2 * config.num_layers) ** -0.5)
         linear = partial(nnx.Linear, dtype=dtype, rngs=rngs)
         self.num_heads = config.num_heads
-        self.norm_1 = _layer_norm(D, dtype=dtype, rngs=rngs)
+        self.norm_1 = _layer_norm(D, rngs=rngs)
         self.attn_in = linear(D, 3 * D, kernel_init=init)
         self.attn_out = linear(D, D, kernel_init=residual_init)
-        self.norm_2 = _layer_norm(D, dtype=dtype, rngs=rngs)
+        self.norm_2 = _layer_norm(D, rngs=rngs)
         self.ff_in = linear(D, F, kernel_init=init)
         self.ff_out = linear(F, D, kernel_init=residual_init)
 
@@ -101,11 +102,9 @@ def init(config: ModelConfig, key: Array) -> Params:
 
 
 def final_norm(params: Params, x_BTD: Array) -> Array:
-    """The LayerNorm before the head, in the dtype of x."""
+    """The LayerNorm before the head, in float32."""
     D = x_BTD.shape[-1]
-    graph, _ = nnx.split(
-        nnx.eval_shape(lambda: _layer_norm(D, dtype=x_BTD.dtype, rngs=nnx.Rngs(0)))
-    )
+    graph, _ = nnx.split(nnx.eval_shape(lambda: _layer_norm(D, rngs=nnx.Rngs(0))))
     return nnx.merge(graph, params)(x_BTD)
 
 

@@ -11,10 +11,11 @@ FINAL_FRACTION = 0.1  # of the peak learning rate, at the end of the run, as GPT
 
 def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
     """Step, from 0, to learning rate: linear to the peak, then a cosine to a tenth of it."""
-    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
-    decay_steps = max(1, num_steps - config.warmup_steps)
-    decay = optax.cosine_decay_schedule(config.learning_rate, decay_steps, FINAL_FRACTION)
-    return optax.join_schedules([warmup, decay], [config.warmup_steps])
+    peak, warmup_steps = config.learning_rate, config.warmup_steps
+    # The first step has peak / warmup_steps rather than 0, with which it would do nothing.
+    warmup = optax.linear_schedule(peak / max(1, warmup_steps), peak, max(1, warmup_steps - 1))
+    decay = optax.cosine_decay_schedule(peak, max(1, num_steps - warmup_steps), FINAL_FRACTION)
+    return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
 def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
@@ -26,9 +27,9 @@ def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransfo
         weight_decay=config.weight_decay,
         mask=_is_decayed,
     )
-    if config.grad_clip == 0:
-        return adamw
-    return optax.chain(optax.clip_by_global_norm(config.grad_clip), adamw)
+    # A chain in both cases, so that clipping can be switched in the middle of a run.
+    clip = optax.clip_by_global_norm(config.grad_clip) if config.grad_clip else optax.identity()
+    return optax.chain(clip, adamw)
 
 
 def _is_decayed(params: Params) -> Params:

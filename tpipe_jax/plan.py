@@ -1,6 +1,4 @@
-"""The plan of a step: how the batch of one data shard and its sequences are cut. Everything here is
-plain numbers.
-"""
+"""The plan of a step: how the batch of a data shard and its sequences are cut, in plain numbers."""
 
 import dataclasses
 import json

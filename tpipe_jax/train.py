@@ -15,7 +15,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from tpipe_jax.checkpoint import Checkpoints
-from tpipe_jax.config import Config, to_dict
+from tpipe_jax.config import Config, resolved, to_dict
 from tpipe_jax.console import Console
 from tpipe_jax.data import Batches, open_data
 from tpipe_jax.mesh import check_model, make_mesh, put_rows
@@ -64,16 +64,20 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
     Nothing is written before settings, data and checkpoint have been found to fit each other.
     Raises `UserError` where they don't.
     """
+    config = resolved(config)
     run = prepare(config, devices)
     num_tokens = run.train_data.num_tokens, run.held_out.num_tokens
     console.describe_run(config, run.mesh, run.plan, run.schedule, num_tokens)
     for change in changed_settings(config, workdir):
         console.say(f"changed since the last start: {change}")
 
-    identity = {name: to_dict(config)[name] for name in ("model", "mesh")}
+    identity = {
+        "model": to_dict(config)["model"],
+        "mesh": {"pipe": config.mesh.pipe, "model": config.mesh.model},
+    }
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, identity)
     num_steps = config.train.num_steps
-    with closing(checkpoints), interruptions() as interrupted:
+    with closing(checkpoints), interruptions(console) as interrupted:
         first_step, state = 0, None
         if checkpoints.latest_step() is not None:
             first_step, state = checkpoints.restore(abstract_state(config, run.mesh, run.optimizer))
@@ -145,7 +149,8 @@ def _loop(
 class StepLog:
     """Measures steps and passes on what was due: a step is begun when it has been dispatched.
 
-    `step_seconds` is the mean over the steps since the last line, without evaluations.
+    `step_seconds` is the mean over the steps since the last line, without evaluations but with
+    what a checkpoint takes from them.
     """
 
     def __init__(self, config: Config, metrics: Metrics, console: Console) -> None:
@@ -186,14 +191,15 @@ class StepLog:
 
 
 @contextmanager
-def interruptions() -> Iterator[Callable[[], bool]]:
-    """Yields whether Ctrl-C or SIGTERM has come; a second one stops the program at once."""
+def interruptions(console: Console) -> Iterator[Callable[[], bool]]:
+    """Yields whether Ctrl-C or SIGTERM has come; a second one stops without saving."""
     received: list[int] = []
 
     def receive(number: int, _: object) -> None:
         if received:
             raise KeyboardInterrupt
         received.append(number)
+        console.say("Finishing the step and saving; once more stops without saving.")
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -47,7 +47,10 @@ def abstract_state(
 
 
 def init_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state, each shard made where it lies. The parameters depend on the seed alone."""
+    """A fresh state on the mesh; its parameters depend on the seed alone.
+
+    Every device draws the blocks of all stages for a moment and keeps its own.
+    """
     places = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh, optimizer))
     return jax.jit(partial(_new_state, config, mesh, optimizer), out_shardings=places)()
 

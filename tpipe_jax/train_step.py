@@ -1,6 +1,4 @@
-"""A step as one compiled program: embed, sweep forward, loss, sweep back, update; and the same
-without gradients.
-"""
+"""The compiled programs: a training step, its loss and gradients alone, evaluation, next token."""
 
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +18,7 @@ from tpipe_jax.model import Params, block_functions
 from tpipe_jax.pipeline import sum_over, sweep, varying
 from tpipe_jax.schedule import Schedule
 from tpipe_jax.stage import Gradients, Stage, empty_caches, empty_saved
-from tpipe_jax.train_state import TrainState
+from tpipe_jax.train_state import TrainState, abstract_state
 
 
 def make_train_step(
@@ -31,8 +29,9 @@ def make_train_step(
     The old state is donated.
     """
     loss_and_grads = make_loss_and_grads(config, mesh, schedule)
+    places = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh, optimizer))
 
-    @partial(jax.jit, donate_argnums=0)
+    @partial(jax.jit, donate_argnums=0, out_shardings=(places, None))
     def train_step(state: TrainState, rows: Array) -> tuple[TrainState, dict[str, Array]]:
         value, grads = loss_and_grads(state.params, rows)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -56,11 +55,12 @@ def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapp
         stage = _make_stage(config, params)
 
         x_BTD, embed_vjp = jax.vjp(partial(loss.embed, tokens_BT=tokens_BT), params["embed"])
+        x_BTD = x_BTD.astype(dtype)
         saved = empty_saved(len(stage.params), shape_BHTK, config.model.ff_width, dtype)
         y_BTD, saved = sweep(schedule.forward, schedule.items, stage.forward, x_BTD, saved)
 
         y_BTD = _from_stage(num_stages - 1, y_BTD)
-        head = loss.Head(params["norm"], params["embed"]["tokens"])
+        head = _make_head(config, params)
         total, d_head, d_y_BTD = loss.cross_entropy_and_grads(
             head, y_BTD, targets_BT, config.model.vocab_size
         )
@@ -75,7 +75,7 @@ def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapp
             schedule.backward, schedule.items, backward, d_y_BTD, gradients, reverse=True
         )
 
-        (d_embed,) = embed_vjp(_from_stage(0, d_x_BTD))
+        (d_embed,) = embed_vjp(_from_stage(0, d_x_BTD).astype(jnp.float32))
         d_embed["tokens"] = d_embed["tokens"] + d_head.table_VD
         grads = {
             "embed": d_embed,
@@ -96,7 +96,7 @@ def make_loss(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapped:
     def local(params: Params, rows: Array) -> Array:
         tokens_BT, targets_BT = rows[:, :-1], rows[:, 1:]
         params = _for_compute(config, params)
-        head = loss.Head(params["norm"], params["embed"]["tokens"])
+        head = _make_head(config, params)
         y_BTD = _infer(config, mesh, schedule, params, tokens_BT)
         total = loss.cross_entropy(head, y_BTD, targets_BT, config.model.vocab_size)
         return lax.psum(total, "data") / _count(targets_BT)
@@ -109,7 +109,7 @@ def make_next_token_logits(config: Config, mesh: Mesh, schedule: Schedule) -> Wr
 
     def local(params: Params, tokens_BT: Array, index: Array) -> Array:
         params = _for_compute(config, params)
-        head = loss.Head(params["norm"], params["embed"]["tokens"])
+        head = _make_head(config, params)
         y_BTD = _infer(config, mesh, schedule, params, tokens_BT)
         return loss.logits(head, y_BTD[:, index], config.model.vocab_size)
 
@@ -127,7 +127,7 @@ def _infer(
         schedule.forward,
         schedule.items,
         stage.infer,
-        loss.embed(params["embed"], tokens_BT),
+        loss.embed(params["embed"], tokens_BT).astype(dtype),
         caches,
     )
     return _from_stage(mesh.shape["pipe"] - 1, y_BTD)
@@ -151,15 +151,23 @@ def _over_mesh(
 
 
 def _for_compute(config: Config, params: Params) -> Params:
-    """Parameters of this device as the model takes them, matrices in the format of matrix products.
+    """Parameters of this device, with the matrices of blocks in the format of matrix products.
 
     They are marked as different on the data shards, so that gradients are summed over those once,
     at the end, and not where they arise.
     """
-    blocks = [jax.tree.map(lambda a: a[0], block) for block in params["blocks"]]
     dtype = jnp.dtype(config.precision.compute)
-    cast = jax.tree.map(lambda a: a.astype(dtype) if a.ndim > 1 else a, params | {"blocks": blocks})
-    return varying(cast, ("data",))
+
+    def own(a: Array) -> Array:
+        return a[0].astype(dtype) if a.ndim > 2 else a[0]  # the first axis is that of the stages
+
+    blocks = [jax.tree.map(own, block) for block in params["blocks"]]
+    return varying(params | {"blocks": blocks}, ("data",))
+
+
+def _make_head(config: Config, params: Params) -> loss.Head:
+    table_VD = params["embed"]["tokens"].astype(config.precision.compute)
+    return loss.Head(params["norm"], table_VD)
 
 
 def _make_stage(config: Config, params: Params) -> Stage:

@@ -9,21 +9,25 @@ from tpipe_jax.plan import Plan
 from tpipe_jax.schedule import Schedule
 from tpipe_jax.timeline import draw_timeline
 
+FILES = ("plan.json", "timeline.png", "metrics.jsonl")
+
 
 def changed_settings(config: Config, workdir: Path) -> list[str]:
     """Settings that differ from those of the run that is in the folder already, as text.
 
-    Raises `UserError` for a folder with a config.json that is not of a run, since it would be
-    overwritten.
+    Raises `UserError` for a folder whose files are not of a run, since they would be overwritten.
     """
-    path = workdir / "config.json"
-    if not path.exists():
-        return []
     try:
+        path = workdir / "config.json"
+        if not path.exists():
+            foreign = [name for name in FILES if (workdir / name).exists()]
+            if foreign:
+                raise UserError(f"{foreign[0]} without one")
+            return []
         before = to_dict(from_dict(json.loads(path.read_text())))
     except (UserError, ValueError, OSError, AttributeError) as error:
         raise UserError(
-            f"--workdir={workdir} has a config.json that is not of a run ({error}): "
+            f"--workdir={workdir} is not the folder of a run, which has a config.json ({error}): "
             "choose another folder."
         ) from error
     return [
