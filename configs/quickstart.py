@@ -3,7 +3,7 @@
     python launch/multihost.py
 
 It learns the documentation that ships inside Python. Expect about two minutes and a held-out loss
-near 2.05 nats per byte at the end; guessing costs 5.5.
+near 2.0 nats per byte at the end; guessing costs 5.5.
 """
 
 from tpipe_jax.config import (
