@@ -2,10 +2,11 @@
 
     python launch/multihost.py --config=configs/gpt3_44b.py --config.data.train=tokens.bin
 
-The mesh needs 384 devices. With these slices, the paper's, it measured 1.111 s a step on V100s
-and 2.662 s without slices (Li et al. 2021). Setting 6 is --config.mesh.data=4
---config.mesh.pipe=96 --config.mesh.model=1 --config.plan.batch-slices=uniform:2, and setting 7
---config.mesh.data=2 --config.mesh.pipe=24 --config.plan.batch-slices=uniform:4.
+The mesh needs 384 devices, in this version all of one process. With these slices, the paper's, it
+measured 1.111 s a step on V100s and 2.662 s without slices (Li et al. 2021). Setting 6 is
+--config.mesh.data=4 --config.mesh.pipe=96 --config.mesh.model=1
+--config.plan.batch-slices=uniform:2, and setting 7 --config.mesh.data=2 --config.mesh.pipe=24
+--config.plan.batch-slices=uniform:4.
 """
 
 from tpipe_jax.config import (
