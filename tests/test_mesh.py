@@ -43,7 +43,8 @@ def test_mesh_that_does_not_fit_the_devices_is_refused(num_devices: int) -> None
         mesh.make_mesh(MeshConfig(data=2, pipe=3), jax.devices()[:num_devices])
     assert str(error.value) == (
         "config.mesh.data=2 * pipe=3 * model=1 asks for 6 devices, but there are "
-        f"{num_devices} (cpu): set the three so that their product is {num_devices}."
+        f"{num_devices} (cpu): set the three so that their product is {num_devices}, "
+        "or run on CPU devices with the environment variable JAX_PLATFORMS=cpu."
     )
 
 
