@@ -60,12 +60,7 @@ def start_workers() -> int:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, *sys.argv, f"--port={port}"]
-    workers = [
-        subprocess.Popen(
-            [*command, f"--process-id={i}"], stderr=None if i == 0 else subprocess.PIPE
-        )
-        for i in range(NUM_STAGES)
-    ]
+    workers = [subprocess.Popen([*command, f"--process-id={i}"]) for i in range(NUM_STAGES)]
     return max(abs(worker.wait()) for worker in workers)
 
 
