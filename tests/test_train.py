@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import chex
@@ -15,6 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+import reference
+from tpipe_jax import model
 from tpipe_jax.config import (
     CheckpointConfig,
     Config,
@@ -28,6 +31,7 @@ from tpipe_jax.config import (
     resolved,
 )
 from tpipe_jax.console import Console
+from tpipe_jax.data import open_data
 from tpipe_jax.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -111,6 +115,28 @@ def test_a_run_leaves_its_files(config: Config, tmp_path: Path):
     assert (workdir / "timeline.png").read_bytes().startswith(b"\x89PNG")
     assert list((workdir / "tensorboard").iterdir())
     assert any(str(workdir) in text for text in said)
+
+
+def test_each_step_takes_the_next_batch(config: Config, tmp_path: Path):
+    """Without learning, the losses of a run are those of the plain model on batch after batch."""
+    config = changed(
+        config,
+        optim={"learning_rate": 0.0},
+        train={"num_steps": 7, "log_every": 4, "eval_every": 3, "sample_tokens": 0},
+    )
+    run(config, tmp_path / "run")
+    params = model.init(config.model, jax.random.key(config.train.seed))
+    loss = jax.jit(partial(reference.loss, config.model, params))
+    train_data, held_out = open_data(config)
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines] == [3, 4, 6, 7]
+    eval_loss = np.mean([float(loss(held_out.batch(i))) for i in range(2)])
+    for line in lines:
+        expected = float(loss(train_data.batch(line["step"] - 1)))
+        assert line["loss"] == pytest.approx(expected, rel=1e-5)
+        if "eval_loss" in line:
+            assert line["eval_loss"] == pytest.approx(eval_loss, rel=1e-5)
+    assert ["eval_loss" in line for line in lines] == [True, False, True, True]
 
 
 def test_a_finished_run_says_how_to_go_on_and_changes_nothing(config: Config, tmp_path: Path):

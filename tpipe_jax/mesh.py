@@ -78,7 +78,7 @@ def to_stages(params: Params, mesh: Mesh) -> Params:
 
     Block n of the result stacks the nth block of every stage, `[P, ...]`, zeros where a stage has
     no nth block: an array for each layer of a stage rather than one for all, since a slice of a
-    stack would be copied for each use. The vocabulary is padded to a multiple of P times the size
+    stack may be copied for each use. The vocabulary is padded to a multiple of P times the size
     of 'model'.
     """
     num_stages = mesh.shape["pipe"]
