@@ -1,13 +1,14 @@
 """Step time with and without pipeline and token slices, on two processes of one core each.
 
     python bench/pipeline.py
-    python bench/pipeline.py --seq-len=4096 --slices=uniform:1 --slices=uniform:8
+    python bench/pipeline.py --seq-len=4096 --slices=uniform:1 --slices=uniform:8 --slices=auto
 
 One run times whole training steps (loss, gradients, AdamW) of one model on one core without
 pipeline and slices, and on two stages with each slicing. The programs take turns, and the figures
 are medians over the rounds, so that a machine whose speed drifts disturbs all of them alike.
 Efficiency is T1 / (P T2); its bound is S / (S + P - 1) with S slices on P stages, which one core
-without slices cannot beat unless slices make the work itself cheaper.
+without slices cannot beat unless slices make the work itself cheaper. For slices `auto` the stages
+are profiled before the rounds, and all predicted step times are shown next to the measured ones.
 """
 
 import argparse
@@ -17,7 +18,14 @@ import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from tpipe_jax.config import Config, MeshConfig, ModelConfig, PlanConfig, TrainConfig
+from tpipe_jax.plan import Plan, read_settings
 
 NUM_STAGES = 2
 
@@ -28,6 +36,9 @@ def main() -> None:
         sys.exit(start_workers())
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[args.process_id]})
     os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    from tpipe_jax.mesh import keep_freed_memory
+
+    keep_freed_memory()
     work(args)
 
 
@@ -40,14 +51,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num-heads", type=int, default=4)
     parser.add_argument("--seq-len", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--batch-slices", type=int, default=1, help="of all slices but auto")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
-        "--slices", action="append", help="token slices; default uniform:1 and 288,264,248,224"
+        "--slices",
+        action="append",
+        help="token slices; default uniform:1, 2, 4, 8, 16 and auto",
     )
     parser.add_argument("--process-id", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.slices = args.slices or ["uniform:1", "288,264,248,224"]
+    args.slices = args.slices or [*(f"uniform:{n}" for n in (1, 2, 4, 8, 16)), "auto"]
     return args
 
 
@@ -70,63 +84,108 @@ def work(args: argparse.Namespace) -> None:
     jax.config.update("jax_num_cpu_devices", 1)
     jax.distributed.initialize(f"127.0.0.1:{args.port}", NUM_STAGES, args.process_id)
     is_first = args.process_id == 0
+    plans = make_plans(args)
     # In turns: process 0 alone on one core, then both together with each slicing.
     programs = {}
     if is_first:
-        programs["one core, no pipeline"] = make_program(args, jax.local_devices(), "uniform:1")
-    for slices in args.slices:
-        programs[f"two stages, {slices}"] = make_program(args, jax.devices(), slices)
+        whole = Plan(1, (args.batch_size,), ((args.seq_len,),))
+        programs["one core, no pipeline"] = Program(args, jax.local_devices(), whole)
+    for slices, plan in plans.items():
+        programs[f"two stages, {slices}"] = Program(args, jax.devices(), plan)
 
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for turn in range(args.rounds + 1):
-        for name, run in programs.items():
+        for name, program in programs.items():
             start = time.perf_counter()
-            run()
+            program.run()
             if turn > 0:  # the first one warms up
                 seconds[name].append(time.perf_counter() - start)
     if is_first:
-        report(args, seconds)
+        report(args, programs, seconds)
 
 
-def make_program(args: argparse.Namespace, devices, slices: str):
-    """A function that runs one training step and waits for it."""
-    import jax
-    import numpy as np
-
-    from tpipe_jax.config import Config, MeshConfig, ModelConfig, PlanConfig, TrainConfig
-    from tpipe_jax.mesh import make_mesh, put_rows
-    from tpipe_jax.optim import make_optimizer
-    from tpipe_jax.plan import make_plan
-    from tpipe_jax.schedule import terapipe
-    from tpipe_jax.train_state import init_state
-    from tpipe_jax.train_step import make_train_step
-
-    config = Config(
+def make_config(args: argparse.Namespace, num_stages: int, slices: str = "auto") -> Config:
+    batch_slices = "auto" if slices == "auto" else f"uniform:{args.batch_slices}"
+    return Config(
         model=ModelConfig(args.num_layers, args.d_model, args.num_heads, seq_len=args.seq_len),
-        mesh=MeshConfig(pipe=len(devices)),
-        plan=PlanConfig(token_slices=slices),
+        mesh=MeshConfig(pipe=num_stages),
+        plan=PlanConfig(slices, batch_slices),
         train=TrainConfig(batch_size=args.batch_size),
     )
-    mesh = make_mesh(config.mesh, devices)
-    optimizer = make_optimizer(config.optim, config.train.num_steps)
-    state = init_state(config, mesh, optimizer)
-    shape = args.batch_size, args.seq_len + 1
-    rows = put_rows(mesh, np.random.default_rng(0).integers(0, 256, shape).astype(np.int32))
-    schedule = terapipe(make_plan(config))
-    step = make_train_step(config, mesh, schedule, optimizer).lower(state, rows).compile()
-
-    def run() -> None:
-        nonlocal state
-        state, values = step(state, rows)
-        jax.block_until_ready((state, values))
-
-    return run
 
 
-def report(args: argparse.Namespace, seconds: dict[str, list[float]]) -> None:
+def make_plans(args: argparse.Namespace) -> dict[str, Plan]:
+    """The plan of each slicing; with predictions, if one of them has to be measured for."""
+    plans: dict[str, Any] = {
+        slices: read_settings(make_config(args, NUM_STAGES, slices)) for slices in args.slices
+    }
+    if "auto" not in plans:
+        return plans
     import jax
 
-    from tpipe_jax.plan import parse_slices
+    from tpipe_jax.autoplan import plan_slices, stage_factors
+    from tpipe_jax.console import Console
+    from tpipe_jax.mesh import make_mesh
+    from tpipe_jax.planner import find_plan
+
+    config, start = make_config(args, NUM_STAGES), time.perf_counter()
+    mesh, request = make_mesh(config.mesh, jax.devices()), plans["auto"]
+    with tempfile.TemporaryDirectory() as workdir:
+        quiet = Console(is_quiet=True)
+        table, planning = plan_slices(config, request, mesh, Path(workdir), quiet)
+    if args.process_id == 0 and table.profile:
+        forward, backward = (100 * abs(m.relative_errors()) for m in table.profile.models())
+        print(
+            f"profiled in {time.perf_counter() - start:.0f} s; error on slices kept out of the "
+            f"fit, median and largest: forward {statistics.median(forward):.1f}% and "
+            f"{max(forward):.1f}%, backward {statistics.median(backward):.1f}% and "
+            f"{max(backward):.1f}%"
+        )
+        print(f"auto: batch slices {planning.plan.batch_slices}, {planning.plan.token_slices[0]}")
+
+    def with_prediction(plan: Plan) -> Plan:
+        fixed = replace(request, batch_slices=plan.batch_slices, token_slices=plan.token_slices[0])
+        return find_plan(table, fixed, stage_factors(config)).plan
+
+    return {
+        slices: planning.plan if slices == "auto" else with_prediction(plan)
+        for slices, plan in plans.items()
+    }
+
+
+class Program:
+    """A compiled training step and its plan."""
+
+    def __init__(self, args: argparse.Namespace, devices, plan: Plan) -> None:
+        import numpy as np
+
+        from tpipe_jax.mesh import make_mesh, put_rows
+        from tpipe_jax.optim import make_optimizer
+        from tpipe_jax.schedule import terapipe
+        from tpipe_jax.train_state import init_state
+        from tpipe_jax.train_step import make_train_step
+
+        config = make_config(args, len(devices))
+        mesh = make_mesh(config.mesh, devices)
+        self.plan = plan
+        optimizer = make_optimizer(config.optim, config.train.num_steps)
+        self._state = init_state(config, mesh, optimizer)
+        shape = args.batch_size, args.seq_len + 1
+        rows = np.random.default_rng(0).integers(0, 256, shape).astype(np.int32)
+        self._rows = put_rows(mesh, rows)
+        step = make_train_step(config, mesh, terapipe(plan), optimizer)
+        self._step = step.lower(self._state, self._rows).compile()
+
+    def run(self) -> None:
+        """One training step, to its end."""
+        import jax
+
+        self._state, values = self._step(self._state, self._rows)
+        jax.block_until_ready((self._state, values))
+
+
+def report(args: argparse.Namespace, programs: dict[str, Program], seconds) -> None:
+    import jax
 
     print(
         f"{args.num_layers} layers, d_model {args.d_model}, {args.batch_size} x {args.seq_len} "
@@ -138,12 +197,15 @@ def report(args: argparse.Namespace, seconds: dict[str, list[float]]) -> None:
     for name, times in seconds.items():
         row = f"{name:40} {medians[name]:7.3f}s {min(times):7.3f}s {max(times):7.3f}s"
         if name != names[0]:
-            slices = name.removeprefix("two stages, ")
-            num_slices = len(parse_slices(slices, args.seq_len, "--slices", "--seq-len"))
+            num_slices = sum(map(len, programs[name].plan.token_slices))
             efficiency = medians[names[0]] / (NUM_STAGES * medians[name])
             bound = num_slices / (num_slices + NUM_STAGES - 1)
             row += f"  {medians[names[1]] / medians[name]:7.2f}x  {efficiency:.2f} / {bound:.2f}"
             row += f" = {efficiency / bound:.2f}"
+        prediction = programs[name].plan.prediction
+        if prediction:
+            error = prediction.step_seconds / medians[name] - 1
+            row += f"  predicted {prediction.step_seconds:.3f}s, {error:+.1%}"
         print(row)
     print("speed-up is over the first slicing of two stages")
 

@@ -3,11 +3,10 @@
     python launch/multihost.py --config=configs/gpt3_1b.py --config.data.train=tokens.bin
 
 The mesh needs 192 devices, in this version all of one process. The paper measured 1.254 s a step
-with token slices on V100s and 1.517 s without (Li et al. 2021); it does not state the slices, so
-sequences are whole here. Its settings 2 and 3 have batch 72: --config.train.batch-size=72
---config.mesh.model=8 with --config.mesh.data=2 --config.mesh.pipe=12
---config.plan.batch-slices=uniform:36, or with --config.mesh.data=1 --config.mesh.pipe=24
---config.plan.batch-slices=uniform:72; whole sequences were best there, 0.913 s in setting 3.
+with token slices on V100s, which it does not state, and 1.517 s without (Li et al. 2021); by
+default slices are planned. Its settings 2 and 3 have batch 72: --config.train.batch-size=72
+--config.mesh.model=8 with --config.mesh.data=2 --config.mesh.pipe=12, or with
+--config.mesh.data=1 --config.mesh.pipe=24; whole sequences were best there, 0.913 s in setting 3.
 """
 
 from tpipe_jax.config import (
@@ -17,7 +16,6 @@ from tpipe_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
-    PlanConfig,
     PrecisionConfig,
     TrainConfig,
 )
@@ -29,7 +27,6 @@ def get_config() -> Config:
             num_layers=24, d_model=2048, num_heads=16, vocab_size=50257, seq_len=2048
         ),
         mesh=MeshConfig(data=8, pipe=24, model=1),
-        plan=PlanConfig(token_slices="uniform:1", batch_slices="uniform:16"),
         train=TrainConfig(num_steps=100_000, batch_size=128, eval_every=1000, sample_tokens=0),
         optim=OptimConfig(learning_rate=2e-4, warmup_steps=2000),
         data=DataConfig(train="tokens.bin"),

@@ -1,4 +1,4 @@
-"""A small byte-level GPT on two pipeline stages and four token slices, for a laptop with two cores.
+"""A small byte-level GPT on two pipeline stages, for a laptop with two cores.
 
     python launch/multihost.py
 
@@ -12,7 +12,6 @@ from tpipe_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
-    PlanConfig,
     TrainConfig,
 )
 
@@ -21,7 +20,6 @@ def get_config() -> Config:
     return Config(
         model=ModelConfig(num_layers=4, d_model=128, num_heads=4, vocab_size=256, seq_len=256),
         mesh=MeshConfig(data=1, pipe=2, model=1),
-        plan=PlanConfig(token_slices="uniform:4"),
         train=TrainConfig(num_steps=900, batch_size=8, log_every=10, eval_every=150),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=100),
         checkpoint=CheckpointConfig(every=300),

@@ -9,9 +9,10 @@ import numpy as np
 from jax import Array
 
 from tpipe_jax import model
-from tpipe_jax.config import ModelConfig
+from tpipe_jax.config import Config, ModelConfig
 from tpipe_jax.loss import IGNORE
 from tpipe_jax.mesh import layer_counts
+from tpipe_jax.plan import Plan, read_settings
 
 Params = Any  # nested dictionaries and lists of arrays
 
@@ -58,6 +59,13 @@ def from_stages(params: Params, num_layers: int, vocab_size: int) -> Params:
     ]
     tokens = params["embed"]["tokens"][:vocab_size]
     return params | {"embed": params["embed"] | {"tokens": tokens}, "blocks": blocks}
+
+
+def plan_of(config: Config) -> Plan:
+    """The plan that the settings spell out."""
+    plan = read_settings(config)
+    assert isinstance(plan, Plan)
+    return plan
 
 
 def relative_error(actual: Any, expected: Any) -> float:

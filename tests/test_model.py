@@ -295,7 +295,7 @@ def test_flops_of_one_token_are_those_that_xla_counts() -> None:
     cache = jax.ShapeDtypeStruct((2, 1, 2, context, 64), jnp.float32)
     cost = jax.jit(layer).lower(params, x, cache).compile().cost_analysis()
     assert cost is not None
-    expected = model.forward_flops(config, 1, context)
+    expected = config.forward_flops(1, context)
     # XLA counts the norms, biases, GELU and softmax too, here 1.8%
     assert expected < cost["flops"] < 1.05 * expected
 
@@ -303,5 +303,5 @@ def test_flops_of_one_token_are_those_that_xla_counts() -> None:
 def test_flops_of_a_slice_are_those_of_its_tokens() -> None:
     config = ModelConfig(num_layers=1, d_model=24, num_heads=2, d_ff=50)
     for num_tokens, context in [(1, 0), (7, 0), (7, 3), (130, 64)]:
-        one_by_one = [model.forward_flops(config, 1, context + i) for i in range(num_tokens)]
-        assert model.forward_flops(config, num_tokens, context) == sum(one_by_one)
+        one_by_one = [config.forward_flops(1, context + i) for i in range(num_tokens)]
+        assert config.forward_flops(num_tokens, context) == sum(one_by_one)

@@ -29,7 +29,7 @@ from tpipe_jax.config import (
 from tpipe_jax.inplace import Position
 from tpipe_jax.loss import IGNORE
 from tpipe_jax.pipeline import sweep
-from tpipe_jax.plan import Plan, make_plan
+from tpipe_jax.plan import Plan
 from tpipe_jax.schedule import IDLE, Item, terapipe
 from tpipe_jax.train_step import make_loss, make_loss_and_grads
 
@@ -193,7 +193,7 @@ def compile_step(config: Config, make: Any = make_loss_and_grads) -> Compiled:
         (params, rows),
         mesh.shardings(devices, specs),
     )
-    function = make(config, devices, terapipe(make_plan(config)))
+    function = make(config, devices, terapipe(reference.plan_of(config)))
     return function.lower(*args).compile(QUICK)
 
 
@@ -300,7 +300,7 @@ def temporary_bytes(token_slices: str) -> int:
     config = Config(
         model=ModelConfig(2, 64, 4, vocab_size=16, seq_len=512),
         mesh=MeshConfig(pipe=2),
-        plan=PlanConfig(token_slices),
+        plan=PlanConfig(token_slices, "uniform:1"),
         train=TrainConfig(batch_size=2),
     )
     return compile_step(config).memory_analysis().temp_size_in_bytes

@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import reference
 from tpipe_jax.config import Config, MeshConfig, ModelConfig, PlanConfig, TrainConfig, UserError
-from tpipe_jax.plan import Plan, make_plan, parse_slices
+from tpipe_jax.plan import Plan, parse_slices
 
 
-def parse(text: str, total: int) -> tuple[int, ...]:
+def parse(text: str, total: int) -> tuple[int, ...] | None:
     return parse_slices(text, total, "config.plan.token_slices", "config.model.seq_len")
 
 
@@ -35,14 +36,14 @@ def test_uniform_slices_are_as_even_as_they_go(total: int, data: st.DataObject):
     ("text", "sentence"),
     [
         ("10,5", "config.plan.token_slices=10,5 sums to 15, but config.model.seq_len is 16"),
-        ("16,0", "neither uniform:N nor a list of positive lengths"),
-        ("20,-4", "neither uniform:N nor a list of positive lengths"),
-        ("", "neither uniform:N nor a list of positive lengths"),
-        ("8,,8", "neither uniform:N nor a list of positive lengths"),
-        ("8.0,8.0", "neither uniform:N nor a list of positive lengths"),
-        ("uniform", "neither uniform:N nor a list of positive lengths"),
-        ("uniform:x", "neither uniform:N nor a list of positive lengths"),
-        ("even:4", "neither uniform:N nor a list of positive lengths"),
+        ("16,0", "neither auto nor uniform:N nor a list of positive lengths"),
+        ("20,-4", "neither auto nor uniform:N nor a list of positive lengths"),
+        ("", "neither auto nor uniform:N nor a list of positive lengths"),
+        ("8,,8", "neither auto nor uniform:N nor a list of positive lengths"),
+        ("8.0,8.0", "neither auto nor uniform:N nor a list of positive lengths"),
+        ("uniform", "neither auto nor uniform:N nor a list of positive lengths"),
+        ("uniform:x", "neither auto nor uniform:N nor a list of positive lengths"),
+        ("even:4", "neither auto nor uniform:N nor a list of positive lengths"),
         ("uniform:0", "must ask for 1 to 16 slices"),
         ("uniform:17", "must ask for 1 to 16 slices"),
     ],
@@ -64,16 +65,16 @@ def config(batch_size: int, data: int, batch_slices: str) -> Config:
 
 
 def test_batch_slices_are_of_one_data_shard():
-    plan = make_plan(config(batch_size=12, data=2, batch_slices="3,2,1"))
+    plan = reference.plan_of(config(batch_size=12, data=2, batch_slices="3,2,1"))
     assert plan == Plan(3, (3, 2, 1), ((7, 5), (7, 5), (7, 5)))
     assert (plan.batch_size, plan.seq_len) == (6, 12)
 
 
 def test_batch_that_does_not_fit_is_refused():
     with pytest.raises(UserError, match=r"config\.plan\.batch_slices=3,3 sums to 6, .* is 12"):
-        make_plan(config(batch_size=12, data=1, batch_slices="3,3"))
+        reference.plan_of(config(batch_size=12, data=1, batch_slices="3,3"))
     with pytest.raises(UserError, match=r"batch_size=9 is not a multiple of config\.mesh\.data=2"):
-        make_plan(config(batch_size=9, data=2, batch_slices="uniform:1"))
+        reference.plan_of(config(batch_size=9, data=2, batch_slices="uniform:1"))
 
 
 def test_plan_file(tmp_path: Path):

@@ -3,10 +3,10 @@
 import jax
 import numpy as np
 
+import reference
 from tpipe_jax import model
 from tpipe_jax.config import Config, MeshConfig, ModelConfig, PlanConfig
 from tpipe_jax.mesh import make_mesh, param_specs, shardings, to_stages
-from tpipe_jax.plan import make_plan
 from tpipe_jax.sample import TEMPERATURE, sample
 
 
@@ -22,7 +22,7 @@ def test_samples_as_the_plain_model_does():
     params["embed"] = jax.tree.map(lambda a: 20 * a, params["embed"])
     on_mesh = jax.device_put(to_stages(params, mesh), shardings(mesh, param_specs(2)))
     prompt = np.array([3, 1, 4], np.int32)
-    drawn = sample(config, mesh, make_plan(config), on_mesh, prompt, 12)
+    drawn = sample(config, mesh, reference.plan_of(config), on_mesh, prompt, 12)
 
     random = np.random.default_rng(config.train.seed)
     tokens = list(prompt)

@@ -85,11 +85,12 @@ def test_makespan_is_that_of_equation_5(num_stages: int, times: list[tuple[float
     """All forward, then all backward: sum(f + b) + (P - 1)(max f + max b)."""
     forward, backward = [f for f, _ in times], [b for _, b in times]
     schedule = terapipe(Plan(num_stages, (1,), ((1,) * len(times),)))
-    boxes = simulate(schedule, forward, backward)
+    timeline = simulate(schedule, forward, backward)
+    boxes = timeline.boxes
     assert len(boxes) == 2 * num_stages * len(times)
     wait = (num_stages - 1) * (max(forward) + max(backward))
-    makespan = max(box.stop_seconds for box in boxes)
-    assert makespan == pytest.approx(sum(forward) + sum(backward) + wait)
+    assert timeline.step_seconds == max(box.stop_seconds for box in boxes)
+    assert timeline.step_seconds == pytest.approx(sum(forward) + sum(backward) + wait)
     for stage in range(num_stages):  # one thing at a time
         own = sorted((b.start_seconds, b.stop_seconds) for b in boxes if b.stage == stage)
         assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(own))

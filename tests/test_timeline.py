@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from tpipe_jax.plan import Plan
-from tpipe_jax.schedule import terapipe
+from tpipe_jax.schedule import simulate, terapipe
 from tpipe_jax.timeline import draw_timeline
 
 
@@ -25,7 +25,8 @@ def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 def test_one_box_for_each_slice_and_direction_on_each_stage(tmp_path: Path, figures: list[Figure]):
     schedule = terapipe(Plan(3, (2, 1), ((5, 3), (8,))))
     forward, backward = [1.0, 1.1, 1.2], [2.0, 2.2, 2.4]
-    draw_timeline(tmp_path / "a.png", schedule, forward, backward, "title")
+    timeline = simulate(schedule, forward, backward)
+    draw_timeline(tmp_path / "a.png", schedule, timeline, "title")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     axes = figures[0].axes[0]
     boxes = [patch for patch in axes.patches if isinstance(patch, Rectangle)]
@@ -46,5 +47,6 @@ def test_one_box_for_each_slice_and_direction_on_each_stage(tmp_path: Path, figu
 
 def test_sequences_are_left_out_where_slices_have_one_each(tmp_path: Path, figures: list[Figure]):
     schedule = terapipe(Plan(2, (1,), ((5, 3),)))
-    draw_timeline(tmp_path / "a.png", schedule, [1.0, 1.0], [1.0, 1.0], "title")
+    timeline = simulate(schedule, [1.0, 1.0], [1.0, 1.0])
+    draw_timeline(tmp_path / "a.png", schedule, timeline, "title")
     assert {text.get_text() for text in figures[0].axes[0].texts} == {"5", "3"}

@@ -60,7 +60,7 @@ def config(tmp_path: Path) -> Config:
     return Config(
         model=ModelConfig(num_layers=3, d_model=16, num_heads=2, seq_len=16),
         mesh=MeshConfig(pipe=2),
-        plan=PlanConfig(token_slices="6,6,4"),
+        plan=PlanConfig(token_slices="6,6,4", batch_slices="uniform:1"),
         train=TrainConfig(
             num_steps=6, batch_size=4, log_every=1, eval_every=4, eval_batches=2, sample_tokens=3
         ),
@@ -288,6 +288,7 @@ def test_ctrl_c_saves_and_says_how_to_continue(tmp_path: Path):
     """The quick start as a user runs and interrupts it, then the same command to its end."""
     args = [f"--workdir={tmp_path}", "--config.train.num-steps=30", "--config.train.log-every=1"]
     args += ["--config.train.eval-batches=1", "--config.train.sample-tokens=4"]
+    args += ["--config.plan.token-slices=uniform:4", "--config.plan.batch-slices=2,6"]
     process = launch(*args)
     deadline = time.monotonic() + 100
     while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:
@@ -304,6 +305,6 @@ def test_ctrl_c_saves_and_says_how_to_continue(tmp_path: Path):
     out, err = process.communicate(timeout=100)
     assert process.returncode == 0, err
     assert "continuing after step" in out
-    for expected in ("parameters", "mesh", "64, 64, 64, 64", "tokens/s", "held-out loss"):
+    for expected in ("parameters", "mesh", "batch slices", "tokens/s", "held-out loss"):
         assert expected in out
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 31))

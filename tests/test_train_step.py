@@ -9,7 +9,6 @@ import reference
 from tpipe_jax import model
 from tpipe_jax.config import Config, ModelConfig, PlanConfig, PrecisionConfig, TrainConfig
 from tpipe_jax.mesh import make_mesh, put_rows, to_stages
-from tpipe_jax.plan import make_plan
 from tpipe_jax.schedule import terapipe
 from tpipe_jax.train_step import make_loss_and_grads
 
@@ -18,13 +17,13 @@ def test_embedding_gradient_in_bfloat16_sums_many_tokens():
     """A token that occurs thousands of times: sums in bfloat16 would stand still at 256 terms."""
     config = Config(
         model=ModelConfig(num_layers=1, d_model=16, num_heads=2, vocab_size=5, seq_len=1024),
-        plan=PlanConfig("uniform:1"),
+        plan=PlanConfig("uniform:1", "uniform:1"),
         train=TrainConfig(batch_size=4),
     )
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     params = to_stages(model.init(config.model, jax.random.key(0)), mesh)
     rows = put_rows(mesh, np.full((4, 1025), 3, np.int32))
-    schedule = terapipe(make_plan(config))
+    schedule = terapipe(reference.plan_of(config))
     half = dataclasses.replace(config, precision=PrecisionConfig("bfloat16"))
     (_, exact), (_, rounded) = (
         make_loss_and_grads(c, mesh, schedule)(params, rows) for c in (config, half)

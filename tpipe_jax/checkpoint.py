@@ -68,13 +68,11 @@ class Checkpoints:
         with self._writing():
             self._manager.save(step, args=items, force=True)
 
-    def restore(self, like: PyTree) -> tuple[int, PyTree]:
-        """The newest step and its state, bitwise as saved, in the shardings of `like`.
-
-        There must be a `latest_step`. Raises `UserError` if it has another identity or is damaged.
-        """
+    def newest_step(self) -> int | None:
+        """The `latest_step`. Raises `UserError` if it has another identity, or is damaged."""
         step = self.latest_step()
-        assert step is not None, f"no checkpoint in {self._folder}"
+        if step is None:
+            return None
         saved = dict(_settings(self._read(step, identity=ocp.args.JsonRestore()).identity))
         ours = dict(_settings(self._identity))
         differences = [
@@ -87,7 +85,16 @@ class Checkpoints:
                 f"the checkpoint in {self._folder} was written with {'; with '.join(differences)}: "
                 "use the same settings, or start another run with --workdir."
             )
-        return step, self._read(step, state=ocp.args.StandardRestore(like)).state
+        return step
+
+    def restore(self, like: PyTree) -> PyTree:
+        """The newest state, bitwise as saved, in the shardings of `like`.
+
+        There must be a `newest_step`. Raises `UserError` if it is damaged.
+        """
+        step = self.newest_step()
+        assert step is not None, f"no checkpoint in {self._folder}"
+        return self._read(step, state=ocp.args.StandardRestore(like)).state
 
     def wait(self) -> None:
         """Returns when no save is under way. Raises `UserError` if the last one has failed."""

@@ -66,6 +66,13 @@ class ModelConfig:
     def head_width(self) -> int:
         return self.d_model // self.num_heads
 
+    def forward_flops(self, num_tokens: int, context: int) -> int:
+        """Floating-point operations of one layer for one slice after `context` tokens, forward."""
+        D, F = self.d_model, self.ff_width
+        matrices = 2 * num_tokens * (4 * D * D + 2 * D * F)
+        visible_pairs = num_tokens * context + num_tokens * (num_tokens + 1) // 2
+        return matrices + 4 * D * visible_pairs
+
 
 @dataclass(frozen=True)
 class MeshConfig:
@@ -87,11 +94,16 @@ class MeshConfig:
 class PlanConfig:
     """How batch and sequence are cut into the pieces that flow through the pipeline."""
 
-    token_slices: str = "uniform:4"
-    """Token slices of each sequence: uniform:N, or lengths that sum to seq_len, as 96,64,56,40."""
-    batch_slices: str = "uniform:1"
-    """Batch slices of each data shard: uniform:N, or sizes that sum to batch_size / mesh.data, as
-    2,1,1."""
+    token_slices: str = "auto"
+    """Token slices of each sequence: auto, uniform:N, or lengths that sum to seq_len, as
+    96,64,56,40."""
+    batch_slices: str = "auto"
+    """Batch slices of each data shard: auto, uniform:N, or sizes that sum to its batch, which is
+    batch_size / mesh.data, as 2,1,1."""
+    unit_tokens: Count | None = None
+    """Tokens that planned slices are multiples of; None means 8, and more in long sequences."""
+    file: str | None = None
+    """A plan.json to train with instead, as launch/plan.py writes it."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +170,14 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class MemoryConfig:
+    """The memory of a device."""
+
+    limit_gib: Annotated[float, Range(0)] | None = None
+    """What a step may use; None means what the device reports, which a CPU does not."""
+
+
+@dataclass(frozen=True)
 class PrecisionConfig:
     """Number formats; parameters, sums of gradients, norms, softmax and loss are float32 always."""
 
@@ -177,6 +197,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
 
     def __post_init__(self) -> None:
         for path, hint, value in _fields(self):

@@ -1,18 +1,14 @@
-"""What the user sees on the terminal: the run at its start, its progress, and how it ended."""
+"""What the user sees on the terminal: the run at its start, its progress, and its end. No jax."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from jax.sharding import Mesh
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tpipe_jax.config import Config
-from tpipe_jax.mesh import layer_counts
-from tpipe_jax.model import num_params
 from tpipe_jax.plan import Plan
-from tpipe_jax.schedule import Schedule
+from tpipe_jax.planner import Alternative, Planning, predicted_timeline
 
 
 class Console:
@@ -20,54 +16,91 @@ class Console:
 
     def __init__(self, is_quiet: bool = False) -> None:
         self._rich = RichConsole(quiet=is_quiet, highlight=False, soft_wrap=True)
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
-            console=self._rich,
-            refresh_per_second=2,  # the cores are busy
-        )
+        self._progress = self._make_progress("step")
 
     def say(self, text: str) -> None:
         self._rich.print(text, markup=False)
 
-    def describe_run(
-        self, config: Config, mesh: Mesh, plan: Plan, schedule: Schedule, num_tokens: Sequence[int]
-    ) -> None:
-        """Model, mesh, data and plan as a table each or a line each."""
-        model, counts = config.model, layer_counts(config.model.num_layers, config.mesh.pipe)
-        kind = mesh.devices.flat[0].device_kind
-        per_stage = (
-            f"{min(counts)}" if min(counts) == max(counts) else f"{min(counts)}-{max(counts)}"
-        )
-        facts = Table(show_header=False, box=None, pad_edge=False)
-        facts.add_row(
-            "model",
-            f"{num_params(model):,} parameters: {model.num_layers} layers, width {model.d_model}, "
-            f"{model.num_heads} heads, vocabulary {model.vocab_size}, {config.precision.compute}",
-        )
-        facts.add_row(
-            "mesh",
-            f"data {config.mesh.data} x pipe {config.mesh.pipe} x model {config.mesh.model} = "
-            f"{config.mesh.num_devices} devices ({kind}), {per_stage} layers a stage",
-        )
-        facts.add_row("data", f"{num_tokens[0]:,} tokens to train on, {num_tokens[1]:,} held out")
-        facts.add_row(
-            "step",
-            f"{config.train.batch_size} sequences of {model.seq_len} tokens, "
-            f"{plan.batch_size} a data shard, in {len(schedule.items)} slices",
-        )
-        self._rich.print(facts)
-        table = Table(title="plan", title_justify="left", box=None, pad_edge=False)
-        for name in ("batch slice", "sequences", "token slices"):
-            table.add_column(name, justify="left" if name == "token slices" else "right")
-        for m, (size, token_slices) in enumerate(
-            zip(plan.batch_slices, plan.token_slices, strict=True)
-        ):
-            table.add_row(str(m), str(size), ", ".join(map(str, token_slices)))
+    def show_facts(self, facts: dict[str, str]) -> None:
+        """A line for each."""
+        table = Table(show_header=False, box=None, pad_edge=False)
+        for name, text in facts.items():
+            table.add_row(name, text)
         self._rich.print(table)
+
+    def show_plan(self, plan: Plan, stage_factors: Sequence[float]) -> None:
+        """A line for each slice; batch slices that are alike are shown once."""
+        table = Table(title="plan", title_justify="left", box=None, pad_edge=False)
+        names = ["batch slices", "sequences", "slice", "tokens", "context"]
+        for name in names + ["forward", "backward"] * (plan.prediction is not None):
+            table.add_column(name, justify="right")
+        kinds = list(zip(plan.batch_slices, plan.token_slices, strict=True))
+        for m, kind in enumerate(kinds):
+            if kind in kinds[:m]:
+                continue
+            context = 0
+            for n, num_tokens in enumerate(kind[1]):
+                row = [f"{kinds.count(kind)}", f"{kind[0]}"] if n == 0 else ["", ""]
+                row += [str(n), str(num_tokens), str(context)]
+                if plan.prediction:
+                    row += [
+                        milliseconds(times[m][n])
+                        for times in (
+                            plan.prediction.slice_forward_seconds,
+                            plan.prediction.slice_backward_seconds,
+                        )
+                    ]
+                table.add_row(*row)
+                context += num_tokens
+        self._rich.print(table)
+        if plan.prediction:
+            bubble = predicted_timeline(plan, stage_factors).bubble
+            self.say(
+                f"predicted step {milliseconds(plan.prediction.step_seconds)}, of which "
+                f"{milliseconds(plan.prediction.outside_seconds)} outside the stages, which wait "
+                f"{bubble:.0%} of the rest"
+            )
+
+    def show_planning(self, planning: Planning, stage_factors: Sequence[float]) -> None:
+        """The plan, how sure it is, and what simpler plans would take."""
+        self.show_plan(planning.plan, stage_factors)
+        prediction = planning.plan.prediction
+        assert prediction is not None
+        search = f"{planning.num_solves} programmes solved in {planning.search_seconds:.2f} s"
+        if prediction.is_optimal:
+            self.say(f"no plan is faster under these latencies: proven, {search}")
+        else:
+            bound = milliseconds(prediction.lower_bound_seconds)
+            self.say(f"no plan is faster than {bound} under these latencies: {search}")
+
+        def compare(name: str, other: Alternative | None) -> None:
+            if other:
+                slower = other.step_seconds / prediction.step_seconds - 1
+                self.say(
+                    f"{name} would take {milliseconds(other.step_seconds)}, {slower:+.1%}: "
+                    f"{_count(other.batch_slices, 'batch slice')} of "
+                    f"{_count(other.token_slices, 'token slice')}"
+                )
+
+        compare("unsliced", planning.unsliced)
+        compare("the best uniform slices", planning.best_uniform)
+
+    def show_agreement(self, predicted_seconds: float, measured_seconds: float) -> None:
+        """How well the prediction and the measurement of a step agree."""
+        self.say(
+            f"a step takes {milliseconds(measured_seconds)}, predicted were "
+            f"{milliseconds(predicted_seconds)}: {predicted_seconds / measured_seconds - 1:+.0%}"
+        )
+
+    @contextmanager
+    def profiling(self) -> Iterator[Callable[[int, int], None]]:
+        """Shows a bar while latencies are measured; yields what moves it, `(done, all)`."""
+        if not self._rich.is_terminal:
+            self.say("profiling ...")
+        progress = self._make_progress("profiling")
+        task = progress.add_task("", total=None, numbers="")
+        with progress:
+            yield lambda done, num_parts: progress.update(task, completed=done, total=num_parts)
 
     @contextmanager
     def progress(self, first_step: int, num_steps: int) -> Iterator[None]:
@@ -94,3 +127,23 @@ class Console:
         self.say(prompt)
         self._rich.print("[dim]... and how the model continues it[/dim]")
         self.say(continuation)
+
+    def _make_progress(self, what: str) -> Progress:
+        return Progress(
+            TextColumn(what),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=self._rich,
+            refresh_per_second=2,  # the cores are busy
+        )
+
+
+def milliseconds(seconds: float) -> str:
+    """A time as text, with as many digits as mean something."""
+    return f"{seconds * 1e3:.0f} ms" if seconds >= 0.1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

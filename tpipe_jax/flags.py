@@ -7,7 +7,7 @@ from pathlib import Path
 
 import tyro
 
-from tpipe_jax.config import Config, UserError
+from tpipe_jax.config import Config, Count, UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -24,6 +24,43 @@ class Flags:
     config: Config
     workdir: Path
     """Folder for config.json, plan.json, metrics, checkpoints and timeline.png."""
+
+
+@dataclass(frozen=True)
+class FilePlanFlags:
+    """Plans slices from measured latencies alone."""
+
+    latency: Path
+    """A latency.json: unit_tokens, and seconds as forward and backward [batch - 1][slice units - 1]
+    [context units], null where a slice is not allowed."""
+    num_stages: Count
+    """Pipeline stages."""
+    batch_size: Count
+    """Sequences of a data shard."""
+    seq_len: Count
+    """Tokens of a sequence."""
+    stage_factors: tuple[float, ...] | None = None
+    """The time of each stage over those of the file, all alike if left out."""
+    memory_limit_gib: float | None = None
+    """What a step may use of a device's memory, if the file tells what it needs."""
+    workdir: Path = Path("runs/plan")
+    """Folder for plan.json and plan.png."""
+
+
+def parse_file_plan(args: list[str], program: str) -> FilePlanFlags:
+    """Reads the command line of `FilePlanFlags`. Raises `UserError` for a value out of range."""
+    flags = tyro.cli(FilePlanFlags, args=args, prog=program)
+    for name in ("num_stages", "batch_size", "seq_len"):
+        if getattr(flags, name) < 1:
+            option = name.replace("_", "-")
+            raise UserError(f"--{option}={getattr(flags, name)} must be at least 1.")
+    factors = flags.stage_factors
+    if factors and (len(factors) != flags.num_stages or not min(factors) > 0):
+        raise UserError(
+            f"--stage-factors must be {flags.num_stages} positive numbers, one for each stage: "
+            f"they are {' '.join(map(str, factors))}."
+        )
+    return flags
 
 
 def parse(args: list[str], program: str) -> Flags:

@@ -1,6 +1,8 @@
 """The mesh of devices, the sharding rules, and which stage has which layer."""
 
+import ctypes
 import os
+import platform
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,8 +42,21 @@ def find_devices(config: MeshConfig) -> list[jax.Device]:
     if config.num_devices >= (os.cpu_count() or 1):
         no_threads = "--xla_cpu_multi_thread_eigen=false"
         os.environ["XLA_FLAGS"] = f"{no_threads} {os.environ.get('XLA_FLAGS', '')}"
+    keep_freed_memory()
     jax.config.update("jax_num_cpu_devices", config.num_devices)
     return jax.devices()
+
+
+def keep_freed_memory() -> None:
+    """Has the C library keep what it frees, for CPU devices.
+
+    glibc hands large buffers back to the system, and a step that gets them anew has all of their
+    pages to fault in: a fifth of the quick start's time (docs/design.md).
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(ctypes.c_int(-4), ctypes.c_int(0))  # M_MMAP_MAX: no buffer of its own mapping
+        libc.mallopt(ctypes.c_int(-1), ctypes.c_int(-1))  # M_TRIM_THRESHOLD: never shrink the heap
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:

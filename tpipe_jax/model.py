@@ -114,14 +114,6 @@ def num_params(config: ModelConfig) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def forward_flops(config: ModelConfig, num_tokens: int, context: int) -> int:
-    """Floating-point operations of one layer for one slice after `context` tokens, forward."""
-    D, F = config.d_model, config.ff_width
-    matrices = 2 * num_tokens * (4 * D * D + 2 * D * F)
-    visible_pairs = num_tokens * context + num_tokens * (num_tokens + 1) // 2
-    return matrices + 4 * D * visible_pairs
-
-
 @jax.custom_vjp
 def self_attention(qkv_tBHTK: Array) -> Array:
     """Attention of whole sequences `[3, B, H, T, K]` as a single slice, differentiable."""

@@ -49,7 +49,7 @@ def sum_over(axis: str, value: Array) -> Array:
 
 
 def sweep(
-    table: np.ndarray,
+    table: np.ndarray | Array,
     items: Sequence[Item],
     work: Work,
     source_BTD: Array,
@@ -60,7 +60,7 @@ def sweep(
     """Sends all items of a batch through all stages.
 
     Args:
-        table: `[tick, stage]`, the index of the item or IDLE.
+        table: `[tick, stage]`, the index of the item or IDLE; a run-time value if it is an Array.
         items: what the indices stand for.
         work: what a stage does: `(x [B, L, D], position, state)` to `(y [B, L, D], state)`.
         source_BTD: what the items are cut from on the stage where they enter.
@@ -101,5 +101,7 @@ def sweep(
 
     longest = max(B for B, _ in shapes), max(L for _, L in shapes)
     empty = jnp.zeros_like(source_BTD), jnp.zeros((*longest, D), source_BTD.dtype)
-    (state, result_BTD, _), _ = lax.scan(tick, varying((state, *empty)), jnp.asarray(table))
+    # Without the barrier XLA would see that stages are idle, and drop what the profiler times.
+    table = lax.optimization_barrier(jnp.asarray(table))
+    (state, result_BTD, _), _ = lax.scan(tick, varying((state, *empty)), table)
     return result_BTD, state

@@ -1,11 +1,30 @@
 """The plan of a step: how the batch of a data shard and its sequences are cut, in plain numbers."""
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tpipe_jax.config import Config, UserError
+
+Nested = tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the latency model says of a plan."""
+
+    step_seconds: float
+    """The whole step, of which `outside_seconds` are not the pipeline's."""
+    outside_seconds: float
+    slice_forward_seconds: Nested
+    """For each slice of each batch slice, how long it holds a stage."""
+    slice_backward_seconds: Nested
+    slice_transfer_seconds: Nested
+    """The part of both in which the slice is handed on."""
+    is_optimal: bool
+    lower_bound_seconds: float
+    """No plan takes less, says the model."""
 
 
 @dataclass(frozen=True)
@@ -15,6 +34,7 @@ class Plan:
     num_stages: int
     batch_slices: tuple[int, ...]
     token_slices: tuple[tuple[int, ...], ...]
+    prediction: Prediction | None = None
 
     @property
     def batch_size(self) -> int:
@@ -25,12 +45,49 @@ class Plan:
     def seq_len(self) -> int:
         return sum(self.token_slices[0])
 
+    @property
+    def shapes(self) -> set[tuple[int, int]]:
+        """The different sizes of its slices, sequences and tokens."""
+        pairs = zip(self.batch_slices, self.token_slices, strict=True)
+        return {(b, n) for b, slices in pairs for n in slices}
+
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        """Writes `plan.json`."""
+        content: dict[str, Any] = {
+            "num_stages": self.num_stages,
+            "batch_slices": self.batch_slices,
+            "token_slices": self.token_slices,
+        }
+        if self.prediction:
+            content |= {
+                "predicted_step_seconds": self.prediction.step_seconds,
+                "outside_seconds": self.prediction.outside_seconds,
+                "slice_forward_seconds": self.prediction.slice_forward_seconds,
+                "slice_backward_seconds": self.prediction.slice_backward_seconds,
+                "slice_transfer_seconds": self.prediction.slice_transfer_seconds,
+                "optimal": self.prediction.is_optimal,
+                "lower_bound_seconds": self.prediction.lower_bound_seconds,
+            }
+        path.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def make_plan(config: Config) -> Plan:
-    """The plan that the settings spell out. Raises `UserError` where they don't fit each other."""
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a plan is asked for; None where the slices are the planner's to choose."""
+
+    num_stages: int
+    batch_size: int
+    """Sequences of one data shard."""
+    seq_len: int
+    batch_slices: tuple[int, ...] | None = None
+    token_slices: tuple[int, ...] | None = None
+
+
+def read_settings(config: Config) -> Plan | PlanRequest:
+    """The plan that the settings spell out or name, or what they leave to the planner.
+
+    Raises `UserError` where they don't fit each other.
+    """
     train, mesh = config.train, config.mesh
     if train.batch_size % mesh.data:
         raise UserError(
@@ -50,16 +107,47 @@ def make_plan(config: Config) -> Plan:
         "config.plan.token_slices",
         "config.model.seq_len",
     )
-    return Plan(mesh.pipe, batch_slices, (token_slices,) * len(batch_slices))
+    unit_tokens(config)
+    request = PlanRequest(
+        mesh.pipe, train.batch_size // mesh.data, config.model.seq_len, batch_slices, token_slices
+    )
+    if config.plan.file is not None:
+        if batch_slices or token_slices:
+            raise UserError(
+                f"config.plan.file={config.plan.file} and slices of their own exclude each other: "
+                "leave config.plan.batch_slices and config.plan.token_slices at auto."
+            )
+        return load_plan(Path(config.plan.file), request)
+    if batch_slices and token_slices:
+        return Plan(mesh.pipe, batch_slices, (token_slices,) * len(batch_slices))
+    return request
 
 
-def parse_slices(text: str, total: int, setting: str, total_name: str) -> tuple[int, ...]:
-    """Reads `uniform:N` or a list as `96,64,56,40`.
+def unit_tokens(config: Config) -> int:
+    """What planned slices are multiples of: 8 tokens unless set, and more in long sequences.
+
+    Raises `UserError` if the setting does not divide the sequence.
+    """
+    seq_len, unit = config.model.seq_len, config.plan.unit_tokens
+    if unit is None:
+        return next(n for n in range(max(8, seq_len // 256), 0, -1) if seq_len % n == 0)
+    if seq_len % unit:
+        raise UserError(
+            f"config.plan.unit_tokens={unit} does not divide config.model.seq_len={seq_len}: pick "
+            "a divisor."
+        )
+    return unit
+
+
+def parse_slices(text: str, total: int, setting: str, total_name: str) -> tuple[int, ...] | None:
+    """Reads `uniform:N`, a list as `96,64,56,40`, or `auto` as None.
 
     Uniform slices differ by one where N does not divide the total; the longer ones come first,
     since they have the shorter context. Raises `UserError` for anything but positive lengths that
     sum to `total`.
     """
+    if text.strip() == "auto":
+        return None
     kind, _, count = text.partition(":")
     if kind.strip() == "uniform" and count.strip().isdecimal():
         num = int(count)
@@ -67,11 +155,12 @@ def parse_slices(text: str, total: int, setting: str, total_name: str) -> tuple[
             raise UserError(
                 f"{setting}={text} must ask for 1 to {total} slices, since {total_name} is {total}."
             )
-        return tuple(total // num + (i < total % num) for i in range(num))
+        return uniform(total, num)
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
         raise UserError(
-            f"{setting}={text} is neither uniform:N nor a list of positive lengths as 96,64,56,40."
+            f"{setting}={text} is neither auto nor uniform:N nor a list of positive lengths as "
+            "96,64,56,40."
         )
     slices = tuple(map(int, parts))
     if sum(slices) != total:
@@ -80,3 +169,81 @@ def parse_slices(text: str, total: int, setting: str, total_name: str) -> tuple[
             f"change the slices, or let uniform:{min(len(slices), total)} divide it."
         )
     return slices
+
+
+def uniform(total: int, num: int) -> tuple[int, ...]:
+    """`num` parts of `total` that differ by at most one, the larger ones first."""
+    return tuple(total // num + (i < total % num) for i in range(num))
+
+
+def load_plan(path: Path, request: PlanRequest) -> Plan:
+    """Reads `plan.json`. Raises `UserError` if it is none, or is not of what is requested."""
+
+    def wrong(what: str) -> UserError:
+        return UserError(
+            f"config.plan.file={path} is no plan: {what}. Make one with launch/plan.py, or set "
+            "config.plan.token_slices."
+        )
+
+    try:
+        content = json.loads(path.read_text())
+        num_stages = content["num_stages"]
+        batch_slices = tuple(content["batch_slices"])
+        token_slices = tuple(tuple(slices) for slices in content["token_slices"])
+    except OSError as error:
+        raise wrong(f"it cannot be read ({error.strerror})") from error
+    except KeyError as error:
+        raise wrong(f"it has no {error.args[0]}") from error
+    except (TypeError, ValueError) as error:
+        raise wrong(f"it does not hold what a plan does ({error})") from error
+    counts = [num_stages, *batch_slices, *(n for slices in token_slices for n in slices)]
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in counts):
+        raise wrong("a size in it is not a positive whole number")
+    if not batch_slices or len(token_slices) != len(batch_slices):
+        raise wrong(f"it has {len(batch_slices)} batch slices, but tokens of {len(token_slices)}")
+    plan = Plan(num_stages, batch_slices, token_slices, _read_prediction(content, wrong))
+    lengths = {sum(slices) for slices in token_slices}
+    for what, planned, setting, wanted in (
+        ("sequences of", lengths, "config.model.seq_len", request.seq_len),
+        (
+            "a batch of",
+            {plan.batch_size},
+            "config.train.batch_size / config.mesh.data",
+            request.batch_size,
+        ),
+        ("a number of stages of", {num_stages}, "config.mesh.pipe", request.num_stages),
+    ):
+        if planned != {wanted}:
+            raise UserError(
+                f"config.plan.file={path} is for {what} {', '.join(map(str, sorted(planned)))}, "
+                f"but {setting} is {wanted}: plan anew with launch/plan.py, or change the setting."
+            )
+    return plan
+
+
+def _read_prediction(content: dict[str, Any], wrong: Any) -> Prediction | None:
+    if "predicted_step_seconds" not in content:
+        return None
+    try:
+        forward, backward, transfer = (
+            tuple(tuple(map(float, times)) for times in content[f"slice_{name}_seconds"])
+            for name in ("forward", "backward", "transfer")
+        )
+        prediction = Prediction(
+            step_seconds=float(content["predicted_step_seconds"]),
+            outside_seconds=float(content["outside_seconds"]),
+            slice_forward_seconds=forward,
+            slice_backward_seconds=backward,
+            slice_transfer_seconds=transfer,
+            is_optimal=bool(content["optimal"]),
+            lower_bound_seconds=float(content["lower_bound_seconds"]),
+        )
+    except KeyError as error:
+        raise wrong(f"it has no {error.args[0]}") from error
+    except (TypeError, ValueError) as error:
+        raise wrong(f"its predicted times are no times ({error})") from error
+    slices = [len(s) for s in content["token_slices"]]
+    for times in (forward, backward, transfer):
+        if [len(t) for t in times] != slices:
+            raise wrong("its predicted times are not of its slices")
+    return prediction

@@ -61,6 +61,22 @@ class Box:
     stop_seconds: float
 
 
+@dataclass(frozen=True)
+class Timeline:
+    """When each stage works on what."""
+
+    boxes: tuple[Box, ...]
+    step_seconds: float
+    """From the first start to the last stop, the makespan."""
+    num_stages: int
+
+    @property
+    def bubble(self) -> float:
+        """The fraction of the stages' time in which they do not work."""
+        work = sum(box.stop_seconds - box.start_seconds for box in self.boxes)
+        return 1 - work / (self.num_stages * self.step_seconds)
+
+
 def terapipe(plan: Plan) -> Schedule:
     """All items forward through the stages, then all of them backward."""
     items, row = [], 0
@@ -78,13 +94,28 @@ def terapipe(plan: Plan) -> Schedule:
 
 
 def simulate(
-    schedule: Schedule, forward_seconds: Sequence[float], backward_seconds: Sequence[float]
-) -> list[Box]:
-    """The timeline if item i takes that many seconds on each stage and transfers take none.
+    schedule: Schedule,
+    forward_seconds: Sequence[float],
+    backward_seconds: Sequence[float],
+    *,
+    stage_factors: Sequence[float] | None = None,
+    transfer_seconds: Sequence[float] | None = None,
+) -> Timeline:
+    """The timeline of a schedule whose stages wait for nothing but their neighbours.
 
-    A stage starts an item as soon as it has finished the one before and its neighbour has finished
-    this one.
+    A stage starts an item as soon as it has finished the one before and its neighbour has handed
+    this one on.
+
+    Args:
+        schedule: any table in which a neighbour has an item before it is due.
+        forward_seconds: the work on each item in the forward pass.
+        backward_seconds: the work on each item in the backward pass.
+        stage_factors: what each stage takes over those times; all alike without.
+        transfer_seconds: how long a stage is held, after its work on an item, until that is handed
+            on; none without.
     """
+    factors = stage_factors or [1.0] * schedule.num_stages
+    transfers = transfer_seconds or [0.0] * len(schedule.items)
     boxes, free = [], [0.0] * schedule.num_stages
     for table, seconds, is_backward in (
         (schedule.forward, forward_seconds, False),
@@ -95,6 +126,7 @@ def simulate(
             for stage, item in enumerate(row.tolist()):
                 if item != IDLE:
                     start = max(free[stage], ready[item])
-                    free[stage] = ready[item] = start + seconds[item]
-                    boxes.append(Box(stage, item, is_backward, start, free[stage]))
-    return boxes
+                    stop = start + factors[stage] * seconds[item]
+                    free[stage] = ready[item] = stop + transfers[item]
+                    boxes.append(Box(stage, item, is_backward, start, stop))
+    return Timeline(tuple(boxes), max(free), schedule.num_stages)

@@ -14,20 +14,23 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
+from tpipe_jax.autoplan import plan_slices, stage_factors
 from tpipe_jax.checkpoint import Checkpoints
 from tpipe_jax.config import Config, resolved, to_dict
 from tpipe_jax.console import Console
 from tpipe_jax.data import Batches, open_data
-from tpipe_jax.mesh import check_model, make_mesh, put_rows
+from tpipe_jax.mesh import check_model, layer_counts, make_mesh, put_rows
 from tpipe_jax.metrics import Metrics
-from tpipe_jax.model import Params
+from tpipe_jax.model import Params, num_params
 from tpipe_jax.optim import learning_rate, make_optimizer
-from tpipe_jax.plan import Plan, make_plan
+from tpipe_jax.plan import Plan, PlanRequest, read_settings
 from tpipe_jax.sample import sample
 from tpipe_jax.schedule import Schedule, terapipe
 from tpipe_jax.train_state import TrainState, abstract_state, init_state
 from tpipe_jax.train_step import make_loss, make_train_step
 from tpipe_jax.workdir import changed_settings, describe_in_files
+
+COMPARED_STEPS = 20  # until prediction and measurement are compared
 
 
 @dataclass(frozen=True)
@@ -36,8 +39,8 @@ class Run:
 
     config: Config
     mesh: Mesh
-    plan: Plan
-    schedule: Schedule
+    plan: Plan | PlanRequest
+    """As the settings have it; what they leave open is planned before the run starts."""
     train_data: Batches
     held_out: Batches
     optimizer: optax.GradientTransformation
@@ -50,12 +53,12 @@ def prepare(config: Config, devices: Sequence[jax.Device]) -> Run:
     """
     mesh = make_mesh(config.mesh, devices)
     check_model(config.model, config.mesh)
-    plan = make_plan(config)
+    plan = read_settings(config)
     train_data, held_out = open_data(config)
     for batches in (train_data, held_out):
         batches.batch(0)  # a vocabulary of another size mostly shows here
     optimizer = make_optimizer(config.optim, config.train.num_steps)
-    return Run(config, mesh, plan, terapipe(plan), train_data, held_out, optimizer)
+    return Run(config, mesh, plan, train_data, held_out, optimizer)
 
 
 def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console: Console) -> None:
@@ -66,8 +69,7 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
     """
     config = resolved(config)
     run = prepare(config, devices)
-    num_tokens = run.train_data.num_tokens, run.held_out.num_tokens
-    console.describe_run(config, run.mesh, run.plan, run.schedule, num_tokens)
+    console.show_facts(_facts(run))
     for change in changed_settings(config, workdir):
         console.say(f"changed since the last start: {change}")
 
@@ -77,37 +79,64 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
     }
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, identity)
     num_steps = config.train.num_steps
-    with closing(checkpoints), interruptions(console) as interrupted:
-        first_step, state = 0, None
-        if checkpoints.latest_step() is not None:
-            first_step, state = checkpoints.restore(abstract_state(config, run.mesh, run.optimizer))
+    with closing(checkpoints):
+        first_step = checkpoints.newest_step() or 0
         if first_step >= num_steps:
             console.say(
                 f"The run in {workdir} has finished its {first_step} steps: go further with "
                 f"--config.train.num-steps={2 * first_step}, or start another with --workdir."
             )
             return
-        if first_step:
-            console.say(f"continuing after step {first_step}")
-        describe_in_files(config, workdir, run.plan, run.schedule)
-        state = state or init_state(config, run.mesh, run.optimizer)
-        with closing(Metrics(workdir, first_step)) as metrics:
-            log = StepLog(config, metrics, console)
-            step, state = _loop(run, state, first_step, checkpoints, log, console, interrupted)
+        plan = run.plan
+        if isinstance(plan, PlanRequest):
+            _, planning = plan_slices(config, plan, run.mesh, workdir, console)
+            console.show_planning(planning, stage_factors(config))
+            plan = planning.plan
+        else:
+            console.show_plan(plan, stage_factors(config))
+        with interruptions(console) as interrupted:
+            state = None
+            if first_step:
+                state = checkpoints.restore(abstract_state(config, run.mesh, run.optimizer))
+                console.say(f"continuing after step {first_step}")
+            describe_in_files(config, workdir, plan, stage_factors(config))
+            state = state or init_state(config, run.mesh, run.optimizer)
+            with closing(Metrics(workdir, first_step)) as metrics:
+                log = StepLog(config, plan, metrics, console)
+                step, state = _loop(
+                    run, terapipe(plan), state, first_step, checkpoints, log, console, interrupted
+                )
     if step < num_steps:
         console.say(f"Interrupted after step {step}: the same command continues from here.")
         return
     if config.train.sample_tokens:
         prompt = run.held_out.batch(0)[-1, : config.model.seq_len // 2]
-        tokens = sample(
-            config, run.mesh, run.plan, state.params, prompt, config.train.sample_tokens
-        )
+        tokens = sample(config, run.mesh, plan, state.params, prompt, config.train.sample_tokens)
         console.show_sample(*(_as_text(config, part) for part in (prompt, tokens)))
     console.say(f"Trained {num_steps} steps; everything is in {workdir}.")
 
 
+def _facts(run: Run) -> dict[str, str]:
+    """What there is to know of a run before it starts, by a short name."""
+    config, model, mesh = run.config, run.config.model, run.config.mesh
+    counts = layer_counts(model.num_layers, mesh.pipe)
+    per_stage = f"{min(counts)}" + f"-{max(counts)}" * (min(counts) < max(counts))
+    return {
+        "model": f"{num_params(model):,} parameters: {model.num_layers} layers, width "
+        f"{model.d_model}, {model.num_heads} heads, vocabulary {model.vocab_size}, "
+        f"{config.precision.compute}",
+        "mesh": f"data {mesh.data} x pipe {mesh.pipe} x model {mesh.model} = {mesh.num_devices} "
+        f"devices ({run.mesh.devices.flat[0].device_kind}), {per_stage} layers a stage",
+        "data": f"{run.train_data.num_tokens:,} tokens to train on, "
+        f"{run.held_out.num_tokens:,} held out",
+        "step": f"{config.train.batch_size} sequences of {model.seq_len} tokens, "
+        f"{run.plan.batch_size} a data shard",
+    }
+
+
 def _loop(
     run: Run,
+    schedule: Schedule,
     state: TrainState,
     first_step: int,
     checkpoints: Checkpoints,
@@ -122,10 +151,10 @@ def _loop(
         return put_rows(run.mesh, run.train_data.batch(step - 1))
 
     start = time.monotonic()
-    train_step = make_train_step(config, run.mesh, run.schedule, run.optimizer)
+    train_step = make_train_step(config, run.mesh, schedule, run.optimizer)
     train_step = train_step.lower(state, rows_of(1)).compile()
     console.say(f"compiled in {time.monotonic() - start:.0f} s")
-    evaluate = partial(_evaluate, run, make_loss(config, run.mesh, run.schedule))
+    evaluate = partial(_evaluate, run, make_loss(config, run.mesh, schedule))
 
     step = first_step
     with console.progress(first_step, num_steps):
@@ -150,11 +179,12 @@ class StepLog:
     """Measures steps and passes on what was due: a step is begun when it has been dispatched.
 
     `step_seconds` is the mean over the steps since the last line, without evaluations but with
-    what a checkpoint takes from them.
+    what a checkpoint takes from them. After some steps it tells what the plan predicted for them.
     """
 
-    def __init__(self, config: Config, metrics: Metrics, console: Console) -> None:
+    def __init__(self, config: Config, plan: Plan, metrics: Metrics, console: Console) -> None:
         self._train, self._metrics, self._console = config.train, metrics, console
+        self._prediction, self._compared = plan.prediction, (0, 0.0)
         self._tokens_per_step = config.train.batch_size * config.model.seq_len
         self._learning_rate = learning_rate(config.optim, config.train.num_steps)
         self._running: tuple[int, dict[str, Array]] | None = None
@@ -187,7 +217,18 @@ class StepLog:
             line["eval_loss"] = evaluate()
         self._metrics.write(step, line)
         self._console.show_progress(step, line)
+        self._compare(step, step_seconds)
         self.start()
+
+    def _compare(self, step: int, step_seconds: float) -> None:
+        """Tells prediction and measurement once enough steps have been timed."""
+        num_steps, seconds = self._compared
+        self._compared = num_steps + self._num_timed, seconds + self._num_timed * step_seconds
+        is_due = self._compared[0] >= COMPARED_STEPS or step == self._train.num_steps
+        if self._prediction and is_due:
+            measured = self._compared[1] / self._compared[0]
+            self._console.show_agreement(self._prediction.step_seconds, measured)
+            self._prediction = None
 
 
 @contextmanager

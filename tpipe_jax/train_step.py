@@ -1,6 +1,6 @@
 """The compiled programs: a training step, its loss and gradients alone, evaluation, next token."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,8 +16,8 @@ from tpipe_jax.config import Config
 from tpipe_jax.mesh import layer_counts, manual_part, param_specs
 from tpipe_jax.model import Params, block_functions
 from tpipe_jax.pipeline import sum_over, sweep, varying
-from tpipe_jax.schedule import Schedule
-from tpipe_jax.stage import Gradients, Stage, empty_caches, empty_saved
+from tpipe_jax.schedule import Item, Schedule
+from tpipe_jax.stage import Gradients, Saved, Stage, empty_caches, empty_saved
 from tpipe_jax.train_state import TrainState, abstract_state
 
 
@@ -46,8 +46,7 @@ def make_train_step(
 
 def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapped:
     """`(params, rows [B, T + 1])` to the mean loss in nats per token and its float32 gradients."""
-    num_stages, shape_BHTK = mesh.shape["pipe"], _cache_shape(config, mesh)
-    dtype = jnp.dtype(config.precision.compute)
+    num_stages, dtype = mesh.shape["pipe"], jnp.dtype(config.precision.compute)
 
     def local(params: Params, rows: Array) -> tuple[Array, Params]:
         tokens_BT, targets_BT = rows[:, :-1], rows[:, 1:]
@@ -56,7 +55,7 @@ def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapp
 
         x_BTD, embed_vjp = jax.vjp(partial(loss.embed, tokens_BT=tokens_BT), params["embed"])
         x_BTD = x_BTD.astype(dtype)
-        saved = empty_saved(len(stage.params), shape_BHTK, config.model.ff_width, dtype)
+        saved = _empty_saved(config, mesh)
         y_BTD, saved = sweep(schedule.forward, schedule.items, stage.forward, x_BTD, saved)
 
         y_BTD = _from_stage(num_stages - 1, y_BTD)
@@ -65,12 +64,8 @@ def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapp
             head, y_BTD, targets_BT, config.model.vocab_size
         )
 
-        d_caches = empty_caches(len(stage.params), shape_BHTK, jnp.float32)
-        gradients = [
-            Gradients(d_cache, _zeros(block))
-            for d_cache, block in zip(d_caches, stage.params, strict=True)
-        ]
         backward = partial(stage.backward, saved)
+        gradients = _empty_gradients(config, mesh, stage)
         d_x_BTD, gradients = sweep(
             schedule.backward, schedule.items, backward, d_y_BTD, gradients, reverse=True
         )
@@ -116,6 +111,58 @@ def make_next_token_logits(config: Config, mesh: Mesh, schedule: Schedule) -> Wr
     return _over_mesh(config, mesh, local, lambda _: PartitionSpec("data", "pipe"), num_scalars=1)
 
 
+def make_stage_work(config: Config, mesh: Mesh, items: Sequence[Item]) -> Wrapped:
+    """`(params, x [B, T, D], forward table, backward table)` to a number that depends on all work.
+
+    The stages' part of a training step with tables that are run-time values: what the profiler
+    times.
+    """
+    dtype = jnp.dtype(config.precision.compute)
+
+    def local(params: Params, x_BTD: Array, forward: Array, backward: Array) -> Array:
+        stage = _make_stage(config, _for_compute(config, params))
+        x_BTD = x_BTD.astype(dtype)
+        y_BTD, saved = sweep(forward, items, stage.forward, x_BTD, _empty_saved(config, mesh))
+        d_x_BTD, gradients = sweep(
+            backward,
+            items,
+            partial(stage.backward, saved),
+            x_BTD,
+            _empty_gradients(config, mesh, stage),
+            reverse=True,
+        )
+        total = sum(
+            a.astype(jnp.float32).sum() for a in jax.tree.leaves((y_BTD, d_x_BTD, gradients))
+        )
+        return lax.psum(total, ("data", "pipe"))
+
+    return _over_mesh(config, mesh, local, lambda _: PartitionSpec(), num_scalars=2)
+
+
+def make_hand_over(config: Config, mesh: Mesh, item: Item) -> Wrapped:
+    """`(params, x [B, T, D], table)` to a number: the ticks of a sweep whose stages do no work."""
+
+    def local(params: Params, x_BTD: Array, table: Array) -> Array:
+        x_BTD = x_BTD.astype(config.precision.compute)
+        y_BTD, _ = sweep(table, [item], lambda x_BLD, at, state: (x_BLD, state), x_BTD, ())
+        return lax.psum(y_BTD.astype(jnp.float32).sum(), ("data", "pipe"))
+
+    return _over_mesh(config, mesh, local, lambda _: PartitionSpec(), num_scalars=1)
+
+
+def saved_bytes_per_token(config: Config, mesh: Mesh) -> int:
+    """What the forward sweep keeps for the backward sweep, and the gradients of its caches."""
+    shape_BHTK = _cache_shape(config, mesh)
+
+    def buffers() -> Any:
+        saved = _empty_saved(config, mesh)
+        return saved, empty_caches(len(saved), shape_BHTK, jnp.dtype(jnp.float32))
+
+    leaves = jax.tree.leaves(jax.eval_shape(buffers))
+    num_bytes = sum(a.size * a.dtype.itemsize for a in leaves)
+    return num_bytes // (shape_BHTK[0] * shape_BHTK[2] * mesh.shape["model"])
+
+
 def _infer(
     config: Config, mesh: Mesh, schedule: Schedule, params: Params, tokens_BT: Array
 ) -> Array:
@@ -141,8 +188,7 @@ def _over_mesh(
     num_scalars: int = 0,
 ) -> Wrapped:
     """Compiles code of one device, with 'data' and 'pipe' manual and 'model' left to GSPMD."""
-    num_blocks = max(layer_counts(config.model.num_layers, mesh.shape["pipe"]))
-    specs = manual_part(param_specs(num_blocks))
+    specs = manual_part(param_specs(_layers_per_stage(config, mesh)))
     in_specs = specs, PartitionSpec("data"), *(PartitionSpec(),) * num_scalars
     mapped = jax.shard_map(
         local, mesh=mesh, axis_names={"data", "pipe"}, in_specs=in_specs, out_specs=out_specs(specs)
@@ -185,8 +231,22 @@ def _count(targets_BT: Array) -> Array:
     return lax.psum((targets_BT != loss.IGNORE).sum(), "data")
 
 
-def _zeros(tree: Params) -> Params:
-    return jax.tree.map(partial(jnp.zeros_like, dtype=jnp.float32), tree)
+def _empty_saved(config: Config, mesh: Mesh) -> list[Saved]:
+    num_layers, dtype = _layers_per_stage(config, mesh), jnp.dtype(config.precision.compute)
+    return empty_saved(num_layers, _cache_shape(config, mesh), config.model.ff_width, dtype)
+
+
+def _empty_gradients(config: Config, mesh: Mesh, stage: Stage) -> list[Gradients]:
+    d_caches = empty_caches(len(stage.params), _cache_shape(config, mesh), jnp.float32)
+    return [
+        Gradients(d_cache, jax.tree.map(partial(jnp.zeros_like, dtype=jnp.float32), block))
+        for d_cache, block in zip(d_caches, stage.params, strict=True)
+    ]
+
+
+def _layers_per_stage(config: Config, mesh: Mesh) -> int:
+    """Of the stage that has most."""
+    return max(layer_counts(config.model.num_layers, mesh.shape["pipe"]))
 
 
 def _cache_shape(config: Config, mesh: Mesh) -> tuple[int, int, int, int]:

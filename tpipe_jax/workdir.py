@@ -1,12 +1,14 @@
 """What a run's folder says of it: config.json, plan.json and timeline.png."""
 
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tpipe_jax.config import Config, UserError, from_dict, to_dict
-from tpipe_jax.model import forward_flops
 from tpipe_jax.plan import Plan
-from tpipe_jax.schedule import Schedule
+from tpipe_jax.planner import predicted_timeline
+from tpipe_jax.schedule import simulate, terapipe
 from tpipe_jax.timeline import draw_timeline
 
 FILES = ("plan.json", "timeline.png", "metrics.jsonl")
@@ -38,22 +40,36 @@ def changed_settings(config: Config, workdir: Path) -> list[str]:
     ]
 
 
-def describe_in_files(config: Config, workdir: Path, plan: Plan, schedule: Schedule) -> None:
+def describe_in_files(
+    config: Config, workdir: Path, plan: Plan, stage_factors: Sequence[float]
+) -> None:
     """Writes config.json, plan.json and timeline.png. Raises `UserError` if it cannot."""
-    cost = [
-        item.num_rows * forward_flops(config.model, item.num_tokens, item.token) / 1e9
-        for item in schedule.items
-    ]
-    title = (
-        f"{len(schedule.items)} slices ({'sequences x ' * (plan.batch_size > 1)}tokens) on "
-        f"{schedule.num_stages} stages, as wide as their floating-point operations"
-    )
-    path = workdir / "timeline.png"
-    try:
+    schedule = terapipe(plan)
+    slices = f"{len(schedule.items)} slices ({'sequences x ' * (plan.batch_size > 1)}tokens)"
+    title = f"{slices} on {schedule.num_stages} stages, "
+    if plan.prediction:
+        timeline, unit = predicted_timeline(plan, stage_factors), "s"
+        title += "as wide as the time that they should take"
+    else:
+        cost = [
+            item.num_rows * config.model.forward_flops(item.num_tokens, item.token) / 1e9
+            for item in schedule.items
+        ]
+        # A backward pass takes about twice the operations of a forward pass.
+        timeline = simulate(schedule, cost, [2 * c for c in cost], stage_factors=stage_factors)
+        unit, title = "GFLOP in a layer", title + "as wide as their floating-point operations"
+    with writing_to(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
         plan.save(workdir / "plan.json")
-        # A backward pass takes about twice the operations of a forward pass.
-        draw_timeline(path, schedule, cost, [2 * c for c in cost], title, "GFLOP in a layer")
+        draw_timeline(workdir / "timeline.png", schedule, timeline, title, unit)
+
+
+@contextmanager
+def writing_to(workdir: Path) -> Iterator[None]:
+    """Answers a file or folder that cannot be written with a `UserError`."""
+    try:
+        yield
     except OSError as error:
         raise UserError(
             f"cannot write to --workdir={workdir} ({error.strerror}: {error.filename}): make it "

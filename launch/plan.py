@@ -1,0 +1,62 @@
+"""Plans the slices of a model: measures it on this machine, or takes the latencies from a file.
+
+    python launch/plan.py --config=configs/quickstart.py
+    python launch/plan.py --latency=latency.json --num-stages=96 --batch-size=2 --seq-len=2048
+
+Both write plan.json and plan.png into --workdir, the first one latency.json too. Train with the
+plan with --config.plan.file=plan.json. --help lists every setting, --latency --help those of the
+second form, which needs no device.
+"""
+
+import sys
+
+from tpipe_jax.config import UserError
+from tpipe_jax.flags import FilePlanFlags, Flags, parse, parse_file_plan
+
+
+def main() -> int:
+    program = "python launch/plan.py"
+    try:
+        if any(word.split("=")[0] == "--latency" for word in sys.argv[1:]):
+            plan_from_file(parse_file_plan(sys.argv[1:], program))
+        else:
+            plan_by_measuring(parse(sys.argv[1:], program))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def plan_from_file(flags: FilePlanFlags) -> None:
+    """Plans without a device and without jax."""
+    from tpipe_jax.console import Console
+    from tpipe_jax.latency import load_table
+    from tpipe_jax.plan import PlanRequest
+    from tpipe_jax.plan_files import write_plan
+    from tpipe_jax.planner import GIB, find_plan
+
+    request = PlanRequest(flags.num_stages, flags.batch_size, flags.seq_len)
+    factors = flags.stage_factors or (1.0,) * flags.num_stages
+    limit = None if flags.memory_limit_gib is None else flags.memory_limit_gib * GIB
+    table = load_table(flags.latency)
+    planning = find_plan(table, request, factors, limit)
+    console = Console()
+    console.show_planning(planning, factors)
+    write_plan(flags.workdir, table, planning.plan, factors)
+    console.say(f"plan.json and plan.png are in {flags.workdir}")
+
+
+def plan_by_measuring(flags: Flags) -> None:
+    """Profiles the model of a config on this machine's devices and plans its slices."""
+    from tpipe_jax.autoplan import plan_run
+    from tpipe_jax.console import Console
+    from tpipe_jax.mesh import find_devices
+
+    plan_run(flags.config, flags.workdir, find_devices(flags.config.mesh), Console())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""Plans from times: the prediction, the plans it is compared with, the memory, and refusals."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from test_latency import profile
+from tpipe_jax.config import UserError
+from tpipe_jax.latency import LatencyTable
+from tpipe_jax.plan import Plan, PlanRequest, uniform
+from tpipe_jax.planner import GIB, find_plan, predicted_timeline
+
+UNIT, NUM_UNITS, BATCH = 4, 8, 3
+
+
+def table(floor: float = 3.0) -> LatencyTable:
+    """Times that grow with the context and have a floor."""
+    b = np.arange(1, BATCH + 1)[:, None, None]
+    i, j = np.arange(1, NUM_UNITS + 1)[:, None], np.arange(NUM_UNITS)[None, :]
+    forward = np.where(i + j <= NUM_UNITS, np.maximum(b * i * (1 + 0.1 * j), floor), np.inf)
+    return LatencyTable(UNIT, forward, 2.5 * forward)
+
+
+def request(num_stages: int, **changes) -> PlanRequest:
+    return PlanRequest(num_stages, BATCH, UNIT * NUM_UNITS, **changes)
+
+
+def formula(table: LatencyTable, plan: Plan) -> float:
+    """Equation 5 for each direction, from the file's own indices."""
+    forward, backward = [], []
+    for b, slices in zip(plan.batch_slices, plan.token_slices, strict=True):
+        context = 0
+        for num_tokens in slices:
+            index = b - 1, num_tokens // UNIT - 1, context // UNIT
+            forward.append(table.forward[index])
+            backward.append(table.backward[index])
+            context += num_tokens
+    wait = (plan.num_stages - 1) * (max(forward) + max(backward))
+    return sum(forward) + sum(backward) + wait
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 5])
+def test_prediction_is_that_of_the_slices(num_stages: int):
+    planning = find_plan(table(), request(num_stages), [1.0] * num_stages)
+    plan, prediction = planning.plan, planning.plan.prediction
+    assert prediction is not None
+    assert prediction.step_seconds == pytest.approx(formula(table(), plan))
+    assert prediction.is_optimal
+    assert prediction.lower_bound_seconds == pytest.approx(prediction.step_seconds)
+    assert prediction.outside_seconds == 0
+    assert (plan.num_stages, plan.batch_size, plan.seq_len) == (num_stages, BATCH, 32)
+    sizes = [len(slices) for slices in plan.token_slices]
+    for times in (
+        prediction.slice_forward_seconds,
+        prediction.slice_backward_seconds,
+        prediction.slice_transfer_seconds,
+    ):
+        assert [len(t) for t in times] == sizes
+    timeline = predicted_timeline(plan, [1.0] * num_stages)
+    assert timeline.step_seconds == pytest.approx(prediction.step_seconds)
+
+
+def test_unsliced_and_uniform_plans_are_the_best_of_their_kind():
+    num_stages = 3
+
+    def seconds(num_batch: int, num_tokens: int) -> float:
+        batch_slices = uniform(BATCH, num_batch)
+        tokens = tuple(UNIT * n for n in uniform(NUM_UNITS, num_tokens))
+        return formula(table(), Plan(num_stages, batch_slices, (tokens,) * num_batch))
+
+    planning = find_plan(table(), request(num_stages), [1.0] * num_stages)
+    whole = [seconds(m, 1) for m in range(1, BATCH + 1)]
+    assert planning.unsliced is not None
+    assert planning.unsliced.step_seconds == pytest.approx(min(whole))
+    assert planning.unsliced.batch_slices == 1 + int(np.argmin(whole))
+    assert planning.unsliced.token_slices == 1
+    best = planning.best_uniform
+    assert best is not None
+    assert best.step_seconds == pytest.approx(seconds(best.batch_slices, best.token_slices))
+    options = itertools.product(range(1, BATCH + 1), range(1, NUM_UNITS + 1))
+    assert best.step_seconds == pytest.approx(min(itertools.starmap(seconds, options)))
+    assert planning.plan.prediction is not None
+    assert planning.plan.prediction.step_seconds <= best.step_seconds
+
+
+def test_given_slices_are_kept():
+    plan = find_plan(table(), request(2, batch_slices=(1, 2)), [1.0] * 2).plan
+    assert plan.batch_slices == (1, 2)
+    measured = profile().table(32)
+    for slices in ((100, 28), (128,), (1, 2, 125)):
+        asked = PlanRequest(2, 4, 128, token_slices=slices)
+        plan = find_plan(measured, asked, [1.0] * 2).plan
+        assert set(plan.token_slices) == {slices}
+        assert plan.prediction is not None
+        cuts = list(itertools.accumulate((0, *slices)))
+        b = plan.batch_slices[0]
+        for n, num_tokens in enumerate(slices):
+            expected = profile().slice_seconds(b, num_tokens, cuts[n])
+            assert plan.prediction.slice_forward_seconds[0][n] == pytest.approx(expected[0])
+            assert plan.prediction.slice_backward_seconds[0][n] == pytest.approx(expected[1])
+
+
+def test_what_is_outside_of_the_stages_counts():
+    """For the batch that it was measured with: of another it says nothing."""
+    measured = profile().table(32)
+    plan = find_plan(measured, PlanRequest(2, 4, 128), [1.0] * 2).plan
+    assert plan.prediction is not None
+    assert plan.prediction.outside_seconds == 7
+    inside = predicted_timeline(plan, [1.0] * 2).step_seconds
+    assert plan.prediction.step_seconds == pytest.approx(inside + 7)
+    assert plan.prediction.lower_bound_seconds == pytest.approx(inside + 7)
+    transfer = plan.prediction.slice_transfer_seconds[0][0]
+    assert transfer == 0.5 + 0.25 * plan.batch_slices[0] * plan.token_slices[0][0]
+    other = find_plan(measured, PlanRequest(2, 3, 128), [1.0] * 2).plan
+    assert other.prediction is not None
+    assert other.prediction.outside_seconds == 0
+
+
+def test_stages_of_unequal_speed_are_simulated():
+    factors = [1.0, 1.0, 0.5]
+    plan = find_plan(table(), request(3), factors).plan
+    assert plan.prediction is not None
+    makespan = predicted_timeline(plan, factors).step_seconds
+    assert plan.prediction.step_seconds == pytest.approx(makespan)
+    assert plan.prediction.lower_bound_seconds <= makespan
+    alike = find_plan(table(), request(3), [1.0] * 3).plan.prediction
+    assert alike is not None
+    assert plan.prediction.step_seconds < alike.step_seconds
+
+
+def test_plans_keep_to_the_memory():
+    """1000 bytes, 10 for each of 4 x 128 tokens, and 100 for each token of the longest slice."""
+    measured, asked = profile().table(8), PlanRequest(2, 4, 128)
+    free = find_plan(measured, asked, [1.0] * 2).plan
+    longest = max(b * n for b, n in free.shapes)
+    limit = 1000 + 10 * 4 * 128 + 100 * (longest - 8)
+    tight = find_plan(measured, asked, [1.0] * 2, memory_limit_bytes=limit).plan
+    assert max(b * n for b, n in tight.shapes) <= longest - 8
+    assert tight.prediction is not None
+    assert free.prediction is not None
+    assert tight.prediction.step_seconds > free.prediction.step_seconds
+    same = find_plan(measured, asked, [1.0] * 2, memory_limit_bytes=limit + 800).plan
+    assert same == free
+
+
+def test_a_memory_that_is_too_small_says_by_how_much():
+    least = 1000 + 10 * 4 * 128 + 100 * 8
+    measured, asked = profile().table(8), PlanRequest(2, 4, 128)
+    find_plan(measured, asked, [1.0] * 2, memory_limit_bytes=least)
+    with pytest.raises(UserError) as error:
+        find_plan(measured, asked, [1.0] * 2, memory_limit_bytes=least - 0.25 * GIB)
+    assert "is 0.25 GiB too little for any plan" in str(error.value)
+    assert "fewer sequences" in str(error.value)
+
+
+def test_a_memory_limit_needs_to_know_the_memory():
+    with pytest.raises(UserError, match="come without the memory"):
+        find_plan(table(), request(2), [1.0] * 2, memory_limit_bytes=1.0)
+
+
+def test_what_cannot_be_planned_is_refused():
+    with pytest.raises(UserError, match=r"30 tokens is not a multiple of the unit .* 4 tokens"):
+        find_plan(table(), PlanRequest(2, BATCH, 30), [1.0] * 2)
+    with pytest.raises(UserError, match="no allowed slices cover 3 sequences of 64 tokens"):
+        find_plan(table(), PlanRequest(2, BATCH, 64), [1.0] * 2)
+    none = LatencyTable(4, np.full((1, 8, 8), np.inf), np.full((1, 8, 8), np.inf))
+    with pytest.raises(UserError, match="no allowed slices cover"):
+        find_plan(none, request(2), [1.0] * 2)
+
+
+def test_a_batch_may_be_larger_than_any_batch_slice():
+    plan = find_plan(table(), PlanRequest(2, 7, 32), [1.0] * 2).plan
+    assert plan.batch_size == 7
+    assert max(plan.batch_slices) <= BATCH
+
+
+def test_plan_file_gives_back_the_plan(tmp_path: Path):
+    from tpipe_jax.plan import load_plan
+
+    plan = find_plan(profile().table(8), PlanRequest(2, 4, 128), [1.0] * 2).plan
+    plan.save(tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json", PlanRequest(2, 4, 128)) == plan

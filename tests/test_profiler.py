@@ -1,0 +1,223 @@
+"""The profiler: which slices it times, and what it makes of a clock whose readings are known."""
+
+import itertools
+from collections import Counter
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from tpipe_jax import model, profiler, train_step
+from tpipe_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
+from tpipe_jax.mesh import make_mesh, put_rows, to_stages
+from tpipe_jax.model import block_functions, self_attention
+from tpipe_jax.profiler import MAX_TICKS, MIN_SECONDS, Profiler, Program, Shape, shapes_to_time
+from tpipe_jax.schedule import IDLE, Item
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "seq_len", "unit", "num_stages"),
+    [(8, 256, 8, 2), (1, 4096, 16, 2), (2, 2048, 8, 96), (5, 24, 8, 3), (2, 7, 7, 2), (3, 8, 1, 1)],
+)
+def test_shapes_to_time(batch_size: int, seq_len: int, unit: int, num_stages: int):
+    shapes = shapes_to_time(batch_size, seq_len, unit, num_stages)
+    assert shapes[0][:2] == (1, seq_len)
+    assert max(Counter(shape[:2] for shape in shapes).values()) == 1
+    for shape in shapes:
+        assert 1 <= shape.num_rows <= batch_size
+        assert shape.num_tokens % unit == 0
+        assert 0 < shape.num_tokens <= seq_len
+        assert shape.contexts[0] == 0
+        for context in shape.contexts:
+            assert context % unit == 0
+            assert context + shape.num_tokens <= seq_len
+    fitted = [shape for shape in shapes if not shape.is_test]
+    assert {1, batch_size} <= {shape.num_rows for shape in fitted}
+    lengths = sorted(shape.num_tokens for shape in fitted if shape.num_rows == 1)
+    assert lengths[0] <= max(unit, seq_len / 16)
+    # Nowhere further apart than a factor of 2 and a bit, so that lines between them are near.
+    assert all(b <= 2 * a + 2 * unit for a, b in itertools.pairwise(lengths))
+    # What equation 9's four coefficients need, where the sequence has room for it.
+    if seq_len // unit >= 8:
+        assert len([c for shape in fitted for c in shape.contexts if c > 0]) >= 8
+
+
+class Clock:
+    """Seconds that a program would take; some readings are disturbed."""
+
+    def __init__(self) -> None:
+        self.speed, self.readings = 1.0, 0
+
+    @staticmethod
+    def slice_seconds(shape: Shape, context: int) -> np.ndarray:
+        work = shape.size * (1e-4 + 1e-6 * context)
+        return np.array([work, 3 * work])
+
+    def read(self, _: Any, run: Any, *tables: np.ndarray) -> float:
+        self.readings += 1
+        seconds = 0.5 + 0.01 * run.shape.size  # what a program takes without work
+        for direction, table in enumerate(tables):
+            assert table.shape[1] == 2
+            assert (table == table[0, 0]).all()
+            if table[0, 0] != IDLE:
+                context = run.shape.contexts[table[0, 0]]
+                seconds += len(table) * self.slice_seconds(run.shape, context)[direction]
+        return seconds * self.speed + (0.7 if self.readings % 11 == 0 else 0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+
+    def compile_(self: Profiler, shapes: list[Shape], advance: Any) -> dict[Shape, Program]:
+        programs = {}
+        for shape in shapes:
+            ticks = np.ceil(MIN_SECONDS / (self._seconds_per_token * shape.size))
+            analysis = SimpleNamespace(
+                temp_size_in_bytes=5000 + 70 * shape.size,
+                argument_size_in_bytes=0,
+                output_size_in_bytes=0,
+                alias_size_in_bytes=0,
+            )
+            run: Any = SimpleNamespace(shape=shape, memory_analysis=lambda a=analysis: a)
+            forward, backward = np.clip(ticks, 1, MAX_TICKS).astype(int).tolist()
+            programs[shape] = Program(run, (forward, backward))
+            advance()
+        return programs
+
+    monkeypatch.setattr(Profiler, "_compile", compile_)
+    monkeypatch.setattr(Profiler, "_seconds", lambda self, *args: clock.read(self, *args))
+    monkeypatch.setattr(Profiler, "_time_hand_over", lambda self, shapes: (1e-5, 1e-7))
+    outside = {}, 0.25, 10**6
+    monkeypatch.setattr(profiler, "_time_outside", lambda config, mesh: outside)
+    return clock
+
+
+CONFIG = Config(
+    model=ModelConfig(num_layers=2, d_model=16, num_heads=2, vocab_size=11, seq_len=64),
+    mesh=MeshConfig(pipe=2),
+    train=TrainConfig(batch_size=4),
+)
+
+
+@pytest.fixture
+def mesh() -> Mesh:
+    return make_mesh(CONFIG.mesh, jax.devices()[:2])
+
+
+def test_a_slice_takes_what_busy_ticks_take_longer(clock: Clock, mesh: Mesh):
+    parts: list[tuple[int, int]] = []
+    profile = Profiler(CONFIG, mesh).profile(lambda *part: parts.append(part))
+    assert [done for done, _ in parts] == list(range(1, parts[0][1] + 1))
+    assert (profile.batch_size, profile.seq_len, profile.context_block) == (4, 64, 64)
+    assert profile.outside_seconds == 0.25
+    shapes = shapes_to_time(4, 64, 8, 2)
+    expected = [(*shape[:2], context) for shape in shapes for context in shape.contexts]
+    assert [sample[:3] for sample in profile.samples] == expected
+    for sample in profile.samples:
+        shape = Shape(*sample[:2], (sample.context,))
+        assert sample[3:5] == pytest.approx(clock.slice_seconds(shape, sample.context))
+    assert profile.memory.working_bytes_per_token == 70
+    saved = profile.memory.saved_bytes_per_token
+    assert profile.memory.fixed_bytes == 10**6 - saved * 4 * 64
+
+
+def test_what_is_measured_later_is_as_if_measured_then(clock: Clock, mesh: Mesh):
+    """The machine has become twice as slow, and the whole sequence, timed again, tells."""
+    timer = Profiler(CONFIG, mesh)
+    before = timer.profile(lambda *_: None)
+    clock.speed, clock.readings = 2.0, 0
+    after = timer.refine(before, [(3, 16), (2, 48)])
+    assert after.samples[: len(before.samples)] == before.samples
+    added = after.samples[len(before.samples) :]
+    assert [sample[:3] for sample in added] == [
+        *((3, 16, context) for context in (0, 24, 48)),
+        *((2, 48, context) for context in (0, 8, 16)),
+    ]
+    for sample in added:
+        assert not sample.is_test
+        shape = Shape(*sample[:2], (sample.context,))
+        assert sample[3:5] == pytest.approx(clock.slice_seconds(shape, sample.context))
+
+
+def test_key_tells_what_measurements_depend_on(mesh: Mesh):
+    import dataclasses
+
+    key = profiler.profile_key(CONFIG, mesh)
+    same = dataclasses.replace(CONFIG, train=TrainConfig(num_steps=7, batch_size=4))
+    assert profiler.profile_key(same, mesh) == key
+    for changes in (
+        {"model": dataclasses.replace(CONFIG.model, d_ff=40)},
+        {"mesh": MeshConfig(pipe=1, model=2)},
+        {"train": TrainConfig(batch_size=8)},
+        {"precision": dataclasses.replace(CONFIG.precision, compute="bfloat16")},
+    ):
+        other = dataclasses.replace(CONFIG, **changes)
+        assert profiler.profile_key(other, mesh) != key
+    assert key["jax"] == jax.__version__
+    assert "2 x cpu" in key["devices"]
+
+
+def test_saved_bytes_are_those_of_the_buffers(mesh: Mesh):
+    """x, middle, q, k, v, attention and the gradients of k and v: 8 D; hidden: F; lse: H."""
+    D, F, H, layers = 16, 64, 2, 1
+    expected = 4 * layers * (8 * D + F + H)
+    assert train_step.saved_bytes_per_token(CONFIG, mesh) == expected
+
+
+def test_stages_work_on_the_slices_that_the_tables_name(mesh: Mesh):
+    """What is timed is the stages' work: the sum of what both stages make of two slices, when the
+    backward sweep is idle, is that of the plain blocks.
+    """
+    random = np.random.default_rng(0)
+    x = random.normal(size=(4, 64, 16)).astype(np.float32)
+    params = model.init(CONFIG.model, jax.random.key(0))
+    items = [Item(1, 0, 2, 24), Item(1, 24, 2, 8)]
+    work = train_step.make_stage_work(CONFIG, mesh, items)
+    table = np.array([[0, IDLE], [1, 0], [IDLE, 1]], np.int32)
+    idle = np.full((2, 2), IDLE, np.int32)
+    got = work(to_stages(params, mesh), put_rows(mesh, x), table, idle)
+
+    block, expected, y = block_functions(CONFIG.model, np.dtype("float32")), 0.0, x[1:3, :32]
+    for own in params["blocks"]:
+        attn = self_attention(block.qkv(own, y))
+        y = block.finish(own, y, attn, lambda _, value: value)
+        expected += float(np.asarray(y, np.float64).sum())
+    assert float(got) == pytest.approx(expected, rel=1e-4)
+    busy = work(to_stages(params, mesh), put_rows(mesh, x), table, table[::-1][:2])
+    assert float(busy) != pytest.approx(expected, rel=1e-2)
+
+
+def test_handing_over_moves_slices_from_stage_to_stage(mesh: Mesh):
+    x = np.random.default_rng(0).normal(size=(4, 64, 16)).astype(np.float32)
+    params = to_stages(model.init(CONFIG.model, jax.random.key(0)), mesh)
+    run = train_step.make_hand_over(CONFIG, mesh, Item(0, 8, 3, 16))
+    both = float(run(params, put_rows(mesh, x), np.array([[0, IDLE], [IDLE, 0]], np.int32)))
+    assert both == pytest.approx(2 * x[:3, 8:24].sum(), rel=1e-4)
+
+
+def test_a_real_profile_is_of_this_machine(mesh: Mesh):
+    """Nothing is known of its figures but that work takes time."""
+    import dataclasses
+
+    config = dataclasses.replace(
+        CONFIG,
+        model=dataclasses.replace(CONFIG.model, seq_len=16),
+        train=TrainConfig(batch_size=2),
+    )
+    profile = Profiler(config, mesh).profile(lambda *_: None)
+    assert [sample[:3] for sample in profile.samples] == [
+        (1, 16, 0),
+        *((1, 8, context) for context in (0, 8)),
+        *((2, 8, context) for context in (0, 8)),
+    ]
+    whole = profile.samples[0]
+    assert 0 < whole.forward_seconds < 1
+    assert 0 < whole.backward_seconds < 1
+    assert 0 < profile.outside_seconds < 1
+    assert sum(profile.hand_over) > 0
+    assert profile.memory.working_bytes_per_token > 0
+    assert profile.memory.fixed_bytes > 4 * model.num_params(config.model) / 2

@@ -1,0 +1,110 @@
+"""Measures a model on its mesh and plans its slices.
+
+The slices of a plan that were not timed are timed then, and planned with again: the fastest plan
+of a model with errors is one whose errors flatter it, unless it has been measured.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from tpipe_jax.config import Config, UserError, resolved
+from tpipe_jax.console import Console
+from tpipe_jax.latency import LatencyTable, load_table
+from tpipe_jax.mesh import check_model, layer_counts, make_mesh
+from tpipe_jax.plan import Plan, PlanRequest, read_settings, unit_tokens
+from tpipe_jax.plan_files import write_plan
+from tpipe_jax.planner import GIB, Planning, find_plan
+from tpipe_jax.profiler import Profiler, profile_key
+from tpipe_jax.workdir import changed_settings, describe_in_files, writing_to
+
+MAX_REFINEMENTS = 3  # of seconds each; mostly one or two are enough
+
+
+def stage_factors(config: Config) -> list[float]:
+    """The work of each stage over that of the one with most layers."""
+    counts = layer_counts(config.model.num_layers, config.mesh.pipe)
+    return [count / max(counts) for count in counts]
+
+
+def plan_slices(
+    config: Config, request: PlanRequest, mesh: Mesh, workdir: Path, console: Console
+) -> tuple[LatencyTable, Planning]:
+    """The fastest plan that keeps to the request, and the latencies that it follows from.
+
+    They are measured, and kept as `latency.json` in the workdir, unless it holds those of the same
+    model, mesh and machine. Raises `UserError` if no plan keeps to the request and the memory.
+    """
+    path, unit = workdir / "latency.json", unit_tokens(config)
+    limit, profiler = _memory_limit_bytes(config, mesh), None
+    table = _measured_before(path, config, mesh)
+    if table:
+        console.say(f"latencies as measured before: {path}")
+    else:
+        with console.profiling() as on_progress:
+            profiler = Profiler(config, mesh)
+            table = _save(path, profiler.profile(on_progress).table(unit))
+    planning = find_plan(table, request, stage_factors(config), limit)
+    for _ in range(MAX_REFINEMENTS):
+        assert table.profile is not None
+        new = planning.plan.shapes - {s[:2] for s in table.profile.samples if not s.is_test}
+        if not new:
+            break
+        shapes = ", ".join(f"{b} x {n}" for b, n in sorted(new))
+        console.say(f"timing what the plan is made of: {shapes} tokens")
+        profiler = profiler or Profiler(config, mesh)
+        table = _save(path, profiler.refine(table.profile, sorted(new)).table(unit))
+        planning = find_plan(table, request, stage_factors(config), limit)
+    return table, planning
+
+
+def plan_run(
+    config: Config, workdir: Path, devices: Sequence[jax.Device], console: Console
+) -> None:
+    """Plans as a run of this config would, and writes plan.json, latency.json and plan.png.
+
+    The workdir may be that of the run, which then need not measure again. Raises `UserError` for
+    settings that don't fit the devices, or that leave nothing to plan.
+    """
+    config = resolved(config)
+    mesh = make_mesh(config.mesh, devices)
+    check_model(config.model, config.mesh)
+    request = read_settings(config)
+    if isinstance(request, Plan):
+        raise UserError(
+            "there is nothing to plan, since the settings have all slices: leave "
+            "config.plan.token_slices or config.plan.batch_slices, and config.plan.file, at auto."
+        )
+    changed_settings(config, workdir)  # raises where the folder is not a run's
+    table, planning = plan_slices(config, request, mesh, workdir, console)
+    console.show_planning(planning, stage_factors(config))
+    describe_in_files(config, workdir, planning.plan, stage_factors(config))
+    write_plan(workdir, table, planning.plan, stage_factors(config))
+    console.say(f"plan.json, latency.json and plan.png are in {workdir}")
+
+
+def _measured_before(path: Path, config: Config, mesh: Mesh) -> LatencyTable | None:
+    try:
+        table = load_table(path)
+    except UserError:
+        return None  # none there, or not one of ours: it is measured anew
+    is_same = table.profile is not None and table.profile.key == profile_key(config, mesh)
+    return table if is_same else None
+
+
+def _save(path: Path, table: LatencyTable) -> LatencyTable:
+    """Returns what the file holds, so that later runs plan with the very same figures."""
+    with writing_to(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table.save(path)
+    return load_table(path)
+
+
+def _memory_limit_bytes(config: Config, mesh: Mesh) -> float | None:
+    """As set, or what the device reports, which a CPU does not."""
+    if config.memory.limit_gib is not None:
+        return config.memory.limit_gib * GIB
+    statistics = mesh.local_devices[0].memory_stats() or {}
+    return statistics.get("bytes_limit")

@@ -1,0 +1,110 @@
+"""What launch/plan.py leaves in a folder: plan.json, and plan.png to judge it by. No jax."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from tpipe_jax.latency import LatencyTable, Profile
+from tpipe_jax.plan import Plan
+from tpipe_jax.planner import predicted_timeline
+from tpipe_jax.schedule import terapipe
+from tpipe_jax.timeline import draw_boxes
+from tpipe_jax.workdir import writing_to
+
+
+def write_plan(
+    workdir: Path, table: LatencyTable, plan: Plan, stage_factors: Sequence[float]
+) -> None:
+    """Writes both files. Raises `UserError` if it cannot."""
+    with writing_to(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        plan.save(workdir / "plan.json")
+        draw_plan(workdir / "plan.png", table, plan, stage_factors)
+
+
+def draw_plan(path: Path, table: LatencyTable, plan: Plan, stage_factors: Sequence[float]) -> None:
+    """Writes a PNG: latencies as measured and fitted, the fit's error, the predicted timeline."""
+    assert plan.prediction is not None
+    figure = Figure(figsize=(13, 9), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(3, 2))[:, 0]
+    has_tests = table.profile is not None and any(s.is_test for s in table.profile.samples)
+    panels = top.subplots(1, 2 + has_tests)
+    _draw_latencies(panels[0], "forward", table.forward, table, plan)
+    _draw_latencies(panels[1], "backward", table.backward, table, plan)
+    if has_tests:
+        _draw_errors(panels[2], table.profile)
+    axes = bottom.subplots()
+    schedule, timeline = terapipe(plan), predicted_timeline(plan, stage_factors)
+    kinds = draw_boxes(axes, schedule, timeline, "s")
+    axes.set_title(
+        f"predicted timeline: {timeline.step_seconds:.4g} s in the pipeline, "
+        f"{plan.prediction.outside_seconds:.3g} s outside of it, bubble {timeline.bubble:.0%}",
+        fontsize=10,
+    )
+    bottom.legend(handles=kinds, loc="outside lower right", ncols=2, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def _draw_latencies(
+    axes: Axes, name: str, times: np.ndarray, table: LatencyTable, plan: Plan
+) -> None:
+    """Curves over the length of a slice, one for each of a few contexts, of one sequence and of as
+    many as the plan has in a batch slice.
+    """
+    num_sizes, num_slices, num_contexts = times.shape
+    tokens = np.arange(1, num_slices + 1) * table.unit_tokens
+    shown = sorted({1, min(plan.batch_slices[0], num_sizes)})
+    contexts = sorted({0, num_contexts // 4, num_contexts // 2, 3 * num_contexts // 4})
+    colours = [colormaps["viridis"](share) for share in np.linspace(0, 0.85, len(contexts))]
+    for b, style in zip(shown, ("-", "--"), strict=False):
+        for context, colour in zip(contexts, colours, strict=True):
+            seconds = times[b - 1, :, context]
+            seconds = np.where(np.isfinite(seconds), seconds, np.nan)
+            label = f"{b} x, after {context * table.unit_tokens}"
+            axes.plot(tokens, seconds * 1e3, style, color=colour, lw=1.2, label=label)
+    if table.profile:
+        hand_over = table.profile.hand_over
+        for sample in table.profile.samples:
+            if sample.num_rows in shown:
+                share = sample.context / (num_contexts * table.unit_tokens)
+                held = hand_over[0] + hand_over[1] * sample.num_rows * sample.num_tokens
+                axes.plot(
+                    sample.num_tokens,
+                    (getattr(sample, f"{name}_seconds") + held) * 1e3,
+                    "x" if sample.is_test else "o",
+                    color=colormaps["viridis"](min(0.85, share)),
+                    ms=4,
+                )
+    if times.max(where=np.isfinite(times), initial=0) > 0:
+        axes.set(xscale="log", yscale="log")
+    axes.set(xlabel="tokens of the slice", ylabel="ms")
+    axes.set_title(f"{name}: sequences x, after tokens of context", fontsize=10)
+    axes.legend(fontsize=7, frameon=False)
+    axes.grid(alpha=0.25)
+
+
+def _draw_errors(axes: Axes, profile: Profile) -> None:
+    """Prediction against measurement, for the slices that the model was not fitted to."""
+    lines = []
+    for name, model, colour in zip(
+        ("forward", "backward"), profile.models(), ("tab:blue", "tab:orange"), strict=True
+    ):
+        tests = [sample for sample in profile.samples if sample.is_test]
+        measured = [getattr(sample, f"{name}_seconds") * 1e3 for sample in tests]
+        errors = 100 * model.relative_errors()
+        axes.plot(measured, errors, "x", color=colour, label=name)
+        size = np.abs(errors)
+        lines.append(
+            f"{name}: median {np.median(size):.1f}%, 95th percentile {np.percentile(size, 95):.1f}%"
+        )
+    axes.axhline(0, color="grey", lw=0.8)
+    axes.set(xscale="log", xlabel="measured [ms]", ylabel="prediction over measurement - 1 [%]")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_title("\n".join(["error on slices kept out of the fit", *lines]), fontsize=10)
+    axes.legend(fontsize=7, frameon=False)
+    axes.grid(alpha=0.25)

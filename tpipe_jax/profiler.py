@@ -1,0 +1,309 @@
+"""The profiler: times the stages of a model on its mesh, for as few slices as the latency model
+needs.
+
+All stages work at once on slices of one shape, in the sweeps of a real step and with the hand-over
+after each tick. The tables are run-time values, so one compiled program serves every context. What
+a slice takes is the difference between a sweep with busy ticks and one with idle ticks only, over
+the number of busy ticks: compilation, dispatch and the set-up of a step are in neither.
+"""
+
+import dataclasses
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jax.stages import Compiled
+
+import tpipe_jax
+from tpipe_jax.attention import BLOCK
+from tpipe_jax.config import Config, to_dict
+from tpipe_jax.latency import Memory, Profile, Sample
+from tpipe_jax.mesh import put_rows
+from tpipe_jax.model import Params
+from tpipe_jax.optim import make_optimizer
+from tpipe_jax.plan import unit_tokens
+from tpipe_jax.schedule import IDLE, Item, Schedule
+from tpipe_jax.train_state import init_state
+from tpipe_jax.train_step import (
+    make_hand_over,
+    make_stage_work,
+    make_train_step,
+    saved_bytes_per_token,
+)
+
+MAX_TICKS = 32
+REPEATS = 5  # for medians
+MIN_SECONDS = 0.02  # of the busy ticks of one measurement
+
+OnPart = Callable[[], None]  # called after each part of the work
+
+
+def _nothing() -> None:
+    pass
+
+
+class Shape(NamedTuple):
+    """Slices to time: of one shape, after several contexts."""
+
+    num_rows: int
+    num_tokens: int
+    contexts: tuple[int, ...]
+    is_test: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.num_rows * self.num_tokens
+
+
+def profile_key(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """What the measurements depend on."""
+    settings = to_dict(config)
+    return {
+        "model": settings["model"],
+        "mesh": settings["mesh"],
+        "batch_size": config.train.batch_size,
+        "precision": config.precision.compute,
+        "unit_tokens": unit_tokens(config),
+        "devices": f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
+        "processes": jax.process_count(),
+        "cores": os.cpu_count(),
+        "jax": jax.__version__,
+        "tpipe_jax": tpipe_jax.__version__,
+    }
+
+
+def shapes_to_time(batch_size: int, seq_len: int, unit: int, num_stages: int) -> list[Shape]:
+    """Lengths near a half, a quarter ... of the sequence, and a few numbers of sequences.
+
+    Lengths are odd multiples of the unit, since powers of two are often faster or slower than all
+    around them. The whole sequence comes first. Several sequences are timed at two
+    lengths, and some shapes between those of the grid to tell the error. Slices much shorter than
+    keep the stages busy are not timed: the model takes them to be as slow as the shortest.
+    """
+    num_units = seq_len // unit
+    least = num_units // max(32, 2 * num_stages)
+    halves = (num_units >> n for n in range(1, num_units.bit_length() + 1))
+    units = {min(n | 1, num_units) for n in (num_units - 2, *halves) if n >= max(least, 0)}
+    lengths = [n * unit for n in sorted(units)]
+    some = sorted({lengths[len(lengths) // 2], lengths[-1]})
+    sizes = [n for n in (2 << k for k in range(0, 32, 2)) if n < batch_size]
+    sizes += [batch_size] if batch_size > 1 else []
+    between = [(a + b) // 2 // unit * unit for a, b in itertools.pairwise(lengths)][::-1]
+
+    shapes = [(1, seq_len), *((1, n) for n in lengths if n != seq_len)]
+    shapes += [(b, n) for b in sizes for n in some]
+    tests = zip((1, 3, 6, 1), between, strict=False)
+    tests = dict.fromkeys((min(b, batch_size), n) for b, n in tests if n)
+    return [Shape(b, n, _contexts(seq_len, n, unit, (0, 0.5, 1))) for b, n in shapes] + [
+        Shape(b, n, _contexts(seq_len, n, unit, (0, 0.25, 0.75)), is_test=True)
+        for b, n in tests
+        if (b, n) not in shapes
+    ]
+
+
+def _contexts(
+    seq_len: int, num_tokens: int, unit: int, shares: tuple[float, ...]
+) -> tuple[int, ...]:
+    """Some of the contexts that such a slice may have, in whole units."""
+    return tuple(sorted({round((seq_len - num_tokens) * share / unit) * unit for share in shares}))
+
+
+class Program(NamedTuple):
+    """What times the slices of one shape."""
+
+    compiled: Compiled
+    num_ticks: tuple[int, int]
+    """Of its forward and of its backward sweep."""
+
+
+class Profiler:
+    """Times slices of a model on a mesh. All processes of a run must make the same calls."""
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self._config, self._mesh = config, mesh
+        self._batch_size = config.train.batch_size // config.mesh.data
+        self._seq_len = config.model.seq_len
+        params, self._outside_seconds, self._idle_bytes = _time_outside(config, mesh)
+        x_shape = config.train.batch_size, self._seq_len, config.model.d_model
+        x_BTD = np.random.default_rng(0).normal(size=x_shape).astype(np.float32)
+        self._inputs = params, put_rows(mesh, x_BTD)
+        # A whole sequence tells how many ticks others need, and how the machine's speed drifts.
+        self._whole = Shape(1, self._seq_len, (0,))
+        self._seconds_per_token = np.full(2, np.inf)
+        program = self._compile([self._whole], _nothing)[self._whole]
+        whole_seconds = self._slice_seconds(program, [self._turn(self._whole, program)])
+        self._seconds_per_token = whole_seconds[0] / self._whole.size
+
+    def profile(self, on_progress: Callable[[int, int], None]) -> Profile:
+        """Measures what the latency model needs; `on_progress(done, all)` is called in between."""
+        config = self._config
+        unit, num_stages = unit_tokens(config), config.mesh.pipe
+        shapes = shapes_to_time(self._batch_size, self._seq_len, unit, num_stages)
+        parts = itertools.count(1)
+
+        def advance() -> None:
+            on_progress(next(parts), len(shapes) + REPEATS)
+
+        programs = self._compile(shapes, advance)
+        return Profile(
+            batch_size=self._batch_size,
+            seq_len=self._seq_len,
+            context_block=min(BLOCK, self._seq_len),
+            samples=_to_samples(shapes, self._time(programs, advance)),
+            hand_over=self._time_hand_over(shapes),
+            outside_seconds=self._outside_seconds,
+            memory=self._memory(programs),
+            key=profile_key(self._config, self._mesh),
+        )
+
+    def refine(self, profile: Profile, wanted: Iterable[tuple[int, int]]) -> Profile:
+        """The profile with slices of so many sequences and tokens measured too.
+
+        A whole sequence is timed next to them, since the machine's speed may have changed.
+        """
+        unit, seq_len = unit_tokens(self._config), self._seq_len
+        new = [Shape(b, n, _contexts(seq_len, n, unit, (0, 0.5, 1))) for b, n in wanted]
+        now, *seconds = self._time(self._compile([self._whole, *new], _nothing), _nothing)
+        before = next(s for s in profile.samples if s[:3] == (1, seq_len, 0))
+        drift = sum(before[3:5]) / now.sum()
+        samples = _to_samples(new, [s * drift for s in seconds])
+        return dataclasses.replace(profile, samples=profile.samples + samples)
+
+    def _compile(self, shapes: list[Shape], advance: OnPart) -> dict[Shape, Program]:
+        """The program of each shape; compiled in threads, where processes need not agree."""
+
+        def program(shape: Shape) -> Program:
+            items = [Item(0, context, *shape[:2]) for context in shape.contexts]
+            work = make_stage_work(self._config, self._mesh, items)
+            ticks = np.ceil(MIN_SECONDS / (self._seconds_per_token * shape.size))
+            forward, backward = np.clip(ticks, 1, MAX_TICKS).astype(int).tolist()
+            tables = self._table(IDLE, forward), self._table(IDLE, backward)
+            compiled = work.lower(*self._inputs, *tables).compile()
+            advance()
+            return Program(compiled, (forward, backward))
+
+        num_threads = 1 if jax.process_count() > 1 else min(os.cpu_count() or 1, 8)
+        with ThreadPoolExecutor(num_threads) as pool:
+            return dict(zip(shapes, pool.map(program, shapes), strict=True))
+
+    def _time(self, programs: dict[Shape, Program], advance: OnPart) -> list[np.ndarray]:
+        """For each shape the seconds `[context, direction]` of a slice.
+
+        The shapes take turns, so that a machine whose speed drifts disturbs all alike.
+        """
+        turns = []
+        for _ in range(REPEATS):
+            turns.append([self._turn(*each) for each in programs.items()])
+            advance()
+        return [
+            self._slice_seconds(program, turns)
+            for program, turns in zip(programs.values(), zip(*turns, strict=True), strict=True)
+        ]
+
+    def _turn(self, shape: Shape, program: Program) -> tuple[float, np.ndarray]:
+        """Seconds of idle sweeps, and of sweeps with work by `[context, direction]`."""
+
+        def seconds(forward: int, backward: int) -> float:
+            tables = map(self._table, (forward, backward), program.num_ticks)
+            return self._seconds(program.compiled, *tables)
+
+        seconds(0, 0)  # after another program, memory and caches are not as they will be
+        idle = seconds(IDLE, IDLE)
+        busy = [(seconds(n, IDLE), seconds(IDLE, n)) for n in range(len(shape.contexts))]
+        return idle, np.array(busy)
+
+    def _slice_seconds(
+        self, program: Program, turns: Sequence[tuple[float, np.ndarray]]
+    ) -> np.ndarray:
+        """Seconds `[context, direction]` of a slice, from several turns."""
+        idle, busy = (np.median(values, 0) for values in zip(*turns, strict=True))
+        return _agree((busy - idle) / program.num_ticks)
+
+    def _time_hand_over(self, shapes: list[Shape]) -> tuple[float, float]:
+        """Seconds of a tick without work: a constant, and for each token of the slice."""
+        by_size = sorted(shapes, key=lambda shape: shape.size)
+        chosen = by_size[0], by_size[len(by_size) // 2], by_size[-1]
+        table, seconds = self._table(0, MAX_TICKS), []
+        for shape in chosen:
+            work = make_hand_over(self._config, self._mesh, Item(0, 0, *shape[:2]))
+            run = work.lower(*self._inputs, table).compile()
+            self._seconds(run, table)
+            seconds.append(np.median([self._seconds(run, table) for _ in range(REPEATS)]))
+        sizes = [shape.size for shape in chosen]
+        per_token, constant = np.polyfit(sizes, _agree(np.array(seconds)) / MAX_TICKS, 1)
+        return max(float(constant), 0.0), max(float(per_token), 0.0)
+
+    def _memory(self, programs: dict[Shape, Program]) -> Memory:
+        """From the compiler's own figures; those of the programs differ by the slice alone."""
+        sizes = np.array([shape.size for shape in programs])
+        temporary = np.array([_bytes_of(p.compiled)[1] for p in programs.values()])
+        least, more = sizes.argmin(), sizes > sizes.min()
+        slopes = (temporary[more] - temporary[least]) / (sizes[more] - sizes[least])
+        saved = saved_bytes_per_token(self._config, self._mesh)
+        batch_tokens = self._batch_size * self._seq_len
+        return Memory(
+            fixed_bytes=max(self._idle_bytes - saved * batch_tokens, 0),
+            saved_bytes_per_token=saved,
+            working_bytes_per_token=math.ceil(max([0.0, *slopes])),
+        )
+
+    def _table(self, item: int, num_ticks: int) -> np.ndarray:
+        """`[tick, stage]`: all stages work on the item at every tick."""
+        return np.full((num_ticks, self._mesh.shape["pipe"]), item, np.int32)
+
+    def _seconds(self, run: Compiled, *tables: np.ndarray) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(run(*self._inputs, *tables))
+        return time.perf_counter() - start
+
+
+def _time_outside(config: Config, mesh: Mesh) -> tuple[Params, float, int]:
+    """Parameters; seconds and bytes of a training step in which no slice is due."""
+    optimizer = make_optimizer(config.optim, config.train.num_steps)
+    state = init_state(config, mesh, optimizer)
+    table = np.full((1, mesh.shape["pipe"]), IDLE, np.int32)
+    schedule = Schedule((Item(0, 0, 1, 1),), table, table)
+    shape = config.train.batch_size, config.model.seq_len + 1
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape)
+    rows = put_rows(mesh, tokens.astype(np.int32))
+    step = make_train_step(config, mesh, schedule, optimizer).lower(state, rows).compile()
+    seconds = []
+    for _ in range(1 + REPEATS):  # the first one warms up
+        start = time.perf_counter()
+        state, values = step(state, rows)
+        jax.block_until_ready((state, values))
+        seconds.append(time.perf_counter() - start)
+    return state.params, float(_agree(np.array(np.median(seconds[1:])))), _bytes_of(step)[0]
+
+
+def _bytes_of(program: Compiled) -> tuple[int, int]:
+    """All memory of a program, and what of it is temporary; 0 where the backend does not tell."""
+    analysis = program.memory_analysis()
+    if analysis is None:
+        return 0, 0
+    temporary = analysis.temp_size_in_bytes
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.argument_size_in_bytes + results + temporary, temporary
+
+
+def _to_samples(shapes: Iterable[Shape], seconds: Iterable[np.ndarray]) -> tuple[Sample, ...]:
+    return tuple(
+        Sample(shape.num_rows, shape.num_tokens, context, forward, backward, shape.is_test)
+        for shape, of_shape in zip(shapes, seconds, strict=True)
+        for context, (forward, backward) in zip(shape.contexts, of_shape.tolist(), strict=True)
+    )
+
+
+def _agree(seconds: np.ndarray) -> np.ndarray:
+    """The longest of what the processes measured, since the slowest stage sets the pace."""
+    if jax.process_count() == 1:
+        return seconds
+    return multihost_utils.process_allgather(seconds).max(0)

@@ -1,0 +1,251 @@
+"""The slicer: from the time of every possible slice to the provably fastest slicing of a batch.
+
+With all forward passes before all backward passes, a step on P equal stages takes (Li et al. 2021,
+equation 5, once for each direction)
+
+    sum_i (f_i + b_i)  +  (P - 1) (max_i f_i + max_i b_i)
+
+over its slices i: the work, and the wait while the pipeline fills and drains. Under two thresholds,
+f_i <= F and b_i <= G, dynamic programming finds the least work (their algorithm 1), first over the
+tokens of a sequence, then over the sequences of the batch. The thresholds are searched by branch
+and bound: the least work under wide thresholds bounds it under all narrower ones, so one solution
+rules out whole rectangles of thresholds, and none is skipped.
+"""
+
+import heapq
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+ROUNDING = 1e-12  # relative; what a sum may change by with the order of its terms
+
+
+@dataclass(frozen=True)
+class Slicing:
+    """A slicing of a batch, and what is known of better ones."""
+
+    batch_slices: tuple[int, ...]
+    cuts: tuple[tuple[int, ...], ...]
+    """For each batch slice the units where its sequences are cut, from 0 to the last."""
+    seconds: float
+    lower_bound_seconds: float
+    """No slicing is faster than this."""
+    num_solves: int
+
+    @property
+    def is_optimal(self) -> bool:
+        return self.lower_bound_seconds >= self.seconds * (1 - ROUNDING)
+
+
+def fastest_slicing(
+    forward: np.ndarray,
+    backward: np.ndarray,
+    batch_size: int,
+    stage_factors: Sequence[float],
+    *,
+    batch_slices: Sequence[int] | None = None,
+    max_solves: int = 20_000,
+) -> Slicing | None:
+    """Plans batch slices and the token slices of each of them jointly, for the least step time.
+
+    Args:
+        forward: seconds `[b - 1, stop, start]` of the slice from unit `start` to unit `stop` of `b`
+            sequences, infinite where it is not allowed; shape `[B, U + 1, U + 1]`.
+        backward: the same for its backward pass.
+        batch_size: sequences to divide into batch slices of at most B.
+        stage_factors: for each stage, its time over the times given. With unequal ones the formula
+            is max(a) sum(f + b) + (sum(a) - max(a)) (max f + max b), which the true time may stay
+            below but never exceeds.
+        batch_slices: the sizes to keep to, or None to choose them.
+        max_solves: dynamic programmes after which the search stops without its proof.
+
+    Returns:
+        The slicing, or None where no allowed slices cover the batch.
+    """
+    times = _Times(np.stack([forward, backward]), batch_size, batch_slices)
+    slowest = max(stage_factors)
+    weights = slowest, sum(stage_factors) - slowest
+    best, lower_bound, num_solves = _search(times, weights, max_solves)
+    if best is None:
+        return None
+    if min(stage_factors) < slowest:
+        # The formula is no lower bound then. These are: the stages that take at least `factor`
+        # times as long, as if they took no longer and the others nothing.
+        bounds = []
+        for factor in set(stage_factors):
+            num_stages = sum(a >= factor for a in stage_factors)
+            _, bound, more = _search(times, (factor, factor * (num_stages - 1)), max_solves)
+            bounds.append(bound)
+            num_solves += more
+        lower_bound = max(bounds)
+    seconds = best.seconds(weights)
+    return Slicing(best.batch_slices, best.cuts, seconds, lower_bound, num_solves)
+
+
+class _Solution(NamedTuple):
+    """The slicing of least work under a pair of thresholds."""
+
+    work: float
+    longest: tuple[float, float]
+    """The longest forward and the longest backward time."""
+    batch_slices: tuple[int, ...]
+    cuts: tuple[tuple[int, ...], ...]
+
+    def seconds(self, weights: tuple[float, float]) -> float:
+        return weights[0] * self.work + weights[1] * sum(self.longest)
+
+
+class _Times:
+    """The times of all slices, forward and backward, and the dynamic programmes over them."""
+
+    def __init__(
+        self, times: np.ndarray, batch_size: int, batch_slices: Sequence[int] | None
+    ) -> None:
+        self._times = np.where(np.isfinite(times).all(0), times, np.inf)
+        self._work = self._times.sum(0)
+        self._batch_size, self._batch_slices = batch_size, batch_slices
+
+    def levels(self) -> tuple[np.ndarray, np.ndarray]:
+        """All distinct forward and all distinct backward times, ascending."""
+        forward, backward = (np.unique(t[np.isfinite(t)]) for t in self._times)
+        return forward, backward
+
+    def least_work(self, thresholds: tuple[float, float]) -> _Solution | None:
+        """The slicing of least work among those whose slices keep to both thresholds."""
+        within = (self._times[0] <= thresholds[0]) & (self._times[1] <= thresholds[1])
+        work, starts = _over_tokens(np.where(within, self._work, np.inf), np.add)
+        total, batch_slices = self._over_batch(work, np.add)
+        if not np.isfinite(total):
+            return None
+        cuts = {b: _trace(starts[b - 1]) for b in set(batch_slices)}
+        slices = [(b - 1, stop, start) for b in cuts for start, stop in itertools.pairwise(cuts[b])]
+        forward, backward = (max(float(t[s]) for s in slices) for t in self._times)
+        return _Solution(
+            total, (forward, backward), batch_slices, tuple(cuts[b] for b in batch_slices)
+        )
+
+    def least_longest(self) -> tuple[float, float]:
+        """The least that the longest forward, and the longest backward time of a slicing can be."""
+        forward, backward = (
+            self._over_batch(_over_tokens(t, np.maximum)[0], np.maximum)[0] for t in self._times
+        )
+        return forward, backward
+
+    def _over_batch(self, cost: np.ndarray, join: np.ufunc) -> tuple[float, tuple[int, ...]]:
+        """The batch slices of least joint cost, where one of b sequences costs `cost[b - 1]`."""
+        if self._batch_slices is not None:
+            sizes = tuple(self._batch_slices)
+            return float(join.reduce([cost[b - 1] for b in sizes])), sizes
+        best, last = [0.0], [0]
+        for size in range(1, self._batch_size + 1):
+            options = range(1, min(size, len(cost)) + 1)
+            joint = [float(join(best[size - b], cost[b - 1])) for b in options]
+            best.append(min(joint))
+            last.append(options[joint.index(best[-1])])
+        sizes, left = [], self._batch_size
+        while left:
+            sizes.append(last[left])
+            left -= last[left]
+        return best[-1], tuple(sorted(sizes, reverse=True))
+
+
+def _over_tokens(cost: np.ndarray, join: np.ufunc) -> tuple[np.ndarray, np.ndarray]:
+    """Algorithm 1 for all b at once.
+
+    Returns the least joint cost `[B]` of slices that cover the sequence, and `[B, U + 1]`: where
+    the last slice of the best slicing up to each unit starts.
+    """
+    B, num_cuts, _ = cost.shape
+    best, starts = np.full((B, num_cuts), np.inf), np.zeros((B, num_cuts), np.int64)
+    best[:, 0] = 0
+    rows = np.arange(B)
+    for stop in range(1, num_cuts):
+        joint = join(best[:, :stop], cost[:, stop, :stop])
+        start = joint.argmin(1)
+        best[:, stop], starts[:, stop] = joint[rows, start], start
+    return best[:, -1], starts
+
+
+def _trace(starts: np.ndarray) -> tuple[int, ...]:
+    """The cuts that lead to the end of the sequence."""
+    cuts = [len(starts) - 1]
+    while cuts[-1]:
+        cuts.append(int(starts[cuts[-1]]))
+    return tuple(reversed(cuts))
+
+
+Box = tuple[range, range]  # slicings by the ranks of their longest forward and backward time
+
+
+def _search(
+    times: _Times, weights: tuple[float, float], max_solves: int
+) -> tuple[_Solution | None, float, int]:
+    """Minimises `_Solution.seconds`; returns the best, a bound on all, and the number of solves."""
+    lowest = times.least_longest()
+    if not np.isfinite(lowest).all():
+        return None, np.inf, 0
+    levels = times.levels()
+    best, best_seconds, num_solves = None, np.inf, 0
+    first, second = (
+        range(int(np.searchsorted(values, low)), len(values))
+        for values, low in zip(levels, lowest, strict=True)
+    )
+    order = itertools.count()  # settles ties of bounds
+    open_boxes = [(0.0, next(order), (first, second))]
+    while open_boxes and num_solves < max_solves:
+        if open_boxes[0][0] >= best_seconds * (1 - ROUNDING):
+            break
+        _, _, box = heapq.heappop(open_boxes)
+        solution = times.least_work((levels[0][box[0][-1]], levels[1][box[1][-1]]))
+        num_solves += 1
+        if solution is None:
+            continue
+        if solution.seconds(weights) < best_seconds:
+            best, best_seconds = solution, solution.seconds(weights)
+        for part in _undecided(box, solution, levels):
+            wait = levels[0][part[0][0]] + levels[1][part[1][0]]
+            bound = weights[0] * solution.work + weights[1] * wait
+            if bound < best_seconds:
+                heapq.heappush(open_boxes, (bound, next(order), part))
+    bound = open_boxes[0][0] if open_boxes else np.inf
+    return best, float(min(best_seconds, bound)), num_solves
+
+
+def _undecided(
+    box: Box, solution: _Solution, levels: tuple[np.ndarray, np.ndarray]
+) -> Iterator[Box]:
+    """The parts of a box in which there may be a faster slicing than the solution at its top.
+
+    No slicing in the box has less work, so a faster one has a shorter longest forward or a shorter
+    longest backward time. Both parts are halved, so that the lower half soon gets a closer bound.
+    """
+    (f, b), (forward, backward) = (
+        box,
+        (
+            int(np.searchsorted(values, longest))
+            for values, longest in zip(levels, solution.longest, strict=True)
+        ),
+    )
+    shorter_f, rest_f = range(f.start, min(f.stop, forward)), range(max(f.start, forward), f.stop)
+    for part in ((shorter_f, b), (rest_f, range(b.start, min(b.stop, backward)))):
+        if part[0] and part[1]:
+            yield from _halves(part, levels)
+
+
+def _halves(box: Box, levels: tuple[np.ndarray, np.ndarray]) -> Iterator[Box]:
+    """The box cut in the middle of the direction in which it is wider, if it is not a point."""
+    widths = [
+        values[ranks[-1]] - values[ranks[0]] for values, ranks in zip(levels, box, strict=True)
+    ]
+    axis = int(widths[1] > widths[0])
+    ranks, values = box[axis], levels[axis]
+    if len(ranks) == 1:
+        yield box
+        return
+    middle = values[ranks[0]] + widths[axis] / 2
+    cut = max(1, int(np.searchsorted(values[ranks.start : ranks.stop - 1], middle)))
+    for half in (ranks[:cut], ranks[cut:]):
+        yield (half, box[1]) if axis == 0 else (box[0], half)
