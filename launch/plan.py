@@ -3,7 +3,8 @@
     python launch/plan.py --config=configs/quickstart.py
     python launch/plan.py --latency=latency.json --num-stages=96 --batch-size=2 --seq-len=2048
 
-Both write plan.json and plan.png into --workdir, the first one latency.json too. Train with the
+Both write plan.json and plan.png into --workdir, the first one also latency.json and config.json,
+so that a run there need not measure again. Train with the
 plan with --config.plan.file=plan.json. --help lists every setting, --latency --help those of the
 second form, which needs no device.
 """
@@ -42,6 +43,11 @@ def plan_from_file(flags: FilePlanFlags) -> None:
     factors = flags.stage_factors or (1.0,) * flags.num_stages
     limit = None if flags.memory_limit_gib is None else flags.memory_limit_gib * GIB
     table = load_table(flags.latency)
+    if (flags.workdir / "metrics.jsonl").exists():
+        raise UserError(
+            f"--workdir={flags.workdir} holds a run, whose plan would be overwritten: choose "
+            "another folder."
+        )
     planning = find_plan(table, request, factors, limit)
     console = Console()
     console.show_planning(planning, factors)

@@ -1,3 +1,7 @@
+import platform
+import subprocess
+import sys
+import textwrap
 from functools import partial
 
 import chex
@@ -169,3 +173,29 @@ def test_every_stage_of_a_data_shard_has_its_rows() -> None:
     for data in range(2):
         for device in devices.devices[data].flat:
             np.testing.assert_array_equal(shards[device], rows[2 * data : 2 * data + 2])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="what other C libraries do is theirs")
+def test_freed_memory_is_kept():
+    """A buffer that is freed and allocated again does not fault its pages in again."""
+    program = """
+        import ctypes, resource, sys
+        from tpipe_jax.mesh import keep_freed_memory
+        if sys.argv[1] == "keep":
+            keep_freed_memory()
+        libc, faults = ctypes.CDLL(None), []
+        libc.malloc.restype = ctypes.c_void_p
+        for _ in range(3):
+            buffer = ctypes.c_void_p(libc.malloc(2**26))
+            ctypes.memset(buffer, 1, 2**26)
+            libc.free(buffer)
+            faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+        print(faults[2] - faults[1])
+    """
+
+    def faults(what: str) -> int:
+        command = [sys.executable, "-c", textwrap.dedent(program), what]
+        return int(subprocess.run(command, capture_output=True, check=True).stdout)
+
+    assert faults("keep") < 100
+    assert faults("give back") > 1000

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 import reference
 from tpipe_jax.config import Config, MeshConfig, ModelConfig, PlanConfig, TrainConfig, UserError
-from tpipe_jax.plan import Plan, parse_slices
+from tpipe_jax.plan import Plan, PlanRequest, parse_slices, read_settings
+from tpipe_jax.plan import unit_tokens as unit_tokens_of
 
 
 def parse(text: str, total: int) -> tuple[int, ...] | None:
@@ -84,3 +85,32 @@ def test_plan_file(tmp_path: Path):
         "batch_slices": [2, 1],
         "token_slices": [[3, 1], [4]],
     }
+
+
+def test_unit_is_8_tokens_and_more_in_long_sequences():
+    def unit(seq_len: int, unit_tokens: int | None = None) -> int:
+        return unit_tokens_of(
+            Config(model=ModelConfig(seq_len=seq_len), plan=PlanConfig(unit_tokens=unit_tokens))
+        )
+
+    assert [unit(n) for n in (256, 2048, 8192, 100, 7, 1021)] == [8, 8, 32, 5, 7, 1]
+    assert unit(96, 12) == 12
+    with pytest.raises(UserError, match=r"config\.plan\.unit_tokens=10 does not divide .*=96"):
+        unit(96, 10)
+
+
+def test_what_is_left_to_the_planner_is_a_request():
+    def read(**fields: str) -> Plan | PlanRequest:
+        return read_settings(
+            Config(
+                model=ModelConfig(seq_len=16),
+                mesh=MeshConfig(data=2, pipe=3),
+                plan=PlanConfig(**fields),
+                train=TrainConfig(batch_size=8),
+            )
+        )
+
+    assert read() == PlanRequest(3, 4, 16, None, None)
+    assert read(token_slices=" auto ", batch_slices="3,1") == PlanRequest(3, 4, 16, (3, 1), None)
+    assert read(token_slices="uniform:2") == PlanRequest(3, 4, 16, None, (8, 8))
+    assert read(token_slices="16", batch_slices="4") == Plan(3, (4,), ((16,),))

@@ -94,3 +94,50 @@ def test_makespan_is_that_of_equation_5(num_stages: int, times: list[tuple[float
     for stage in range(num_stages):  # one thing at a time
         own = sorted((b.start_seconds, b.stop_seconds) for b in boxes if b.stage == stage)
         assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(own))
+
+
+@given(
+    st.integers(1, 6),
+    st.lists(st.tuples(seconds, seconds, seconds), min_size=1, max_size=8),
+)
+def test_a_transfer_holds_a_stage(num_stages: int, times: list[tuple[float, float, float]]):
+    """It counts as work does in equation 5, but the stage does not work meanwhile."""
+    forward, backward, transfer = (list(column) for column in zip(*times, strict=True))
+    schedule = terapipe(Plan(num_stages, (1,), ((1,) * len(times),)))
+    timeline = simulate(schedule, forward, backward, transfer_seconds=transfer)
+    held_f, held_b = (
+        [t + x for t, x in zip(ts, transfer, strict=True)] for ts in (forward, backward)
+    )
+    wait = (num_stages - 1) * (max(held_f) + max(held_b))
+    assert timeline.step_seconds == pytest.approx(sum(held_f) + sum(held_b) + wait)
+    work = sum(forward) + sum(backward)
+    assert timeline.bubble == pytest.approx(1 - work / timeline.step_seconds)
+    for box in timeline.boxes:
+        own = (backward if box.is_backward else forward)[box.item]
+        assert box.stop_seconds - box.start_seconds == pytest.approx(own)
+
+
+@given(
+    st.lists(st.floats(0.1, 1), min_size=1, max_size=5),
+    st.lists(st.tuples(seconds, seconds), min_size=1, max_size=6),
+)
+def test_makespan_of_unequal_stages_is_the_longest_path(
+    factors: list[float], times: list[tuple[float, float]]
+):
+    """Of all ways through the grid of items and stages, forward and then backward."""
+    S, P = len(times), len(factors)
+    schedule = terapipe(Plan(P, (1,), ((1,) * S,)))
+    timeline = simulate(schedule, *map(list, zip(*times, strict=True)), stage_factors=factors)
+
+    def longest(own: list[float], stages: list[float]) -> float:
+        return max(
+            sum(own[i] * a for s, a in enumerate(stages) for i in range(stops[s], stops[s + 1] + 1))
+            for stops in (
+                (0, *inner, S - 1)
+                for inner in itertools.combinations_with_replacement(range(S), P - 1)
+            )
+        )
+
+    forward, backward = ([t[d] for t in times] for d in (0, 1))
+    expected = longest(forward, factors) + longest(backward[::-1], factors[::-1])
+    assert timeline.step_seconds == pytest.approx(expected)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from tpipe_jax.config import Config, UserError, resolved
@@ -46,6 +47,7 @@ def plan_slices(
         with console.profiling() as on_progress:
             profiler = Profiler(config, mesh)
             table = _save(path, profiler.profile(on_progress).table(unit))
+        console.say(_errors(table))
     planning = find_plan(table, request, stage_factors(config), limit)
     for _ in range(MAX_REFINEMENTS):
         assert table.profile is not None
@@ -63,7 +65,7 @@ def plan_slices(
 def plan_run(
     config: Config, workdir: Path, devices: Sequence[jax.Device], console: Console
 ) -> None:
-    """Plans as a run of this config would, and writes plan.json, latency.json and plan.png.
+    """Plans as a run of this config would, and leaves what it would leave, and plan.png.
 
     The workdir may be that of the run, which then need not measure again. Raises `UserError` for
     settings that don't fit the devices, or that leave nothing to plan.
@@ -77,21 +79,47 @@ def plan_run(
             "there is nothing to plan, since the settings have all slices: leave "
             "config.plan.token_slices or config.plan.batch_slices, and config.plan.file, at auto."
         )
-    changed_settings(config, workdir)  # raises where the folder is not a run's
+    changes = changed_settings(config, workdir)
+    if changes and (workdir / "metrics.jsonl").exists():
+        raise UserError(
+            f"--workdir={workdir} holds a run with other settings ({'; '.join(changes)}), whose "
+            "plan would be overwritten: choose another folder."
+        )
     table, planning = plan_slices(config, request, mesh, workdir, console)
     console.show_planning(planning, stage_factors(config))
     describe_in_files(config, workdir, planning.plan, stage_factors(config))
     write_plan(workdir, table, planning.plan, stage_factors(config))
-    console.say(f"plan.json, latency.json and plan.png are in {workdir}")
+    console.say(f"plan.json, plan.png and latency.json are in {workdir}")
 
 
 def _measured_before(path: Path, config: Config, mesh: Mesh) -> LatencyTable | None:
+    """The table if it is of these measurements; one of others of ours may be overwritten."""
+    if not path.exists():
+        return None
     try:
         table = load_table(path)
     except UserError:
-        return None  # none there, or not one of ours: it is measured anew
-    is_same = table.profile is not None and table.profile.key == profile_key(config, mesh)
-    return table if is_same else None
+        if (path.parent / "config.json").exists():
+            return None  # ours, and damaged
+        raise
+    if table.profile is None:
+        raise UserError(
+            f"--workdir={path.parent} has a latency.json that was not measured here, and would be "
+            "overwritten: choose another folder, or move it away."
+        )
+    return table if table.profile.key == profile_key(config, mesh) else None
+
+
+def _errors(table: LatencyTable) -> str:
+    """How far the model is off where it was not fitted."""
+    assert table.profile is not None
+    texts = []
+    for name, model in zip(("forward", "backward"), table.profile.models(), strict=True):
+        errors = 100 * np.abs(model.relative_errors())
+        if len(errors):
+            middle, high = np.percentile(errors, (50, 95))
+            texts.append(f"{name} {middle:.1f}% (95th percentile {high:.1f}%)")
+    return f"latency model: median error {', '.join(texts) or 'unknown'} on slices kept out of it"
 
 
 def _save(path: Path, table: LatencyTable) -> LatencyTable:

@@ -75,7 +75,7 @@ class Console:
 
         def compare(name: str, other: Alternative | None) -> None:
             if other:
-                slower = other.step_seconds / prediction.step_seconds - 1
+                slower = other.step_seconds / (prediction.step_seconds or 1) - 1
                 self.say(
                     f"{name} would take {milliseconds(other.step_seconds)}, {slower:+.1%}: "
                     f"{_count(other.batch_slices, 'batch slice')} of "

@@ -1,6 +1,7 @@
 """The command line: a config file, then flags that override its fields."""
 
 import importlib.util
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,8 +55,11 @@ def parse_file_plan(args: list[str], program: str) -> FilePlanFlags:
         if getattr(flags, name) < 1:
             option = name.replace("_", "-")
             raise UserError(f"--{option}={getattr(flags, name)} must be at least 1.")
+    limit = flags.memory_limit_gib
+    if limit is not None and not 0 <= limit < math.inf:
+        raise UserError(f"--memory-limit-gib={limit} must be a number that is not negative.")
     factors = flags.stage_factors
-    if factors and (len(factors) != flags.num_stages or not min(factors) > 0):
+    if factors and (len(factors) != flags.num_stages or not all(0 < a < math.inf for a in factors)):
         raise UserError(
             f"--stage-factors must be {flags.num_stages} positive numbers, one for each stage: "
             f"they are {' '.join(map(str, factors))}."

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tpipe_jax.config import UserError
+from tpipe_jax.plan import MAX_SECONDS
 
 
 class Sample(NamedTuple):
@@ -241,14 +242,16 @@ def load_table(path: Path) -> LatencyTable:
         b, i, j = holes[0].tolist()
         raise wrong(f"only one of forward and backward has a time at [{b}][{i}][{j}]")
     try:
-        profile = _to_profile(content["profile"]) if "profile" in content else None
+        num_tokens = unit * forward.shape[2]
+        profile = _to_profile(content["profile"], num_tokens) if content.get("profile") else None
     except (KeyError, TypeError, ValueError) as error:
         raise wrong(f"its profile cannot be used ({error!r})") from error
     return LatencyTable(unit, forward, backward, profile)
 
 
-def _to_profile(content: dict[str, Any]) -> Profile:
-    return Profile(
+def _to_profile(content: dict[str, Any], num_tokens: int) -> Profile:
+    """Raises KeyError, TypeError or ValueError for what is not the profile of such sequences."""
+    profile = Profile(
         **content
         | {
             "samples": tuple(Sample(*sample) for sample in content["samples"]),
@@ -256,6 +259,19 @@ def _to_profile(content: dict[str, Any]) -> Profile:
             "memory": Memory(**content["memory"]),
         }
     )
+    counts = [profile.batch_size, profile.seq_len, profile.context_block]
+    counts += [n for sample in profile.samples for n in sample[:2]]
+    if not all(isinstance(n, int) and n > 0 for n in counts):
+        raise ValueError("a size is not a positive whole number")
+    times = [*profile.hand_over, profile.outside_seconds, *dataclasses.astuple(profile.memory)]
+    if len(profile.hand_over) != 2 or not all(0 <= t < math.inf for t in times):
+        raise ValueError("a figure is not finite and positive")
+    if not all(0 < t <= MAX_SECONDS for sample in profile.samples for t in sample[3:5]):
+        raise ValueError("a sample is not a time")
+    if profile.seq_len != num_tokens:
+        raise ValueError(f"it is of {profile.seq_len} tokens and the times of {num_tokens}")
+    profile.models()  # raises where there are too few samples
+    return profile
 
 
 def _to_lists(times: np.ndarray) -> list[list[list[float | None]]]:
@@ -278,7 +294,7 @@ def _to_array(lists: Any, name: str, wrong: Any) -> np.ndarray:
                 if value is None:
                     continue
                 is_number = isinstance(value, int | float) and not isinstance(value, bool)
-                if not is_number or not math.isfinite(value) or value < 0:
+                if not is_number or not 0 <= value <= MAX_SECONDS:
                     raise wrong(f"{name}[{b}][{i}][{j}]={value!r} is not a time")
     return np.array(
         [[[math.inf if t is None else t for t in row] for row in rows] for rows in lists], float

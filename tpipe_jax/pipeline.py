@@ -102,6 +102,6 @@ def sweep(
     longest = max(B for B, _ in shapes), max(L for _, L in shapes)
     empty = jnp.zeros_like(source_BTD), jnp.zeros((*longest, D), source_BTD.dtype)
     # Without the barrier XLA would see that stages are idle, and drop what the profiler times.
-    table = lax.optimization_barrier(jnp.asarray(table))
-    (state, result_BTD, _), _ = lax.scan(tick, varying((state, *empty)), table)
+    rows = lax.optimization_barrier(jnp.asarray(table))
+    (state, result_BTD, _), _ = lax.scan(tick, varying((state, *empty)), rows)
     return result_BTD, state

@@ -8,6 +8,7 @@ from typing import Any
 from tpipe_jax.config import Config, UserError
 
 Nested = tuple[tuple[float, ...], ...]
+MAX_SECONDS = 1e9  # that a file may give for a time; sums of such are finite
 
 
 @dataclass(frozen=True)
@@ -225,25 +226,37 @@ def _read_prediction(content: dict[str, Any], wrong: Any) -> Prediction | None:
     if "predicted_step_seconds" not in content:
         return None
     try:
+        slices = content["token_slices"]
+        none = [[0.0] * len(own) for own in slices]
         forward, backward, transfer = (
-            tuple(tuple(map(float, times)) for times in content[f"slice_{name}_seconds"])
-            for name in ("forward", "backward", "transfer")
+            tuple(tuple(map(_seconds, times)) for times in nested)
+            for nested in (
+                content["slice_forward_seconds"],
+                content["slice_backward_seconds"],
+                content.get("slice_transfer_seconds", none),
+            )
         )
         prediction = Prediction(
-            step_seconds=float(content["predicted_step_seconds"]),
-            outside_seconds=float(content["outside_seconds"]),
+            step_seconds=_seconds(content["predicted_step_seconds"]),
+            outside_seconds=_seconds(content.get("outside_seconds", 0)),
             slice_forward_seconds=forward,
             slice_backward_seconds=backward,
             slice_transfer_seconds=transfer,
             is_optimal=bool(content["optimal"]),
-            lower_bound_seconds=float(content["lower_bound_seconds"]),
+            lower_bound_seconds=_seconds(content["lower_bound_seconds"]),
         )
     except KeyError as error:
         raise wrong(f"it has no {error.args[0]}") from error
     except (TypeError, ValueError) as error:
         raise wrong(f"its predicted times are no times ({error})") from error
-    slices = [len(s) for s in content["token_slices"]]
     for times in (forward, backward, transfer):
-        if [len(t) for t in times] != slices:
+        if list(map(len, times)) != list(map(len, slices)):
             raise wrong("its predicted times are not of its slices")
     return prediction
+
+
+def _seconds(value: Any) -> float:
+    """A time as a file may hold it. Raises `TypeError` or `ValueError` for anything else."""
+    if isinstance(value, bool) or not 0 <= value <= MAX_SECONDS:
+        raise ValueError(f"{value!r} is not a time")
+    return float(value)

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from tpipe_jax.latency import LatencyTable, Profile
+from tpipe_jax.latency import LatencyTable, Profile, Sample
 from tpipe_jax.plan import Plan
 from tpipe_jax.planner import predicted_timeline
 from tpipe_jax.schedule import terapipe
@@ -32,12 +32,12 @@ def draw_plan(path: Path, table: LatencyTable, plan: Plan, stage_factors: Sequen
     assert plan.prediction is not None
     figure = Figure(figsize=(13, 9), layout="constrained")
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(3, 2))[:, 0]
-    has_tests = table.profile is not None and any(s.is_test for s in table.profile.samples)
-    panels = top.subplots(1, 2 + has_tests)
+    tests = [sample for sample in table.profile.samples if sample.is_test] if table.profile else []
+    panels = top.subplots(1, 2 + bool(tests))
     _draw_latencies(panels[0], "forward", table.forward, table, plan)
     _draw_latencies(panels[1], "backward", table.backward, table, plan)
-    if has_tests:
-        _draw_errors(panels[2], table.profile)
+    if table.profile and tests:
+        _draw_errors(panels[2], table.profile, tests)
     axes = bottom.subplots()
     schedule, timeline = terapipe(plan), predicted_timeline(plan, stage_factors)
     kinds = draw_boxes(axes, schedule, timeline, "s")
@@ -88,13 +88,12 @@ def _draw_latencies(
     axes.grid(alpha=0.25)
 
 
-def _draw_errors(axes: Axes, profile: Profile) -> None:
+def _draw_errors(axes: Axes, profile: Profile, tests: Sequence[Sample]) -> None:
     """Prediction against measurement, for the slices that the model was not fitted to."""
     lines = []
     for name, model, colour in zip(
         ("forward", "backward"), profile.models(), ("tab:blue", "tab:orange"), strict=True
     ):
-        tests = [sample for sample in profile.samples if sample.is_test]
         measured = [getattr(sample, f"{name}_seconds") * 1e3 for sample in tests]
         errors = 100 * model.relative_errors()
         axes.plot(measured, errors, "x", color=colour, label=name)

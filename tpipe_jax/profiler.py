@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import math
 import os
+import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,7 +75,8 @@ def profile_key(config: Config, mesh: Mesh) -> dict[str, Any]:
         "unit_tokens": unit_tokens(config),
         "devices": f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
         "processes": jax.process_count(),
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),
+        "machine": platform.machine(),
         "jax": jax.__version__,
         "tpipe_jax": tpipe_jax.__version__,
     }
@@ -84,23 +86,23 @@ def shapes_to_time(batch_size: int, seq_len: int, unit: int, num_stages: int) ->
     """Lengths near a half, a quarter ... of the sequence, and a few numbers of sequences.
 
     Lengths are odd multiples of the unit, since powers of two are often faster or slower than all
-    around them. The whole sequence comes first. Several sequences are timed at two
-    lengths, and some shapes between those of the grid to tell the error. Slices much shorter than
-    keep the stages busy are not timed: the model takes them to be as slow as the shortest.
+    around them. The whole sequence comes first. Several sequences are timed at
+    three lengths, and some shapes between those of the grid to tell the error. Lengths that no plan
+    for so few stages needs are not timed.
     """
     num_units = seq_len // unit
     least = num_units // max(32, 2 * num_stages)
     halves = (num_units >> n for n in range(1, num_units.bit_length() + 1))
-    units = {min(n | 1, num_units) for n in (num_units - 2, *halves) if n >= max(least, 0)}
+    units = {min(n | 1, num_units) for n in (num_units - 2, *halves) if n >= least}
     lengths = [n * unit for n in sorted(units)]
-    some = sorted({lengths[len(lengths) // 2], lengths[-1]})
+    some = sorted({lengths[0], lengths[len(lengths) // 2], lengths[-1]})
     sizes = [n for n in (2 << k for k in range(0, 32, 2)) if n < batch_size]
     sizes += [batch_size] if batch_size > 1 else []
     between = [(a + b) // 2 // unit * unit for a, b in itertools.pairwise(lengths)][::-1]
 
     shapes = [(1, seq_len), *((1, n) for n in lengths if n != seq_len)]
     shapes += [(b, n) for b in sizes for n in some]
-    tests = zip((1, 3, 6, 1), between, strict=False)
+    tests = zip((1, 3, 6, 4), between, strict=False)
     tests = dict.fromkeys((min(b, batch_size), n) for b, n in tests if n)
     return [Shape(b, n, _contexts(seq_len, n, unit, (0, 0.5, 1))) for b, n in shapes] + [
         Shape(b, n, _contexts(seq_len, n, unit, (0, 0.25, 0.75)), is_test=True)
@@ -113,7 +115,7 @@ def _contexts(
     seq_len: int, num_tokens: int, unit: int, shares: tuple[float, ...]
 ) -> tuple[int, ...]:
     """Some of the contexts that such a slice may have, in whole units."""
-    return tuple(sorted({round((seq_len - num_tokens) * share / unit) * unit for share in shares}))
+    return tuple(sorted({int((seq_len - num_tokens) * share / unit) * unit for share in shares}))
 
 
 class Program(NamedTuple):
@@ -175,7 +177,9 @@ class Profiler:
         before = next(s for s in profile.samples if s[:3] == (1, seq_len, 0))
         drift = sum(before[3:5]) / now.sum()
         samples = _to_samples(new, [s * drift for s in seconds])
-        return dataclasses.replace(profile, samples=profile.samples + samples)
+        shapes = {shape[:2] for shape in new}  # which are no tests of the fit any more
+        kept = tuple(s for s in profile.samples if not (s.is_test and s[:2] in shapes))
+        return dataclasses.replace(profile, samples=kept + samples)
 
     def _compile(self, shapes: list[Shape], advance: OnPart) -> dict[Shape, Program]:
         """The program of each shape; compiled in threads, where processes need not agree."""
@@ -225,20 +229,23 @@ class Profiler:
     ) -> np.ndarray:
         """Seconds `[context, direction]` of a slice, from several turns."""
         idle, busy = (np.median(values, 0) for values in zip(*turns, strict=True))
-        return _agree((busy - idle) / program.num_ticks)
+        # No work takes less than clocks can tell, whatever the noise.
+        return _agree(np.maximum(busy - idle, 1e-6) / program.num_ticks)
 
     def _time_hand_over(self, shapes: list[Shape]) -> tuple[float, float]:
-        """Seconds of a tick without work: a constant, and for each token of the slice."""
+        """Seconds of a tick without work: a constant, and for each token that is handed over."""
         by_size = sorted(shapes, key=lambda shape: shape.size)
         chosen = by_size[0], by_size[len(by_size) // 2], by_size[-1]
-        table, seconds = self._table(0, MAX_TICKS), []
+        tables = self._table(IDLE, MAX_TICKS), self._table(IDLE, 3 * MAX_TICKS)
+        seconds = []
         for shape in chosen:
             work = make_hand_over(self._config, self._mesh, Item(0, 0, *shape[:2]))
-            run = work.lower(*self._inputs, table).compile()
-            self._seconds(run, table)
-            seconds.append(np.median([self._seconds(run, table) for _ in range(REPEATS)]))
+            runs = [(work.lower(*self._inputs, t).compile(), t) for t in tables]
+            turns = [[self._seconds(*run) for run in runs] for _ in range(1 + REPEATS)]
+            few, many = np.median(turns[1:], 0)
+            seconds.append((many - few) / (2 * MAX_TICKS))
         sizes = [shape.size for shape in chosen]
-        per_token, constant = np.polyfit(sizes, _agree(np.array(seconds)) / MAX_TICKS, 1)
+        per_token, constant = np.polyfit(sizes, _agree(np.array(seconds)), 1)
         return max(float(constant), 0.0), max(float(per_token), 0.0)
 
     def _memory(self, programs: dict[Shape, Program]) -> Memory:

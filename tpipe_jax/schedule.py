@@ -74,7 +74,7 @@ class Timeline:
     def bubble(self) -> float:
         """The fraction of the stages' time in which they do not work."""
         work = sum(box.stop_seconds - box.start_seconds for box in self.boxes)
-        return 1 - work / (self.num_stages * self.step_seconds)
+        return 1 - work / (self.num_stages * self.step_seconds) if self.step_seconds else 0.0
 
 
 def terapipe(plan: Plan) -> Schedule:
@@ -110,9 +110,9 @@ def simulate(
         schedule: any table in which a neighbour has an item before it is due.
         forward_seconds: the work on each item in the forward pass.
         backward_seconds: the work on each item in the backward pass.
-        stage_factors: what each stage takes over those times; all alike without.
         transfer_seconds: how long a stage is held, after its work on an item, until that is handed
             on; none without.
+        stage_factors: what each stage takes over all these times; all alike without.
     """
     factors = stage_factors or [1.0] * schedule.num_stages
     transfers = transfer_seconds or [0.0] * len(schedule.items)
@@ -127,6 +127,6 @@ def simulate(
                 if item != IDLE:
                     start = max(free[stage], ready[item])
                     stop = start + factors[stage] * seconds[item]
-                    free[stage] = ready[item] = stop + transfers[item]
+                    free[stage] = ready[item] = stop + factors[stage] * transfers[item]
                     boxes.append(Box(stage, item, is_backward, start, stop))
     return Timeline(tuple(boxes), max(free), schedule.num_stages)

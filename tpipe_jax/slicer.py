@@ -85,6 +85,13 @@ def fastest_slicing(
     return Slicing(best.batch_slices, best.cuts, seconds, lower_bound, num_solves)
 
 
+def least_longest(
+    times: np.ndarray, batch_size: int, batch_slices: Sequence[int] | None = None
+) -> float:
+    """The least that the longest slice of a slicing can take, of times as `fastest_slicing` has."""
+    return _Times(np.stack([times, times]), batch_size, batch_slices).least_longest()[0]
+
+
 class _Solution(NamedTuple):
     """The slicing of least work under a pair of thresholds."""
 

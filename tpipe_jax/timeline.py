@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
@@ -28,19 +29,27 @@ def draw_boxes(axes: Axes, schedule: Schedule, timeline: Timeline, unit: str) ->
     """Draws the timeline; returns what a legend shows."""
     num_stages, num_items = schedule.num_stages, len(schedule.items)
     is_one_row = all(item.num_rows == 1 for item in schedule.items)
-    end = timeline.step_seconds
+    end = timeline.step_seconds or 1.0
     colours = colormaps["viridis"]
+    are_many = num_stages > 24
+    rectangles = []
     for box in timeline.boxes:
         shade = colours(0.15 + 0.75 * box.item / max(1, num_items - 1))
         width = box.stop_seconds - box.start_seconds
-        style: dict[str, Any] = {"alpha": 0.55, "hatch": "///"} if box.is_backward else {}
+        style: dict[str, Any] = {"alpha": 0.55} if box.is_backward else {}
+        if box.is_backward and not are_many:
+            style["hatch"] = "///"
         corner = box.start_seconds, box.stage - 0.4
-        axes.add_patch(
-            Rectangle(corner, width, 0.8, facecolor=shade, edgecolor="white", lw=0.8, **style)
+        edge = "none" if are_many else "white"
+        rectangles.append(
+            Rectangle(corner, width, 0.8, facecolor=shade, edgecolor=edge, lw=0.8, **style)
         )
+        if are_many:
+            continue
+        axes.add_patch(rectangles[-1])
         item = schedule.items[box.item]
         label = f"{item.num_tokens}" if is_one_row else f"{item.num_rows} x {item.num_tokens}"
-        if width > 0.008 * len(label) * end and num_stages <= 24:
+        if width > 0.008 * len(label) * end:
             axes.text(
                 *(box.start_seconds + width / 2, box.stage),
                 label,
@@ -49,6 +58,8 @@ def draw_boxes(axes: Axes, schedule: Schedule, timeline: Timeline, unit: str) ->
                 fontsize=8,
                 bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.8},
             )
+    if are_many:  # one collection is drawn in a fraction of the time of so many patches
+        axes.add_collection(PatchCollection(rectangles, match_original=True))
     axes.set(xlim=(0, end), ylim=(num_stages - 0.5, -0.5), xlabel=f"time [{unit}]")
     step = -(-num_stages // 24)
     axes.set_yticks(range(0, num_stages, step), [f"stage {s}" for s in range(0, num_stages, step)])

@@ -64,8 +64,9 @@ def prepare(config: Config, devices: Sequence[jax.Device]) -> Run:
 def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console: Console) -> None:
     """Trains to the last step or until interrupted, from the last checkpoint in the workdir.
 
-    Nothing is written before settings, data and checkpoint have been found to fit each other.
-    Raises `UserError` where they don't.
+    Nothing is written before settings, data and checkpoint have been found to fit each other. Then
+    the slices are planned, which may take a minute of measuring, and training starts. Raises
+    `UserError` where they don't fit.
     """
     config = resolved(config)
     run = prepare(config, devices)

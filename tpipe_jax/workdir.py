@@ -11,7 +11,7 @@ from tpipe_jax.planner import predicted_timeline
 from tpipe_jax.schedule import simulate, terapipe
 from tpipe_jax.timeline import draw_timeline
 
-FILES = ("plan.json", "timeline.png", "metrics.jsonl")
+FILES = ("plan.json", "plan.png", "timeline.png", "metrics.jsonl")
 
 
 def changed_settings(config: Config, workdir: Path) -> list[str]:

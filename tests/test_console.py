@@ -1,0 +1,74 @@
+"""What the terminal shows of a plan."""
+
+import pytest
+
+from tpipe_jax.console import Console, milliseconds
+from tpipe_jax.plan import Plan, Prediction
+from tpipe_jax.planner import Alternative, Planning
+
+# Four batch slices, of which two are alike; 14 ms and 28 ms of work on each of 2 stages.
+FORWARD = ((0.001, 0.002), (0.001, 0.002), (0.003,), (0.005,))
+BACKWARD = tuple(tuple(2 * t for t in times) for times in FORWARD)
+PREDICTION = Prediction(
+    step_seconds=0.052 + 0.005 + 0.010 - 0.010,
+    outside_seconds=0.010,
+    slice_forward_seconds=FORWARD,
+    slice_backward_seconds=BACKWARD,
+    slice_transfer_seconds=((0.0, 0.0), (0.0, 0.0), (0.0,), (0.0,)),
+    is_optimal=True,
+    lower_bound_seconds=0.05,
+)
+PLAN = Plan(2, (2, 2, 1, 3), ((5, 3), (5, 3), (8,), (8,)), PREDICTION)
+
+
+def test_plan_has_a_line_for_each_different_slice(capsys: pytest.CaptureFixture[str]):
+    Console().show_plan(PLAN, [1.0, 1.0])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[2:6] == [
+        ["2", "2", "0", "5", "0", "1", "ms", "2", "ms"],
+        ["1", "3", "5", "2", "ms", "4", "ms"],
+        ["1", "1", "0", "8", "0", "3", "ms", "6", "ms"],
+        ["1", "3", "0", "8", "0", "5", "ms", "10", "ms"],
+    ]
+    # 42 ms of work, and the longest slice, 5 and 10 ms, once more: stages wait 15 of 57 ms.
+    assert "of which 10 ms outside the stages, which wait 26% of the rest" in " ".join(lines[6])
+
+
+def test_plan_without_prediction_has_no_times(capsys: pytest.CaptureFixture[str]):
+    Console().show_plan(Plan(2, (2,), ((5, 3),)), [1.0, 1.0])
+    out = capsys.readouterr().out
+    assert "tokens" in out
+    assert "forward" not in out
+    assert "predicted" not in out
+
+
+def test_planning_is_compared_with_plainer_plans(capsys: pytest.CaptureFixture[str]):
+    unsliced, uniform = Alternative(1, 1, 0.114), Alternative(4, 2, 0.0627)
+    Console().show_planning(Planning(PLAN, unsliced, uniform, 7, 0.5), [1.0, 1.0])
+    out = capsys.readouterr().out
+    assert "no plan is faster under these latencies: proven, 7 programmes solved in 0.50 s" in out
+    assert "unsliced would take 114 ms, +100.0%: 1 batch slice of 1 token slice" in out
+    assert "would take 62.7 ms, +10.0%: 4 batch slices of 2 token slices" in out
+
+
+def test_a_plan_without_proof_tells_its_bound(capsys: pytest.CaptureFixture[str]):
+    from dataclasses import replace
+
+    plan = replace(PLAN, prediction=replace(PREDICTION, is_optimal=False))
+    Console().show_planning(Planning(plan, None, None, 7, 0.5), [1.0, 1.0])
+    out = capsys.readouterr().out
+    assert "no plan is faster than 50 ms under these latencies" in out
+    assert "proven" not in out
+    assert "would take" not in out
+
+
+def test_agreement(capsys: pytest.CaptureFixture[str]):
+    Console().show_agreement(0.090, 0.100)
+    assert capsys.readouterr().out == "a step takes 100 ms, predicted were 90 ms: -10%\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(1.2345, "1234 ms"), (0.0123456, "12.3 ms"), (1e-5, "0.01 ms")]
+)
+def test_milliseconds(seconds: float, text: str):
+    assert milliseconds(seconds) == text
