@@ -181,6 +181,32 @@ def test_memory_limit_is_kept(config: Config, tmp_path: Path, calls: list[str]):
         run(changed(config, memory={"limit_gib": 1e-6}), tmp_path / "run")
 
 
+def test_latencies_of_another_origin_are_not_overwritten(
+    config: Config, tmp_path: Path, calls: list[str]
+):
+    times = json.dumps({"unit_tokens": 8, "forward": [[[1.0]]], "backward": [[[1.0]]]})
+    for text, sentence in ((times, "not measured here"), ("mine", "no latency file")):
+        (tmp_path / "latency.json").write_text(text)
+        with pytest.raises(UserError, match=sentence):
+            plan_run(config, tmp_path, jax.devices()[:2], Lines())
+        assert (tmp_path / "latency.json").read_text() == text
+        assert calls == []
+
+
+def test_a_run_is_not_planned_over(config: Config, tmp_path: Path, calls: list[str]):
+    run(config, tmp_path)
+    plan_run(config, tmp_path, jax.devices()[:2], Lines())
+    before = {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+    other = changed(config, model={"num_layers": 4})
+    with pytest.raises(UserError, match=r"holds a run with other settings .*num_layers 3 -> 4"):
+        plan_run(other, tmp_path, jax.devices()[:2], Lines())
+    args = f"--latency={tmp_path}/latency.json", "--num-stages=2", "--batch-size=4", "--seq-len=16"
+    done = launch_plan(*args, f"--workdir={tmp_path}")
+    assert done.returncode == 2
+    assert "holds a run, whose plan would be overwritten" in done.stderr
+    assert before == {path: path.read_bytes() for path in tmp_path.glob("*.json")}
+
+
 def test_an_unreadable_latency_file_is_measured_anew(
     config: Config, tmp_path: Path, calls: list[str]
 ):
@@ -306,6 +332,7 @@ def test_a_file_is_planned_without_jax(latency: Path, tmp_path: Path):
         (["--batch-size=-1"], "--batch-size=-1 must be at least 1"),
         (["--latency=no/file.json"], "no/file.json is no latency file"),
         (["--memory-limit-gib=1"], "the latencies come without the memory"),
+        (["--memory-limit-gib=nan"], "--memory-limit-gib=nan must be a number"),
         (["--stage-factors", "1", "0.5"], "--stage-factors must be 3 positive numbers"),
         (["--workdir=/proc/plan"], "cannot write to --workdir=/proc/plan"),
     ],

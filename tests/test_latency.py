@@ -154,6 +154,32 @@ def test_file_gives_back_what_was_saved(tmp_path: Path):
     assert [p.name for p in tmp_path.iterdir()] == ["latency.json"]
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"hand_over": ["a", "b"]},
+        {"hand_over": [1.0]},
+        {"outside_seconds": float("nan")},
+        {"outside_seconds": "x"},
+        {"memory": {"fixed_bytes": "1", "saved_bytes_per_token": 1, "working_bytes_per_token": 1}},
+        {"seq_len": 64},
+        {"batch_size": 0},
+        {"samples": [list(s) for s in samples() if s.is_test]},
+        {"samples": [[1, 8, 0, 0.0, 1.0, False]]},
+        {"samples": [[1, 8, 0]]},
+        {"unknown": 1},
+    ],
+    ids=str,
+)
+def test_profiles_that_are_wrong_are_refused(tmp_path: Path, change: dict[str, Any]):
+    path = tmp_path / "latency.json"
+    profile().table(unit_tokens=32).save(path)
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"profile": content["profile"] | change}))
+    with pytest.raises(UserError, match="its profile cannot be used"):
+        load_table(path)
+
+
 GOOD = {
     "unit_tokens": 8,
     "forward": [[[1.0, 1.5], [2.0, None]]],
@@ -192,6 +218,8 @@ def put(*path: Any) -> Callable[[dict[str, Any]], None]:
         (put("backward", 0, 0, 1, -2.5), "backward[0][0][1]=-2.5 is not a time"),
         (put("forward", 0, 0, 0, float("nan")), "forward[0][0][0]=nan is not a time"),
         (put("forward", 0, 0, 0, float("inf")), "forward[0][0][0]=inf is not a time"),
+        (put("forward", 0, 0, 0, 10**400), "is not a time"),
+        (put("forward", 0, 0, 0, 1e300), "forward[0][0][0]=1e+300 is not a time"),
         (put("forward", 0, 0, 0, "1"), "forward[0][0][0]='1' is not a time"),
         (put("forward", 0, 0, 0, True), "forward[0][0][0]=True is not a time"),
         (put("forward", 0, 0, [1.0]), "the lists of forward differ in length"),

@@ -1,6 +1,7 @@
 """Plans from times: the prediction, the plans it is compared with, the memory, and refusals."""
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from test_latency import profile
 from tpipe_jax.config import UserError
 from tpipe_jax.latency import LatencyTable
-from tpipe_jax.plan import Plan, PlanRequest, uniform
+from tpipe_jax.plan import Plan, PlanRequest, load_plan, uniform
 from tpipe_jax.planner import GIB, find_plan, predicted_timeline
 
 UNIT, NUM_UNITS, BATCH = 4, 8, 3
@@ -130,6 +131,29 @@ def test_stages_of_unequal_speed_are_simulated():
     assert plan.prediction.step_seconds < alike.step_seconds
 
 
+@pytest.mark.parametrize(
+    "factors", [[2.0, 1.95, 1.9], [1.0, 0.5], [1.0, 0.9], [3.0, 1.0, 1.0, 1.0]]
+)
+def test_no_plan_beats_the_bound_of_unequal_stages(factors: list[float]):
+    """With a hand-over, too: whatever holds a stage takes its factor."""
+    measured = profile(hand_over=(0.5, 0.01)).table(16)
+    asked = PlanRequest(len(factors), 4, 128)
+    planning = find_plan(measured, asked, factors)
+    prediction = planning.plan.prediction
+    assert prediction is not None
+    assert prediction.lower_bound_seconds <= prediction.step_seconds
+    for num_batch, num_tokens in itertools.product(range(1, 5), range(1, 9)):
+        sizes = uniform(4, num_batch)
+        tokens = tuple(16 * n for n in uniform(8, num_tokens))
+        given = PlanRequest(len(factors), 4, 128, sizes, tokens)
+        other = find_plan(measured, given, factors).plan.prediction
+        assert other is not None
+        assert other.step_seconds >= prediction.lower_bound_seconds
+    for alternative in (planning.unsliced, planning.best_uniform):
+        assert alternative is not None
+        assert alternative.step_seconds >= prediction.step_seconds
+
+
 def test_plans_keep_to_the_memory():
     """1000 bytes, 10 for each of 4 x 128 tokens, and 100 for each token of the longest slice."""
     measured, asked = profile().table(8), PlanRequest(2, 4, 128)
@@ -155,6 +179,17 @@ def test_a_memory_that_is_too_small_says_by_how_much():
     assert "fewer sequences" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("given", "longest"), [({"batch_slices": (4,)}, 4 * 8), ({"token_slices": (100, 28)}, 100)]
+)
+def test_given_slices_may_need_more_memory(given: dict, longest: int):
+    measured, asked = profile().table(8), PlanRequest(2, 4, 128, **given)
+    least = 1000 + 10 * 4 * 128 + 100 * longest
+    find_plan(measured, asked, [1.0] * 2, memory_limit_bytes=least)
+    with pytest.raises(UserError, match=r"is 0\.125 GiB too little for any plan"):
+        find_plan(measured, asked, [1.0] * 2, memory_limit_bytes=least - 0.125 * GIB)
+
+
 def test_a_memory_limit_needs_to_know_the_memory():
     with pytest.raises(UserError, match="come without the memory"):
         find_plan(table(), request(2), [1.0] * 2, memory_limit_bytes=1.0)
@@ -177,8 +212,21 @@ def test_a_batch_may_be_larger_than_any_batch_slice():
 
 
 def test_plan_file_gives_back_the_plan(tmp_path: Path):
-    from tpipe_jax.plan import load_plan
-
     plan = find_plan(profile().table(8), PlanRequest(2, 4, 128), [1.0] * 2).plan
-    plan.save(tmp_path / "plan.json")
-    assert load_plan(tmp_path / "plan.json", PlanRequest(2, 4, 128)) == plan
+    path = tmp_path / "plan.json"
+    plan.save(path)
+    assert load_plan(path, PlanRequest(2, 4, 128)) == plan
+    # Other tools need not know of what is ours.
+    content = json.loads(path.read_text())
+    for ours in ("outside_seconds", "slice_transfer_seconds"):
+        content.pop(ours)
+    path.write_text(json.dumps(content))
+    loaded = load_plan(path, PlanRequest(2, 4, 128))
+    assert loaded.prediction is not None
+    assert loaded.prediction.outside_seconds == 0
+    assert loaded.prediction.slice_transfer_seconds[0][0] == 0
+    assert loaded.token_slices == plan.token_slices
+    for value in (-1.0, float("nan"), 10**400, "1", True):
+        path.write_text(json.dumps(content | {"predicted_step_seconds": value}))
+        with pytest.raises(UserError, match="its predicted times are no times"):
+            load_plan(path, PlanRequest(2, 4, 128))

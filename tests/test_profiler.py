@@ -125,6 +125,24 @@ def test_a_slice_takes_what_busy_ticks_take_longer(clock: Clock, mesh: Mesh):
     assert profile.memory.fixed_bytes == 10**6 - saved * 4 * 64
 
 
+def test_noise_larger_than_the_work_leaves_a_time(
+    clock: Clock, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(Clock, "slice_seconds", lambda *_: np.array([-1e-3, 0.0]))
+    profile = Profiler(CONFIG, mesh).profile(lambda *_: None)
+    assert all(t > 0 for sample in profile.samples for t in sample[3:5])
+    profile.table(8)
+
+
+def test_a_test_of_the_fit_that_is_fitted_to_is_none_any_more(clock: Clock, mesh: Mesh):
+    timer = Profiler(CONFIG, mesh)
+    before = timer.profile(lambda *_: None)
+    tested = next(sample[:2] for sample in before.samples if sample.is_test)
+    after = timer.refine(before, [tested])
+    assert not any(sample.is_test for sample in after.samples if sample[:2] == tested)
+    assert any(sample.is_test for sample in after.samples)
+
+
 def test_what_is_measured_later_is_as_if_measured_then(clock: Clock, mesh: Mesh):
     """The machine has become twice as slow, and the whole sequence, timed again, tells."""
     timer = Profiler(CONFIG, mesh)

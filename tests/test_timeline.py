@@ -45,6 +45,18 @@ def test_one_box_for_each_slice_and_direction_on_each_stage(tmp_path: Path, figu
     ]
 
 
+def test_many_stages_are_one_collection(tmp_path: Path, figures: list[Figure]):
+    """Thousands of patches would take seconds to draw."""
+    schedule = terapipe(Plan(30, (1,), ((5, 3),)))
+    timeline = simulate(schedule, [1.0, 1.0], [1.0, 1.0])
+    draw_timeline(tmp_path / "a.png", schedule, timeline, "title")
+    axes = figures[0].axes[0]
+    assert len(axes.patches) == 0
+    (collection,) = axes.collections
+    assert len(collection.get_paths()) == 2 * 2 * 30
+    assert len(axes.get_yticks()) <= 24
+
+
 def test_sequences_are_left_out_where_slices_have_one_each(tmp_path: Path, figures: list[Figure]):
     schedule = terapipe(Plan(2, (1,), ((5, 3),)))
     timeline = simulate(schedule, [1.0, 1.0], [1.0, 1.0])

@@ -57,8 +57,8 @@ class Console:
             bubble = predicted_timeline(plan, stage_factors).bubble
             self.say(
                 f"predicted step {milliseconds(plan.prediction.step_seconds)}, of which "
-                f"{milliseconds(plan.prediction.outside_seconds)} outside the stages, which wait "
-                f"{bubble:.0%} of the rest"
+                f"{milliseconds(plan.prediction.outside_seconds)} outside of the pipeline; "
+                f"bubble {bubble:.0%}"
             )
 
     def show_planning(self, planning: Planning, stage_factors: Sequence[float]) -> None:

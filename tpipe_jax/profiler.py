@@ -43,6 +43,7 @@ from tpipe_jax.train_step import (
 MAX_TICKS = 32
 REPEATS = 5  # for medians
 MIN_SECONDS = 0.02  # of the busy ticks of one measurement
+LONG_SECONDS = 2.0  # of measurements after which three are enough
 
 OnPart = Callable[[], None]  # called after each part of the work
 
@@ -203,14 +204,18 @@ class Profiler:
 
         The shapes take turns, so that a machine whose speed drifts disturbs all alike.
         """
-        turns = []
-        for _ in range(REPEATS):
-            turns.append([self._turn(*each) for each in programs.items()])
+        turns: dict[Shape, list[tuple[float, np.ndarray]]] = {shape: [] for shape in programs}
+        for turn in range(REPEATS):
+            for shape, program in programs.items():
+                if turn < self._num_turns(shape):
+                    turns[shape].append(self._turn(shape, program))
             advance()
-        return [
-            self._slice_seconds(program, turns)
-            for program, turns in zip(programs.values(), zip(*turns, strict=True), strict=True)
-        ]
+        return [self._slice_seconds(program, turns[s]) for s, program in programs.items()]
+
+    def _num_turns(self, shape: Shape) -> int:
+        """Fewer for slices that take so long that noise is small beside them."""
+        seconds = float(self._seconds_per_token.sum()) * shape.size
+        return min(max(math.ceil(LONG_SECONDS / seconds), 3), REPEATS)
 
     def _turn(self, shape: Shape, program: Program) -> tuple[float, np.ndarray]:
         """Seconds of idle sweeps, and of sweeps with work by `[context, direction]`."""
