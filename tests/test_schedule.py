@@ -50,8 +50,8 @@ def test_items_lie_where_the_slices_before_them_end():
     schedule = terapipe(Plan(2, (2, 1), ((5, 3), (6, 1, 1))))
     assert schedule.items == (
         Item(row=0, token=0, num_rows=2, num_tokens=5),
-        Item(row=0, token=5, num_rows=2, num_tokens=3),
         Item(row=2, token=0, num_rows=1, num_tokens=6),
+        Item(row=0, token=5, num_rows=2, num_tokens=3),
         Item(row=2, token=6, num_rows=1, num_tokens=1),
         Item(row=2, token=7, num_rows=1, num_tokens=1),
     )

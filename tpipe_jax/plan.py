@@ -30,7 +30,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Plan:
-    """Batch slices, and the token slices of each, in the order in which they enter the pipeline."""
+    """Batch slices, and the token slices of each."""
 
     num_stages: int
     batch_slices: tuple[int, ...]

@@ -11,7 +11,7 @@ from tpipe_jax.config import UserError
 from tpipe_jax.latency import LatencyTable, Memory
 from tpipe_jax.plan import Nested, Plan, PlanRequest, Prediction
 from tpipe_jax.plan import uniform as uniform_parts
-from tpipe_jax.schedule import Timeline, simulate, terapipe
+from tpipe_jax.schedule import Timeline, simulate, slice_order, terapipe
 from tpipe_jax.slicer import ROUNDING, Slicing, fastest_slicing, least_longest
 
 GIB = 2**30
@@ -179,7 +179,7 @@ def predicted_timeline(plan: Plan, stage_factors: Sequence[float]) -> Timeline:
     """The pipeline's part of a step, from a plan that has a prediction."""
     assert plan.prediction is not None
     forward, backward, transfer = (
-        list(itertools.chain.from_iterable(nested))
+        [nested[m][n] for m, n in slice_order(plan)]
         for nested in (
             plan.prediction.slice_forward_seconds,
             plan.prediction.slice_backward_seconds,

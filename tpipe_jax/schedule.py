@@ -77,15 +77,27 @@ class Timeline:
         return 1 - work / (self.num_stages * self.step_seconds) if self.step_seconds else 0.0
 
 
+def slice_order(plan: Plan) -> list[tuple[int, int]]:
+    """In which order the slices enter the pipeline, as (batch slice, token slice).
+
+    The first token slice of all batch slices, then the second of all: so neighbouring stages mostly
+    work on slices that take as long, and devices that exchange results all at once wait little.
+    """
+    slices = [(m, n) for m, own in enumerate(plan.token_slices) for n in range(len(own))]
+    return sorted(slices, key=lambda index: index[::-1])
+
+
 def terapipe(plan: Plan) -> Schedule:
     """All items forward through the stages, then all of them backward."""
-    items, row = [], 0
-    for num_rows, token_slices in zip(plan.batch_slices, plan.token_slices, strict=True):
-        token = 0
-        for num_tokens in token_slices:
-            items.append(Item(row, token, num_rows, num_tokens))
-            token += num_tokens
-        row += num_rows
+    items = [
+        Item(
+            row=sum(plan.batch_slices[:m]),
+            token=sum(plan.token_slices[m][:n]),
+            num_rows=plan.batch_slices[m],
+            num_tokens=plan.token_slices[m][n],
+        )
+        for m, n in slice_order(plan)
+    ]
     S, P = len(items), plan.num_stages
     tick, stage = np.arange(S + P - 1)[:, None], np.arange(P)[None, :]
     forward = np.where((tick >= stage) & (tick - stage < S), tick - stage, IDLE)

@@ -186,6 +186,7 @@ class StepLog:
     def __init__(self, config: Config, plan: Plan, metrics: Metrics, console: Console) -> None:
         self._train, self._metrics, self._console = config.train, metrics, console
         self._prediction, self._compared = plan.prediction, (0, 0.0)
+        self._is_warming_up = True
         self._tokens_per_step = config.train.batch_size * config.model.seq_len
         self._learning_rate = learning_rate(config.optim, config.train.num_steps)
         self._running: tuple[int, dict[str, Array]] | None = None
@@ -222,7 +223,12 @@ class StepLog:
         self.start()
 
     def _compare(self, step: int, step_seconds: float) -> None:
-        """Tells prediction and measurement once enough steps have been timed."""
+        """Tells prediction and measurement once enough steps have been timed, after the first line,
+        whose steps warm up.
+        """
+        if self._is_warming_up and step < self._train.num_steps:
+            self._is_warming_up = False
+            return
         num_steps, seconds = self._compared
         self._compared = num_steps + self._num_timed, seconds + self._num_timed * step_seconds
         is_due = self._compared[0] >= COMPARED_STEPS or step == self._train.num_steps
