@@ -2,8 +2,8 @@
 
     python launch/multihost.py
 
-It learns the documentation that ships inside Python. Expect about two minutes and a held-out loss
-near 2.0 nats per byte at the end; guessing costs 5.5.
+It learns the documentation that ships inside Python. Expect two and a half minutes and a held-out
+loss near 2.0 nats per byte at the end; guessing costs 5.5.
 """
 
 from tpipe_jax.config import (

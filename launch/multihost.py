@@ -7,27 +7,18 @@
 
 import sys
 
-from tpipe_jax.config import UserError
-from tpipe_jax.flags import parse
+from tpipe_jax.flags import exit_status, parse
 
 
-def main() -> int:
-    try:
-        flags = parse(sys.argv[1:], program="python launch/multihost.py")
-        # Imported late, so that a mistake in the flags is answered at once.
-        from tpipe_jax.console import Console
-        from tpipe_jax.mesh import find_devices
-        from tpipe_jax.train import train
+def main() -> None:
+    flags = parse(sys.argv[1:], program="python launch/multihost.py")
+    # Imported late, so that a mistake in the flags is answered at once.
+    from tpipe_jax.console import Console
+    from tpipe_jax.mesh import find_devices
+    from tpipe_jax.train import train
 
-        train(flags.config, flags.workdir, find_devices(flags.config.mesh), Console())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    train(flags.config, flags.workdir, find_devices(flags.config.mesh), Console())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

@@ -12,23 +12,15 @@ second form, which needs no device.
 import sys
 
 from tpipe_jax.config import UserError
-from tpipe_jax.flags import FilePlanFlags, Flags, parse, parse_file_plan
+from tpipe_jax.flags import FilePlanFlags, Flags, exit_status, parse, parse_file_plan
 
 
-def main() -> int:
+def main() -> None:
     program = "python launch/plan.py"
-    try:
-        if any(word.split("=")[0] == "--latency" for word in sys.argv[1:]):
-            plan_from_file(parse_file_plan(sys.argv[1:], program))
-        else:
-            plan_by_measuring(parse(sys.argv[1:], program))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+    if any(word.split("=")[0] == "--latency" for word in sys.argv[1:]):
+        plan_from_file(parse_file_plan(sys.argv[1:], program))
+    else:
+        plan_by_measuring(parse(sys.argv[1:], program))
 
 
 def plan_from_file(flags: FilePlanFlags) -> None:
@@ -65,4 +57,4 @@ def plan_by_measuring(flags: Flags) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

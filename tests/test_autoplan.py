@@ -56,9 +56,9 @@ class FakeProfiler:
             batch_size=batch_size,
             seq_len=seq_len,
             samples=tuple(self.sample(*shape) for shape in shapes if sum(shape[1:]) <= seq_len),
-            hand_over=(1e-5, 1e-7),
+            transfer=(1e-5, 1e-7),
             outside_seconds=0.001,
-            context_block=1,
+            key_block=1,
             key=profile_key(self._config, self._mesh),
         )
 

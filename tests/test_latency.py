@@ -47,9 +47,9 @@ def profile(**changes: Any) -> Profile:
     fields: dict[str, Any] = {
         "batch_size": 4,
         "seq_len": 128,
-        "context_block": BLOCK,
+        "key_block": BLOCK,
         "samples": samples(),
-        "hand_over": (0.5, 0.25),
+        "transfer": (0.5, 0.25),
         "outside_seconds": 7.0,
         "memory": Memory(1000, 10, 100),
         "key": {"jax": "1"},
@@ -73,6 +73,17 @@ def test_no_context_has_no_context_term():
     model = LatencyModel(samples(), "forward", BLOCK)
     for i, expected in LENGTHS.items():
         assert model.predict(1, i, 0) == pytest.approx(expected, rel=1e-12)
+
+
+def test_between_lengths_the_ratio_of_several_sequences_follows_their_logarithm():
+    """Where 2 sequences take 1, 2 and 3 times as long as one at 8, 24 and 72 tokens, they take 2.5
+    times as long at 24 times the root of 3, not half-way.
+    """
+    ones = [Sample(1, i, 0, float(i), float(i), False) for i in (8, 24, 41, 72)]
+    twos = [Sample(2, i, 0, n * i, n * i, False) for n, i in ((1.0, 8), (2.0, 24), (3.0, 72))]
+    with_context = [Sample(1, 8, j, 8.0, 8.0, False) for j in (8, 16)]
+    model = LatencyModel([*ones, *twos, *with_context], "forward", BLOCK)
+    assert model.predict(2, 41, 0) / 41 == pytest.approx(2 + np.log(41 / 24) / np.log(3))
 
 
 def test_beyond_what_was_timed():
@@ -121,10 +132,10 @@ def test_table_has_the_time_of_every_slice_in_units():
         if length + context > 128:
             assert table.forward[b, i, j] == table.backward[b, i, j] == np.inf
             continue
-        model, hand_over = profile().models()[0], 0.5 + 0.25 * size * length
+        model, transfer = profile().models()[0], 0.5 + 0.25 * size * length
         expected = float(model.predict(size, length, context))
-        assert table.forward[b, i, j] == pytest.approx(expected + hand_over)
-        assert table.backward[b, i, j] == pytest.approx(2 * expected + hand_over)
+        assert table.forward[b, i, j] == pytest.approx(expected + transfer)
+        assert table.backward[b, i, j] == pytest.approx(2 * expected + transfer)
 
 
 def test_by_cuts_is_indexed_by_stop_and_start():
@@ -157,8 +168,8 @@ def test_file_gives_back_what_was_saved(tmp_path: Path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"hand_over": ["a", "b"]},
-        {"hand_over": [1.0]},
+        {"transfer": ["a", "b"]},
+        {"transfer": [1.0]},
         {"outside_seconds": float("nan")},
         {"outside_seconds": "x"},
         {"memory": {"fixed_bytes": "1", "saved_bytes_per_token": 1, "working_bytes_per_token": 1}},

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import numpy as np
-import pytest
 from matplotlib.figure import Figure
 
 from test_latency import profile
@@ -11,17 +10,6 @@ from tpipe_jax.latency import LatencyTable
 from tpipe_jax.plan import PlanRequest
 from tpipe_jax.plan_files import write_plan
 from tpipe_jax.planner import find_plan
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that have been saved, as they were drawn."""
-    saved: list[Figure] = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **kw: saved.append(self) or save(self, *args, **kw)
-    )
-    return saved
 
 
 def test_points_curves_errors_and_timeline(tmp_path: Path, figures: list[Figure]):

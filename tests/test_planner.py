@@ -135,8 +135,8 @@ def test_stages_of_unequal_speed_are_simulated():
     "factors", [[2.0, 1.95, 1.9], [1.0, 0.5], [1.0, 0.9], [3.0, 1.0, 1.0, 1.0]]
 )
 def test_no_plan_beats_the_bound_of_unequal_stages(factors: list[float]):
-    """With a hand-over, too: whatever holds a stage takes its factor."""
-    measured = profile(hand_over=(0.5, 0.01)).table(16)
+    """With a transfer, too: whatever holds a stage takes its factor."""
+    measured = profile(transfer=(0.5, 0.01)).table(16)
     asked = PlanRequest(len(factors), 4, 128)
     planning = find_plan(measured, asked, factors)
     prediction = planning.plan.prediction

@@ -90,7 +90,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
     monkeypatch.setattr(Profiler, "_compile", compile_)
     monkeypatch.setattr(Profiler, "_seconds", lambda self, *args: clock.read(self, *args))
-    monkeypatch.setattr(Profiler, "_time_hand_over", lambda self, shapes: (1e-5, 1e-7))
+    monkeypatch.setattr(Profiler, "_time_transfer", lambda self, shapes: (1e-5, 1e-7))
     outside = {}, 0.25, 10**6
     monkeypatch.setattr(profiler, "_time_outside", lambda config, mesh: outside)
     return clock
@@ -112,7 +112,7 @@ def test_a_slice_takes_what_busy_ticks_take_longer(clock: Clock, mesh: Mesh):
     parts: list[tuple[int, int]] = []
     profile = Profiler(CONFIG, mesh).profile(lambda *part: parts.append(part))
     assert [done for done, _ in parts] == list(range(1, parts[0][1] + 1))
-    assert (profile.batch_size, profile.seq_len, profile.context_block) == (4, 64, 64)
+    assert (profile.batch_size, profile.seq_len, profile.key_block) == (4, 64, 64)
     assert profile.outside_seconds == 0.25
     shapes = shapes_to_time(4, 64, 8, 2)
     expected = [(*shape[:2], context) for shape in shapes for context in shape.contexts]
@@ -212,7 +212,7 @@ def test_stages_work_on_the_slices_that_the_tables_name(mesh: Mesh):
 def test_handing_over_moves_slices_from_stage_to_stage(mesh: Mesh):
     x = np.random.default_rng(0).normal(size=(4, 64, 16)).astype(np.float32)
     params = to_stages(model.init(CONFIG.model, jax.random.key(0)), mesh)
-    run = train_step.make_hand_over(CONFIG, mesh, Item(0, 8, 3, 16))
+    run = train_step.make_transfer(CONFIG, mesh, Item(0, 8, 3, 16))
     both = float(run(params, put_rows(mesh, x), np.array([[0, IDLE], [IDLE, 0]], np.int32)))
     assert both == pytest.approx(2 * x[:3, 8:24].sum(), rel=1e-4)
 
@@ -236,6 +236,6 @@ def test_a_real_profile_is_of_this_machine(mesh: Mesh):
     assert 0 < whole.forward_seconds < 1
     assert 0 < whole.backward_seconds < 1
     assert 0 < profile.outside_seconds < 1
-    assert sum(profile.hand_over) > 0
+    assert sum(profile.transfer) > 0
     assert profile.memory.working_bytes_per_token > 0
     assert profile.memory.fixed_bytes > 4 * model.num_params(config.model) / 2

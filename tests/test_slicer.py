@@ -252,6 +252,48 @@ def test_without_the_time_to_finish_there_is_a_bound_and_no_proof():
     assert stopped.lower_bound_seconds <= finished.seconds < stopped.seconds
 
 
+@given(grids(max_units=14, max_size=2), st.integers(1, 3), st.integers(2, 20), st.integers(1, 8))
+def test_the_bound_holds_whenever_the_search_stops(
+    times: tuple[np.ndarray, np.ndarray], batch_size: int, num_stages: int, max_solves: int
+):
+    """Against the least time under every pair of thresholds, each solved on its own."""
+    slicing = fastest_slicing(*times, batch_size, [1.0] * num_stages, max_solves=max_solves)
+    if slicing is None:
+        return
+    forward, backward = (np.unique(t[np.isfinite(t)]) for t in times)
+    finished = fastest_slicing(*times, batch_size, [1.0] * num_stages)
+    assert finished is not None
+    assert slicing.lower_bound_seconds <= finished.seconds * (1 + 1e-12) + 1e-12
+    for f in forward[:: max(1, len(forward) // 12)]:
+        for b in backward[:: max(1, len(backward) // 12)]:
+            work = least_work(times, batch_size, f, b)
+            assert finished.seconds <= (work + (num_stages - 1) * (f + b)) * (1 + 1e-12) + 1e-12
+
+
+def least_work(
+    times: tuple[np.ndarray, np.ndarray], batch_size: int, max_f: float, max_b: float
+) -> float:
+    """Algorithm 1 of the paper, one value after the other."""
+    num_sizes, num_cuts, _ = times[0].shape
+    sizes = []
+    for forward, backward in zip(*times, strict=True):
+        best = [0.0]
+        for stop in range(1, num_cuts):
+            best.append(
+                min(
+                    best[start] + forward[stop, start] + backward[stop, start]
+                    if forward[stop, start] <= max_f and backward[stop, start] <= max_b
+                    else np.inf
+                    for start in range(stop)
+                )
+            )
+        sizes.append(best[-1])
+    batch = [0.0]
+    for n in range(1, batch_size + 1):
+        batch.append(min(batch[n - b] + sizes[b - 1] for b in range(1, min(n, num_sizes) + 1)))
+    return batch[-1]
+
+
 def test_paper_setting_9_is_proven_with_few_solves():
     """256 units, batch 2, 96 stages: the search must not walk through all 32 896 thresholds."""
     stop, start = np.arange(257)[:, None], np.arange(257)[None, :]

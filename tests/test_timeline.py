@@ -11,17 +11,6 @@ from tpipe_jax.schedule import simulate, terapipe
 from tpipe_jax.timeline import draw_timeline
 
 
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that have been saved, as they were drawn."""
-    saved: list[Figure] = []
-    save = Figure.savefig
-    monkeypatch.setattr(
-        Figure, "savefig", lambda self, *args, **kw: saved.append(self) or save(self, *args, **kw)
-    )
-    return saved
-
-
 def test_one_box_for_each_slice_and_direction_on_each_stage(tmp_path: Path, figures: list[Figure]):
     schedule = terapipe(Plan(3, (2, 1), ((5, 3), (8,))))
     forward, backward = [1.0, 1.1, 1.2], [2.0, 2.2, 2.4]

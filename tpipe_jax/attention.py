@@ -18,10 +18,9 @@ import chex
 import jax.numpy as jnp
 from jax import Array, lax
 
+from tpipe_jax.blocks import BLOCK, query_block
 from tpipe_jax.inplace import Position, read, write
 
-# Keys, and about as many queries, of one block of scores: the fastest of 64 to 512 on a CPU.
-BLOCK = 128
 MASKED = -1e30  # finite, so that the difference of two masked scores is not NaN
 
 _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -43,9 +42,7 @@ def attend(q_BHLK: Array, cache: KVCache, at: Position) -> tuple[Array, Array]:
     B, H, L, K = q_BHLK.shape
     chex.assert_shape(cache, (None, H, None, K))
 
-    def query_block(
-        start: Array | int, size: int, carry: tuple[Array, Array]
-    ) -> tuple[Array, Array]:
+    def one_block(start: Array | int, size: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         q = read(q_BHLK, Position(0, start), B, size) * K**-0.5
         context = at.token + start
 
@@ -68,7 +65,7 @@ def attend(q_BHLK: Array, cache: KVCache, at: Position) -> tuple[Array, Array]:
         return write(carry[0], out / total, here), write(carry[1], top + jnp.log(total), here)
 
     empty = jnp.zeros_like(q_BHLK), jnp.zeros_like(q_BHLK[..., :1], jnp.float32)
-    return _over_queries(L, query_block, empty)
+    return _over_queries(L, one_block, empty)
 
 
 def attend_backward(
@@ -91,7 +88,7 @@ def attend_backward(
         -1, keepdims=True
     )
 
-    def query_block(
+    def one_block(
         start: Array | int, size: int, carry: tuple[Array, KVCache]
     ) -> tuple[Array, KVCache]:
         here = Position(0, start)
@@ -121,28 +118,20 @@ def attend_backward(
         d_q, d_cache = _over_context(context, cache.k.shape[2], fold, state)
         return write(d_q_BHLK, d_q * K**-0.5, here), d_cache
 
-    return _over_queries(L, query_block, (jnp.zeros_like(q_BHLK), d_cache))
+    return _over_queries(L, one_block, (jnp.zeros_like(q_BHLK), d_cache))
 
 
 def _over_queries(
-    num_queries: int, query_block: Callable[[Array | int, int, Any], Any], carry: Any
+    num_queries: int, work: Callable[[Array | int, int, Any], Any], carry: Any
 ) -> Any:
-    """Runs `query_block(start, size, carry)` over all blocks of queries; a shorter one comes last.
-
-    A size that divides the slice is preferred where one is near, since a last block of another size
-    is compiled anew.
-    """
-    near = range(min(num_queries, BLOCK * 3 // 2), BLOCK // 2, -1)
-    divisors = [size for size in near if num_queries % size == 0]
-    size = min(divisors, key=lambda size: abs(size - BLOCK), default=min(num_queries, BLOCK))
+    """Runs `work(start, size, carry)` over all blocks of queries; a shorter one comes last."""
+    size = query_block(num_queries, BLOCK)
     num_full, rest = divmod(num_queries, size)
     if num_full == 1:
-        carry = query_block(0, size, carry)
+        carry = work(0, size, carry)
     else:
-        carry = lax.fori_loop(
-            0, num_full, lambda i, carry: query_block(i * size, size, carry), carry
-        )
-    return query_block(num_full * size, rest, carry) if rest else carry
+        carry = lax.fori_loop(0, num_full, lambda i, carry: work(i * size, size, carry), carry)
+    return work(num_full * size, rest, carry) if rest else carry
 
 
 def _over_context(

@@ -3,6 +3,8 @@
 import importlib.util
 import math
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +48,19 @@ class FilePlanFlags:
     """What a step may use of a device's memory, if the file tells what it needs."""
     workdir: Path = Path("runs/plan")
     """Folder for plan.json and plan.png."""
+
+
+def exit_status(program: Callable[[], None]) -> int:
+    """Runs a program: 0 if it ends, 2 after one sentence on what to mend, 130 if stopped."""
+    try:
+        program()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
 
 
 def parse_file_plan(args: list[str], program: str) -> FilePlanFlags:

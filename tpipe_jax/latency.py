@@ -5,7 +5,7 @@ Equation 9 of Li et al. 2021, for b sequences at once and for each direction on 
     t(b, i, j) = t(b, i, 0) + a0 + (a1 i + a2 j + a3 i j) b      for i tokens after j > 0 others
 
 t(b, i, 0) is interpolated between measured slices; the other term is fitted by least squares of the
-relative error. Attention reads its context in whole blocks, so j is rounded up to those.
+relative error. Attention reads its context in whole blocks, so j is the context as read (`blocks`).
 
 Two forms are handed on: a `Profile`, what was measured, and a `LatencyTable`, the time of every
 slice in whole units, which is all that the slicer needs and what `latency.json` holds.
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tpipe_jax.blocks import context_read
 from tpipe_jax.config import UserError
 from tpipe_jax.plan import MAX_SECONDS
 
@@ -40,8 +41,8 @@ class Sample(NamedTuple):
 class LatencyModel:
     """The time of any slice in one direction."""
 
-    def __init__(self, samples: Sequence[Sample], direction: str, context_block: int) -> None:
-        self._context_block = context_block
+    def __init__(self, samples: Sequence[Sample], direction: str, key_block: int) -> None:
+        self._key_block = key_block
         fitted, self._tests = (
             np.array(
                 [
@@ -54,14 +55,15 @@ class LatencyModel:
         )
         self._sizes, self._lengths, self._grid = _interpolation_grid(fitted[fitted[:, 2] == 0])
         b, i, j, seconds = fitted[fitted[:, 2] > 0].T
-        features = self._features(b, i, j) / seconds[:, None]
+        features = np.stack(self._features(b, i, j), -1) / seconds[:, None]
         target = 1 - self._without_context(b, i) / seconds
         self._coefficients = np.linalg.lstsq(features, target)[0]
 
     def predict(self, num_rows: Any, num_tokens: Any, context: Any) -> np.ndarray:
         """Seconds of slices of `num_rows` sequences by `num_tokens` after `context` tokens."""
-        b, i, j = np.broadcast_arrays(num_rows, num_tokens, context)
-        term = self._features(b, i, j) @ self._coefficients
+        b, i, j = map(np.asarray, (num_rows, num_tokens, context))
+        products = zip(self._coefficients, self._features(b, i, j), strict=True)
+        term = sum(coefficient * feature for coefficient, feature in products)
         return self._without_context(b, i) + np.where(j > 0, np.maximum(term, 0), 0)
 
     def relative_errors(self) -> np.ndarray:
@@ -69,9 +71,9 @@ class LatencyModel:
         b, i, j, seconds = self._tests.T
         return self.predict(b, i, j) / seconds - 1
 
-    def _features(self, b: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
-        j = np.ceil(j / self._context_block) * self._context_block
-        return np.stack([np.ones(np.shape(b)), b * i, b * j, b * i * j], -1)
+    def _features(self, b: np.ndarray, i: np.ndarray, j: np.ndarray) -> list[np.ndarray]:
+        read = context_read(i, j, self._key_block)
+        return [np.ones_like(read), b * i, b * read, b * i * read]
 
     def _without_context(self, b: np.ndarray, i: np.ndarray) -> np.ndarray:
         """Bilinear in the grid; constant below its shortest slice, linear beyond its longest."""
@@ -137,9 +139,9 @@ class Profile:
     batch_size: int
     """Sequences of a data shard."""
     seq_len: int
-    context_block: int
+    key_block: int
     samples: tuple[Sample, ...]
-    hand_over: tuple[float, float]
+    transfer: tuple[float, float]
     """Seconds of a tick without work: a constant, and for each token of the slice."""
     outside_seconds: float
     """A step without its slices: embedding, head, loss, optimiser."""
@@ -148,9 +150,9 @@ class Profile:
     """What the measurements depend on."""
 
     def models(self) -> tuple[LatencyModel, LatencyModel]:
-        """The fitted models, forward and backward, without the hand-over."""
+        """The fitted models, forward and backward, without the transfer."""
         forward, backward = (
-            LatencyModel(self.samples, direction, self.context_block)
+            LatencyModel(self.samples, direction, self.key_block)
             for direction in ("forward", "backward")
         )
         return forward, backward
@@ -158,10 +160,10 @@ class Profile:
     def slice_seconds(
         self, num_rows: Any, num_tokens: Any, context: Any
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Forward and backward, for how long a slice holds a stage: its work and its hand-over."""
-        hand_over = self.hand_over[0] + self.hand_over[1] * np.multiply(num_rows, num_tokens)
+        """Forward and backward, for how long a slice holds a stage: its work and its transfer."""
+        transfer = self.transfer[0] + self.transfer[1] * np.multiply(num_rows, num_tokens)
         forward, backward = (
-            model.predict(num_rows, num_tokens, context) + hand_over for model in self.models()
+            model.predict(num_rows, num_tokens, context) + transfer for model in self.models()
         )
         return forward, backward
 
@@ -255,16 +257,16 @@ def _to_profile(content: dict[str, Any], num_tokens: int) -> Profile:
         **content
         | {
             "samples": tuple(Sample(*sample) for sample in content["samples"]),
-            "hand_over": tuple(content["hand_over"]),
+            "transfer": tuple(content["transfer"]),
             "memory": Memory(**content["memory"]),
         }
     )
-    counts = [profile.batch_size, profile.seq_len, profile.context_block]
+    counts = [profile.batch_size, profile.seq_len, profile.key_block]
     counts += [n for sample in profile.samples for n in sample[:2]]
     if not all(isinstance(n, int) and n > 0 for n in counts):
         raise ValueError("a size is not a positive whole number")
-    times = [*profile.hand_over, profile.outside_seconds, *dataclasses.astuple(profile.memory)]
-    if len(profile.hand_over) != 2 or not all(0 <= t < math.inf for t in times):
+    times = [*profile.transfer, profile.outside_seconds, *dataclasses.astuple(profile.memory)]
+    if len(profile.transfer) != 2 or not all(0 <= t < math.inf for t in times):
         raise ValueError("a figure is not finite and positive")
     if not all(0 < t <= MAX_SECONDS for sample in profile.samples for t in sample[3:5]):
         raise ValueError("a sample is not a time")

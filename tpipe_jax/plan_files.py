@@ -68,11 +68,11 @@ def _draw_latencies(
             label = f"{b} x, after {context * table.unit_tokens}"
             axes.plot(tokens, seconds * 1e3, style, color=colour, lw=1.2, label=label)
     if table.profile:
-        hand_over = table.profile.hand_over
+        transfer = table.profile.transfer
         for sample in table.profile.samples:
             if sample.num_rows in shown:
                 share = sample.context / (num_contexts * table.unit_tokens)
-                held = hand_over[0] + hand_over[1] * sample.num_rows * sample.num_tokens
+                held = transfer[0] + transfer[1] * sample.num_rows * sample.num_tokens
                 axes.plot(
                     sample.num_tokens,
                     (getattr(sample, f"{name}_seconds") + held) * 1e3,

@@ -248,7 +248,7 @@ def _beside_slices(
     if profile is None:
         return 0.0, lambda tokens: 0.0
     is_same = (profile.batch_size, profile.seq_len) == (request.batch_size, request.seq_len)
-    constant, per_token = profile.hand_over
+    constant, per_token = profile.transfer
     return (
         profile.outside_seconds if is_same else 0.0,
         lambda tokens: constant + per_token * tokens,

@@ -1,7 +1,7 @@
 """The profiler: times the stages of a model on its mesh, for as few slices as the latency model
 needs.
 
-All stages work at once on slices of one shape, in the sweeps of a real step and with the hand-over
+All stages work at once on slices of one shape, in the sweeps of a real step and with the transfer
 after each tick. The tables are run-time values, so one compiled program serves every context. What
 a slice takes is the difference between a sweep with busy ticks and one with idle ticks only, over
 the number of busy ticks: compilation, dispatch and the set-up of a step are in neither.
@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 import tpipe_jax
-from tpipe_jax.attention import BLOCK
+from tpipe_jax.blocks import BLOCK
 from tpipe_jax.config import Config, to_dict
 from tpipe_jax.latency import Memory, Profile, Sample
 from tpipe_jax.mesh import put_rows
@@ -34,9 +34,9 @@ from tpipe_jax.plan import unit_tokens
 from tpipe_jax.schedule import IDLE, Item, Schedule
 from tpipe_jax.train_state import init_state
 from tpipe_jax.train_step import (
-    make_hand_over,
     make_stage_work,
     make_train_step,
+    make_transfer,
     saved_bytes_per_token,
 )
 
@@ -87,9 +87,9 @@ def shapes_to_time(batch_size: int, seq_len: int, unit: int, num_stages: int) ->
     """Lengths near a half, a quarter ... of the sequence, and a few numbers of sequences.
 
     Lengths are odd multiples of the unit, since powers of two are often faster or slower than all
-    around them. The whole sequence comes first. Several sequences are timed at
-    three lengths, and some shapes between those of the grid to tell the error. Lengths that no plan
-    for so few stages needs are not timed.
+    around them. The whole sequence comes first. Several sequences are timed at three lengths, and
+    some shapes between those of the grid to tell the error. Lengths that no plan for so few stages
+    needs are not timed.
     """
     num_units = seq_len // unit
     least = num_units // max(32, 2 * num_stages)
@@ -141,9 +141,11 @@ class Profiler:
         # A whole sequence tells how many ticks others need, and how the machine's speed drifts.
         self._whole = Shape(1, self._seq_len, (0,))
         self._seconds_per_token = np.full(2, np.inf)
+        self._programs: dict[Shape, Program] = {}
         program = self._compile([self._whole], _nothing)[self._whole]
         whole_seconds = self._slice_seconds(program, [self._turn(self._whole, program)])
         self._seconds_per_token = whole_seconds[0] / self._whole.size
+        self._programs.clear()  # now that the number of ticks is known
 
     def profile(self, on_progress: Callable[[int, int], None]) -> Profile:
         """Measures what the latency model needs; `on_progress(done, all)` is called in between."""
@@ -159,9 +161,9 @@ class Profiler:
         return Profile(
             batch_size=self._batch_size,
             seq_len=self._seq_len,
-            context_block=min(BLOCK, self._seq_len),
+            key_block=min(BLOCK, self._seq_len),
             samples=_to_samples(shapes, self._time(programs, advance)),
-            hand_over=self._time_hand_over(shapes),
+            transfer=self._time_transfer(shapes),
             outside_seconds=self._outside_seconds,
             memory=self._memory(programs),
             key=profile_key(self._config, self._mesh),
@@ -184,6 +186,7 @@ class Profiler:
 
     def _compile(self, shapes: list[Shape], advance: OnPart) -> dict[Shape, Program]:
         """The program of each shape; compiled in threads, where processes need not agree."""
+        new = [shape for shape in shapes if shape not in self._programs]
 
         def program(shape: Shape) -> Program:
             items = [Item(0, context, *shape[:2]) for context in shape.contexts]
@@ -197,7 +200,8 @@ class Profiler:
 
         num_threads = 1 if jax.process_count() > 1 else min(os.cpu_count() or 1, 8)
         with ThreadPoolExecutor(num_threads) as pool:
-            return dict(zip(shapes, pool.map(program, shapes), strict=True))
+            self._programs |= zip(new, pool.map(program, new), strict=True)
+        return {shape: self._programs[shape] for shape in shapes}
 
     def _time(self, programs: dict[Shape, Program], advance: OnPart) -> list[np.ndarray]:
         """For each shape the seconds `[context, direction]` of a slice.
@@ -225,8 +229,10 @@ class Profiler:
             return self._seconds(program.compiled, *tables)
 
         seconds(0, 0)  # after another program, memory and caches are not as they will be
-        idle = seconds(IDLE, IDLE)
         busy = [(seconds(n, IDLE), seconds(IDLE, n)) for n in range(len(shape.contexts))]
+        # Idle sweeps come last, since the first one with work after them is slow, and twice, since
+        # an error in them is in all results.
+        idle = (seconds(IDLE, IDLE) + seconds(IDLE, IDLE)) / 2
         return idle, np.array(busy)
 
     def _slice_seconds(
@@ -237,14 +243,14 @@ class Profiler:
         # No work takes less than clocks can tell, whatever the noise.
         return _agree(np.maximum(busy - idle, 1e-6) / program.num_ticks)
 
-    def _time_hand_over(self, shapes: list[Shape]) -> tuple[float, float]:
+    def _time_transfer(self, shapes: list[Shape]) -> tuple[float, float]:
         """Seconds of a tick without work: a constant, and for each token that is handed over."""
         by_size = sorted(shapes, key=lambda shape: shape.size)
         chosen = by_size[0], by_size[len(by_size) // 2], by_size[-1]
         tables = self._table(IDLE, MAX_TICKS), self._table(IDLE, 3 * MAX_TICKS)
         seconds = []
         for shape in chosen:
-            work = make_hand_over(self._config, self._mesh, Item(0, 0, *shape[:2]))
+            work = make_transfer(self._config, self._mesh, Item(0, 0, *shape[:2]))
             runs = [(work.lower(*self._inputs, t).compile(), t) for t in tables]
             turns = [[self._seconds(*run) for run in runs] for _ in range(1 + REPEATS)]
             few, many = np.median(turns[1:], 0)

@@ -139,7 +139,7 @@ def make_stage_work(config: Config, mesh: Mesh, items: Sequence[Item]) -> Wrappe
     return _over_mesh(config, mesh, local, lambda _: PartitionSpec(), num_scalars=2)
 
 
-def make_hand_over(config: Config, mesh: Mesh, item: Item) -> Wrapped:
+def make_transfer(config: Config, mesh: Mesh, item: Item) -> Wrapped:
     """`(params, x [B, T, D], table)` to a number: the ticks of a sweep whose stages do no work."""
 
     def local(params: Params, x_BTD: Array, table: Array) -> Array:
