@@ -1,5 +1,7 @@
 """What the terminal shows of a plan."""
 
+from dataclasses import replace
+
 import pytest
 
 from tpipe_jax.console import Console, milliseconds
@@ -52,8 +54,6 @@ def test_planning_is_compared_with_plainer_plans(capsys: pytest.CaptureFixture[s
 
 
 def test_a_plan_without_proof_tells_its_bound(capsys: pytest.CaptureFixture[str]):
-    from dataclasses import replace
-
     plan = replace(PLAN, prediction=replace(PREDICTION, is_optimal=False))
     Console().show_planning(Planning(plan, None, None, 7, 0.5), [1.0, 1.0])
     out = capsys.readouterr().out

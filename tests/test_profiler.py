@@ -1,5 +1,6 @@
 """The profiler: which slices it times, and what it makes of a clock whose readings are known."""
 
+import dataclasses
 import itertools
 from collections import Counter
 from types import SimpleNamespace
@@ -162,8 +163,6 @@ def test_what_is_measured_later_is_as_if_measured_then(clock: Clock, mesh: Mesh)
 
 
 def test_key_tells_what_measurements_depend_on(mesh: Mesh):
-    import dataclasses
-
     key = profiler.profile_key(CONFIG, mesh)
     same = dataclasses.replace(CONFIG, train=TrainConfig(num_steps=7, batch_size=4))
     assert profiler.profile_key(same, mesh) == key
@@ -217,10 +216,15 @@ def test_handing_over_moves_slices_from_stage_to_stage(mesh: Mesh):
     assert both == pytest.approx(2 * x[:3, 8:24].sum(), rel=1e-4)
 
 
+def test_a_step_without_slices_sets_up_their_buffers(mesh: Mesh):
+    """XLA could see that no slice is due, and leave out what a real step spends time on."""
+    config = dataclasses.replace(CONFIG, train=TrainConfig(batch_size=64))
+    _, _, step_bytes = profiler._time_outside(config, mesh)
+    assert step_bytes > train_step.saved_bytes_per_token(config, mesh) * 64 * 64
+
+
 def test_a_real_profile_is_of_this_machine(mesh: Mesh):
     """Nothing is known of its figures but that work takes time."""
-    import dataclasses
-
     config = dataclasses.replace(
         CONFIG,
         model=dataclasses.replace(CONFIG.model, seq_len=16),
