@@ -51,3 +51,7 @@ def test_many_at_once():
     assert read.shape == (4, 3)
     for i, j in np.ndindex(4, 3):
         assert read[i, j] == context_read(lengths[i], contexts[j], 128)
+
+
+def test_no_slices_read_nothing():
+    assert context_read(np.array([]), np.array([]), 128).shape == (0,)

@@ -40,4 +40,4 @@ def _groups(values: np.ndarray) -> Iterator[tuple[float, np.ndarray]]:
     """Each distinct value, and the indices where it is."""
     order = np.argsort(values, kind="stable")
     distinct, first = np.unique(values[order], return_index=True)
-    return zip(distinct, np.split(order, first[1:]), strict=True)
+    return zip(distinct, np.split(order, first)[1:], strict=True)
