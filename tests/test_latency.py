@@ -22,8 +22,8 @@ def in_blocks(context: int) -> int:
 
 
 def bare_seconds(b: int, i: int) -> float:
-    """Twice the sequences take 1.8 times as long."""
-    return float(np.interp(i, list(LENGTHS), list(LENGTHS.values()))) * (0.2 + 0.8 * b)
+    """Each further sequence takes 0.05 s per token."""
+    return float(np.interp(i, list(LENGTHS), list(LENGTHS.values()))) + 0.05 * i * (b - 1)
 
 
 def seconds(b: int, i: int, j: int) -> float:
@@ -75,15 +75,16 @@ def test_no_context_has_no_context_term():
         assert model.predict(1, i, 0) == pytest.approx(expected, rel=1e-12)
 
 
-def test_between_lengths_the_ratio_of_several_sequences_follows_their_logarithm():
-    """Where 2 sequences take 1, 2 and 3 times as long as one at 8, 24 and 72 tokens, they take 2.5
-    times as long at 24 times the root of 3, not half-way.
+def test_between_lengths_the_time_of_a_further_token_follows_their_logarithm():
+    """Where a second sequence takes 1 s more per token at 24 tokens, and 2 s at 72, it takes 1.5 s
+    at 24 times the root of 3, not half-way.
     """
-    ones = [Sample(1, i, 0, float(i), float(i), False) for i in (8, 24, 41, 72)]
-    twos = [Sample(2, i, 0, n * i, n * i, False) for n, i in ((1.0, 8), (2.0, 24), (3.0, 72))]
-    with_context = [Sample(1, 8, j, 8.0, 8.0, False) for j in (8, 16)]
+    ones = [Sample(1, i, 0, 5.0 + i, 5.0 + i, False) for i in (8, 24, 41, 72)]
+    twos = [Sample(2, i, 0, s, s, False) for i, s in ((8, 17.0), (24, 53.0), (72, 221.0))]
+    with_context = [Sample(1, 8, j, 13.0, 13.0, False) for j in (8, 16)]
     model = LatencyModel([*ones, *twos, *with_context], "forward", BLOCK)
-    assert model.predict(2, 41, 0) / 41 == pytest.approx(2 + np.log(41 / 24) / np.log(3))
+    more = (float(model.predict(2, 41, 0)) - 46) / 41
+    assert more == pytest.approx(1 + np.log(41 / 24) / np.log(3))
 
 
 def test_beyond_what_was_timed():

@@ -89,17 +89,18 @@ class LatencyModel:
 def _interpolation_grid(bare: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Numbers of sequences, lengths, and seconds `[sequences, lengths]` at no context.
 
-    One sequence is measured at many lengths, more are measured at some: between those, their time
-    over that of one sequence is interpolated, which changes little.
+    One sequence is measured at many lengths, more are measured at some: between those, what each
+    further token takes is interpolated, which changes little. A ratio to one sequence would not do,
+    since what a slice takes whatever its size is most of a short one.
     """
     rows = {b: bare[bare[:, 0] == b] for b in np.unique(bare[:, 0])}
     rows = {b: row[row[:, 1].argsort(), 1:4:2].T for b, row in rows.items()}
     lengths = np.unique(bare[:, 1])
     one = np.interp(lengths, *rows[1])
-    grid = [
-        one * np.interp(np.log(lengths), np.log(own), seconds / np.interp(own, *rows[1]))
-        for own, seconds in rows.values()
-    ]
+    grid = []
+    for b, (own, seconds) in rows.items():
+        per_token = (seconds - np.interp(own, *rows[1])) / own
+        grid.append(one + lengths * np.interp(np.log(lengths), np.log(own), per_token))
     return np.array(list(rows)), lengths, np.stack(grid)
 
 
