@@ -98,7 +98,7 @@ def _interpolation_grid(bare: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
     lengths = np.unique(bare[:, 1])
     one = np.interp(lengths, *rows[1])
     grid = []
-    for b, (own, seconds) in rows.items():
+    for own, seconds in rows.values():
         per_token = (seconds - np.interp(own, *rows[1])) / own
         grid.append(one + lengths * np.interp(np.log(lengths), np.log(own), per_token))
     return np.array(list(rows)), lengths, np.stack(grid)
