@@ -1,23 +1,27 @@
-"""Trains a GPT through a token-sliced pipeline.
+"""Trains a GPT through a token-sliced pipeline, in as many processes as it is started in.
 
     python launch/multihost.py --config=configs/quickstart.py --config.train.num-steps=600
 
---help lists every setting.
+Several processes are started by Slurm, Open MPI or Kubernetes (docs/clusters.md), by hand with
+--coordinator=HOST:PORT --num-processes=N --process-id=I, or on this machine with
+--local-processes=N. --help lists every setting.
 """
 
 import sys
+from typing import Any
 
 from tpipe_jax.flags import exit_status, parse
+from tpipe_jax.launcher import launch
 
 
-def main() -> None:
-    flags = parse(sys.argv[1:], program="python launch/multihost.py")
-    # Imported late, so that a mistake in the flags is answered at once.
-    from tpipe_jax.console import Console
-    from tpipe_jax.mesh import find_devices
+def main() -> int:
+    return launch(parse(sys.argv[1:], program="python launch/multihost.py"), work)
+
+
+def work(*args: Any) -> None:
     from tpipe_jax.train import train
 
-    train(flags.config, flags.workdir, find_devices(flags.config.mesh), Console())
+    train(*args)
 
 
 if __name__ == "__main__":

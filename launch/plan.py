@@ -10,17 +10,19 @@ second form, which needs no device.
 """
 
 import sys
+from typing import Any
 
 from tpipe_jax.config import UserError
-from tpipe_jax.flags import FilePlanFlags, Flags, exit_status, parse, parse_file_plan
+from tpipe_jax.flags import FilePlanFlags, exit_status, parse, parse_file_plan
+from tpipe_jax.launcher import launch
 
 
-def main() -> None:
+def main() -> int:
     program = "python launch/plan.py"
     if any(word.split("=")[0] == "--latency" for word in sys.argv[1:]):
         plan_from_file(parse_file_plan(sys.argv[1:], program))
-    else:
-        plan_by_measuring(parse(sys.argv[1:], program))
+        return 0
+    return launch(parse(sys.argv[1:], program), plan_by_measuring)
 
 
 def plan_from_file(flags: FilePlanFlags) -> None:
@@ -47,13 +49,11 @@ def plan_from_file(flags: FilePlanFlags) -> None:
     console.say(f"plan.json and plan.png are in {flags.workdir}")
 
 
-def plan_by_measuring(flags: Flags) -> None:
-    """Profiles the model of a config on this machine's devices and plans its slices."""
+def plan_by_measuring(*args: Any) -> None:
+    """Profiles the model of a config on its devices and plans its slices."""
     from tpipe_jax.autoplan import plan_run
-    from tpipe_jax.console import Console
-    from tpipe_jax.mesh import find_devices
 
-    plan_run(flags.config, flags.workdir, find_devices(flags.config.mesh), Console())
+    plan_run(*args)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
 from tpipe_jax import model
 from tpipe_jax.config import Config, ModelConfig
@@ -48,8 +49,26 @@ def loss(config: ModelConfig, params: Params, rows: Array) -> Array:
     return -found_BT.mean(where=targets_BT != IGNORE)
 
 
+def to_stages(params: Params, mesh: Mesh) -> Params:
+    """The model's parameters as the mesh holds them (`mesh.param_specs`), made of whole ones."""
+    num_stages = mesh.shape["pipe"]
+    blocks, counts = params["blocks"], layer_counts(len(params["blocks"]), num_stages)
+    start = np.cumsum([0, *counts])
+    padding = jax.tree.map(jnp.zeros_like, blocks[0])
+    slots = [
+        [blocks[start[s] + n] if n < counts[s] else padding for s in range(num_stages)]
+        for n in range(counts[0])
+    ]
+    table_VD = params["embed"]["tokens"]
+    fill = -table_VD.shape[0] % (num_stages * mesh.shape["model"])
+    return params | {
+        "embed": params["embed"] | {"tokens": jnp.pad(table_VD, ((0, fill), (0, 0)))},
+        "blocks": [jax.tree.map(lambda *stages: jnp.stack(stages), *slot) for slot in slots],
+    }
+
+
 def from_stages(params: Params, num_layers: int, vocab_size: int) -> Params:
-    """The inverse of `mesh.to_stages`."""
+    """The inverse of `to_stages`."""
     num_stages = jax.tree.leaves(params["blocks"])[0].shape[0]
     counts = layer_counts(num_layers, num_stages)
     blocks = [

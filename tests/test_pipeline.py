@@ -184,7 +184,7 @@ def compile_step(config: Config, make: Any = make_loss_and_grads) -> Compiled:
     """Loss, or loss and gradients, compiled for parameters and rows that lie where they should."""
     devices = open_mesh(config.mesh)
     params = jax.eval_shape(
-        lambda: mesh.to_stages(model.init(config.model, jax.random.key(0)), devices)
+        lambda: reference.to_stages(model.init(config.model, jax.random.key(0)), devices)
     )
     rows = jax.ShapeDtypeStruct((config.train.batch_size, config.model.seq_len + 1), jnp.int32)
     specs = mesh.param_specs(len(params["blocks"])), PartitionSpec("data")
@@ -200,7 +200,7 @@ def compile_step(config: Config, make: Any = make_loss_and_grads) -> Compiled:
 def run_step(config: Config, make: Any = make_loss_and_grads) -> Any:
     """What the compiled step makes of the parameters and rows drawn above."""
     devices, step = open_mesh(config.mesh), compile_step(config, make)
-    params = jax.device_get(mesh.to_stages(draw_params(config.model), devices))
+    params = jax.device_get(reference.to_stages(draw_params(config.model), devices))
     places = mesh.shardings(devices, mesh.param_specs(len(params["blocks"])))
     rows = mesh.put_rows(devices, draw_rows(config))
     return jax.device_get(step(jax.device_put(params, places), rows))
@@ -213,7 +213,7 @@ def check_gradients(config: Config) -> None:
     expected = unpipelined(config.model, config.train.batch_size)
     reference.assert_close((loss, got), expected, TOLERANCE)
     # Layers and tokens that are padding count in the global norm: their gradients are zeros.
-    padded = mesh.to_stages(got, open_mesh(config.mesh))
+    padded = reference.to_stages(got, open_mesh(config.mesh))
     chex.assert_trees_all_equal(grads, jax.device_get(padded))
 
 

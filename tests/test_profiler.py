@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+import reference
 from tpipe_jax import model, profiler, train_step
 from tpipe_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
-from tpipe_jax.mesh import make_mesh, put_rows, to_stages
+from tpipe_jax.mesh import make_mesh, put_rows
 from tpipe_jax.model import block_functions, self_attention
 from tpipe_jax.profiler import MAX_TICKS, MIN_SECONDS, Profiler, Program, Shape, shapes_to_time
 from tpipe_jax.schedule import IDLE, Item
@@ -196,7 +197,7 @@ def test_stages_work_on_the_slices_that_the_tables_name(mesh: Mesh):
     work = train_step.make_stage_work(CONFIG, mesh, items)
     table = np.array([[0, IDLE], [1, 0], [IDLE, 1]], np.int32)
     idle = np.full((2, 2), IDLE, np.int32)
-    got = work(to_stages(params, mesh), put_rows(mesh, x), table, idle)
+    got = work(reference.to_stages(params, mesh), put_rows(mesh, x), table, idle)
 
     block, expected, y = block_functions(CONFIG.model, np.dtype("float32")), 0.0, x[1:3, :32]
     for own in params["blocks"]:
@@ -204,13 +205,13 @@ def test_stages_work_on_the_slices_that_the_tables_name(mesh: Mesh):
         y = block.finish(own, y, attn, lambda _, value: value)
         expected += float(np.asarray(y, np.float64).sum())
     assert float(got) == pytest.approx(expected, rel=1e-4)
-    busy = work(to_stages(params, mesh), put_rows(mesh, x), table, table[::-1][:2])
+    busy = work(reference.to_stages(params, mesh), put_rows(mesh, x), table, table[::-1][:2])
     assert float(busy) != pytest.approx(expected, rel=1e-2)
 
 
 def test_handing_over_moves_slices_from_stage_to_stage(mesh: Mesh):
     x = np.random.default_rng(0).normal(size=(4, 64, 16)).astype(np.float32)
-    params = to_stages(model.init(CONFIG.model, jax.random.key(0)), mesh)
+    params = reference.to_stages(model.init(CONFIG.model, jax.random.key(0)), mesh)
     run = train_step.make_transfer(CONFIG, mesh, Item(0, 8, 3, 16))
     both = float(run(params, put_rows(mesh, x), np.array([[0, IDLE], [IDLE, 0]], np.int32)))
     assert both == pytest.approx(2 * x[:3, 8:24].sum(), rel=1e-4)

@@ -6,7 +6,7 @@ import numpy as np
 import reference
 from tpipe_jax import model
 from tpipe_jax.config import Config, MeshConfig, ModelConfig, PlanConfig
-from tpipe_jax.mesh import make_mesh, param_specs, shardings, to_stages
+from tpipe_jax.mesh import make_mesh, param_specs, shardings
 from tpipe_jax.sample import TEMPERATURE, sample
 
 
@@ -20,7 +20,7 @@ def test_samples_as_the_plain_model_does():
     params = model.init(config.model, jax.random.key(1))
     # Larger embeddings, so that the model matters in the draws.
     params["embed"] = jax.tree.map(lambda a: 20 * a, params["embed"])
-    on_mesh = jax.device_put(to_stages(params, mesh), shardings(mesh, param_specs(2)))
+    on_mesh = jax.device_put(reference.to_stages(params, mesh), shardings(mesh, param_specs(2)))
     prompt = np.array([3, 1, 4], np.int32)
     drawn = sample(config, mesh, reference.plan_of(config), on_mesh, prompt, 12)
 

@@ -4,7 +4,9 @@ The slices of a plan that were not timed are timed then, and planned with again:
 of a model with errors is one whose errors flatter it, unless it has been measured.
 """
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import jax
@@ -13,11 +15,12 @@ from jax.sharding import Mesh
 
 from tpipe_jax.config import Config, UserError, resolved
 from tpipe_jax.console import Console
-from tpipe_jax.latency import LatencyTable, load_table
+from tpipe_jax.latency import LatencyTable, Profile, load_table, read_profile
 from tpipe_jax.mesh import check_model, layer_counts, make_mesh
-from tpipe_jax.plan import Plan, PlanRequest, read_settings, unit_tokens
+from tpipe_jax.plan import Plan, PlanRequest, read_plan, read_settings, unit_tokens
 from tpipe_jax.plan_files import write_plan
 from tpipe_jax.planner import GIB, Planning, find_plan
+from tpipe_jax.processes import from_first
 from tpipe_jax.profiler import Profiler, profile_key
 from tpipe_jax.workdir import changed_settings, describe_in_files, writing_to
 
@@ -40,26 +43,34 @@ def plan_slices(
     """
     path, unit = workdir / "latency.json", unit_tokens(config)
     limit, profiler = _memory_limit_bytes(config, mesh), None
-    table = _measured_before(path, config, mesh)
-    if table:
+    profile = _measured_before(path, config, mesh)
+    if profile:
         console.say(f"latencies as measured before: {path}")
     else:
         with console.profiling() as on_progress:
             profiler = Profiler(config, mesh)
-            table = _save(path, profiler.profile(on_progress).table(unit))
-        console.say(_errors(table))
-    planning = find_plan(table, request, stage_factors(config), limit)
-    for _ in range(MAX_REFINEMENTS):
-        assert table.profile is not None
-        new = planning.plan.shapes - {s[:2] for s in table.profile.samples if not s.is_test}
-        if not new:
-            break
+            profile = profiler.profile(on_progress)
+        console.say(_errors(profile))
+    num_refinements = 0
+    while True:
+        table = profile.table(unit)
+        if profiler:
+            _save(path, table)
+        planning = find_plan(table, request, stage_factors(config), limit)
+        planning = replace(planning, plan=as_first(planning.plan))
+        new = planning.plan.shapes - {s[:2] for s in profile.samples if not s.is_test}
+        if not new or num_refinements == MAX_REFINEMENTS:
+            return table, planning
         shapes = ", ".join(f"{b} x {n}" for b, n in sorted(new))
         console.say(f"timing what the plan is made of: {shapes} tokens")
         profiler = profiler or Profiler(config, mesh)
-        table = _save(path, profiler.refine(table.profile, sorted(new)).table(unit))
-        planning = find_plan(table, request, stage_factors(config), limit)
-    return table, planning
+        profile = profiler.refine(profile, sorted(new))
+        num_refinements += 1
+
+
+def as_first(plan: Plan) -> Plan:
+    """The plan of process 0, since all processes must run one program."""
+    return read_plan(json.loads(from_first(json.dumps(plan.to_dict()))))
 
 
 def plan_run(
@@ -79,7 +90,7 @@ def plan_run(
             "there is nothing to plan, since the settings have all slices: leave "
             "config.plan.token_slices or config.plan.batch_slices, and config.plan.file, at auto."
         )
-    changes = changed_settings(config, workdir)
+    changes = changed_settings(config, workdir) if jax.process_index() == 0 else []
     if changes and (workdir / "metrics.jsonl").exists():
         raise UserError(
             f"--workdir={workdir} holds a run with other settings ({'; '.join(changes)}), whose "
@@ -87,13 +98,22 @@ def plan_run(
         )
     table, planning = plan_slices(config, request, mesh, workdir, console)
     console.show_planning(planning, stage_factors(config))
-    describe_in_files(config, workdir, planning.plan, stage_factors(config))
-    write_plan(workdir, table, planning.plan, stage_factors(config))
+    if jax.process_index() == 0:
+        describe_in_files(config, workdir, planning.plan, stage_factors(config))
+        write_plan(workdir, table, planning.plan, stage_factors(config))
     console.say(f"plan.json, plan.png and latency.json are in {workdir}")
 
 
-def _measured_before(path: Path, config: Config, mesh: Mesh) -> LatencyTable | None:
-    """The table if it is of these measurements; one of others of ours may be overwritten."""
+def _measured_before(path: Path, config: Config, mesh: Mesh) -> Profile | None:
+    """What process 0 finds in its folder, if it is of these measurements."""
+    profile = _read_own(path) if jax.process_index() == 0 else None
+    is_same = profile is not None and profile.key == profile_key(config, mesh)
+    content = json.loads(from_first(json.dumps(asdict(profile) if profile and is_same else None)))
+    return read_profile(content) if content else None
+
+
+def _read_own(path: Path) -> Profile | None:
+    """The measurements in the file; other ones of ours may be overwritten."""
     if not path.exists():
         return None
     try:
@@ -107,14 +127,13 @@ def _measured_before(path: Path, config: Config, mesh: Mesh) -> LatencyTable | N
             f"--workdir={path.parent} has a latency.json that was not measured here, and would be "
             "overwritten: choose another folder, or move it away."
         )
-    return table if table.profile.key == profile_key(config, mesh) else None
+    return table.profile
 
 
-def _errors(table: LatencyTable) -> str:
+def _errors(profile: Profile) -> str:
     """How far the model is off where it was not fitted."""
-    assert table.profile is not None
     texts = []
-    for name, model in zip(("forward", "backward"), table.profile.models(), strict=True):
+    for name, model in zip(("forward", "backward"), profile.models(), strict=True):
         errors = 100 * np.abs(model.relative_errors())
         if len(errors):
             middle, high = np.percentile(errors, (50, 95))
@@ -122,12 +141,12 @@ def _errors(table: LatencyTable) -> str:
     return f"latency model: median error {', '.join(texts) or 'unknown'} on slices kept out of it"
 
 
-def _save(path: Path, table: LatencyTable) -> LatencyTable:
-    """Returns what the file holds, so that later runs plan with the very same figures."""
-    with writing_to(path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        table.save(path)
-    return load_table(path)
+def _save(path: Path, table: LatencyTable) -> None:
+    """One process writes it."""
+    if jax.process_index() == 0:
+        with writing_to(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            table.save(path)
 
 
 def _memory_limit_bytes(config: Config, mesh: Mesh) -> float | None:

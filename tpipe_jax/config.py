@@ -41,6 +41,16 @@ NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, below=1)]
 
 
+MeshOrder = Literal[
+    "pipe,data,model",
+    "pipe,model,data",
+    "data,pipe,model",
+    "data,model,pipe",
+    "model,pipe,data",
+    "model,data,pipe",
+]
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The GPT, as published for GPT-2 and GPT-3."""
@@ -84,6 +94,9 @@ class MeshConfig:
     """Pipeline stages."""
     model: Count = 1
     """Devices that share each operator of a stage (operator partitioning)."""
+    order: MeshOrder = "pipe,data,model"
+    """The axes from the one whose neighbours may be far apart to the one whose neighbours are near:
+    stages across hosts, 'model' inside a host."""
 
     @property
     def num_devices(self) -> int:
@@ -142,6 +155,9 @@ class OptimConfig:
     """Decay rate of the second moment."""
     grad_clip: NonNegative = 1.0
     """Largest global norm of the gradients; 0 turns clipping off."""
+    shard_state: bool | None = None
+    """Whether data shards divide the optimiser state among them (ZeRO stage 1) rather than hold all
+    of it each; None means where mesh.data > 1."""
 
 
 @dataclass(frozen=True)
@@ -211,8 +227,11 @@ class Config:
 
 def resolved(config: Config) -> Config:
     """The config with what defaults to other settings filled in."""
+    optim, shard_state = config.optim, config.optim.shard_state
+    if shard_state is None:
+        optim = dataclasses.replace(optim, shard_state=config.mesh.data > 1)
     model = dataclasses.replace(config.model, d_ff=config.model.ff_width)
-    return dataclasses.replace(config, model=model)
+    return dataclasses.replace(config, model=model, optim=optim)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -249,7 +268,7 @@ def _check_field(path: str, hint: Any, value: Any) -> None:
     if get_origin(hint) is Annotated:
         hint, allowed = get_args(hint)
     accepted = (int, float) if hint is float else hint
-    if not isinstance(value, accepted) or isinstance(value, bool):
+    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         raise UserError(f"{path}={value!r} must be of type {hint.__name__}.")
     if allowed is not None and not math.isfinite(value):
         raise UserError(f"{path}={value} must be a finite number.")

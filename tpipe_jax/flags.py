@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,9 +11,27 @@ from pathlib import Path
 
 import tyro
 
-from tpipe_jax.config import Config, Count, UserError
+from tpipe_jax.config import Config, Count, CountOrZero, UserError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+
+
+@dataclass(frozen=True)
+class ProcessFlags:
+    """The processes of a run. A scheduler that jax knows (Slurm, Open MPI) needs none of these."""
+
+    coordinator: str | None = None
+    """HOST:PORT at which process 0 listens and the others find it."""
+    num_processes: Count | None = None
+    """Processes of the run, on all hosts."""
+    process_id: CountOrZero | None = None
+    """Which of them this one is, from 0."""
+    local_device_ids: tuple[int, ...] | None = None
+    """The GPUs of its host that this process uses; all if left out."""
+    local_processes: Count | None = None
+    """Starts so many processes on this machine instead, and relays what they print."""
+    join_seconds: Count = 300
+    """How long a process waits for the others at the start."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +45,9 @@ class Flags:
 
     config: Config
     workdir: Path
-    """Folder for config.json, plan.json, metrics, checkpoints and timeline.png."""
+    """Folder for config.json, plan.json, metrics, checkpoints and timeline.png; all processes need
+    to see it."""
+    processes: tyro.conf.OmitArgPrefixes[ProcessFlags] = ProcessFlags()
 
 
 @dataclass(frozen=True)
@@ -50,17 +71,16 @@ class FilePlanFlags:
     """Folder for plan.json and plan.png."""
 
 
-def exit_status(program: Callable[[], None]) -> int:
-    """Runs a program: 0 if it ends, 2 after one sentence on what to mend, 130 if stopped."""
+def exit_status(program: Callable[[], int | None]) -> int:
+    """Runs a program: its own status, 2 after one sentence on what to mend, 130 if stopped."""
     try:
-        program()
+        return program() or 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    return 0
 
 
 def parse_file_plan(args: list[str], program: str) -> FilePlanFlags:
@@ -89,7 +109,9 @@ def parse(args: list[str], program: str) -> Flags:
     """
     path, rest = _take_config(args)
     default = Flags(load_config(path), Path("runs") / path.stem)
-    return tyro.cli(Flags, args=rest, default=default, prog=program)
+    flags = tyro.cli(Flags, args=rest, default=default, prog=program)
+    _check_processes(flags.processes)
+    return flags
 
 
 def load_config(path: Path) -> Config:
@@ -114,6 +136,46 @@ def load_config(path: Path) -> Config:
     if not isinstance(config, Config):
         raise UserError(f"--config={path}: get_config() must return a tpipe_jax.config.Config.")
     return config
+
+
+def without_option(args: list[str], name: str) -> list[str]:
+    """The arguments without `--name=value` or `--name value`, in either spelling."""
+    rest, words = [], iter(args)
+    for word in words:
+        option, is_assigned, _ = word.partition("=")
+        if option.replace("_", "-") != f"--{name}":
+            rest.append(word)
+        elif not is_assigned:
+            next(words, None)
+    return rest
+
+
+def _check_processes(flags: ProcessFlags) -> None:
+    """Raises `UserError` if they don't fit each other."""
+    for name in ("num_processes", "local_processes", "join_seconds"):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}={value} must be at least 1.")
+    by_hand = [flags.coordinator, flags.num_processes, flags.process_id]
+    if flags.local_processes is not None and by_hand != [None] * 3:
+        raise UserError(
+            f"--local-processes={flags.local_processes} starts all processes itself: leave out "
+            "--coordinator, --num-processes and --process-id."
+        )
+    if flags.coordinator is None or flags.num_processes is None or flags.process_id is None:
+        if by_hand != [None] * 3:
+            raise UserError(
+                "--coordinator, --num-processes and --process-id belong together: give all three, "
+                "or none where a scheduler starts the processes."
+            )
+        return
+    if not re.fullmatch(r".+:\d{1,5}", flags.coordinator):
+        raise UserError(f"--coordinator={flags.coordinator} is not of the form HOST:PORT.")
+    if not 0 <= flags.process_id < flags.num_processes:
+        raise UserError(
+            f"--process-id={flags.process_id} must be at least 0 and below "
+            f"--num-processes={flags.num_processes}."
+        )
 
 
 def _take_config(args: list[str]) -> tuple[Path, list[str]]:

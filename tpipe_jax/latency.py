@@ -214,6 +214,32 @@ class LatencyTable:
         partial.replace(path)
 
 
+def read_profile(content: dict[str, Any]) -> Profile:
+    """The profile that `dataclasses.asdict` made a dictionary of, perhaps by way of JSON.
+
+    Raises KeyError, TypeError or ValueError for what is none.
+    """
+    profile = Profile(
+        **content
+        | {
+            "samples": tuple(Sample(*sample) for sample in content["samples"]),
+            "transfer": tuple(content["transfer"]),
+            "memory": Memory(**content["memory"]),
+        }
+    )
+    counts = [profile.batch_size, profile.seq_len, profile.key_block]
+    counts += [n for sample in profile.samples for n in sample[:2]]
+    if not all(isinstance(n, int) and n > 0 for n in counts):
+        raise ValueError("a size is not a positive whole number")
+    times = [*profile.transfer, profile.outside_seconds, *dataclasses.astuple(profile.memory)]
+    if len(profile.transfer) != 2 or not all(0 <= t < math.inf for t in times):
+        raise ValueError("a figure is not finite and positive")
+    if not all(0 < t <= MAX_SECONDS for sample in profile.samples for t in sample[3:5]):
+        raise ValueError("a sample is not a time")
+    profile.models()  # raises where there are too few samples
+    return profile
+
+
 def load_table(path: Path) -> LatencyTable:
     """Reads `latency.json`. Raises `UserError` for anything but times that the slicer can use."""
 
@@ -245,36 +271,14 @@ def load_table(path: Path) -> LatencyTable:
         b, i, j = holes[0].tolist()
         raise wrong(f"only one of forward and backward has a time at [{b}][{i}][{j}]")
     try:
-        num_tokens = unit * forward.shape[2]
-        profile = _to_profile(content["profile"], num_tokens) if content.get("profile") else None
+        profile = read_profile(content["profile"]) if content.get("profile") else None
+        if profile and profile.seq_len != unit * forward.shape[2]:
+            raise ValueError(
+                f"it is of {profile.seq_len} tokens and the times of {unit * forward.shape[2]}"
+            )
     except (KeyError, TypeError, ValueError) as error:
         raise wrong(f"its profile cannot be used ({error!r})") from error
     return LatencyTable(unit, forward, backward, profile)
-
-
-def _to_profile(content: dict[str, Any], num_tokens: int) -> Profile:
-    """Raises KeyError, TypeError or ValueError for what is not the profile of such sequences."""
-    profile = Profile(
-        **content
-        | {
-            "samples": tuple(Sample(*sample) for sample in content["samples"]),
-            "transfer": tuple(content["transfer"]),
-            "memory": Memory(**content["memory"]),
-        }
-    )
-    counts = [profile.batch_size, profile.seq_len, profile.key_block]
-    counts += [n for sample in profile.samples for n in sample[:2]]
-    if not all(isinstance(n, int) and n > 0 for n in counts):
-        raise ValueError("a size is not a positive whole number")
-    times = [*profile.transfer, profile.outside_seconds, *dataclasses.astuple(profile.memory)]
-    if len(profile.transfer) != 2 or not all(0 <= t < math.inf for t in times):
-        raise ValueError("a figure is not finite and positive")
-    if not all(0 < t <= MAX_SECONDS for sample in profile.samples for t in sample[3:5]):
-        raise ValueError("a sample is not a time")
-    if profile.seq_len != num_tokens:
-        raise ValueError(f"it is of {profile.seq_len} tokens and the times of {num_tokens}")
-    profile.models()  # raises where there are too few samples
-    return profile
 
 
 def _to_lists(times: np.ndarray) -> list[list[list[float | None]]]:

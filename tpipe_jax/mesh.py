@@ -3,11 +3,10 @@
 import ctypes
 import os
 import platform
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -17,34 +16,47 @@ from tpipe_jax.model import Params
 
 AXES = ("data", "pipe", "model")
 
-# How operator partitioning divides the parameters of a block over 'model': by attention heads and
-# by feed-forward width (Megatron-LM). The same tree as a block's parameters; without 'model' in its
-# entry a parameter is on all devices.
+# How the parameters are divided: the vocabulary over all stages and 'model', blocks over the stages
+# (`param_specs`) and within each over 'model', by attention heads and by feed-forward width
+# (Megatron-LM, Shoeybi et al. 2019). What names no axis is on all devices.
 _WHOLE = PartitionSpec()
 _NORM = {"scale": _WHOLE, "bias": _WHOLE}
-BLOCK_SPECS = {
+_COLUMNS = {"kernel": PartitionSpec(None, "model"), "bias": PartitionSpec("model")}
+_ROWS = {"kernel": PartitionSpec("model"), "bias": _WHOLE}
+_BLOCK = {
     "norm_1": _NORM,
-    "attn_in": {"kernel": PartitionSpec(None, "model"), "bias": PartitionSpec("model")},
-    "attn_out": {"kernel": PartitionSpec("model"), "bias": _WHOLE},
+    "attn_in": _COLUMNS,
+    "attn_out": _ROWS,
     "norm_2": _NORM,
-    "ff_in": {"kernel": PartitionSpec(None, "model"), "bias": PartitionSpec("model")},
-    "ff_out": {"kernel": PartitionSpec("model"), "bias": _WHOLE},
+    "ff_in": _COLUMNS,
+    "ff_out": _ROWS,
 }
-EMBED_SPECS = {"tokens": PartitionSpec(("pipe", "model")), "positions": _WHOLE}
+_OTHERS = {
+    "embed": {"tokens": PartitionSpec(("pipe", "model")), "positions": _WHOLE},
+    "norm": _NORM,
+}
 
 
-def find_devices(config: MeshConfig) -> list[jax.Device]:
-    """All devices; on a CPU, as many as the mesh asks for.
+def find_devices(config: MeshConfig, num_processes: int = 1) -> list[jax.Device]:
+    """The devices of all processes; on CPUs, as many as the mesh asks for.
 
     Call it before anything else of jax, which counts its devices only once. Devices that have no
-    core to spare run faster without threads inside their operators.
+    core to spare run faster without threads inside their operators. Raises `UserError` if CPU
+    devices cannot be shared out evenly.
     """
-    if config.num_devices >= (os.cpu_count() or 1):
+    num_local, rest = divmod(config.num_devices, num_processes)
+    if num_local >= len(os.sched_getaffinity(0)):
         no_threads = "--xla_cpu_multi_thread_eigen=false"
         os.environ["XLA_FLAGS"] = f"{no_threads} {os.environ.get('XLA_FLAGS', '')}"
     keep_freed_memory()
-    jax.config.update("jax_num_cpu_devices", config.num_devices)
-    return jax.devices()
+    jax.config.update("jax_num_cpu_devices", max(num_local, 1))
+    devices = jax.devices()
+    if rest and devices[0].platform == "cpu":
+        raise UserError(
+            f"{_product(config)} CPU devices cannot be shared out evenly among {num_processes} "
+            "processes: start a number that divides them."
+        )
+    return devices
 
 
 def keep_freed_memory() -> None:
@@ -60,17 +72,59 @@ def keep_freed_memory() -> None:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
-    """Mesh of the axes data, pipe and model. Raises `UserError` if the devices don't fit."""
+    """Mesh of the axes data, pipe and model. Raises `UserError` if the devices don't fit.
+
+    Devices of a process, and processes of a slice (what a fast network joins), are neighbours along
+    the last axes of config.order.
+    """
     if len(devices) != config.num_devices:
         raise UserError(
-            f"config.mesh.data={config.data} * pipe={config.pipe} * model={config.model} asks for "
-            f"{config.num_devices} devices, but there are {len(devices)} "
-            f"({devices[0].device_kind}): "
+            f"{_product(config)} devices, but there are {len(devices)} ({devices[0].device_kind}): "
             f"set the three so that their product is {len(devices)}, "
             "or run on CPU devices with the environment variable JAX_PLATFORMS=cpu."
         )
-    shape = config.data, config.pipe, config.model
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    near = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
+    order = config.order.split(",")
+    grid = np.array(near).reshape([getattr(config, axis) for axis in order])
+    grid = grid.transpose([order.index(axis) for axis in AXES])
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def _product(config: MeshConfig) -> str:
+    return (
+        f"config.mesh.data={config.data} * pipe={config.pipe} * model={config.model} asks for "
+        f"{config.num_devices}"
+    )
+
+
+class HostPart(NamedTuple):
+    """What one host has of the mesh."""
+
+    host: str
+    processes: list[int]
+    num_devices: int
+    stages: list[int]
+    data_shards: list[int]
+
+
+def host_parts(mesh: Mesh, hosts: Sequence[str]) -> list[HostPart]:
+    """What each host has of the mesh; `hosts` are the names by process."""
+    places = [
+        (hosts[device.process_index], device.process_index, pipe, data)
+        for (data, pipe, _), device in np.ndenumerate(mesh.devices)
+    ]
+    parts = []
+    for host in dict.fromkeys(host for host, *_ in places):
+        own = [place for name, *place in places if name == host]
+        processes, stages, shards = (sorted(set(numbers)) for numbers in zip(*own, strict=True))
+        parts.append(HostPart(host, processes, len(own), stages, shards))
+    return parts
+
+
+def operators_span_hosts(mesh: Mesh, hosts: Sequence[str]) -> bool:
+    """Whether some operators are shared by devices of several hosts, over the slower network."""
+    names = np.vectorize(lambda device: hosts[device.process_index], otypes=[object])(mesh.devices)
+    return bool((names != names[..., :1]).any())
 
 
 def check_model(config: ModelConfig, mesh: MeshConfig) -> None:
@@ -88,34 +142,39 @@ def layer_counts(num_layers: int, num_stages: int) -> list[int]:
     return [num_layers // num_stages + (s < num_layers % num_stages) for s in range(num_stages)]
 
 
-def to_stages(params: Params, mesh: Mesh) -> Params:
-    """The model's parameters as the mesh holds them.
+def stage_layers(num_layers: int, num_stages: int) -> np.ndarray:
+    """Which layer is the nth of each stage, `[n, stage]`; -1 where a stage has no nth layer."""
+    counts = np.array(layer_counts(num_layers, num_stages))
+    n = np.arange(counts.max())[:, None]
+    return np.where(n < counts, np.cumsum(counts) - counts + n, -1)
 
-    Block n of the result stacks the nth block of every stage, `[P, ...]`, zeros where a stage has
-    no nth block: an array for each layer of a stage rather than one for all, since a slice of a
-    stack may be copied for each use. The vocabulary is padded to a multiple of P times the size
-    of 'model'.
-    """
-    num_stages = mesh.shape["pipe"]
-    blocks, counts = params["blocks"], layer_counts(len(params["blocks"]), num_stages)
-    start = np.cumsum([0, *counts])
-    padding = jax.tree.map(jnp.zeros_like, blocks[0])
-    slots = [
-        [blocks[start[s] + n] if n < counts[s] else padding for s in range(num_stages)]
-        for n in range(counts[0])
-    ]
-    table_VD = params["embed"]["tokens"]
-    fill = -table_VD.shape[0] % (num_stages * mesh.shape["model"])
-    return params | {
-        "embed": params["embed"] | {"tokens": jnp.pad(table_VD, ((0, fill), (0, 0)))},
-        "blocks": [jax.tree.map(lambda *stages: jnp.stack(stages), *slot) for slot in slots],
-    }
+
+def padded_vocab_size(config: ModelConfig, mesh: Mesh) -> int:
+    """Rows of the token embedding on the mesh: a multiple of its stages times 'model'."""
+    parts = mesh.shape["pipe"] * mesh.shape["model"]
+    return -(-config.vocab_size // parts) * parts
 
 
 def param_specs(num_blocks: int) -> Params:
-    """Where the result of `to_stages` lies, as a tree of the same structure."""
-    block = jax.tree.map(lambda spec: PartitionSpec("pipe", *spec), BLOCK_SPECS, is_leaf=_is_spec)
-    return {"embed": EMBED_SPECS, "blocks": [block] * num_blocks, "norm": _NORM}
+    """Where the parameters lie on the mesh, as a tree of their structure.
+
+    Block n of the tree stacks the nth block of every stage, `[P, ...]`, zeros where a stage has no
+    nth block: an array for each layer of a stage rather than one for all, since a slice of a stack
+    may be copied for each use. The token embedding has `padded_vocab_size` rows.
+    """
+    block = jax.tree.map(lambda spec: PartitionSpec("pipe", *spec), _BLOCK, is_leaf=_is_spec)
+    return _OTHERS | {"blocks": [block] * num_blocks}
+
+
+def over_data(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
+    """The spec with 'data' added to the first axis that it divides, for ZeRO (Rajbhandari et al.
+    2020); the same where there is none.
+    """
+    axes = [*spec, *[None] * (len(shape) - len(spec))]
+    for n, (axis, size) in enumerate(zip(axes, shape, strict=True)):
+        if axis is None and size % mesh.shape["data"] == 0:
+            return PartitionSpec(*axes[:n], "data", *axes[n + 1 :])
+    return spec
 
 
 def manual_part(specs: Any) -> Any:
@@ -136,11 +195,24 @@ def shardings(mesh: Mesh, specs: Any) -> Any:
 
 
 def put_rows(mesh: Mesh, rows: np.ndarray) -> Array:
-    """Puts the batch on the mesh, `[B of all shards, T + 1]`, sharded over 'data'."""
+    """Puts rows that every process has on the mesh, `[B, ...]`, sharded over 'data'."""
+    return put_read_rows(mesh, lambda wanted: rows[wanted], rows.shape, rows.dtype)
+
+
+def put_read_rows(
+    mesh: Mesh, read: Callable[[slice], np.ndarray], shape: tuple[int, ...], dtype: Any
+) -> Array:
+    """As `put_rows`, but each process reads the rows of its own data shards only, once."""
+    parts: dict[tuple[int, int, int], np.ndarray] = {}
+
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        wanted = index[0].indices(shape[0])
+        if wanted not in parts:
+            parts[wanted] = read(slice(*wanted))
+        return parts[wanted]
+
     sharding = NamedSharding(mesh, PartitionSpec("data"))
-    return jax.make_array_from_callback(
-        rows.shape, sharding, lambda index: rows[index], dtype=rows.dtype
-    )
+    return jax.make_array_from_callback(shape, sharding, part, dtype=dtype)
 
 
 def _is_spec(value: Any) -> bool:

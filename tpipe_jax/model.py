@@ -85,20 +85,26 @@ def init(config: ModelConfig, key: Array) -> Params:
     A dictionary of `embed` (`tokens` [V, D], `positions` [T, D]), `blocks` (a list) and `norm`.
     """
     normal = nnx.initializers.normal(0.02)
-    key_tokens, key_positions, key_blocks = jax.random.split(key, 3)
-
-    @jax.jit  # traced once for all layers
-    def block(key: Array) -> Params:
-        return nnx.to_pure_dict(nnx.state(Block(config, jnp.float32, nnx.Rngs(key))))
-
+    key_tokens, key_positions, _ = jax.random.split(key, 3)
+    block = jax.jit(partial(init_block, config))  # traced once for all layers
     return {
         "embed": {
             "tokens": normal(key_tokens, (config.vocab_size, config.d_model), jnp.float32),
             "positions": normal(key_positions, (config.seq_len, config.d_model), jnp.float32),
         },
-        "blocks": [block(k) for k in jax.random.split(key_blocks, config.num_layers)],
+        "blocks": [block(k) for k in block_keys(config, key)],
         "norm": {"scale": jnp.ones(config.d_model), "bias": jnp.zeros(config.d_model)},
     }
+
+
+def block_keys(config: ModelConfig, key: Array) -> Array:
+    """What the parameters of each layer are drawn with by `init`, `[num_layers]`."""
+    return jax.random.split(jax.random.split(key, 3)[2], config.num_layers)
+
+
+def init_block(config: ModelConfig, key: Array) -> Params:
+    """Fresh float32 parameters of one layer."""
+    return nnx.to_pure_dict(nnx.state(Block(config, jnp.float32, nnx.Rngs(key))))
 
 
 def final_norm(params: Params, x_BTD: Array) -> Array:

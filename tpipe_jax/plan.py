@@ -52,8 +52,8 @@ class Plan:
         pairs = zip(self.batch_slices, self.token_slices, strict=True)
         return {(b, n) for b, slices in pairs for n in slices}
 
-    def save(self, path: Path) -> None:
-        """Writes `plan.json`."""
+    def to_dict(self) -> dict[str, Any]:
+        """What `plan.json` holds."""
         content: dict[str, Any] = {
             "num_stages": self.num_stages,
             "batch_slices": self.batch_slices,
@@ -69,7 +69,11 @@ class Plan:
                 "optimal": self.prediction.is_optimal,
                 "lower_bound_seconds": self.prediction.lower_bound_seconds,
             }
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        return content
+
+    def save(self, path: Path) -> None:
+        """Writes `plan.json`."""
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
 
 @dataclass(frozen=True)
@@ -177,32 +181,37 @@ def uniform(total: int, num: int) -> tuple[int, ...]:
     return tuple(total // num + (i < total % num) for i in range(num))
 
 
-def load_plan(path: Path, request: PlanRequest) -> Plan:
-    """Reads `plan.json`. Raises `UserError` if it is none, or is not of what is requested."""
+def read_plan(content: Any) -> Plan:
+    """The inverse of `Plan.to_dict`.
 
-    def wrong(what: str) -> UserError:
-        return UserError(
-            f"config.plan.file={path} is no plan: {what}. Make one with launch/plan.py, or set "
-            "config.plan.token_slices."
-        )
-
-    try:
-        content = json.loads(path.read_text())
-        num_stages = content["num_stages"]
-        batch_slices = tuple(content["batch_slices"])
-        token_slices = tuple(tuple(slices) for slices in content["token_slices"])
-    except OSError as error:
-        raise wrong(f"it cannot be read ({error.strerror})") from error
-    except KeyError as error:
-        raise wrong(f"it has no {error.args[0]}") from error
-    except (TypeError, ValueError) as error:
-        raise wrong(f"it does not hold what a plan does ({error})") from error
+    Raises KeyError, TypeError or ValueError, which say what is wrong, for what is none.
+    """
+    num_stages = content["num_stages"]
+    batch_slices = tuple(content["batch_slices"])
+    token_slices = tuple(tuple(slices) for slices in content["token_slices"])
     counts = [num_stages, *batch_slices, *(n for slices in token_slices for n in slices)]
     if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in counts):
-        raise wrong("a size in it is not a positive whole number")
+        raise ValueError("a size in it is not a positive whole number")
     if not batch_slices or len(token_slices) != len(batch_slices):
-        raise wrong(f"it has {len(batch_slices)} batch slices, but tokens of {len(token_slices)}")
-    plan = Plan(num_stages, batch_slices, token_slices, _read_prediction(content, wrong))
+        raise ValueError(
+            f"it has {len(batch_slices)} batch slices, but tokens of {len(token_slices)}"
+        )
+    return Plan(num_stages, batch_slices, token_slices, _read_prediction(content))
+
+
+def load_plan(path: Path, request: PlanRequest) -> Plan:
+    """Reads `plan.json`. Raises `UserError` if it is none, or is not of what is requested."""
+    try:
+        plan = read_plan(json.loads(path.read_text()))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        what = {
+            OSError: "it cannot be read ({})",
+            KeyError: "it has no {}",
+        }
+        raise UserError(
+            f"config.plan.file={path} is no plan: {what}. Make one with launch/plan.py, or set "
+            "config.plan.token_slices."
+        ) from error
     lengths = {sum(slices) for slices in token_slices}
     for what, planned, setting, wanted in (
         ("sequences of", lengths, "config.model.seq_len", request.seq_len),

@@ -25,6 +25,7 @@ from jax.stages import Compiled
 
 import tpipe_jax
 from tpipe_jax.blocks import BLOCK
+from tpipe_jax.collectives import compile_checked
 from tpipe_jax.config import Config, to_dict
 from tpipe_jax.latency import Memory, Profile, Sample
 from tpipe_jax.mesh import put_rows
@@ -194,7 +195,7 @@ class Profiler:
             ticks = np.ceil(MIN_SECONDS / (self._seconds_per_token * shape.size))
             forward, backward = np.clip(ticks, 1, MAX_TICKS).astype(int).tolist()
             tables = self._table(IDLE, forward), self._table(IDLE, backward)
-            compiled = work.lower(*self._inputs, *tables).compile()
+            compiled = compile_checked(work, self._mesh, *self._inputs, *tables)
             advance()
             return Program(compiled, (forward, backward))
 
@@ -251,7 +252,7 @@ class Profiler:
         seconds = []
         for shape in chosen:
             work = make_transfer(self._config, self._mesh, Item(0, 0, *shape[:2]))
-            runs = [(work.lower(*self._inputs, t).compile(), t) for t in tables]
+            runs = [(compile_checked(work, self._mesh, *self._inputs, t), t) for t in tables]
             turns = [[self._seconds(*run) for run in runs] for _ in range(1 + REPEATS)]
             few, many = np.median(turns[1:], 0)
             seconds.append((many - few) / (2 * MAX_TICKS))
@@ -292,7 +293,8 @@ def _time_outside(config: Config, mesh: Mesh) -> tuple[Params, float, int]:
     shape = config.train.batch_size, config.model.seq_len + 1
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape)
     rows = put_rows(mesh, tokens.astype(np.int32))
-    step = make_train_step(config, mesh, schedule, optimizer).lower(state, rows).compile()
+    train_step = make_train_step(config, mesh, schedule, optimizer)
+    step = compile_checked(train_step, mesh, state, rows)
     seconds = []
     for _ in range(1 + REPEATS):  # the first one warms up
         start = time.perf_counter()

@@ -1,10 +1,10 @@
 """Continues a text with the trained model, through the same pipeline."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from tpipe_jax.collectives import compile_checked
 from tpipe_jax.config import Config
 from tpipe_jax.mesh import put_rows
 from tpipe_jax.model import Params
@@ -24,14 +24,17 @@ def sample(
     """
     seq_len = config.model.seq_len
     schedule = terapipe(Plan(plan.num_stages, (1,), plan.token_slices[:1]))
-    next_token_logits = make_next_token_logits(config, mesh, schedule)
+    rows = np.zeros((config.mesh.data, seq_len), np.int32)
+    next_token_logits = compile_checked(
+        make_next_token_logits(config, mesh, schedule), mesh, params, put_rows(mesh, rows), np.int32(0)
+    )
     random = np.random.default_rng(config.train.seed)
     tokens = list(prompt)
     for _ in range(num_tokens):
         context = tokens[-seq_len:]
-        rows = np.zeros((config.mesh.data, seq_len), np.int32)
+        rows = np.zeros_like(rows)
         rows[:, : len(context)] = context
-        logits = next_token_logits(params, put_rows(mesh, rows), jnp.int32(len(context) - 1))
+        logits = next_token_logits(params, put_rows(mesh, rows), np.int32(len(context) - 1))
         logits_V = np.asarray(jax.device_get(logits))[0, : config.model.vocab_size]
         # The largest of logits plus Gumbel noise is a draw from their softmax.
         noise = random.gumbel(size=logits_V.shape)

@@ -1,18 +1,26 @@
 """What training changes: parameters, optimiser state and step, and where they lie."""
 
+import math
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jax import Array
-from jax.sharding import Mesh, PartitionSpec
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from tpipe_jax.config import Config
-from tpipe_jax.mesh import layer_counts, param_specs, shardings, to_stages
-from tpipe_jax.model import Params, init
+from tpipe_jax.config import Config, resolved
+from tpipe_jax.mesh import (
+    over_data,
+    padded_vocab_size,
+    param_specs,
+    shardings,
+    stage_layers,
+)
+from tpipe_jax.model import Params, block_keys, init, init_block
 
 
 class TrainState(NamedTuple):
@@ -27,13 +35,13 @@ def abstract_state(
     config: Config, mesh: Mesh, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Shapes, dtypes and shardings of a state, without its arrays."""
+    is_divided = resolved(config).optim.shard_state
     shapes = jax.eval_shape(partial(_new_state, config, mesh, optimizer))
-    num_blocks = max(layer_counts(config.model.num_layers, config.mesh.pipe))
-    specs = param_specs(num_blocks)
+    specs = param_specs(len(shapes.params["blocks"]))
     chex.assert_trees_all_equal_structs(shapes.params, specs)
     opt_specs = optax.tree_map_params(
         optimizer.init,
-        lambda _, spec: spec,
+        lambda moment, spec: over_data(mesh, spec, moment.shape) if is_divided else spec,
         shapes.opt_state,
         specs,
         transform_non_params=lambda _: PartitionSpec(),
@@ -49,12 +57,47 @@ def abstract_state(
 def init_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
     """A fresh state on the mesh; its parameters depend on the seed alone.
 
-    Every device draws the blocks of all stages for a moment and keeps its own.
+    Each device draws the blocks of its own stage only.
     """
     places = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh, optimizer))
     return jax.jit(partial(_new_state, config, mesh, optimizer), out_shardings=places)()
 
 
 def _new_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
-    params = to_stages(init(config.model, jax.random.key(config.train.seed)), mesh)
+    params = _new_params(config, mesh)
     return TrainState(params, optimizer.init(params), jnp.int32(0))
+
+
+def _new_params(config: Config, mesh: Mesh) -> Params:
+    model, key = config.model, jax.random.key(config.train.seed)
+    params, keys = init(model, key), block_keys(model, key)
+    draw = jax.jit(jax.vmap(partial(init_block, model)))
+
+    def blocks(layer_P: np.ndarray) -> Params:
+        stages = NamedSharding(mesh, PartitionSpec("pipe"))
+        keys_P = lax.with_sharding_constraint(keys[np.maximum(layer_P, 0)], stages)
+        is_layer_P = layer_P >= 0
+        return jax.tree.map(
+            lambda a: jnp.where(is_layer_P.reshape(-1, *[1] * (a.ndim - 1)), a, 0), draw(keys_P)
+        )
+
+    table_VD = params["embed"]["tokens"]
+    fill = padded_vocab_size(model, mesh) - len(table_VD)
+    return params | {
+        "embed": params["embed"] | {"tokens": jnp.pad(table_VD, ((0, fill), (0, 0)))},
+        "blocks": [
+            blocks(layer_P) for layer_P in stage_layers(model.num_layers, mesh.shape["pipe"])
+        ],
+    }
+
+
+def state_bytes(state: TrainState) -> tuple[int, int]:
+    """Bytes of parameters and of optimiser state on each device; the state may be abstract."""
+
+    def num_bytes(tree: Any) -> int:
+        return sum(
+            math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+            for a in jax.tree.leaves(tree)
+        )
+
+    return num_bytes(state.params), num_bytes(state.opt_state)

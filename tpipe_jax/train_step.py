@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 
 from tpipe_jax import loss
@@ -100,7 +100,9 @@ def make_loss(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapped:
 
 
 def make_next_token_logits(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapped:
-    """`(params, tokens [B, T], index)` to the logits `[B, V]` of the token after that index."""
+    """`(params, tokens [B, T], index)` to the logits `[B, V]` of the token after that index, on all
+    devices.
+    """
 
     def local(params: Params, tokens_BT: Array, index: Array) -> Array:
         params = _for_compute(config, params)
@@ -108,7 +110,8 @@ def make_next_token_logits(config: Config, mesh: Mesh, schedule: Schedule) -> Wr
         y_BTD = _infer(config, mesh, schedule, params, tokens_BT)
         return loss.logits(head, y_BTD[:, index], config.model.vocab_size)
 
-    return _over_mesh(config, mesh, local, lambda _: PartitionSpec("data", "pipe"), num_scalars=1)
+    mapped = _over_mesh(config, mesh, local, lambda _: PartitionSpec("data", "pipe"), num_scalars=1)
+    return jax.jit(mapped, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def make_stage_work(config: Config, mesh: Mesh, items: Sequence[Item]) -> Wrapped:

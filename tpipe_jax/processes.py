@@ -1,0 +1,272 @@
+"""The processes of a run: how they find each other, agree, and end together.
+
+Built on jax's own distributed runtime. Its coordination service, in process 0, holds a few values
+that all can read; what is said here before devices are known goes through those. A process that
+fails leaves its error there, and all others, which look for one all the time, print it and end:
+whatever they wait for, be it a collective that the failed one will never join.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import signal
+import socket
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax._src import distributed  # the coordination service's values have no public name yet
+from jax.errors import JaxRuntimeError
+from jax.experimental import multihost_utils
+
+import tpipe_jax
+from tpipe_jax.config import UserError, to_dict
+from tpipe_jax.flags import Flags, ProcessFlags
+
+POLL_SECONDS = 0.5  # between two looks for another process's error
+FAREWELL_SECONDS = 5  # in which all processes should have seen an error
+HEARTBEAT_SECONDS = 15  # after which a process that was killed, or whose host is gone, is missed
+FAILURE = "tpipe_jax/failure"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a process ends, as all processes are told."""
+
+    process: int
+    host: str
+    status: int
+    text: str
+    """One sentence, or a traceback."""
+
+
+@contextmanager
+def joined(flags: Flags) -> Iterator[int]:
+    """Joins the other processes of the run, yields their number, and leaves together with them.
+
+    Call it before anything else of jax. What fails within it in one process ends all of them, with
+    the same exit status and the first error printed; a process alone raises it as usual. Raises
+    `UserError` if the processes don't find each other in time.
+    """
+    if not _connect(flags.processes):
+        yield 1
+        return
+    with _ending_together():
+        _agree(flags)
+        yield distributed.global_state.num_processes
+        _client().wait_at_barrier("tpipe_jax/end", 1000 * flags.processes.join_seconds)
+    jax.distributed.shutdown()
+
+
+def from_first(text: str) -> str:
+    """The text that process 0 has, in all processes."""
+    if jax.process_count() == 1:
+        return text
+    own = np.frombuffer(text.encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(own))))
+    own = np.resize(own, length) if len(own) else np.zeros(length, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(own)).astype(np.uint8).tobytes().decode()
+
+
+def host_names() -> list[str]:
+    """The name of each process's host."""
+    own = np.zeros(256, np.uint8)
+    name = socket.gethostname().encode()[: len(own)]
+    own[: len(name)] = np.frombuffer(name, np.uint8)
+    if jax.process_count() == 1:
+        return [name.decode()]
+    names = np.asarray(multihost_utils.process_allgather(own)).astype(np.uint8)
+    return [row.tobytes().rstrip(b"\0").decode() for row in names]
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """What differs between two nested dictionaries of the same names, as text."""
+    found = []
+    for name in {**theirs, **ours}:
+        a, b = ours.get(name), theirs.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += [f"{name}.{text}" for text in differences(a, b)]
+        elif a != b:
+            found.append(f"{name} is {a} there and {b} in process 0")
+    return found
+
+
+def _connect(flags: ProcessFlags) -> bool:
+    """Whether there are other processes; returns when all have come."""
+    with _giving_up(flags):
+        try:
+            jax.distributed.initialize(
+                flags.coordinator,
+                flags.num_processes,
+                flags.process_id,
+                flags.local_device_ids,
+                cluster_detection_method="deactivate" if flags.coordinator else None,
+                # jax aborts the process when its time is up: ours is up before.
+                initialization_timeout=2 * flags.join_seconds + 60,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+        except ValueError as error:
+            if flags.coordinator is None and "coordinator_address" in str(error):
+                return False  # no scheduler has started this process with others
+            raise
+        except RuntimeError as error:
+            raise UserError(
+                f"cannot listen at --coordinator={flags.coordinator} ({error}): choose another "
+                "port there, which no other program uses."
+            ) from error
+    return True
+
+
+@contextmanager
+def _giving_up(flags: ProcessFlags) -> Iterator[None]:
+    """Ends this process with a sentence on why, if what it waits for takes too long.
+
+    jax waits in C++, where Python handles no signals, and aborts when its own time is up: so a timer
+    has to end it, and Ctrl-C is left to the system.
+    """
+
+    def give_up() -> None:
+        state = distributed.global_state
+        address = state.coordinator_address or flags.coordinator or "the scheduler's address"
+        count = state.num_processes if flags.num_processes is None else flags.num_processes
+        if state.process_id == 0 or _answers(address):
+            text = (
+                f"waited {flags.join_seconds} s at {address} for {count} processes, but fewer have "
+                "come: start the others, announce as many with --num-processes as there are, or "
+                "wait longer with --join-seconds."
+            )
+        else:
+            text = (
+                f"waited {flags.join_seconds} s for process 0, but nothing answers at the "
+                f"coordinator's address {address}: start process 0 there, see that the address "
+                "can be reached from this host, or wait longer with --join-seconds."
+            )
+        _leave(2, f"error: {text}")
+
+    timer = threading.Timer(flags.join_seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        timer.cancel()
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), 3).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _agree(flags: Flags) -> None:
+    """Raises `UserError` if this process was started otherwise than process 0."""
+    ours = json.loads(json.dumps(_facts(flags)))
+    key, client = "tpipe_jax/facts", _client()
+    if distributed.global_state.process_id == 0:
+        client.key_value_set(key, json.dumps(ours))
+    theirs = json.loads(client.blocking_key_value_get(key, 1000 * flags.processes.join_seconds))
+    if found := differences(ours, theirs):
+        raise UserError(
+            f"process {distributed.global_state.process_id} on {socket.gethostname()} was started "
+            f"otherwise than process 0 ({'; '.join(found)}): start all processes with the same "
+            "settings and the same versions."
+        )
+
+
+def _facts(flags: Flags) -> dict[str, Any]:
+    """What must be the same in all processes."""
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        code.update(path.read_bytes())
+    return {
+        "config": to_dict(flags.config),
+        "workdir": str(flags.workdir),
+        "tpipe_jax": f"{tpipe_jax.__version__} ({code.hexdigest()[:12]})",
+        "jax": jax.__version__,
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+    }
+
+
+@contextmanager
+def _ending_together() -> Iterator[None]:
+    """Ends all processes when one fails in here."""
+    left, lock = threading.Event(), threading.Lock()
+
+    def end(failure: Failure) -> NoReturn:
+        with lock:  # which the thread that comes first keeps
+            _end(failure)
+
+    def watch() -> None:
+        while not left.wait(POLL_SECONDS):
+            failure = _failure()
+            if failure and failure.process != distributed.global_state.process_id:
+                end(failure)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    except BaseException as error:  # Ctrl-C too
+        end(_publish(error))
+    left.set()
+    watcher.join()
+
+
+def _publish(error: BaseException) -> Failure:
+    """Tells the others; returns the failure that came first, of this process or of another."""
+    if isinstance(error, UserError):
+        status, text = 2, f"error: {error}"
+    elif isinstance(error, KeyboardInterrupt):
+        status, text = 130, "stopped"
+    else:
+        status, text = 1, "".join(traceback.format_exception(error)).rstrip()
+    own = Failure(distributed.global_state.process_id, socket.gethostname(), status, text)
+    try:
+        _client().key_value_set(FAILURE, json.dumps(vars(own)))
+    except JaxRuntimeError:  # there is one already, or process 0 is gone
+        return _failure() or own
+    return own
+
+
+def _failure() -> Failure | None:
+    """The failure that has been published, if there is one."""
+    try:
+        return Failure(**json.loads(_client().key_value_try_get(FAILURE)))
+    except JaxRuntimeError:
+        return None
+
+
+def _end(failure: Failure) -> NoReturn:
+    """Prints the failure in its own process and in process 0, and ends this one."""
+    own, text = distributed.global_state.process_id, failure.text
+    if failure.process != own:
+        text = f"process {failure.process} on {failure.host}: {text}" if own == 0 else ""
+    with suppress(JaxRuntimeError):  # process 0 may not go before all have heard of it
+        _client().wait_at_barrier("tpipe_jax/farewell", 1000 * FAREWELL_SECONDS)
+    _leave(failure.status, text)
+
+
+def _leave(status: int, text: str) -> NoReturn:
+    """Ends this process at once: its threads and collectives may never come to an end."""
+    sys.stdout.flush()
+    if text:
+        print(text, file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _client() -> Any:
+    return distributed.global_state.client
