@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -9,6 +10,9 @@ from rich.table import Table
 
 from tpipe_jax.plan import Plan
 from tpipe_jax.planner import Alternative, Planning, predicted_timeline
+
+if TYPE_CHECKING:
+    from tpipe_jax.mesh import HostPart
 
 
 class Console:
@@ -26,6 +30,16 @@ class Console:
         table = Table(show_header=False, box=None, pad_edge=False)
         for name, text in facts.items():
             table.add_row(name, text)
+        self._rich.print(table)
+
+    def show_hosts(self, parts: Sequence["HostPart"]) -> None:
+        """A line for each host: what it has of the mesh."""
+        table = Table(title="hosts", title_justify="left", box=None, pad_edge=False)
+        for name in ("host", "processes", "devices", "stages", "data shards"):
+            table.add_column(name)
+        for part in parts:
+            numbers = (_ranges(own) for own in (part.stages, part.data_shards))
+            table.add_row(part.host, _ranges(part.processes), str(part.num_devices), *numbers)
         self._rich.print(table)
 
     def show_plan(self, plan: Plan, stage_factors: Sequence[float]) -> None:
@@ -143,6 +157,14 @@ class Console:
 def milliseconds(seconds: float) -> str:
     """A time as text, with as many digits as mean something."""
     return f"{seconds * 1e3:.0f} ms" if seconds >= 0.1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as text, as 0-3, 5."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    stops = [n for n in numbers if n + 1 not in numbers]
+    pairs = zip(starts, stops, strict=True)
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in pairs)
 
 
 def _count(number: int, what: str) -> str:

@@ -3,7 +3,6 @@
 import importlib.util
 import math
 import os
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -169,8 +168,12 @@ def _check_processes(flags: ProcessFlags) -> None:
                 "or none where a scheduler starts the processes."
             )
         return
-    if not re.fullmatch(r".+:\d{1,5}", flags.coordinator):
-        raise UserError(f"--coordinator={flags.coordinator} is not of the form HOST:PORT.")
+    host, _, port = flags.coordinator.rpartition(":")
+    if not (host and port.isdecimal() and int(port) < 2**16):
+        raise UserError(
+            f"--coordinator={flags.coordinator} is not of the form HOST:PORT, with a port below "
+            "65536."
+        )
     if not 0 <= flags.process_id < flags.num_processes:
         raise UserError(
             f"--process-id={flags.process_id} must be at least 0 and below "

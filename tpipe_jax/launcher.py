@@ -99,11 +99,11 @@ def _supervise(children: Sequence[subprocess.Popen[str]]) -> int | None:
     """Waits for all processes; returns which failed first, if one did."""
     first, deadline = None, math.inf
     while True:
-        is_over = all(child.poll() is not None for child in children)
-        failed = [i for i, child in enumerate(children) if child.returncode]
-        if first is None and failed:
-            first, deadline = failed[0], time.monotonic() + GRACE_SECONDS
-        if is_over:
+        codes = [child.poll() for child in children]
+        if first is None and any(codes):
+            first = next(i for i, code in enumerate(codes) if code)
+            deadline = time.monotonic() + GRACE_SECONDS
+        if None not in codes:
             return first
         if time.monotonic() > deadline:
             for child in children:
@@ -142,6 +142,9 @@ def _passing_signals_to(children: Sequence[subprocess.Popen[str]]) -> Iterator[N
 
 def _relay(prefix: str, source: IO[str] | None, target: IO[str]) -> None:
     assert source is not None
-    for line in source:
-        target.write(prefix + line.rstrip("\n") + "\n")  # in one piece, so that lines don't mix
-        target.flush()
+    with source:
+        for line in source:
+            if line.startswith("[Gloo] "):  # which tells of every group of processes it connects
+                continue
+            target.write(prefix + line.rstrip("\n") + "\n")  # in one piece, so lines don't mix
+            target.flush()

@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from tpipe_jax.attention import MASKED
 from tpipe_jax.model import Params, final_norm
-from tpipe_jax.pipeline import sum_over, varying
+from tpipe_jax.pipeline import pmax, psum, sum_over, varying
 
 IGNORE = -1  # a target that does not count
 CHUNK = 1024  # tokens whose logits are in memory at a time
@@ -78,7 +78,7 @@ def cross_entropy_and_grads(
     no_gradients = varying(jax.tree.map(partial(jnp.zeros_like, dtype=jnp.float32), head))
     start = varying(jnp.float32(0), ("data",)), no_gradients
     (total, d_head), d_y = lax.scan(chunk, start, _chunks(y_BTD, targets_BT))
-    d_norm = lax.psum(d_head.norm, "pipe")
+    d_norm = psum(d_head.norm, "pipe")
     d_y = sum_over("pipe", d_y)
     d_y_BTD = d_y.reshape(-1, y_BTD.shape[-1])[: targets_BT.size].reshape(y_BTD.shape)
     return total, Head(d_norm, d_head.table_VD), d_y_BTD
@@ -97,8 +97,8 @@ def logits(head: Head, y_LD: Array, vocab_size: int) -> Array:
 
 def _chunk_loss(head: Head, y_LD: Array, targets_L: Array, vocab_size: int) -> Array:
     logits_LV = logits(head, y_LD, vocab_size)
-    top_L = lax.pmax(lax.stop_gradient(logits_LV).max(-1), "pipe")
-    total_L = lax.psum(jnp.exp(logits_LV - top_L[:, None]).sum(-1), "pipe")
+    top_L = pmax(lax.stop_gradient(logits_LV).max(-1), "pipe")
+    total_L = psum(jnp.exp(logits_LV - top_L[:, None]).sum(-1), "pipe")
     num_rows = logits_LV.shape[-1]
     target_L = _own_rows(
         targets_L, num_rows, lambda rows: jnp.take_along_axis(logits_LV, rows[:, None], -1)[:, 0]

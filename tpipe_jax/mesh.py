@@ -205,7 +205,8 @@ def put_read_rows(
     """As `put_rows`, but each process reads the rows of its own data shards only, once."""
     parts: dict[tuple[int, int, int], np.ndarray] = {}
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
         wanted = index[0].indices(shape[0])
         if wanted not in parts:
             parts[wanted] = read(slice(*wanted))

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import AbstractMesh, Mesh
 
 from tpipe_jax.inplace import Position, read, run_if, write
 from tpipe_jax.schedule import IDLE, Item
@@ -40,12 +41,32 @@ def varying(tree: State, axes: Sequence[str] = ("data", "pipe")) -> State:
     return jax.tree.map(cast, tree)
 
 
+def needs_sums(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether to sum over 'data' and 'pipe'.
+
+    XLA (jax 0.10) refuses such a sum where none of them has several devices and 'model' has. The
+    type system, which asks for sums where values may differ, is switched off there.
+    """
+    sizes = mesh.shape
+    return sizes["data"] * sizes["pipe"] > 1 or sizes["model"] == 1
+
+
+def psum(tree: State, axes: str | tuple[str, ...]) -> State:
+    """The sum over axes of the mesh."""
+    return lax.psum(tree, axes) if needs_sums(jax.sharding.get_abstract_mesh()) else tree
+
+
+def pmax(value: Array, axis: str) -> Array:
+    """The largest along an axis of the mesh."""
+    return lax.pmax(value, axis) if needs_sums(jax.sharding.get_abstract_mesh()) else value
+
+
 def sum_over(axis: str, value: Array) -> Array:
     """The sum over an axis of the mesh, taken in float32 and returned in the dtype of `value`.
 
     XLA for CPUs, as of jax 0.10, aborts on an all-reduce of bfloat16 over a manual axis.
     """
-    return lax.psum(value.astype(jnp.float32), axis).astype(value.dtype)
+    return psum(value.astype(jnp.float32), axis).astype(value.dtype)
 
 
 def sweep(

@@ -182,13 +182,15 @@ def uniform(total: int, num: int) -> tuple[int, ...]:
 
 
 def read_plan(content: Any) -> Plan:
-    """The inverse of `Plan.to_dict`.
-
-    Raises KeyError, TypeError or ValueError, which say what is wrong, for what is none.
-    """
-    num_stages = content["num_stages"]
-    batch_slices = tuple(content["batch_slices"])
-    token_slices = tuple(tuple(slices) for slices in content["token_slices"])
+    """The inverse of `Plan.to_dict`. Raises ValueError, which says why, for what is no plan."""
+    try:
+        num_stages = content["num_stages"]
+        batch_slices = tuple(content["batch_slices"])
+        token_slices = tuple(tuple(slices) for slices in content["token_slices"])
+    except KeyError as error:
+        raise ValueError(f"it has no {error.args[0]}") from error
+    except TypeError as error:
+        raise ValueError(f"it does not hold what a plan does ({error})") from error
     counts = [num_stages, *batch_slices, *(n for slices in token_slices for n in slices)]
     if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in counts):
         raise ValueError("a size in it is not a positive whole number")
@@ -203,16 +205,14 @@ def load_plan(path: Path, request: PlanRequest) -> Plan:
     """Reads `plan.json`. Raises `UserError` if it is none, or is not of what is requested."""
     try:
         plan = read_plan(json.loads(path.read_text()))
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        what = {
-            OSError: "it cannot be read ({})",
-            KeyError: "it has no {}",
-        }
+    except (OSError, ValueError) as error:
+        is_file = isinstance(error, OSError)
+        what = f"it cannot be read ({error.strerror})" if is_file else str(error)
         raise UserError(
             f"config.plan.file={path} is no plan: {what}. Make one with launch/plan.py, or set "
             "config.plan.token_slices."
         ) from error
-    lengths = {sum(slices) for slices in token_slices}
+    lengths = {sum(slices) for slices in plan.token_slices}
     for what, planned, setting, wanted in (
         ("sequences of", lengths, "config.model.seq_len", request.seq_len),
         (
@@ -221,7 +221,7 @@ def load_plan(path: Path, request: PlanRequest) -> Plan:
             "config.train.batch_size / config.mesh.data",
             request.batch_size,
         ),
-        ("a number of stages of", {num_stages}, "config.mesh.pipe", request.num_stages),
+        ("a number of stages of", {plan.num_stages}, "config.mesh.pipe", request.num_stages),
     ):
         if planned != {wanted}:
             raise UserError(
@@ -231,7 +231,7 @@ def load_plan(path: Path, request: PlanRequest) -> Plan:
     return plan
 
 
-def _read_prediction(content: dict[str, Any], wrong: Any) -> Prediction | None:
+def _read_prediction(content: dict[str, Any]) -> Prediction | None:
     if "predicted_step_seconds" not in content:
         return None
     try:
@@ -255,12 +255,12 @@ def _read_prediction(content: dict[str, Any], wrong: Any) -> Prediction | None:
             lower_bound_seconds=_seconds(content["lower_bound_seconds"]),
         )
     except KeyError as error:
-        raise wrong(f"it has no {error.args[0]}") from error
+        raise ValueError(f"it has no {error.args[0]}") from error
     except (TypeError, ValueError) as error:
-        raise wrong(f"its predicted times are no times ({error})") from error
+        raise ValueError(f"its predicted times are no times ({error})") from error
     for times in (forward, backward, transfer):
         if list(map(len, times)) != list(map(len, slices)):
-            raise wrong("its predicted times are not of its slices")
+            raise ValueError("its predicted times are not of its slices")
     return prediction
 
 

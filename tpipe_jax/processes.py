@@ -101,6 +101,8 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 def _connect(flags: ProcessFlags) -> bool:
     """Whether there are other processes; returns when all have come."""
+    if flags.coordinator and flags.process_id == 0:
+        _check_listening(flags.coordinator)  # jax may crash where it cannot
     with _giving_up(flags):
         try:
             jax.distributed.initialize(
@@ -112,16 +114,12 @@ def _connect(flags: ProcessFlags) -> bool:
                 # jax aborts the process when its time is up: ours is up before.
                 initialization_timeout=2 * flags.join_seconds + 60,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                coordinator_bind_address=flags.coordinator,  # else it listens at all addresses
             )
         except ValueError as error:
             if flags.coordinator is None and "coordinator_address" in str(error):
                 return False  # no scheduler has started this process with others
             raise
-        except RuntimeError as error:
-            raise UserError(
-                f"cannot listen at --coordinator={flags.coordinator} ({error}): choose another "
-                "port there, which no other program uses."
-            ) from error
     return True
 
 
@@ -129,8 +127,8 @@ def _connect(flags: ProcessFlags) -> bool:
 def _giving_up(flags: ProcessFlags) -> Iterator[None]:
     """Ends this process with a sentence on why, if what it waits for takes too long.
 
-    jax waits in C++, where Python handles no signals, and aborts when its own time is up: so a timer
-    has to end it, and Ctrl-C is left to the system.
+    jax waits in C++, where Python handles no signals, and aborts when its own time is up. So a
+    timer has to end it, and Ctrl-C is left to the system.
     """
 
     def give_up() -> None:
@@ -162,13 +160,32 @@ def _giving_up(flags: ProcessFlags) -> Iterator[None]:
         timer.cancel()
 
 
-def _answers(address: str) -> bool:
-    host, _, port = address.rpartition(":")
+def _check_listening(address: str) -> None:
+    """Raises `UserError` if no program can listen at the address."""
+    host, port = _host_and_port(address)
     try:
-        socket.create_connection((host.strip("[]"), int(port)), 3).close()
+        family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+    except OSError as error:
+        raise UserError(
+            f"process 0 cannot listen at --coordinator={address} ({error.strerror}): give an "
+            "address of its host, and a port that no other program uses."
+        ) from error
+
+
+def _answers(address: str) -> bool:
+    try:
+        socket.create_connection(_host_and_port(address), 3).close()
     except (OSError, ValueError):
         return False
     return True
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
 
 
 def _agree(flags: Flags) -> None:

@@ -26,7 +26,11 @@ def sample(
     schedule = terapipe(Plan(plan.num_stages, (1,), plan.token_slices[:1]))
     rows = np.zeros((config.mesh.data, seq_len), np.int32)
     next_token_logits = compile_checked(
-        make_next_token_logits(config, mesh, schedule), mesh, params, put_rows(mesh, rows), np.int32(0)
+        make_next_token_logits(config, mesh, schedule),
+        mesh,
+        params,
+        put_rows(mesh, rows),
+        np.int32(0),
     )
     random = np.random.default_rng(config.train.seed)
     tokens = list(prompt)

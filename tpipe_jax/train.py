@@ -1,9 +1,10 @@
 """The training loop: everything that a run does, in the order in which it does it."""
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,21 +13,31 @@ import jax
 import numpy as np
 import optax
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from tpipe_jax.autoplan import plan_slices, stage_factors
+from tpipe_jax.autoplan import as_first, plan_slices, stage_factors
 from tpipe_jax.checkpoint import Checkpoints
+from tpipe_jax.collectives import compile_checked
 from tpipe_jax.config import Config, resolved, to_dict
 from tpipe_jax.console import Console
 from tpipe_jax.data import Batches, open_data
-from tpipe_jax.mesh import check_model, layer_counts, make_mesh, put_rows
+from tpipe_jax.mesh import (
+    check_model,
+    host_parts,
+    layer_counts,
+    make_mesh,
+    operators_span_hosts,
+    put_read_rows,
+)
 from tpipe_jax.metrics import Metrics
 from tpipe_jax.model import Params, num_params
 from tpipe_jax.optim import learning_rate, make_optimizer
 from tpipe_jax.plan import Plan, PlanRequest, read_settings
+from tpipe_jax.processes import host_names
 from tpipe_jax.sample import sample
 from tpipe_jax.schedule import Schedule, terapipe
-from tpipe_jax.train_state import TrainState, abstract_state, init_state
+from tpipe_jax.train_state import TrainState, abstract_state, init_state, state_bytes
 from tpipe_jax.train_step import make_loss, make_train_step
 from tpipe_jax.workdir import changed_settings, describe_in_files
 
@@ -70,8 +81,10 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
     """
     config = resolved(config)
     run = prepare(config, devices)
+    is_first = jax.process_index() == 0  # which alone writes, but for checkpoints
     console.show_facts(_facts(run))
-    for change in changed_settings(config, workdir):
+    _show_hosts(run.mesh, console)
+    for change in changed_settings(config, workdir) if is_first else ():
         console.say(f"changed since the last start: {change}")
 
     identity = {
@@ -94,15 +107,18 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
             console.show_planning(planning, stage_factors(config))
             plan = planning.plan
         else:
+            plan = as_first(plan)
             console.show_plan(plan, stage_factors(config))
         with interruptions(console) as interrupted:
             state = None
             if first_step:
                 state = checkpoints.restore(abstract_state(config, run.mesh, run.optimizer))
                 console.say(f"continuing after step {first_step}")
-            describe_in_files(config, workdir, plan, stage_factors(config))
+            if is_first:
+                describe_in_files(config, workdir, plan, stage_factors(config))
             state = state or init_state(config, run.mesh, run.optimizer)
-            with closing(Metrics(workdir, first_step)) as metrics:
+            metrics = Metrics(workdir, first_step) if is_first else None
+            with closing(metrics) if metrics else nullcontext():
                 log = StepLog(config, plan, metrics, console)
                 step, state = _loop(
                     run, terapipe(plan), state, first_step, checkpoints, log, console, interrupted
@@ -122,17 +138,30 @@ def _facts(run: Run) -> dict[str, str]:
     config, model, mesh = run.config, run.config.model, run.config.mesh
     counts = layer_counts(model.num_layers, mesh.pipe)
     per_stage = f"{min(counts)}" + f"-{max(counts)}" * (min(counts) < max(counts))
+    params_bytes, opt_bytes = state_bytes(abstract_state(config, run.mesh, run.optimizer))
     return {
         "model": f"{num_params(model):,} parameters: {model.num_layers} layers, width "
         f"{model.d_model}, {model.num_heads} heads, vocabulary {model.vocab_size}, "
         f"{config.precision.compute}",
         "mesh": f"data {mesh.data} x pipe {mesh.pipe} x model {mesh.model} = {mesh.num_devices} "
         f"devices ({run.mesh.devices.flat[0].device_kind}), {per_stage} layers a stage",
+        "memory": f"{_megabytes(params_bytes)} of parameters and {_megabytes(opt_bytes)} of "
+        "optimiser state a device",
         "data": f"{run.train_data.num_tokens:,} tokens to train on, "
         f"{run.held_out.num_tokens:,} held out",
         "step": f"{config.train.batch_size} sequences of {model.seq_len} tokens, "
         f"{run.plan.batch_size} a data shard",
     }
+
+
+def _show_hosts(mesh: Mesh, console: Console) -> None:
+    hosts = host_names()
+    console.show_hosts(host_parts(mesh, hosts))
+    if operators_span_hosts(mesh, hosts):
+        console.say(
+            "Some operators are shared by devices of several hosts, which may be slow: let "
+            "config.mesh.model divide the devices of a host, and config.mesh.order end in model."
+        )
 
 
 def _loop(
@@ -143,26 +172,27 @@ def _loop(
     checkpoints: Checkpoints,
     log: "StepLog",
     console: Console,
-    interrupted: Callable[[], bool],
+    interrupted: Callable[[int], bool],
 ) -> tuple[int, TrainState]:
     """Compiles and runs the steps; returns how many are done, and saved, and the state."""
     config, num_steps = run.config, run.config.train.num_steps
-
-    def rows_of(step: int) -> Array:
-        return put_rows(run.mesh, run.train_data.batch(step - 1))
+    rows_of = partial(_put_batch, run, run.train_data)
 
     start = time.monotonic()
     train_step = make_train_step(config, run.mesh, schedule, run.optimizer)
-    train_step = train_step.lower(state, rows_of(1)).compile()
+    train_step = compile_checked(train_step, run.mesh, state, rows_of(0))
+    loss = compile_checked(
+        make_loss(config, run.mesh, schedule), run.mesh, state.params, rows_of(0)
+    )
     console.say(f"compiled in {time.monotonic() - start:.0f} s")
-    evaluate = partial(_evaluate, run, make_loss(config, run.mesh, schedule))
+    evaluate = partial(_evaluate, run, loss)
 
     step = first_step
     with console.progress(first_step, num_steps):
         log.start()
-        while step < num_steps and not interrupted():
-            step += 1
+        while step < num_steps and not interrupted(step):
             state, values = train_step(state, rows_of(step))
+            step += 1
             log.finish()  # the step before, which this one follows without a pause
             log.begin(step, values)
             if step % config.train.eval_every == 0 or step == num_steps:
@@ -183,7 +213,9 @@ class StepLog:
     what a checkpoint takes from them. After some steps it tells what the plan predicted for them.
     """
 
-    def __init__(self, config: Config, plan: Plan, metrics: Metrics, console: Console) -> None:
+    def __init__(
+        self, config: Config, plan: Plan, metrics: Metrics | None, console: Console
+    ) -> None:
         self._train, self._metrics, self._console = config.train, metrics, console
         self._prediction, self._compared = plan.prediction, (0, 0.0)
         self._is_warming_up = True
@@ -217,7 +249,8 @@ class StepLog:
         }
         if evaluate:
             line["eval_loss"] = evaluate()
-        self._metrics.write(step, line)
+        if self._metrics:
+            self._metrics.write(step, line)
         self._console.show_progress(step, line)
         self._compare(step, step_seconds)
         self.start()
@@ -239,27 +272,49 @@ class StepLog:
 
 
 @contextmanager
-def interruptions(console: Console) -> Iterator[Callable[[], bool]]:
-    """Yields whether Ctrl-C or SIGTERM has come; a second one stops without saving."""
+def interruptions(console: Console) -> Iterator[Callable[[int], bool]]:
+    """Yields whether Ctrl-C or SIGTERM has come to any process, as a function of the step; a second
+    Ctrl-C stops without saving.
+
+    With several processes it is True at one and the same step in all of them, some steps later.
+    """
     received: list[int] = []
+    is_alone = jax.process_count() == 1
 
     def receive(number: int, _: object) -> None:
         if received:
             raise KeyboardInterrupt
         received.append(number)
         console.say("Finishing the step and saving; once more stops without saving.")
+        if not is_alone:
+            os.kill(os.getpid(), signal.SIGTERM)  # which jax tells the other processes of
 
-    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    # With several processes SIGTERM is jax's.
+    numbers = (signal.SIGINT, signal.SIGTERM) if is_alone else (signal.SIGINT,)
+    before = {number: signal.signal(number, receive) for number in numbers}
     try:
-        yield lambda: bool(received)
+        if is_alone:
+            yield lambda step: bool(received)
+        else:
+            yield multihost_utils.reached_preemption_sync_point
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
+def _put_batch(run: Run, batches: Batches, index: int) -> Array:
+    """Puts a batch on the mesh, of which each process reads what its data shards need."""
+    shape = run.config.train.batch_size, run.config.model.seq_len + 1
+    return put_read_rows(run.mesh, partial(batches.batch, index), shape, np.int32)
+
+
 def _evaluate(run: Run, loss: Callable[[Params, Array], Array], params: Params) -> float:
-    batches = (run.held_out.batch(i) for i in range(run.config.train.eval_batches))
-    return float(np.mean([float(loss(params, put_rows(run.mesh, rows))) for rows in batches]))
+    batches = (_put_batch(run, run.held_out, i) for i in range(run.config.train.eval_batches))
+    return float(np.mean([float(loss(params, rows)) for rows in batches]))
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"
 
 
 def _as_text(config: Config, tokens: np.ndarray) -> str:

@@ -15,7 +15,7 @@ from tpipe_jax import loss
 from tpipe_jax.config import Config
 from tpipe_jax.mesh import layer_counts, manual_part, param_specs
 from tpipe_jax.model import Params, block_functions
-from tpipe_jax.pipeline import sum_over, sweep, varying
+from tpipe_jax.pipeline import needs_sums, psum, sum_over, sweep, varying
 from tpipe_jax.schedule import Item, Schedule
 from tpipe_jax.stage import Gradients, Saved, Stage, empty_caches, empty_saved
 from tpipe_jax.train_state import TrainState, abstract_state
@@ -78,7 +78,7 @@ def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapp
             "norm": d_head.norm,
         }
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
-        total, grads = lax.psum((total, grads), "data")
+        total, grads = psum((total, grads), "data")
         count = _count(targets_BT)
         return total / count, jax.tree.map(lambda g: g / count, grads)
 
@@ -94,7 +94,7 @@ def make_loss(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapped:
         head = _make_head(config, params)
         y_BTD = _infer(config, mesh, schedule, params, tokens_BT)
         total = loss.cross_entropy(head, y_BTD, targets_BT, config.model.vocab_size)
-        return lax.psum(total, "data") / _count(targets_BT)
+        return psum(total, "data") / _count(targets_BT)
 
     return _over_mesh(config, mesh, local, lambda _: PartitionSpec())
 
@@ -137,7 +137,7 @@ def make_stage_work(config: Config, mesh: Mesh, items: Sequence[Item]) -> Wrappe
         total = sum(
             a.astype(jnp.float32).sum() for a in jax.tree.leaves((y_BTD, d_x_BTD, gradients))
         )
-        return lax.psum(total, ("data", "pipe"))
+        return psum(total, ("data", "pipe"))
 
     return _over_mesh(config, mesh, local, lambda _: PartitionSpec(), num_scalars=2)
 
@@ -148,7 +148,7 @@ def make_transfer(config: Config, mesh: Mesh, item: Item) -> Wrapped:
     def local(params: Params, x_BTD: Array, table: Array) -> Array:
         x_BTD = x_BTD.astype(config.precision.compute)
         y_BTD, _ = sweep(table, [item], lambda x_BLD, at, state: (x_BLD, state), x_BTD, ())
-        return lax.psum(y_BTD.astype(jnp.float32).sum(), ("data", "pipe"))
+        return psum(y_BTD.astype(jnp.float32).sum(), ("data", "pipe"))
 
     return _over_mesh(config, mesh, local, lambda _: PartitionSpec(), num_scalars=1)
 
@@ -194,7 +194,12 @@ def _over_mesh(
     specs = manual_part(param_specs(_layers_per_stage(config, mesh)))
     in_specs = specs, PartitionSpec("data"), *(PartitionSpec(),) * num_scalars
     mapped = jax.shard_map(
-        local, mesh=mesh, axis_names={"data", "pipe"}, in_specs=in_specs, out_specs=out_specs(specs)
+        local,
+        mesh=mesh,
+        axis_names={"data", "pipe"},
+        in_specs=in_specs,
+        out_specs=out_specs(specs),
+        check_vma=needs_sums(mesh),
     )
     return jax.jit(mapped)
 
@@ -231,7 +236,7 @@ def _from_stage(stage: int, value: Array) -> Array:
 
 
 def _count(targets_BT: Array) -> Array:
-    return lax.psum((targets_BT != loss.IGNORE).sum(), "data")
+    return psum((targets_BT != loss.IGNORE).sum(), "data")
 
 
 def _empty_saved(config: Config, mesh: Mesh) -> list[Saved]:

@@ -1,0 +1,119 @@
+"""Programs of several processes for tests: what they run, and how they are started."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from tpipe_jax import processes
+from tpipe_jax.config import UserError
+from tpipe_jax.flags import exit_status, parse
+from tpipe_jax.launcher import launch
+from tpipe_jax.mesh import make_mesh, put_read_rows, put_rows
+
+ROOT = Path(__file__).parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(*args: str, program: str = __file__, prefix: Sequence[str] = ()) -> subprocess.Popen[str]:
+    """Starts a program, by default this file, whose first argument says what it does."""
+    return subprocess.Popen(
+        [*prefix, sys.executable, program, *args],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_all(num: int, *args: str, each: Sequence[Sequence[str]] = ()) -> list[subprocess.Popen]:
+    """Starts this file `num` times by hand; `each` has further arguments of single processes."""
+    where = f"--coordinator=127.0.0.1:{free_port()}"
+    return [
+        start(*args, where, f"--num-processes={num}", f"--process-id={i}", *(each or [[]] * num)[i])
+        for i in range(num)
+    ]
+
+
+def results(children: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
+    """Exit status, output and errors of each, once all have ended."""
+    try:
+        texts = [child.communicate(timeout=120) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    return [(child.returncode, *text) for child, text in zip(children, texts, strict=True)]
+
+
+def exchange(mesh: jax.sharding.Mesh) -> None:
+    """Prints what this process has seen of the others, as JSON."""
+    index = jax.process_index()
+    tokens = np.arange(12, dtype=np.int32).reshape(4, 3)
+    asked: list[list[int]] = []
+
+    def read(rows: slice) -> np.ndarray:
+        asked.append(list(range(rows.start, rows.stop)))
+        return tokens[rows]
+
+    placed = put_read_rows(mesh, read, tokens.shape, tokens.dtype)
+    total = jax.jit(lambda a, b: (a * (1 + b)).sum())(placed, put_rows(mesh, tokens))
+    print(
+        json.dumps(
+            {
+                "text": processes.from_first(f"von {index}: äöü" * (1 + index)),
+                "nothing": processes.from_first("" if index == 0 else "something"),
+                "hosts": processes.host_names(),
+                "asked": asked,
+                "total": int(total),
+            }
+        ),
+        flush=True,
+    )
+
+
+def work(what: str, config: Any, devices: Sequence[jax.Device]) -> None:
+    index, last = jax.process_index(), jax.process_count() - 1
+    mesh = make_mesh(config.mesh, devices)
+    if what == "exchange":
+        exchange(mesh)
+    if index == last:
+        if what == "raise":
+            raise ZeroDivisionError("in the last process")
+        if what == "user error":
+            raise UserError("this cannot be mended.")
+        if what == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+    if what == "raise in the first" and index == 0:
+        raise ZeroDivisionError("in the first process")
+    if what == "late":  # after the others have nothing more to do
+        time.sleep(2 * processes.POLL_SECONDS if index == last else 0)
+        if index == last:
+            raise ZeroDivisionError("in the last process")
+        return
+    multihost_utils.sync_global_devices("the others wait here")
+
+
+def main() -> int:
+    what, *args = sys.argv[1:]
+    flags = parse(args, program="several.py")
+    return launch(flags, lambda config, _, devices, __: work(what, config, devices))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

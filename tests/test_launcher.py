@@ -1,0 +1,124 @@
+"""Processes of one machine, with a program that needs no jax."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import several
+from tpipe_jax import launcher
+from tpipe_jax.config import Config, MeshConfig, UserError
+from tpipe_jax.flags import Flags, ProcessFlags, without_option
+from tpipe_jax.launcher import start_local
+
+PROGRAM = """
+import os, signal, sys, time
+arguments = dict(word.split("=") for word in sys.argv[1:] if "=" in word)
+index, what = int(arguments["--process-id"]), arguments.get("what")
+if what == "interrupt":
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(f"saved {index}"))
+    print("ready", flush=True)
+    time.sleep(100)
+if index == 1 and what == "fail":
+    sys.exit(7)
+if index == 1 and what == "kill":
+    os.kill(os.getpid(), signal.SIGKILL)
+if what in ("fail", "kill"):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    time.sleep(100)
+print("out", *sys.argv[1:], sorted(os.sched_getaffinity(0)))
+print("[Gloo] Rank 0 is connected")
+print("err", file=sys.stderr)
+print("no end of line", end="")
+"""
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> str:
+    path = tmp_path / "program.py"
+    path.write_text(PROGRAM)
+    return str(path)
+
+
+def flags(num_processes: int, num_devices: int = 4) -> Flags:
+    config = Config(mesh=MeshConfig(pipe=num_devices))
+    return Flags(config, Path("w"), ProcessFlags(local_processes=num_processes))
+
+
+def test_output_is_relayed_and_devices_and_cores_are_shared_out(
+    program: str, capsys: pytest.CaptureFixture[str]
+):
+    before = os.sched_getaffinity(0)
+    assert start_local([program, "--local-processes=2", "--x=1"], flags(2)) == 0
+    assert os.sched_getaffinity(0) == before
+    out, err = capsys.readouterr()
+    assert sorted(err.splitlines()) == ["[0] err", "[1] err"]
+    lines = [line for line in sorted(out.splitlines()) if " out " in line]
+    assert sorted(set(out.splitlines()) - set(lines)) == [
+        "[0] no end of line",
+        "[1] no end of line",
+    ]
+    assert len(lines) == 2
+    cores = []
+    for i, line in enumerate(lines):
+        words, _, own = line.removeprefix("[").rpartition(" [")
+        assert words.startswith(f"{i}] out --x=1 --coordinator=127.0.0.1:")
+        ids = f"{2 * i} {2 * i + 1}"
+        assert words.endswith(f"--num-processes=2 --process-id={i} --local-device-ids {ids}")
+        cores += [int(core) for core in own.rstrip("]").split(",")]
+    if len(before) % 2 == 0:
+        assert sorted(cores) == sorted(before)
+
+
+@pytest.mark.parametrize(
+    ("what", "status", "message"),
+    [("fail", 7, ""), ("kill", 137, "process 1 was ended by SIGKILL\n")],
+)
+def test_the_first_failure_ends_all_and_is_the_status(
+    program: str,
+    what: str,
+    status: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """The others would run for 100 s, and don't listen to SIGTERM."""
+    monkeypatch.setattr(launcher, "GRACE_SECONDS", 0.5)
+    start = time.monotonic()
+    assert start_local([program, f"what={what}"], flags(4)) == status
+    assert time.monotonic() - start < 50
+    assert capsys.readouterr().err == message
+
+
+def test_interruptions_are_passed_on(program: str, tmp_path: Path):
+    caller = tmp_path / "caller.py"
+    caller.write_text(
+        "import sys; from pathlib import Path; from tpipe_jax.launcher import start_local\n"
+        "from tpipe_jax.config import *; from tpipe_jax.flags import *\n"
+        "processes = ProcessFlags(local_processes=2)\n"
+        "flags = Flags(Config(mesh=MeshConfig(pipe=2)), Path('w'), processes)\n"
+        "sys.exit(start_local(sys.argv[1:], flags))\n"
+    )
+    child = several.start(program, "what=interrupt", program=str(caller))
+    assert child.stdout is not None
+    assert sorted(child.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
+    child.send_signal(signal.SIGINT)
+    _, err = child.communicate(timeout=60)
+    assert sorted(err.splitlines()) == ["[0] saved 0", "[1] saved 1"]
+    assert child.returncode == 1
+
+
+def test_devices_that_do_not_divide_are_refused():
+    with pytest.raises(UserError) as error:
+        start_local(["program"], flags(3))
+    assert "--local-processes=3 does not divide the 4 devices" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--local-processes=2"], ["--local_processes", "2"], ["--local-processes", "2"]],
+)
+def test_option_is_left_out_in_all_spellings(words: list[str]):
+    assert without_option(["a", *words, "--b=1"], "local-processes") == ["a", "--b=1"]
