@@ -1,0 +1,189 @@
+"""Runs of several processes: the same losses as one, one log, one set of files, and two hosts."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import several
+
+PROGRAM = "launch/multihost.py"
+SETTINGS = [
+    "--config.model.num-layers=2",
+    "--config.model.d-model=16",
+    "--config.model.num-heads=2",
+    "--config.model.seq-len=16",
+    "--config.mesh.data=2",
+    "--config.mesh.pipe=2",
+    "--config.plan.token-slices=9,7",
+    "--config.plan.batch-slices=uniform:1",
+    "--config.train.num-steps=6",
+    "--config.train.batch-size=4",
+    "--config.train.log-every=2",
+    "--config.train.eval-every=4",
+    "--config.train.eval-batches=2",
+    "--config.train.sample-tokens=0",
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Machine code that is not optimised, and kept for the next run of the same program."""
+    before = dict(os.environ)
+    os.environ |= {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    yield
+    os.environ.clear()
+    os.environ |= before
+
+
+def metrics(workdir: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(workdir: Path, *args: str) -> str:
+    child = several.start(*SETTINGS, f"--workdir={workdir}", *args, program=PROGRAM)
+    [(status, out, err)] = several.results([child])
+    assert (status, err) == (0, ""), (out, err)
+    return out
+
+
+def check_same(workdir: Path, other: Path) -> None:
+    """Sums over devices are taken in another order: 1e-6 is seen."""
+    lines, expected = metrics(workdir), metrics(other)
+    assert [line["step"] for line in lines] == [line["step"] for line in expected] == [2, 4, 6]
+    for name in ("loss", "grad_norm", "eval_loss"):
+        values, wanted = ([line.get(name) for line in own] for own in (lines, expected))
+        assert [v is None for v in values] == [v is None for v in wanted]
+        pairs = [(v, w) for v, w in zip(values, wanted, strict=True) if v is not None]
+        np.testing.assert_allclose(*zip(*pairs, strict=True), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workdir of a run in one process."""
+    workdir = tmp_path_factory.mktemp("alone")
+    out = run(workdir)
+    assert "Trained 6 steps" in out
+    return workdir
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_losses_do_not_depend_on_the_processes(num_processes: int, alone: Path, tmp_path: Path):
+    out = run(tmp_path, f"--local-processes={num_processes}")
+    check_same(tmp_path, alone)
+    lines = out.splitlines()
+    assert all(line.startswith("[0] ") for line in lines)  # one of them logs
+    [hosts] = [line.split() for line in lines if f" 0-{num_processes - 1} " in line]
+    assert hosts[2:] == [f"0-{num_processes - 1}", "4", "0-1", "0-1"]
+    files = {path.name for path in tmp_path.iterdir()}
+    assert files == {path.name for path in alone.iterdir()}
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+
+
+def test_processes_plan_together(tmp_path: Path):
+    """They measure, sample, and don't measure again to go further."""
+    workdir = f"--workdir={tmp_path}"
+    settings = [s for s in SETTINGS if "slices" not in s]
+    settings += ["--config.plan.unit-tokens=8", "--config.train.sample-tokens=4"]
+    settings += ["--config.mesh.data=1", "--config.train.batch-size=1"]
+    child = several.start(*settings, workdir, "--local-processes=2", program=PROGRAM)
+    [(status, out, err)] = several.results([child])
+    assert (status, err) == (0, ""), (out, err)
+    assert out.count("profiling ...") == out.count("predicted step") == 1
+    assert "how the model continues it" in out
+    assert [line["step"] for line in metrics(tmp_path)] == [2, 4, 6]
+
+    more = [*settings, workdir, "--local-processes=2", "--config.train.num-steps=8"]
+    [(status, out, err)] = several.results([several.start(*more, program=PROGRAM)])
+    assert (status, err) == (0, ""), (out, err)
+    assert "latencies as measured before" in out
+    assert "continuing after step 6" in out
+    assert [line["step"] for line in metrics(tmp_path)] == [2, 4, 6, 8]
+
+
+def test_ctrl_c_saves_at_one_step_in_all_processes(alone: Path, tmp_path: Path):
+    args = [*SETTINGS, f"--workdir={tmp_path}", "--local-processes=2"]
+    many = "--config.train.num-steps=100000"
+    child = several.start(*args, many, program=PROGRAM)
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "metrics.jsonl").exists() or not metrics(tmp_path):
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    child.send_signal(signal.SIGINT)
+    out, err = child.communicate(timeout=100)
+    assert child.returncode == 0, (out, err)
+    assert out.count("Finishing the step and saving") == 1
+    [said] = [line for line in out.splitlines() if "Interrupted after step" in line]
+    stopped = int(said.split("step ")[1].split(":")[0])
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(stopped)]
+
+    further = f"--config.train.num-steps={stopped + 2}"
+    out = run(tmp_path, further)  # in one process
+    assert f"continuing after step {stopped}" in out
+    steps = [line["step"] for line in metrics(tmp_path)]
+    assert steps == sorted({*range(2, stopped + 2, 2), stopped + 2})
+
+
+@pytest.fixture
+def hosts(tmp_path: Path) -> Iterator[list[list[str]]]:
+    """Two network namespaces as two hosts, with an address and a name each; how to run there."""
+    names = [f"tpipe{os.getpid()}{end}" for end in "ab"]
+    addresses = tmp_path / "hosts"
+    addresses.write_text("127.0.0.1 localhost\n10.77.0.1 host-a\n10.77.0.2 host-b\n")
+    link = [["link", "add", names[0], "netns", names[0], "type", "veth"]]
+    link[0] += ["peer", "name", names[1], "netns", names[1]]
+    commands = [["netns", "add", name] for name in names] + link
+    for i, name in enumerate(names):
+        commands.append(["-n", name, "addr", "add", f"10.77.0.{1 + i}/24", "dev", name])
+        commands += [["-n", name, "link", "set", device, "up"] for device in ("lo", name)]
+    try:
+        for command in commands:
+            try:
+                subprocess.run(["ip", *command], check=True, capture_output=True, text=True)
+            except FileNotFoundError:
+                pytest.skip("network namespaces need the program ip")
+            except subprocess.CalledProcessError as error:
+                pytest.skip(f"no network namespaces can be made here: {error.stderr.strip()}")
+        script = f'mount --bind {addresses} /etc/hosts && hostname $0 && exec "$@"'
+        yield [
+            ["ip", "netns", "exec", name, "unshare", "--uts", "--mount", "sh", "-c", script, host]
+            for name, host in zip(names, ("host-a", "host-b"), strict=True)
+        ]
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def test_two_hosts_train_together(hosts: list[list[str]], alone: Path, tmp_path: Path):
+    """By hand, each with its own address: stages go across the hosts."""
+    workdir = tmp_path / "run"
+    children = [
+        several.start(
+            *SETTINGS,
+            f"--workdir={workdir}",
+            "--coordinator=10.77.0.1:7777",
+            "--num-processes=2",
+            f"--process-id={i}",
+            program=PROGRAM,
+            prefix=prefix,
+        )
+        for i, prefix in enumerate(hosts)
+    ]
+    answers = several.results(children)
+    assert [status for status, _, _ in answers] == [0, 0], answers
+    lines = [line.split() for line in answers[0][1].splitlines()]
+    assert ["host-a", "0", "2", "0", "0-1"] in lines
+    assert ["host-b", "1", "2", "1", "0-1"] in lines
+    assert not [line for line in answers[1][1].splitlines() if not line.startswith("[Gloo]")]
+    check_same(workdir, alone)
