@@ -2,10 +2,13 @@
 
     python bench/pipeline.py
     python bench/pipeline.py --seq-len=4096 --slices=uniform:1 --slices=uniform:8 --slices=auto
+    python bench/pipeline.py --batch-size=2 --batch-slices=2 --slices=uniform:4 --layouts
 
 One run times whole training steps (loss, gradients, AdamW) of one model on one core without
-pipeline and slices, and on two stages with each slicing. The programs take turns, and the figures
-are medians over the rounds, so that a machine whose speed drifts disturbs all of them alike.
+pipeline and slices, and on two stages with each slicing; with --layouts also on two data shards and
+on two devices that share each operator, unsliced. The programs take turns, and the figures are
+medians over the rounds, so that a machine whose speed drifts disturbs all of them alike. Programs
+are compiled one after another, once, which is what `compile` says.
 Efficiency is T1 / (P T2); its bound is S / (S + P - 1) with S slices on P stages, which one core
 without slices cannot beat unless slices make the work itself cheaper. For slices `auto` the stages
 are profiled before the rounds, and all predicted step times are shown next to the measured ones.
@@ -28,6 +31,7 @@ from tpipe_jax.config import Config, MeshConfig, ModelConfig, PlanConfig, TrainC
 from tpipe_jax.plan import Plan, read_settings
 
 NUM_STAGES = 2
+TWO_STAGES = MeshConfig(pipe=NUM_STAGES)
 
 
 def main() -> None:
@@ -53,6 +57,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--batch-slices", type=int, default=1, help="of all slices but auto")
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--layouts", action="store_true", help="time data=2 and model=2 as well")
     parser.add_argument(
         "--slices",
         action="append",
@@ -61,6 +66,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--process-id", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.layouts and args.batch_size % 2:
+        parser.error("--layouts needs an even --batch-size, half of it for each data shard")
     args.slices = args.slices or [*(f"uniform:{n}" for n in (1, 2, 4, 8, 16)), "auto"]
     return args
 
@@ -89,9 +96,14 @@ def work(args: argparse.Namespace) -> None:
     programs = {}
     if is_first:
         whole = Plan(1, (args.batch_size,), ((args.seq_len,),))
-        programs["one core, no pipeline"] = Program(args, jax.local_devices(), whole)
+        programs["one core, no pipeline"] = Program(args, MeshConfig(), whole)
     for slices, plan in plans.items():
-        programs[f"two stages, {slices}"] = Program(args, jax.devices(), plan)
+        programs[f"two stages, {slices}"] = Program(args, TWO_STAGES, plan)
+    if args.layouts:
+        halves = Plan(1, (args.batch_size // 2,), ((args.seq_len,),))
+        whole = Plan(1, (args.batch_size,), ((args.seq_len,),))
+        programs["two data shards"] = Program(args, MeshConfig(data=2), halves)
+        programs["two devices an operator"] = Program(args, MeshConfig(model=2), whole)
 
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for turn in range(args.rounds + 1):
@@ -104,11 +116,11 @@ def work(args: argparse.Namespace) -> None:
         report(args, programs, seconds)
 
 
-def make_config(args: argparse.Namespace, num_stages: int, slices: str = "auto") -> Config:
+def make_config(args: argparse.Namespace, mesh: MeshConfig, slices: str = "auto") -> Config:
     batch_slices = "auto" if slices == "auto" else f"uniform:{args.batch_slices}"
     return Config(
         model=ModelConfig(args.num_layers, args.d_model, args.num_heads, seq_len=args.seq_len),
-        mesh=MeshConfig(pipe=num_stages),
+        mesh=mesh,
         plan=PlanConfig(slices, batch_slices),
         train=TrainConfig(batch_size=args.batch_size),
     )
@@ -117,7 +129,7 @@ def make_config(args: argparse.Namespace, num_stages: int, slices: str = "auto")
 def make_plans(args: argparse.Namespace) -> dict[str, Plan]:
     """The plan of each slicing; with predictions, if one of them has to be measured for."""
     plans: dict[str, Any] = {
-        slices: read_settings(make_config(args, NUM_STAGES, slices)) for slices in args.slices
+        slices: read_settings(make_config(args, TWO_STAGES, slices)) for slices in args.slices
     }
     if "auto" not in plans:
         return plans
@@ -128,7 +140,7 @@ def make_plans(args: argparse.Namespace) -> dict[str, Plan]:
     from tpipe_jax.mesh import make_mesh
     from tpipe_jax.planner import find_plan
 
-    config, start = make_config(args, NUM_STAGES), time.perf_counter()
+    config, start = make_config(args, TWO_STAGES), time.perf_counter()
     mesh, request = make_mesh(config.mesh, jax.devices()), plans["auto"]
     with tempfile.TemporaryDirectory() as workdir:
         quiet = Console(is_quiet=True)
@@ -156,7 +168,8 @@ def make_plans(args: argparse.Namespace) -> dict[str, Plan]:
 class Program:
     """A compiled training step and its plan."""
 
-    def __init__(self, args: argparse.Namespace, devices, plan: Plan) -> None:
+    def __init__(self, args: argparse.Namespace, mesh_config: MeshConfig, plan: Plan) -> None:
+        import jax
         import numpy as np
 
         from tpipe_jax.mesh import make_mesh, put_rows
@@ -165,8 +178,8 @@ class Program:
         from tpipe_jax.train_state import init_state
         from tpipe_jax.train_step import make_train_step
 
-        config = make_config(args, len(devices))
-        mesh = make_mesh(config.mesh, devices)
+        config = make_config(args, mesh_config)
+        mesh = make_mesh(config.mesh, jax.devices()[: config.mesh.num_devices])
         self.plan = plan
         optimizer = make_optimizer(config.optim, config.train.num_steps)
         self._state = init_state(config, mesh, optimizer)
@@ -174,7 +187,9 @@ class Program:
         rows = np.random.default_rng(0).integers(0, 256, shape).astype(np.int32)
         self._rows = put_rows(mesh, rows)
         step = make_train_step(config, mesh, terapipe(plan), optimizer)
+        start = time.perf_counter()
         self._step = step.lower(self._state, self._rows).compile()
+        self.compile_seconds = time.perf_counter() - start
 
     def run(self) -> None:
         """One training step, to its end."""
@@ -191,15 +206,19 @@ def report(args: argparse.Namespace, programs: dict[str, Program], seconds) -> N
         f"{args.num_layers} layers, d_model {args.d_model}, {args.batch_size} x {args.seq_len} "
         f"tokens, float32, {args.rounds} rounds, jax {jax.__version__}, {platform.machine()}"
     )
-    print(f"{'':40} {'median':>8} {'min':>8} {'max':>8}  speed-up  efficiency / bound")
+    print(
+        f"{'':40} {'compile':>8} {'median':>8} {'min':>8} {'max':>8}  speed-up  efficiency / bound"
+    )
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     names = list(medians)
     for name, times in seconds.items():
-        row = f"{name:40} {medians[name]:7.3f}s {min(times):7.3f}s {max(times):7.3f}s"
+        row = f"{name:40} {programs[name].compile_seconds:7.1f}s"
+        row += f" {medians[name]:7.3f}s {min(times):7.3f}s {max(times):7.3f}s"
         if name != names[0]:
-            num_slices = sum(map(len, programs[name].plan.token_slices))
-            efficiency = medians[names[0]] / (NUM_STAGES * medians[name])
-            bound = num_slices / (num_slices + NUM_STAGES - 1)
+            plan = programs[name].plan
+            num_slices = sum(map(len, plan.token_slices))
+            efficiency = medians[names[0]] / (2 * medians[name])
+            bound = num_slices / (num_slices + plan.num_stages - 1)
             row += f"  {medians[names[1]] / medians[name]:7.2f}x  {efficiency:.2f} / {bound:.2f}"
             row += f" = {efficiency / bound:.2f}"
         prediction = programs[name].plan.prediction

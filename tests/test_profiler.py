@@ -184,6 +184,15 @@ def test_saved_bytes_are_those_of_the_buffers(mesh: Mesh):
     D, F, H, layers = 16, 64, 2, 1
     expected = 4 * layers * (8 * D + F + H)
     assert train_step.saved_bytes_per_token(CONFIG, mesh) == expected
+    assert train_step.cache_bytes_per_token(CONFIG, mesh) == 4 * layers * 4 * D
+
+
+def test_devices_of_an_operator_divide_what_is_saved_but_for_x_and_middle():
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(pipe=2, model=2))
+    mesh = make_mesh(config.mesh, jax.devices()[:4])
+    D, F, H, layers = 16, 64, 2, 1
+    expected = 4 * layers * (2 * D + (6 * D + F + H) // 2)
+    assert train_step.saved_bytes_per_token(config, mesh) == expected
 
 
 def test_stages_work_on_the_slices_that_the_tables_name(mesh: Mesh):

@@ -20,6 +20,9 @@ from tpipe_jax.model import BlockFunctions, Params
 LayerState = TypeVar("LayerState")
 
 
+UNDIVIDED = ("x", "middle")  # saved values that all devices of 'model' hold; they divide the others
+
+
 class Saved(NamedTuple):
     """What the backward pass of a layer needs of its forward pass, whatever the slices."""
 

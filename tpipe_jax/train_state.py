@@ -54,6 +54,13 @@ def abstract_state(
     )
 
 
+def abstract_rows(config: Config, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """What `mesh.put_rows` makes of a batch of tokens and their targets, without its array."""
+    shape = config.train.batch_size, config.model.seq_len + 1
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+
+
 def init_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
     """A fresh state on the mesh; its parameters depend on the seed alone.
 

@@ -12,12 +12,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 
 from tpipe_jax import loss
+from tpipe_jax.attention import KVCache
 from tpipe_jax.config import Config
 from tpipe_jax.mesh import layer_counts, manual_part, param_specs
 from tpipe_jax.model import Params, block_functions
 from tpipe_jax.pipeline import needs_sums, psum, sum_over, sweep, varying
 from tpipe_jax.schedule import Item, Schedule
-from tpipe_jax.stage import Gradients, Saved, Stage, empty_caches, empty_saved
+from tpipe_jax.stage import UNDIVIDED, Gradients, Saved, Stage, empty_caches, empty_saved
 from tpipe_jax.train_state import TrainState, abstract_state
 
 
@@ -137,7 +138,7 @@ def make_stage_work(config: Config, mesh: Mesh, items: Sequence[Item]) -> Wrappe
         total = sum(
             a.astype(jnp.float32).sum() for a in jax.tree.leaves((y_BTD, d_x_BTD, gradients))
         )
-        return psum(total, ("data", "pipe"))
+        return psum(jnp.asarray(total), ("data", "pipe"))
 
     return _over_mesh(config, mesh, local, lambda _: PartitionSpec(), num_scalars=2)
 
@@ -155,15 +156,29 @@ def make_transfer(config: Config, mesh: Mesh, item: Item) -> Wrapped:
 
 def saved_bytes_per_token(config: Config, mesh: Mesh) -> int:
     """What the forward sweep keeps for the backward sweep, and the gradients of its caches."""
-    shape_BHTK = _cache_shape(config, mesh)
+    saved, d_caches = (
+        partial(_empty_saved, config, mesh),
+        partial(_empty_caches, config, mesh, jnp.float32),
+    )
+    return sum(_bytes_per_token(config, mesh, buffers) for buffers in (saved, d_caches))
 
-    def buffers() -> Any:
-        saved = _empty_saved(config, mesh)
-        return saved, empty_caches(len(saved), shape_BHTK, jnp.dtype(jnp.float32))
 
-    leaves = jax.tree.leaves(jax.eval_shape(buffers))
-    num_bytes = sum(a.size * a.dtype.itemsize for a in leaves)
-    return num_bytes // (shape_BHTK[0] * shape_BHTK[2] * mesh.shape["model"])
+def cache_bytes_per_token(config: Config, mesh: Mesh) -> int:
+    """Of `saved_bytes_per_token`, what are keys, values and their gradients."""
+    return sum(
+        _bytes_per_token(config, mesh, partial(_empty_caches, config, mesh, jnp.dtype(dtype)))
+        for dtype in (config.precision.compute, jnp.float32)
+    )
+
+
+def _bytes_per_token(config: Config, mesh: Mesh, buffers: Callable[[], Any]) -> int:
+    """Bytes of buffers as long as the batch of a data shard, for one token on one device."""
+    num_bytes = 0
+    for path, a in jax.tree.leaves_with_path(jax.eval_shape(buffers)):
+        is_whole = path[-1] in map(jax.tree_util.DictKey, UNDIVIDED)
+        num_bytes += a.size * a.dtype.itemsize // (1 if is_whole else mesh.shape["model"])
+    batch_size, _, seq_len, _ = _cache_shape(config, mesh)
+    return num_bytes // (batch_size * seq_len)
 
 
 def _infer(
@@ -244,8 +259,12 @@ def _empty_saved(config: Config, mesh: Mesh) -> list[Saved]:
     return empty_saved(num_layers, _cache_shape(config, mesh), config.model.ff_width, dtype)
 
 
+def _empty_caches(config: Config, mesh: Mesh, dtype: Any) -> list[KVCache]:
+    return empty_caches(_layers_per_stage(config, mesh), _cache_shape(config, mesh), dtype)
+
+
 def _empty_gradients(config: Config, mesh: Mesh, stage: Stage) -> list[Gradients]:
-    d_caches = empty_caches(len(stage.params), _cache_shape(config, mesh), jnp.float32)
+    d_caches = _empty_caches(config, mesh, jnp.float32)
     return [
         Gradients(d_cache, jax.tree.map(partial(jnp.zeros_like, dtype=jnp.float32), block))
         for d_cache, block in zip(d_caches, stage.params, strict=True)
