@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from tpipe_jax.console import Console, milliseconds
+from tpipe_jax.mesh import HostPart
 from tpipe_jax.plan import Plan, Prediction
 from tpipe_jax.planner import Alternative, Planning
 
@@ -72,3 +73,15 @@ def test_agreement(capsys: pytest.CaptureFixture[str]):
 )
 def test_milliseconds(seconds: float, text: str):
     assert milliseconds(seconds) == text
+
+
+def test_hosts_have_a_line_each(capsys: pytest.CaptureFixture[str]):
+    parts = [
+        HostPart("first", [0, 1, 2, 5], 8, [0], [0, 1]),
+        HostPart("second", [3], 8, [1, 2, 4, 5], [0]),
+    ]
+    Console().show_hosts(parts)
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, *_ in lines] == ["hosts", "host", "first", "second"]
+    assert " ".join(lines[2][1].split()) == "0-2, 5 8 0 0-1"
+    assert " ".join(lines[3][1].split()) == "3 8 1-2, 4-5 0"

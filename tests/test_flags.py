@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from tpipe_jax.config import Config, MeshConfig, ModelConfig, UserError, from_dict, to_dict
-from tpipe_jax.flags import CONFIGS, load_config, parse
+from tpipe_jax.flags import CONFIGS, ProcessFlags, load_config, parse
+
+BY_HAND = ("--coordinator=host:1234", "--num-processes=2")
 
 
 def test_default_is_the_quick_start():
@@ -44,8 +46,10 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]):
     for section in dataclasses.fields(Config):
         for field in dataclasses.fields(section.default_factory()):  # pyrefly: ignore
             assert f"--config.{section.name}.{field.name.replace('_', '-')} " in text
-    assert "--workdir" in text
-    assert text.count("(default: ") == text.count("--config.") + 1
+    processes = ("workdir", *(field.name for field in dataclasses.fields(ProcessFlags)))
+    for name in processes:
+        assert f"--{name.replace('_', '-')} " in text
+    assert text.count("(default: ") == text.count("--config.") + len(processes)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +59,7 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]):
         (["--wrkdir=x"], "--workdir"),
         (["--config.train.num-steps=many"], "--config.train.num-steps"),
         (["--config.precision.compute=float8"], "'float32', 'bfloat16'"),
+        (["--config.mesh.order=pipe"], "'pipe,data,model'"),
     ],
 )
 def test_mistakes_in_flags_name_the_real_ones(
@@ -84,6 +89,14 @@ def test_mistakes_in_flags_name_the_real_ones(
         (["--config=configs/none.py"], "--config=configs/none.py is no file"),
         (["--config"], "--config=. is no file"),
         (["--config=README.md"], "--config=README.md is not a Python file"),
+        (["--local-processes=0"], "--local-processes=0 must be at least 1"),
+        (["--num-processes=2"], "--coordinator, --num-processes and --process-id belong together"),
+        (["--process-id=0"], "--coordinator, --num-processes and --process-id belong together"),
+        (["--local-processes=2", "--process-id=0"], "starts all processes itself: leave out"),
+        ([*BY_HAND, "--coordinator=host", "--process-id=0"], "is not of the form HOST:PORT"),
+        ([*BY_HAND, "--coordinator=host:70000", "--process-id=0"], "with a port below 65536"),
+        ([*BY_HAND, "--process-id=2"], "--process-id=2 must be at least 0 and below"),
+        ([*BY_HAND, "--process-id=0", "--join-seconds=0"], "--join-seconds=0 must be at least 1"),
     ],
 )
 def test_values_out_of_range_are_refused(args: list[str], sentence: str):

@@ -1,6 +1,7 @@
 """The mesh of devices, the sharding rules, and which stage has which layer."""
 
 import ctypes
+import math
 import os
 import platform
 from collections.abc import Callable, Sequence
@@ -72,22 +73,28 @@ def keep_freed_memory() -> None:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
-    """Mesh of the axes data, pipe and model. Raises `UserError` if the devices don't fit.
-
-    Devices of a process, and processes of a slice (what a fast network joins), are neighbours along
-    the last axes of config.order.
-    """
+    """Mesh of the axes data, pipe and model. Raises `UserError` if the devices don't fit."""
     if len(devices) != config.num_devices:
         raise UserError(
             f"{_product(config)} devices, but there are {len(devices)} ({devices[0].device_kind}): "
             f"set the three so that their product is {len(devices)}, "
             "or run on CPU devices with the environment variable JAX_PLATFORMS=cpu."
         )
+    return Mesh(place_devices(config, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def place_devices(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
+    """The devices as `[data, pipe, model]`.
+
+    Devices of a process, and processes of a slice (what a fast network joins), are neighbours along
+    the last axes of config.order.
+    """
     near = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
+    grid = np.empty(len(near), object)
+    grid[:] = near
     order = config.order.split(",")
-    grid = np.array(near).reshape([getattr(config, axis) for axis in order])
-    grid = grid.transpose([order.index(axis) for axis in AXES])
-    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    grid = grid.reshape([getattr(config, axis) for axis in order])
+    return grid.transpose([order.index(axis) for axis in AXES])
 
 
 def _product(config: MeshConfig) -> str:
@@ -167,14 +174,17 @@ def param_specs(num_blocks: int) -> Params:
 
 
 def over_data(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
-    """The spec with 'data' added to the first axis that it divides, for ZeRO (Rajbhandari et al.
-    2020); the same where there is none.
+    """The spec with 'data' added to an axis that it divides, for ZeRO (Rajbhandari et al. 2020);
+    the same where there is none. Axes that are not divided yet come first.
     """
     axes = [*spec, *[None] * (len(shape) - len(spec))]
-    for n, (axis, size) in enumerate(zip(axes, shape, strict=True)):
-        if axis is None and size % mesh.shape["data"] == 0:
-            return PartitionSpec(*axes[:n], "data", *axes[n + 1 :])
-    return spec
+    names = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
+    for n in sorted(range(len(axes)), key=lambda n: len(names[n])):
+        divided = *names[n], "data"
+        if shape[n] % math.prod(mesh.shape[name] for name in divided) == 0:
+            axes[n] = divided if names[n] else "data"
+            break
+    return PartitionSpec(*axes)
 
 
 def manual_part(specs: Any) -> Any:

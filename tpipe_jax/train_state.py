@@ -11,6 +11,7 @@ import numpy as np
 import optax
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Wrapped
 
 from tpipe_jax.config import Config, resolved
 from tpipe_jax.mesh import (
@@ -62,12 +63,14 @@ def abstract_rows(config: Config, mesh: Mesh) -> jax.ShapeDtypeStruct:
 
 
 def init_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state on the mesh; its parameters depend on the seed alone.
+    """A fresh state on the mesh; its parameters depend on the seed alone."""
+    return init_step(config, mesh, optimizer)()
 
-    Each device draws the blocks of its own stage only.
-    """
+
+def init_step(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> Wrapped:
+    """The program that makes a fresh state; each device draws the blocks of its own stage only."""
     places = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh, optimizer))
-    return jax.jit(partial(_new_state, config, mesh, optimizer), out_shardings=places)()
+    return jax.jit(partial(_new_state, config, mesh, optimizer), out_shardings=places)
 
 
 def _new_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
