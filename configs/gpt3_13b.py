@@ -2,8 +2,8 @@
 
     python launch/multihost.py --config=configs/gpt3_13b.py --config.data.train=tokens.bin
 
-The mesh needs 320 devices, in this version all of one process. The paper measured 1.863 s a step on
-V100s with whole sequences, one at a time, and 1.328 s with --config.plan.token-slices=704,688,656
+The mesh needs 320 devices (docs/clusters.md). The paper measured 1.863 s a step on V100s with whole
+sequences, one at a time, and 1.328 s with --config.plan.token-slices=704,688,656
 --config.plan.batch-slices=uniform:32 (Li et al. 2021); by default slices are planned. Setting 4 is
 --config.mesh.data=2 --config.mesh.pipe=20.
 """

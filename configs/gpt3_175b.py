@@ -2,10 +2,10 @@
 
     python launch/multihost.py --config=configs/gpt3_175b.py --config.data.train=tokens.bin
 
-The mesh needs 384 devices, in this version all of one process. The paper measured 9.990 s a step on
-V100s with whole sequences, one at a time, and 1.481 s with slices of 4 x 120, 6 x 112, 8 x 104 and
-64 tokens (Li et al. 2021); by default slices are planned. Setting 10 is --config.mesh.pipe=48
---config.mesh.model=8.
+The mesh needs 384 devices, as 48 hosts of 8 GPUs (docs/clusters.md). The paper measured 9.990 s a
+step on V100s with whole sequences, one at a time, and 1.481 s with slices of 4 x 120, 6 x 112, 8 x
+104 and 64 tokens (Li et al. 2021); by default slices are planned. Setting 10 is
+--config.mesh.pipe=48 --config.mesh.model=8.
 """
 
 from tpipe_jax.config import (

@@ -2,11 +2,11 @@
 
     python launch/multihost.py --config=configs/gpt3_1b.py --config.data.train=tokens.bin
 
-The mesh needs 192 devices, in this version all of one process. The paper measured 1.254 s a step
-with token slices on V100s, which it does not state, and 1.517 s without (Li et al. 2021); by
-default slices are planned. Its settings 2 and 3 have batch 72: --config.train.batch-size=72
---config.mesh.model=8 with --config.mesh.data=2 --config.mesh.pipe=12, or with
---config.mesh.data=1 --config.mesh.pipe=24; whole sequences were best there, 0.913 s in setting 3.
+The mesh needs 192 devices (docs/clusters.md). The paper measured 1.254 s a step with token slices
+on V100s, which it does not state, and 1.517 s without (Li et al. 2021); by default slices are
+planned. Its settings 2 and 3 have batch 72: --config.train.batch-size=72 --config.mesh.model=8 with
+--config.mesh.data=2 --config.mesh.pipe=12, or with --config.mesh.data=1 --config.mesh.pipe=24;
+whole sequences were best there, 0.913 s in setting 3.
 """
 
 from tpipe_jax.config import (

@@ -2,11 +2,11 @@
 
     python launch/multihost.py --config=configs/gpt3_44b.py --config.data.train=tokens.bin
 
-The mesh needs 384 devices, in this version all of one process. The paper measured 2.662 s a step on
-V100s with whole sequences, one at a time, and 1.111 s with
---config.plan.token-slices=384,384,368,320,296,296 --config.plan.batch-slices=uniform:8 (Li et al.
-2021); by default slices are planned. Setting 6 is --config.mesh.data=4 --config.mesh.pipe=96
---config.mesh.model=1, and setting 7 --config.mesh.data=2 --config.mesh.pipe=24.
+The mesh needs 384 devices (docs/clusters.md). The paper measured 2.662 s a step on V100s with whole
+sequences, one at a time, and 1.111 s with --config.plan.token-slices=384,384,368,320,296,296
+--config.plan.batch-slices=uniform:8 (Li et al. 2021); by default slices are planned. Setting 6 is
+--config.mesh.data=4 --config.mesh.pipe=96 --config.mesh.model=1, and setting 7 --config.mesh.data=2
+--config.mesh.pipe=24.
 """
 
 from tpipe_jax.config import (

@@ -236,8 +236,8 @@ def test_full_disk_is_reported_and_the_step_does_not_count(
             ):
                 checkpoints.wait()
         assert checkpoints.latest_step() == 1
-        checkpoints.save(2, state)
-        assert checkpoints.latest_step() == 2
+        checkpoints.save(3, state)
+        assert checkpoints.latest_step() == 3
     assert capfd.readouterr().err == ""
 
 

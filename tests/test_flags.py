@@ -26,6 +26,15 @@ def test_overrides_take_both_spellings(spelling: str, form: str):
     assert flags.config == dataclasses.replace(quickstart, model=model)
 
 
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [("true", True), ("True", True), ("false", False), ("False", False), ("None", None)],
+)
+def test_truth_values_take_both_spellings(word: str, expected: bool | None):
+    config = parse([f"--config.optim.shard-state={word}"], "program").config
+    assert config.optim.shard_state is expected
+
+
 def test_config_file_names_the_workdir(tmp_path: Path):
     path = tmp_path / "mine.py"
     path.write_text(
@@ -59,7 +68,7 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]):
         (["--wrkdir=x"], "--workdir"),
         (["--config.train.num-steps=many"], "--config.train.num-steps"),
         (["--config.precision.compute=float8"], "'float32', 'bfloat16'"),
-        (["--config.mesh.order=pipe"], "'pipe,data,model'"),
+        (["--config.optim.shard-state=maybe"], "'true'"),
     ],
 )
 def test_mistakes_in_flags_name_the_real_ones(
@@ -89,6 +98,8 @@ def test_mistakes_in_flags_name_the_real_ones(
         (["--config=configs/none.py"], "--config=configs/none.py is no file"),
         (["--config"], "--config=. is no file"),
         (["--config=README.md"], "--config=README.md is not a Python file"),
+        (["--config.mesh.order=pipe,model"], "config.mesh.order=pipe,model is no order of the"),
+        (["--config.mesh.order=pipe,pipe,model"], "give one such as pipe,data,model"),
         (["--local-processes=0"], "--local-processes=0 must be at least 1"),
         (["--num-processes=2"], "--coordinator, --num-processes and --process-id belong together"),
         (["--process-id=0"], "--coordinator, --num-processes and --process-id belong together"),

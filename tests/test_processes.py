@@ -82,6 +82,21 @@ def test_processes_with_other_settings_are_refused():
     assert all(sentence in err for _, _, err in answers)
 
 
+def test_devices_that_processes_cannot_share_out_are_refused():
+    mesh = ["--config.mesh.pipe=3", "--config.mesh.data=1"]
+    answers = several.results(several.start_all(2, "exchange", *mesh))
+    assert [status for status, _, _ in answers] == [2, 2]
+    assert "3 CPU devices cannot be shared out evenly among 2 processes" in answers[0][2]
+
+
+def test_what_jax_cannot_make_out_is_a_sentence():
+    where = ["env", "JAX_COORDINATOR_ADDRESS=127.0.0.1:1234"]
+    [(status, _, err)] = several.results([several.start("exchange", *MESH, prefix=where)])
+    assert status == 2
+    assert err.startswith("error: jax cannot join the processes of this run (Number of processes")
+    assert err.count("\n") == 1
+
+
 def test_processes_with_other_code_are_refused(tmp_path: Path):
     """The package is copied for one of them, and a comment is added."""
     copy = tmp_path / "tpipe_jax"

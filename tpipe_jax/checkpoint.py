@@ -32,6 +32,7 @@ class Checkpoints:
         self._folder = folder
         self._identity = json.loads(json.dumps(identity))
         logging.getLogger("absl").addFilter(_is_for_the_user)
+        _hush_abandoned_transfers()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(config.keep),
             # What a killed run has half written can never be read, but takes as much space.
@@ -108,8 +109,7 @@ class Checkpoints:
 
     def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
         try:
-            with _without_reports_of_abandoned_reads():
-                return self._manager.restore(step, args=ocp.args.Composite(**items))
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:  # a bare Exception is what Orbax raises for a damaged array
             raise UserError(
                 f"the checkpoint in {self._folder / str(step)} cannot be read ({_brief(error)}): "
@@ -146,9 +146,8 @@ def _is_for_the_user(record: logging.LogRecord) -> bool:
     return not from_orbax or (record.levelno >= logging.WARNING and not record.exc_info)
 
 
-@contextlib.contextmanager
-def _without_reports_of_abandoned_reads() -> Iterator[None]:
-    """Hushes what Python reports of the reads that Orbax drops once one of them has failed.
+def _hush_abandoned_transfers() -> None:
+    """Hushes what Python reports of reads and writes that Orbax drops once one of them has failed.
 
     They may end long after the failure, so it hushes them for good.
     """
@@ -160,6 +159,5 @@ def _without_reports_of_abandoned_reads() -> Iterator[None]:
         ):
             report(unraisable)
 
-    sys.unraisablehook = report_others
-    yield
-    sys.unraisablehook = report
+    if getattr(report, "__name__", "") != report_others.__name__:
+        sys.unraisablehook = report_others

@@ -41,16 +41,6 @@ NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, below=1)]
 
 
-MeshOrder = Literal[
-    "pipe,data,model",
-    "pipe,model,data",
-    "data,pipe,model",
-    "data,model,pipe",
-    "model,pipe,data",
-    "model,data,pipe",
-]
-
-
 @dataclass(frozen=True)
 class ModelConfig:
     """The GPT, as published for GPT-2 and GPT-3."""
@@ -94,9 +84,8 @@ class MeshConfig:
     """Pipeline stages."""
     model: Count = 1
     """Devices that share each operator of a stage (operator partitioning)."""
-    order: MeshOrder = "pipe,data,model"
-    """The axes from the one whose neighbours may be far apart to the one whose neighbours are near:
-    stages across hosts, 'model' inside a host."""
+    order: str = "pipe,data,model"
+    """The three from the one that goes across hosts first to the one that stays inside a host."""
 
     @property
     def num_devices(self) -> int:
@@ -222,6 +211,11 @@ class Config:
             raise UserError(
                 f"config.model.num_heads={self.model.num_heads} does not divide "
                 f"config.model.d_model={self.model.d_model}: pick a divisor."
+            )
+        if sorted(self.mesh.order.split(",")) != ["data", "model", "pipe"]:
+            raise UserError(
+                f"config.mesh.order={self.mesh.order} is no order of the three axes: give one such "
+                f"as {MeshConfig.order}."
             )
 
 

@@ -44,8 +44,7 @@ class Flags:
 
     config: Config
     workdir: Path
-    """Folder for config.json, plan.json, metrics, checkpoints and timeline.png; all processes need
-    to see it."""
+    """Folder for config.json, plan.json, metrics, checkpoints and timeline.png, seen by all."""
     processes: tyro.conf.OmitArgPrefixes[ProcessFlags] = ProcessFlags()
 
 
@@ -68,6 +67,26 @@ class FilePlanFlags:
     """What a step may use of a device's memory, if the file tells what it needs."""
     workdir: Path = Path("runs/plan")
     """Folder for plan.json and plan.png."""
+
+
+_CONSTRUCTORS = tyro.constructors.ConstructorRegistry()
+
+
+@_CONSTRUCTORS.primitive_rule
+def _true_or_false(
+    info: tyro.constructors.PrimitiveTypeInfo,
+) -> tyro.constructors.PrimitiveConstructorSpec[bool] | None:
+    """Truth values as `true` or `false`, in any case; tyro's own are capitalised."""
+    if info.type is not bool:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="{true,false}",
+        instance_from_str=lambda words: {"true": True, "false": False}[words[0].lower()],
+        is_instance=lambda value: isinstance(value, bool),
+        str_from_instance=lambda value: [str(value).lower()],
+        choices=("true", "false", "True", "False"),  # what code and config.json have, too
+    )
 
 
 def exit_status(program: Callable[[], int | None]) -> int:
@@ -108,7 +127,8 @@ def parse(args: list[str], program: str) -> Flags:
     """
     path, rest = _take_config(args)
     default = Flags(load_config(path), Path("runs") / path.stem)
-    flags = tyro.cli(Flags, args=rest, default=default, prog=program)
+    with _CONSTRUCTORS:
+        flags = tyro.cli(Flags, args=rest, default=default, prog=program)
     _check_processes(flags.processes)
     return flags
 

@@ -116,10 +116,13 @@ def _connect(flags: ProcessFlags) -> bool:
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                 coordinator_bind_address=flags.coordinator,  # else it listens at all addresses
             )
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:
             if flags.coordinator is None and "coordinator_address" in str(error):
                 return False  # no scheduler has started this process with others
-            raise
+            raise UserError(
+                f"jax cannot join the processes of this run ({error}): tell it about them with "
+                "--coordinator, --num-processes and --process-id."
+            ) from error
     return True
 
 
