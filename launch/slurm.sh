@@ -14,4 +14,4 @@ set -euo pipefail
 export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true --xla_gpu_enable_command_buffer= --xla_disable_hlo_passes=collective-permute-motion"
 
 # jax reads in Slurm's environment where process 0 is, how many there are and which one this is.
-srun --kill-on-bad-exit=1 python launch/multihost.py --config=configs/gpt3_175b.py "$@"
+srun --kill-on-bad-exit=1 --cpu-bind=none python launch/multihost.py --config=configs/gpt3_175b.py "$@"

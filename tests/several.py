@@ -92,13 +92,13 @@ def work(what: str, config: Any, devices: Sequence[jax.Device]) -> None:
     mesh = make_mesh(config.mesh, devices)
     if what == "exchange":
         exchange(mesh)
+    if what == f"kill {index}":
+        os.kill(os.getpid(), signal.SIGKILL)
     if index == last:
         if what == "raise":
             raise ZeroDivisionError("in the last process")
         if what == "user error":
             raise UserError("this cannot be mended.")
-        if what == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
     if what == "raise in the first" and index == 0:
         raise ZeroDivisionError("in the first process")
     if what == "late":  # after the others have nothing more to do

@@ -128,6 +128,18 @@ def test_ctrl_c_saves_at_one_step_in_all_processes(alone: Path, tmp_path: Path):
     stopped = int(said.split("step ")[1].split(":")[0])
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(stopped)]
 
+    child = several.start(*args, many, program=PROGRAM)
+    assert child.stdout is not None
+    while "continuing after step" not in (line := child.stdout.readline()):
+        assert line, child.communicate()
+    child.send_signal(signal.SIGINT)  # while the step is compiled
+    out, err = child.communicate(timeout=100)
+    assert child.returncode == 0, (out, err)
+    [said] = [line for line in out.splitlines() if "Interrupted after step" in line]
+    again = int(said.split("step ")[1].split(":")[0])
+    assert stopped <= again <= stopped + 2
+    stopped = again
+
     further = f"--config.train.num-steps={stopped + 2}"
     out = run(tmp_path, further)  # in one process
     assert f"continuing after step {stopped}" in out

@@ -29,7 +29,7 @@ from tpipe_jax.loss import IGNORE
 from tpipe_jax.pipeline import sweep
 from tpipe_jax.plan import Plan
 from tpipe_jax.schedule import IDLE, Item, terapipe
-from tpipe_jax.train_step import make_loss, make_loss_and_grads
+from tpipe_jax.train_step import make_loss, make_loss_and_grads, saved_bytes_per_token
 
 Params = Any  # nested dictionaries and lists of arrays
 
@@ -291,14 +291,17 @@ def test_bfloat16_is_near_float32() -> None:
     assert reference.relative_error(got["norm"]["scale"], expected_grads["norm"]["scale"]) > 1e-4
 
 
-def temporary_bytes(token_slices: str) -> int:
-    """Memory of a step in which saved activations outweigh all else."""
-    config = Config(
+def long_config(num_slices: int, batch_slices: tuple[int, ...] = (2,), model: int = 1) -> Config:
+    """Of a step in which saved activations outweigh all else."""
+    return Config(
         model=ModelConfig(2, 64, 4, vocab_size=16, seq_len=512),
-        mesh=MeshConfig(pipe=2),
-        plan=PlanConfig(token_slices, "uniform:1"),
-        train=TrainConfig(batch_size=2),
+        mesh=MeshConfig(pipe=2, model=model),
+        plan=PlanConfig(f"uniform:{num_slices}", ",".join(map(str, batch_slices))),
+        train=TrainConfig(batch_size=sum(batch_slices)),
     )
+
+
+def temporary_bytes(config: Config) -> int:
     return compile_step(config).memory_analysis().temp_size_in_bytes
 
 
@@ -306,6 +309,21 @@ def test_memory_does_not_grow_with_the_slices() -> None:
     """Temporaries of one slice shrink with its length, which would hide that something is kept for
     each of a few slices; from 8 to 16 slices that no longer counts.
     """
-    one, eight, sixteen = map(temporary_bytes, ["uniform:1", "uniform:8", "uniform:16"])
+    one, eight, sixteen = (temporary_bytes(long_config(n)) for n in (1, 8, 16))
     assert eight <= 1.1 * one
     assert sixteen <= 1.1 * eight
+
+
+def test_devices_of_an_operator_save_what_the_estimate_says() -> None:
+    """Other buffers that grow with the batch are the same however many devices share operators, so
+    they cancel out.
+    """
+
+    def per_token(num_operator_devices: int) -> tuple[float, int]:
+        """Bytes that a token more takes, and those that the estimate says are saved."""
+        few, many = (long_config(8, (1,) * b, num_operator_devices) for b in (4, 8))
+        taken = (temporary_bytes(many) - temporary_bytes(few)) / (4 * 512)
+        return taken, saved_bytes_per_token(few, open_mesh(few.mesh))
+
+    (alone, alone_saved), (shared, shared_saved) = per_token(1), per_token(2)
+    assert alone - shared == pytest.approx(alone_saved - shared_saved, rel=0.03)

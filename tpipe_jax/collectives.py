@@ -25,6 +25,8 @@ _KINDS = (
     "reduce-scatter",
     "collective-permute",
     "collective-broadcast",
+    "send",
+    "recv",
 )
 _OPERATION = re.compile(rf" ({'|'.join(_KINDS)})(?:-start)?\(")
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
@@ -64,6 +66,7 @@ class Collective(NamedTuple):
 def find_collectives(text: str) -> list[Collective]:
     """All collectives of a compiled program, `compiled.as_text()`, in the order of the text."""
     computations = dict(_computations(text))
+    assert computations, "this is not the text of a compiled program"
     called = {name: set(_names(_CALLED, body)) for name, body in computations.items()}
     reached: set[str] = set()
     new = {branch for body in computations.values() for branch in _names(_BRANCHES, body)}
@@ -103,7 +106,7 @@ def _computations(text: str) -> Iterator[tuple[str, str]]:
     for line in text.splitlines():
         if header := _HEADER.match(line):
             name, lines = header[1], []
-        elif line == "}":
+        elif line.startswith("}"):
             yield name, "\n".join(lines)
         else:
             lines.append(line)

@@ -17,7 +17,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
 @dataclass(frozen=True)
 class ProcessFlags:
-    """The processes of a run. A scheduler that jax knows (Slurm, Open MPI) needs none of these."""
+    """The processes of a run. A scheduler that jax knows, such as Slurm, needs none of these."""
 
     coordinator: str | None = None
     """HOST:PORT at which process 0 listens and the others find it."""
@@ -176,10 +176,10 @@ def _check_processes(flags: ProcessFlags) -> None:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}={value} must be at least 1.")
     by_hand = [flags.coordinator, flags.num_processes, flags.process_id]
-    if flags.local_processes is not None and by_hand != [None] * 3:
+    if flags.local_processes is not None and [*by_hand, flags.local_device_ids] != [None] * 4:
         raise UserError(
             f"--local-processes={flags.local_processes} starts all processes itself: leave out "
-            "--coordinator, --num-processes and --process-id."
+            "--coordinator, --num-processes, --process-id and --local-device-ids."
         )
     if flags.coordinator is None or flags.num_processes is None or flags.process_id is None:
         if by_hand != [None] * 3:

@@ -10,17 +10,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from shutil import get_terminal_size
 from typing import IO, Any
 
-from tpipe_jax.config import UserError
+from tpipe_jax.config import Config, UserError
 from tpipe_jax.flags import Flags, without_option
+
+# Of config, workdir, devices and console.
+Work = Callable[[Config, Path, Sequence[Any], Any], None]
 
 GRACE_SECONDS = 10  # for the others to end by themselves after one has failed
 
 
-def launch(flags: Flags, work: Callable[..., None]) -> int:
-    """Runs `work(config, workdir, devices, console)` in each process; returns the exit status."""
+def launch(flags: Flags, work: Work) -> int:
+    """Runs the work in each process; returns the exit status."""
     if flags.processes.local_processes is not None:
         return start_local(sys.argv, flags)
     # Imported late, so that a mistake in the flags is answered at once.
@@ -56,20 +60,17 @@ def start_local(argv: Sequence[str], flags: Flags) -> int:
         port = probe.getsockname()[1]
     command = [sys.executable, *without_option(list(argv), "local-processes")]
     command += [f"--coordinator=127.0.0.1:{port}", f"--num-processes={num_processes}"]
-    children = []
-    for i in range(num_processes):
-        ids = map(str, range(i * num_own, (i + 1) * num_own))
-        own = [*command, f"--process-id={i}", "--local-device-ids", *ids]
-        with _on_its_cores(i, num_processes):
-            children.append(_start(own))
-    relays = [
-        threading.Thread(target=_relay, args=(f"[{i}] ", source, target), daemon=True)
-        for i, child in enumerate(children)
-        for source, target in ((child.stdout, sys.stdout), (child.stderr, sys.stderr))
-    ]
-    for relay in relays:
-        relay.start()
+    children, relays = [], []
     with _passing_signals_to(children):
+        for i in range(num_processes):
+            ids = map(str, range(i * num_own, (i + 1) * num_own))
+            own = [*command, f"--process-id={i}", "--local-device-ids", *ids]
+            with _on_its_cores(i, num_processes):
+                child = _start(own)
+            children.append(child)
+            for source, target in ((child.stdout, sys.stdout), (child.stderr, sys.stderr)):
+                relays.append(threading.Thread(target=_relay, args=(f"[{i}] ", source, target)))
+                relays[-1].start()
         first = _supervise(children)
     for relay in relays:
         relay.join()
@@ -136,6 +137,8 @@ def _passing_signals_to(children: Sequence[subprocess.Popen[str]]) -> Iterator[N
     try:
         yield
     finally:
+        for child in children:
+            child.kill()  # those that an error has left running
         for number, handler in before.items():
             signal.signal(number, handler)
 

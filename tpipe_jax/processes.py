@@ -7,6 +7,7 @@ whatever they wait for, be it a collective that the failed one will never join.
 """
 
 import hashlib
+import ipaddress
 import json
 import os
 import platform
@@ -15,13 +16,14 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import jax
+import jaxlib
 import numpy as np
 from jax._src import distributed  # the coordination service's values have no public name yet
 from jax.errors import JaxRuntimeError
@@ -33,6 +35,7 @@ from tpipe_jax.flags import Flags, ProcessFlags
 
 POLL_SECONDS = 0.5  # between two looks for another process's error
 FAREWELL_SECONDS = 5  # in which all processes should have seen an error
+END_SECONDS = 3600  # in which process 0 should have written what it still has when others are done
 HEARTBEAT_SECONDS = 15  # after which a process that was killed, or whose host is gone, is missed
 FAILURE = "tpipe_jax/failure"
 
@@ -62,7 +65,7 @@ def joined(flags: Flags) -> Iterator[int]:
     with _ending_together():
         _agree(flags)
         yield distributed.global_state.num_processes
-        _client().wait_at_barrier("tpipe_jax/end", 1000 * flags.processes.join_seconds)
+        _client().wait_at_barrier("tpipe_jax/end", 1000 * END_SECONDS)
     jax.distributed.shutdown()
 
 
@@ -74,6 +77,19 @@ def from_first(text: str) -> str:
     length = int(multihost_utils.broadcast_one_to_all(np.int32(len(own))))
     own = np.resize(own, length) if len(own) else np.zeros(length, np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(own)).astype(np.uint8).tobytes().decode()
+
+
+def stop_notices(first_step: int) -> Callable[[int], bool]:
+    """Returns whether to stop after so many steps, since some process has received SIGTERM.
+
+    It is True after one and the same step in all processes. Until this is called, with a number
+    that is not above the first one that the result is called with, SIGTERM ends a process as usual.
+    """
+    jax.config.update("jax_enable_preemption_service", True)
+    distributed.global_state.initialize_preemption_sync_manager()
+    # A notice is due at the next number after the last one asked for, and never at one before.
+    multihost_utils.reached_preemption_sync_point(first_step)
+    return multihost_utils.reached_preemption_sync_point
 
 
 def host_names() -> list[str]:
@@ -101,8 +117,10 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
 
 def _connect(flags: ProcessFlags) -> bool:
     """Whether there are other processes; returns when all have come."""
-    if flags.coordinator and flags.process_id == 0:
-        _check_listening(flags.coordinator)  # jax may crash where it cannot
+    listening = _listening_address(flags.coordinator) if flags.coordinator else None
+    if listening and flags.process_id == 0:
+        _check_listening(listening)  # jax may crash where it cannot
+    jax.config.update("jax_enable_preemption_service", False)  # until `stop_notices`
     with _giving_up(flags):
         try:
             jax.distributed.initialize(
@@ -114,16 +132,31 @@ def _connect(flags: ProcessFlags) -> bool:
                 # jax aborts the process when its time is up: ours is up before.
                 initialization_timeout=2 * flags.join_seconds + 60,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-                coordinator_bind_address=flags.coordinator,  # else it listens at all addresses
+                coordinator_bind_address=listening,
             )
-        except (ValueError, RuntimeError) as error:
+        except Exception as error:  # schedulers' own libraries raise what they like
             if flags.coordinator is None and "coordinator_address" in str(error):
-                return False  # no scheduler has started this process with others
+                return _is_alone()
             raise UserError(
                 f"jax cannot join the processes of this run ({error}): tell it about them with "
                 "--coordinator, --num-processes and --process-id."
             ) from error
     return True
+
+
+def _is_alone() -> bool:
+    """False, since no scheduler that jax knows has started this process with others.
+
+    Raises `UserError` if Open MPI has, whose versions from 5 on jax does not know.
+    """
+    size = os.environ.get("OMPI_COMM_WORLD_SIZE", "1")
+    if size != "1":
+        raise UserError(
+            f"mpirun has started {size} processes, but jax cannot tell how they find each other: "
+            "start them as launch/mpi.sh does, with --coordinator, --num-processes and "
+            "--process-id."
+        )
+    return False
 
 
 @contextmanager
@@ -141,8 +174,8 @@ def _giving_up(flags: ProcessFlags) -> Iterator[None]:
         if state.process_id == 0 or _answers(address):
             text = (
                 f"waited {flags.join_seconds} s at {address} for {count} processes, but fewer have "
-                "come: start the others, announce as many with --num-processes as there are, or "
-                "wait longer with --join-seconds."
+                "come: start the others, announce as many with --num-processes as there are (1 to "
+                "run alone), or wait longer with --join-seconds."
             )
         else:
             text = (
@@ -150,7 +183,8 @@ def _giving_up(flags: ProcessFlags) -> Iterator[None]:
                 f"coordinator's address {address}: start process 0 there, see that the address "
                 "can be reached from this host, or wait longer with --join-seconds."
             )
-        _leave(2, f"error: {text}")
+        _print_error(f"error: {text}")
+        os._exit(2)
 
     timer = threading.Timer(flags.join_seconds, give_up)
     timer.daemon = True
@@ -163,9 +197,23 @@ def _giving_up(flags: ProcessFlags) -> Iterator[None]:
         timer.cancel()
 
 
+def _listening_address(coordinator: str) -> str:
+    """Where process 0 listens: there if it is a number, else at all addresses of its host, since a
+    host's own name may mean another address to itself than to others.
+    """
+    host, port = _host_and_port(coordinator)
+    try:
+        ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+    except ValueError:
+        return f"[::]:{port}"
+    return coordinator
+
+
 def _check_listening(address: str) -> None:
     """Raises `UserError` if no program can listen at the address."""
     host, port = _host_and_port(address)
+    if host == "::" and not socket.has_dualstack_ipv6():
+        host = "0.0.0.0"
     try:
         family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family) as probe:
@@ -173,7 +221,7 @@ def _check_listening(address: str) -> None:
             probe.bind(where)
     except OSError as error:
         raise UserError(
-            f"process 0 cannot listen at --coordinator={address} ({error.strerror}): give an "
+            f"process 0 cannot listen at {address} ({error.strerror}): give --coordinator an "
             "address of its host, and a port that no other program uses."
         ) from error
 
@@ -214,8 +262,10 @@ def _facts(flags: Flags) -> dict[str, Any]:
     return {
         "config": to_dict(flags.config),
         "workdir": str(flags.workdir),
+        "num_processes": distributed.global_state.num_processes,
         "tpipe_jax": f"{tpipe_jax.__version__} ({code.hexdigest()[:12]})",
         "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
         "Python": ".".join(platform.python_version_tuple()[:2]),
     }
 
@@ -274,18 +324,16 @@ def _end(failure: Failure) -> NoReturn:
     own, text = distributed.global_state.process_id, failure.text
     if failure.process != own:
         text = f"process {failure.process} on {failure.host}: {text}" if own == 0 else ""
-    with suppress(JaxRuntimeError):  # process 0 may not go before all have heard of it
+    _print_error(text)
+    with suppress(Exception):  # process 0, which tells the others, may not go before all have heard
         _client().wait_at_barrier("tpipe_jax/farewell", 1000 * FAREWELL_SECONDS)
-    _leave(failure.status, text)
+    os._exit(failure.status)  # threads and collectives may never come to an end
 
 
-def _leave(status: int, text: str) -> NoReturn:
-    """Ends this process at once: its threads and collectives may never come to an end."""
-    sys.stdout.flush()
-    if text:
-        print(text, file=sys.stderr)
-    sys.stderr.flush()
-    os._exit(status)
+def _print_error(text: str) -> None:
+    with suppress(OSError, ValueError):  # nobody may be reading
+        sys.stdout.flush()
+        print(text, file=sys.stderr, end="\n" if text else "", flush=True)
 
 
 def _client() -> Any:

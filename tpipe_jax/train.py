@@ -13,13 +13,12 @@ import jax
 import numpy as np
 import optax
 from jax import Array
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from tpipe_jax.autoplan import as_first, plan_slices, stage_factors
 from tpipe_jax.checkpoint import Checkpoints
 from tpipe_jax.collectives import compile_checked
-from tpipe_jax.config import Config, resolved, to_dict
+from tpipe_jax.config import Config, UserError, resolved, to_dict
 from tpipe_jax.console import Console
 from tpipe_jax.data import Batches, open_data
 from tpipe_jax.mesh import (
@@ -34,7 +33,7 @@ from tpipe_jax.metrics import Metrics
 from tpipe_jax.model import Params, num_params
 from tpipe_jax.optim import learning_rate, make_optimizer
 from tpipe_jax.plan import Plan, PlanRequest, read_settings
-from tpipe_jax.processes import host_names
+from tpipe_jax.processes import from_first, host_names, stop_notices
 from tpipe_jax.sample import sample
 from tpipe_jax.schedule import Schedule, terapipe
 from tpipe_jax.train_state import TrainState, abstract_state, init_state, state_bytes
@@ -83,9 +82,9 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
     run = prepare(config, devices)
     is_first = jax.process_index() == 0  # which alone writes, but for checkpoints
     console.show_facts(_facts(run))
-    _show_hosts(run.mesh, console)
     for change in changed_settings(config, workdir) if is_first else ():
         console.say(f"changed since the last start: {change}")
+    _show_hosts(run.mesh, console)  # all meet here, after the first has found the folder fit
 
     identity = {
         "model": to_dict(config)["model"],
@@ -94,7 +93,7 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, identity)
     num_steps = config.train.num_steps
     with closing(checkpoints):
-        first_step = checkpoints.newest_step() or 0
+        first_step = _agreed_step(checkpoints.newest_step() or 0, workdir)
         if first_step >= num_steps:
             console.say(
                 f"The run in {workdir} has finished its {first_step} steps: go further with "
@@ -109,7 +108,7 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
         else:
             plan = as_first(plan)
             console.show_plan(plan, stage_factors(config))
-        with interruptions(console) as interrupted:
+        with interruptions(console, first_step) as interrupted:
             state = None
             if first_step:
                 state = checkpoints.restore(abstract_state(config, run.mesh, run.optimizer))
@@ -152,6 +151,17 @@ def _facts(run: Run) -> dict[str, str]:
         "step": f"{config.train.batch_size} sequences of {model.seq_len} tokens, "
         f"{run.plan.batch_size} a data shard",
     }
+
+
+def _agreed_step(first_step: int, workdir: Path) -> int:
+    """The step of the newest checkpoint. Raises `UserError` if process 0 sees another."""
+    expected = int(from_first(str(first_step)))
+    if first_step != expected:
+        raise UserError(
+            f"--workdir={workdir} has a checkpoint of step {expected} for process 0 and of step "
+            f"{first_step} for process {jax.process_index()}: give a folder that all hosts share."
+        )
+    return first_step
 
 
 def _show_hosts(mesh: Mesh, console: Console) -> None:
@@ -272,11 +282,11 @@ class StepLog:
 
 
 @contextmanager
-def interruptions(console: Console) -> Iterator[Callable[[int], bool]]:
-    """Yields whether Ctrl-C or SIGTERM has come to any process, as a function of the step; a second
-    Ctrl-C stops without saving.
+def interruptions(console: Console, first_step: int) -> Iterator[Callable[[int], bool]]:
+    """Yields whether Ctrl-C or SIGTERM has come to any process, as a function of the steps done; a
+    second Ctrl-C stops without saving.
 
-    With several processes it is True at one and the same step in all of them, some steps later.
+    With several processes it is True after one and the same step in all of them.
     """
     received: list[int] = []
     is_alone = jax.process_count() == 1
@@ -291,12 +301,10 @@ def interruptions(console: Console) -> Iterator[Callable[[int], bool]]:
 
     # With several processes SIGTERM is jax's.
     numbers = (signal.SIGINT, signal.SIGTERM) if is_alone else (signal.SIGINT,)
+    notices = None if is_alone else stop_notices(first_step)
     before = {number: signal.signal(number, receive) for number in numbers}
     try:
-        if is_alone:
-            yield lambda step: bool(received)
-        else:
-            yield multihost_utils.reached_preemption_sync_point
+        yield notices or (lambda step: bool(received))
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
