@@ -61,14 +61,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--slices",
         action="append",
-        help="token slices; default uniform:1, 2, 4, 8, 16 and auto",
+        help="token slices; default uniform:1, 2, 4, 8, 16, 32 and auto",
     )
     parser.add_argument("--process-id", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.layouts and args.batch_size % 2:
         parser.error("--layouts needs an even --batch-size, half of it for each data shard")
-    args.slices = args.slices or [*(f"uniform:{n}" for n in (1, 2, 4, 8, 16)), "auto"]
+    args.slices = args.slices or [*(f"uniform:{n}" for n in (1, 2, 4, 8, 16, 32)), "auto"]
     return args
 
 
@@ -93,18 +93,17 @@ def work(args: argparse.Namespace) -> None:
     is_first = args.process_id == 0
     plans = make_plans(args)
     # In turns: process 0 alone on one core, then both together with each slicing.
-    programs = {}
-    if is_first:
-        whole = Plan(1, (args.batch_size,), ((args.seq_len,),))
-        programs["one core, no pipeline"] = Program(args, MeshConfig(), whole)
+    whole = Plan(1, (args.batch_size,), ((args.seq_len,),))
+    programs = {"one core, no pipeline": Program(args, MeshConfig(), whole)}
     for slices, plan in plans.items():
         programs[f"two stages, {slices}"] = Program(args, TWO_STAGES, plan)
     if args.layouts:
         halves = Plan(1, (args.batch_size // 2,), ((args.seq_len,),))
-        whole = Plan(1, (args.batch_size,), ((args.seq_len,),))
         programs["two data shards"] = Program(args, MeshConfig(data=2), halves)
         programs["two devices an operator"] = Program(args, MeshConfig(model=2), whole)
 
+    if not is_first:  # which has compiled it only to be as late as process 0 for what follows
+        del programs["one core, no pipeline"]
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for turn in range(args.rounds + 1):
         for name, program in programs.items():
@@ -179,7 +178,8 @@ class Program:
         from tpipe_jax.train_step import make_train_step
 
         config = make_config(args, mesh_config)
-        mesh = make_mesh(config.mesh, jax.devices()[: config.mesh.num_devices])
+        devices = jax.devices() if config.mesh.num_devices > 1 else jax.local_devices()
+        mesh = make_mesh(config.mesh, devices)
         self.plan = plan
         optimizer = make_optimizer(config.optim, config.train.num_steps)
         self._state = init_state(config, mesh, optimizer)

@@ -1,8 +1,10 @@
 import os
+from collections.abc import Iterator
 
 import jax
 import pytest
 from hypothesis import settings
+from jax.experimental.compilation_cache import compilation_cache
 from matplotlib.figure import Figure
 
 # Read when jax looks for devices. One process has 8 of them, so operators need no threads of their
@@ -14,6 +16,29 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 settings.load_profile("tests")
+
+
+@pytest.fixture(scope="session")
+def program_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tmp_path_factory.mktemp("programs"))
+
+
+@pytest.fixture(scope="module")
+def kept_programs(program_cache: str) -> Iterator[None]:
+    """Programs are compiled once for all runs of the tests that ask for it, and those of other
+    processes into machine code that is not optimised.
+    """
+    options = {"compilation_cache_dir": program_cache, "persistent_cache_min_compile_time_secs": 0}
+    before = dict(os.environ)
+    os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
+    for name, value in options.items():
+        os.environ[f"JAX_{name.upper()}"] = str(value)
+        jax.config.update(f"jax_{name}", value)
+    yield
+    os.environ.clear()
+    os.environ |= before
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture

@@ -30,6 +30,8 @@ from tpipe_jax.plan import PlanRequest, load_plan
 from tpipe_jax.profiler import profile_key
 from tpipe_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -13,6 +13,8 @@ import pytest
 
 import several
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 PROGRAM = "launch/multihost.py"
 SETTINGS = [
     "--config.model.num-layers=2",
@@ -30,20 +32,6 @@ SETTINGS = [
     "--config.train.eval-batches=2",
     "--config.train.sample-tokens=0",
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_compilation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Machine code that is not optimised, and kept for the next run of the same program."""
-    before = dict(os.environ)
-    os.environ |= {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("programs")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    }
-    yield
-    os.environ.clear()
-    os.environ |= before
 
 
 def metrics(workdir: Path) -> list[dict[str, float]]:

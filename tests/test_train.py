@@ -34,6 +34,8 @@ from tpipe_jax.console import Console
 from tpipe_jax.data import open_data
 from tpipe_jax.train import train
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 ROOT = Path(__file__).parents[1]
 
 
