@@ -246,6 +246,7 @@ def test_rows_of_a_data_shard_are_read_once_for_all_its_devices() -> None:
         (("pipe", "model"), (2, 8), ("pipe", ("model", "data"))),
         (("pipe", "model"), (2, 4), ("pipe", "model")),  # what model has is too few for data
         ((("pipe", "model"),), (8, 4), (("pipe", "model"), "data")),
+        (("pipe",), (8, 8), ("pipe", "data")),  # an axis that is whole comes first
         ((), (3, 8), (None, "data")),
         ((), (), ()),
     ],

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array, lax
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 
@@ -84,11 +84,9 @@ def _new_params(config: Config, mesh: Mesh) -> Params:
     draw = jax.jit(jax.vmap(partial(init_block, model)))
 
     def blocks(layer_P: np.ndarray) -> Params:
-        stages = NamedSharding(mesh, PartitionSpec("pipe"))
-        keys_P = lax.with_sharding_constraint(keys[np.maximum(layer_P, 0)], stages)
-        is_layer_P = layer_P >= 0
+        is_layer_P, drawn = layer_P >= 0, draw(keys[np.maximum(layer_P, 0)])
         return jax.tree.map(
-            lambda a: jnp.where(is_layer_P.reshape(-1, *[1] * (a.ndim - 1)), a, 0), draw(keys_P)
+            lambda a: jnp.where(is_layer_P.reshape(-1, *[1] * (a.ndim - 1)), a, 0), drawn
         )
 
     table_VD = params["embed"]["tokens"]
