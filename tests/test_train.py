@@ -18,6 +18,7 @@ import pytest
 
 import reference
 from tpipe_jax import model
+from tpipe_jax import train as train_module
 from tpipe_jax.config import (
     CheckpointConfig,
     Config,
@@ -212,6 +213,15 @@ def test_checkpoint_of_another_model_is_refused(
         run(changed(config, **change), workdir)
     assert sentence in str(error.value)
     assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+
+
+def test_processes_that_see_other_checkpoints_are_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(train_module, "from_first", lambda _: "500")
+    assert train_module._agreed_step(500, Path("w")) == 500
+    with pytest.raises(
+        UserError, match=r"step 500 for process 0 and of step 0 for process 0: give"
+    ):
+        train_module._agreed_step(0, Path("w"))
 
 
 def test_foreign_workdir_is_refused(config: Config, tmp_path: Path):
