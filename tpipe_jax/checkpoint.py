@@ -149,8 +149,10 @@ def _is_for_the_user(record: logging.LogRecord) -> bool:
 def _hush_abandoned_transfers() -> None:
     """Hushes what Python reports of reads and writes that Orbax drops once one of them has failed.
 
-    They may end long after the failure, so it hushes them for good.
+    They may end long after the failure, so it hushes them for good. asyncio logs those that fail
+    as well when they are collected.
     """
+    logging.getLogger("asyncio").addFilter(_is_not_abandoned)
     report = sys.unraisablehook
 
     def report_others(unraisable: Any) -> None:
@@ -161,3 +163,7 @@ def _hush_abandoned_transfers() -> None:
 
     if getattr(report, "__name__", "") != report_others.__name__:
         sys.unraisablehook = report_others
+
+
+def _is_not_abandoned(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in record.getMessage()
