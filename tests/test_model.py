@@ -285,7 +285,7 @@ def test_flops_of_one_token_are_those_that_xla_counts() -> None:
     block = model.block_functions(config, jnp.float32)
 
     def layer(params: Params, x_BLD: Array, cache_kvBHCK: Array) -> Array:
-        q, *kv = block.qkv(params, x_BLD)
+        q, *kv = block.qkv(params, x_BLD, lambda _, x: x)
         k, v = (jnp.concatenate(pair, axis=2) for pair in zip(cache_kvBHCK, kv, strict=True))
         weight = jax.nn.softmax(jnp.einsum("bhqe,bhke->bhqk", q, k))
         return block.finish(params, x_BLD, jnp.einsum("bhqk,bhke->bhqe", weight, v), lambda _, x: x)

@@ -15,7 +15,7 @@ import reference
 from tpipe_jax import model, profiler, train_step
 from tpipe_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
 from tpipe_jax.mesh import make_mesh, put_rows
-from tpipe_jax.model import block_functions, self_attention
+from tpipe_jax.model import block_functions, no_tape, self_attention
 from tpipe_jax.profiler import MAX_TICKS, MIN_SECONDS, Profiler, Program, Shape, shapes_to_time
 from tpipe_jax.schedule import IDLE, Item
 
@@ -210,8 +210,8 @@ def test_stages_work_on_the_slices_that_the_tables_name(mesh: Mesh):
 
     block, expected, y = block_functions(CONFIG.model, np.dtype("float32")), 0.0, x[1:3, :32]
     for own in params["blocks"]:
-        attn = self_attention(block.qkv(own, y))
-        y = block.finish(own, y, attn, lambda _, value: value)
+        attn = self_attention(block.qkv(own, y, no_tape))
+        y = block.finish(own, y, attn, no_tape)
         expected += float(np.asarray(y, np.float64).sum())
     assert float(got) == pytest.approx(expected, rel=1e-4)
     busy = work(reference.to_stages(params, mesh), put_rows(mesh, x), table, table[::-1][:2])

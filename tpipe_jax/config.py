@@ -180,14 +180,35 @@ class MemoryConfig:
 
     limit_gib: Annotated[float, Range(0)] | None = None
     """What a step may use; None means what the device reports, which a CPU does not."""
+    remat: str = "auto"
+    """What the backward pass computes again: none, dots (all but matrix products), full (all but
+    layer inputs, keys and values), or names of what is saved instead, as attn,hidden; auto means
+    the fastest that fits."""
+    defer_weight_grads: bool = False
+    """Whether gradients of weights are one product for each layer after the last slice, rather
+    than one for each slice: shortens the ticks of deep pipelines and takes memory."""
+
+
+Scale = Annotated[float, Range(2**-24, high=2**64)]
 
 
 @dataclass(frozen=True)
 class PrecisionConfig:
     """Number formats; parameters, sums of gradients, norms, softmax and loss are float32 always."""
 
-    compute: Literal["float32", "bfloat16"] = "float32"
-    """Format of matrix products and activations."""
+    compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Format of matrix products and activations; auto means float32 on CPUs, float16 on GPUs before
+    Ampere (as V100), else bfloat16."""
+    loss_scale_start: Scale = 2.0**16
+    """What float16 multiplies the loss by at first."""
+    loss_scale_interval: Count = 1000
+    """Steps without overflow after which the scale grows."""
+    loss_scale_factor: Annotated[float, Range(1, high=2**10)] = 2.0
+    """What the scale grows by, and shrinks by at an overflow."""
+    loss_scale_min: Scale = 1.0
+    """Where it stops shrinking; an overflow there ends the run."""
+    loss_scale_max: Scale = 2.0**24
+    """Where it stops growing."""
 
 
 @dataclass(frozen=True)
@@ -211,6 +232,13 @@ class Config:
             raise UserError(
                 f"config.model.num_heads={self.model.num_heads} does not divide "
                 f"config.model.d_model={self.model.d_model}: pick a divisor."
+            )
+        scale = self.precision
+        if not scale.loss_scale_min <= scale.loss_scale_start <= scale.loss_scale_max:
+            raise UserError(
+                f"config.precision.loss_scale_start={scale.loss_scale_start:g} must be between "
+                f"loss_scale_min={scale.loss_scale_min:g} and "
+                f"loss_scale_max={scale.loss_scale_max:g}: set the three in that order."
             )
         if sorted(self.mesh.order.split(",")) != ["data", "model", "pipe"]:
             raise UserError(

@@ -8,16 +8,17 @@ As Megatron-LM's parallel cross-entropy (Shoeybi et al. 2019, section 3), with a
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from tpipe_jax.attention import MASKED
+from tpipe_jax.inplace import Position, write
 from tpipe_jax.model import Params, final_norm
-from tpipe_jax.pipeline import pmax, psum, sum_over, varying
+from tpipe_jax.pipeline import from_stage, pmax, psum, sum_over, varying
 
 IGNORE = -1  # a target that does not count
 CHUNK = 1024  # tokens whose logits are in memory at a time
@@ -31,97 +32,171 @@ class Head(NamedTuple):
     """This stage's rows of the token embedding."""
 
 
-def embed(params: Params, tokens_BT: Array) -> Array:
+def embed(params: Params, tokens_BT: Array, dtype: Any) -> Array:
     """Token plus position embeddings `[B, T, D]`, the same on all stages.
 
-    In float32, as the parameters are: so many tokens may add to the gradient of one row of the
-    table that a sum in a shorter format would stand still.
+    Summed in float32, as the parameters are, and rounded to `dtype`.
     """
-    table_VD = params["tokens"]
-    found_BTD = _own_rows(tokens_BT, table_VD.shape[0], lambda rows: table_VD[rows])
-    return found_BTD + params["positions"][: tokens_BT.shape[1]]
+    (B, T), table_VD = tokens_BT.shape, params["tokens"]
+    num_tokens, chunks = _chunks(B, T)
+
+    def chunk(x_BTD: Array, here: _Chunk) -> tuple[Array, None]:
+        found_BLD = _own_rows(
+            _read(tokens_BT, here, num_tokens), len(table_VD), lambda rows: table_VD[rows]
+        )
+        positions_LD = lax.dynamic_slice_in_dim(params["positions"], here.token, num_tokens)
+        return write(x_BTD, found_BLD + positions_LD, Position(0, here.token)), None
+
+    empty = varying(jnp.zeros((B, T, table_VD.shape[-1]), dtype), ("data",))
+    return lax.scan(chunk, empty, chunks)[0]
+
+
+def embed_grads(params: Params, tokens_BT: Array, d_x_BTD: Array) -> Params:
+    """Gradients of `embed` with respect to the parameters, from those of the first stage with
+    respect to its result; float32, and each stage has its own rows of the table.
+
+    So many tokens may add to one row that a sum in a shorter format would stand still.
+    """
+    num_rows = len(params["tokens"])
+    num_tokens, chunks = _chunks(*tokens_BT.shape)
+
+    def chunk(d_params: Params, here: _Chunk) -> tuple[Params, None]:
+        d_x_BLD = from_stage(0, _read(d_x_BTD, here, num_tokens)).astype(jnp.float32)
+        d_x_BLD = jnp.where(here.is_new_L[:, None], d_x_BLD, 0)
+        rows_BL, is_own_BL = _find_rows(_read(tokens_BT, here, num_tokens), num_rows)
+        d_own_BLD = jnp.where(is_own_BL[..., None], d_x_BLD, 0)
+        d_positions = d_params["positions"]
+        before_LD = lax.dynamic_slice_in_dim(d_positions, here.token, num_tokens)
+        return {
+            "tokens": d_params["tokens"].at[rows_BL].add(d_own_BLD),
+            "positions": lax.dynamic_update_slice_in_dim(
+                d_positions, before_LD + d_x_BLD.sum(0), here.token, 0
+            ),
+        }, None
+
+    zeros = jax.tree.map(partial(jnp.zeros_like, dtype=jnp.float32), params)
+    start = {
+        "tokens": varying(zeros["tokens"]),
+        "positions": varying(zeros["positions"], ("data",)),
+    }
+    return lax.scan(chunk, start, chunks)[0]
 
 
 def cross_entropy(head: Head, y_BTD: Array, targets_BT: Array, vocab_size: int) -> Array:
-    """Negative log-likelihood of this shard's tokens in nats, summed, float32.
+    """Negative log-likelihood of this shard's tokens in nats, summed, float32, on all stages.
 
-    Targets equal to `IGNORE` don't count. `y_BTD`, the output of the last stage, and the result are
-    the same on all stages.
+    `y_BTD` is read on the last stage only. Targets equal to `IGNORE` don't count.
     """
+    num_tokens, chunks = _chunks(*targets_BT.shape)
 
-    def chunk(total: Array, inputs: tuple[Array, Array]) -> tuple[Array, None]:
-        return total + _chunk_loss(head, *inputs, vocab_size), None
+    def chunk(total: Array, here: _Chunk) -> tuple[Array, None]:
+        y_BLD = from_stage(-1, _read(y_BTD, here, num_tokens))
+        return total + _chunk_loss(head, y_BLD, _targets(targets_BT, here), vocab_size), None
 
-    total, _ = lax.scan(chunk, varying(jnp.float32(0), ("data",)), _chunks(y_BTD, targets_BT))
-    return total
+    return lax.scan(chunk, varying(jnp.float32(0), ("data",)), chunks)[0]
 
 
 def cross_entropy_and_grads(
-    head: Head, y_BTD: Array, targets_BT: Array, vocab_size: int
+    head: Head, y_BTD: Array, targets_BT: Array, vocab_size: int, weight: Array
 ) -> tuple[Array, Head, Array]:
-    """`cross_entropy` and its gradients with respect to head and `y_BTD`, chunk by chunk.
+    """`cross_entropy`, and the gradients of `weight` times it with respect to head and `y_BTD`.
 
     Gradients are summed over the stages, except that each has its own rows of the table, and not
-    over 'data'.
+    over 'data'. Those with respect to `y_BTD` take its place, chunk by chunk, so that there is no
+    second buffer of its size.
     """
     head = varying(head)
+    num_tokens, chunks = _chunks(*targets_BT.shape)
 
-    def chunk(
-        carry: tuple[Array, Head], inputs: tuple[Array, Array]
-    ) -> tuple[tuple[Array, Head], Array]:
-        total, d_head = carry
-        y_LD, targets_L = inputs
-        loss = partial(_chunk_loss, targets_L=targets_L, vocab_size=vocab_size)
-        value, (d_head_chunk, d_y_LD) = jax.value_and_grad(loss, (0, 1))(head, varying(y_LD))
-        return (total + value, jax.tree.map(jnp.add, d_head, d_head_chunk)), d_y_LD
+    def chunk(carry: tuple[Array, Head, Array], here: _Chunk):
+        total, d_head, buffer_BTD = carry
+        here_BLD = _read(buffer_BTD, here, num_tokens)
+        targets_BL = _targets(targets_BT, here)
+
+        def weighted(head: Head, y_BLD: Array) -> tuple[Array, Array]:
+            value = _chunk_loss(head, y_BLD, targets_BL, vocab_size)
+            return weight * value, value
+
+        gradient = jax.grad(weighted, (0, 1), has_aux=True)
+        (d_head_chunk, d_y_BLD), value = gradient(head, varying(from_stage(-1, here_BLD)))
+        # Tokens that were in the chunk before as well have their gradients already.
+        d_y_BLD = jnp.where(here.is_new_L[:, None], sum_over("pipe", d_y_BLD), here_BLD)
+        return (
+            total + value,
+            jax.tree.map(jnp.add, d_head, d_head_chunk),
+            write(buffer_BTD, d_y_BLD, Position(0, here.token)),
+        ), None
 
     no_gradients = varying(jax.tree.map(partial(jnp.zeros_like, dtype=jnp.float32), head))
-    start = varying(jnp.float32(0), ("data",)), no_gradients
-    (total, d_head), d_y = lax.scan(chunk, start, _chunks(y_BTD, targets_BT))
-    d_norm = psum(d_head.norm, "pipe")
-    d_y = sum_over("pipe", d_y)
-    d_y_BTD = d_y.reshape(-1, y_BTD.shape[-1])[: targets_BT.size].reshape(y_BTD.shape)
-    return total, Head(d_norm, d_head.table_VD), d_y_BTD
+    start = varying(jnp.float32(0), ("data",)), no_gradients, varying(y_BTD)
+    (total, d_head, d_y_BTD), _ = lax.scan(chunk, start, chunks)
+    return total, Head(psum(d_head.norm, "pipe"), d_head.table_VD), d_y_BTD
 
 
-def logits(head: Head, y_LD: Array, vocab_size: int) -> Array:
-    """Logits of L tokens over this stage's rows of the vocabulary, `[L, V / P]` float32."""
+def logits(head: Head, y: Array, vocab_size: int) -> Array:
+    """Logits of tokens `[..., D]` over this stage's rows of the vocabulary, `[..., V / P]` float32.
+
+    `y` is the same on all stages.
+    """
     num_rows = head.table_VD.shape[0]
-    normed_LD = final_norm(head.norm, y_LD).astype(head.table_VD.dtype)
-    logits_LV = jnp.einsum(
-        "ld,vd->lv", normed_LD, head.table_VD, preferred_element_type=jnp.float32
-    )
+    normed = final_norm(head.norm, y).astype(head.table_VD.dtype)
+    logits = jnp.einsum("...d,vd->...v", normed, head.table_VD, preferred_element_type=jnp.float32)
     is_token_V = lax.axis_index("pipe") * num_rows + jnp.arange(num_rows) < vocab_size
-    return jnp.where(is_token_V, logits_LV, MASKED)
+    return jnp.where(is_token_V, logits, MASKED)
 
 
-def _chunk_loss(head: Head, y_LD: Array, targets_L: Array, vocab_size: int) -> Array:
-    logits_LV = logits(head, y_LD, vocab_size)
-    top_L = pmax(lax.stop_gradient(logits_LV).max(-1), "pipe")
-    total_L = psum(jnp.exp(logits_LV - top_L[:, None]).sum(-1), "pipe")
-    num_rows = logits_LV.shape[-1]
-    target_L = _own_rows(
-        targets_L, num_rows, lambda rows: jnp.take_along_axis(logits_LV, rows[:, None], -1)[:, 0]
+def _chunk_loss(head: Head, y_BLD: Array, targets_BL: Array, vocab_size: int) -> Array:
+    logits_BLV = logits(head, y_BLD, vocab_size)
+    top_BL = pmax(lax.stop_gradient(logits_BLV).max(-1), "pipe")
+    total_BL = psum(jnp.exp(logits_BLV - top_BL[..., None]).sum(-1), "pipe")
+    target_BL = _own_rows(
+        targets_BL,
+        logits_BLV.shape[-1],
+        lambda rows: jnp.take_along_axis(logits_BLV, rows[..., None], -1)[..., 0],
     )
-    return jnp.where(targets_L != IGNORE, jnp.log(total_L) + top_L - target_L, 0).sum()
+    return jnp.where(targets_BL != IGNORE, jnp.log(total_BL) + top_BL - target_BL, 0).sum()
 
 
 def _own_rows(ids: Array, num_rows: int, values: Callable[[Array], Array]) -> Array:
     """`values(row of id)` from the stage whose vocabulary rows hold the id, on all stages."""
-    rows = ids - lax.axis_index("pipe") * num_rows
-    is_own = (rows >= 0) & (rows < num_rows)
-    found = values(jnp.clip(rows, 0, num_rows - 1))
+    rows, is_own = _find_rows(ids, num_rows)
+    found = values(rows)
     is_own = is_own.reshape(is_own.shape + (1,) * (found.ndim - is_own.ndim))
     return sum_over("pipe", jnp.where(is_own, found, 0))
 
 
-def _chunks(y_BTD: Array, targets_BT: Array) -> tuple[Array, Array]:
-    """Cuts all tokens into equal chunks; what fills up the last one does not count."""
-    chex.assert_equal_shape_prefix([y_BTD, targets_BT], 2)
-    num_tokens, D = targets_BT.size, y_BTD.shape[-1]
-    num_chunks = -(-num_tokens // CHUNK)
-    size = -(-num_tokens // num_chunks)
-    fill = num_chunks * size - num_tokens
-    y = jnp.pad(y_BTD.reshape(num_tokens, D), ((0, fill), (0, 0)))
-    targets = jnp.pad(targets_BT.reshape(num_tokens), (0, fill), constant_values=IGNORE)
-    return y.reshape(num_chunks, size, D), targets.reshape(num_chunks, size)
+def _find_rows(ids: Array, num_rows: int) -> tuple[Array, Array]:
+    """Rows of this stage that hold the ids, and where there is one."""
+    rows = ids - lax.axis_index("pipe") * num_rows
+    return jnp.clip(rows, 0, num_rows - 1), (rows >= 0) & (rows < num_rows)
+
+
+class _Chunk(NamedTuple):
+    """Some tokens of all sequences."""
+
+    token: Array
+    """The first of them."""
+    is_new_L: Array
+    """False for those that were in the chunk before."""
+
+
+def _chunks(batch_size: int, seq_len: int) -> tuple[int, _Chunk]:
+    """Tokens of each chunk, and all chunks, stacked; the last overlaps where they don't divide."""
+    most = min(max(1, CHUNK // batch_size), seq_len)
+    num_chunks = -(-seq_len // most)
+    num_tokens = -(-seq_len // num_chunks)
+    due = np.arange(num_chunks) * num_tokens
+    first = np.minimum(due, seq_len - num_tokens)
+    is_new = first[:, None] + np.arange(num_tokens) >= due[:, None]
+    return num_tokens, _Chunk(jnp.asarray(first), jnp.asarray(is_new))
+
+
+def _read(buffer: Array, chunk: _Chunk, num_tokens: int) -> Array:
+    """The chunk's part of a `[B, T]` or `[B, T, D]`."""
+    return lax.dynamic_slice_in_dim(buffer, chunk.token, num_tokens, 1)
+
+
+def _targets(targets_BT: Array, chunk: _Chunk) -> Array:
+    """The chunk's targets; those that were in the chunk before don't count again."""
+    targets_BL = _read(targets_BT, chunk, chunk.is_new_L.size)
+    return jnp.where(chunk.is_new_L, targets_BL, IGNORE)

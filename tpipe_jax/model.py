@@ -24,8 +24,24 @@ from tpipe_jax.inplace import Position
 Params = Any  # nested dictionaries and lists of arrays
 Tape = Callable[[str, Array], Array]  # sees each named value, returns the value to go on with
 
-# Without a dtype it returns float32, that of its parameters; the linear layer after it casts.
+
+def no_tape(name: str, value: Array) -> Array:
+    """The tape of a block whose values nobody needs."""
+    return value
+
+
+# Without a dtype it returns float32, that of its parameters.
 _layer_norm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+
+
+# The linear layers of a block: the named values that each takes and gives. To middle and out the
+# residual is added, which leaves the gradient with respect to the layer's output the same.
+LINEARS = {
+    "attn_in": ("norm_1", "qkv"),
+    "attn_out": ("attn", "middle"),
+    "ff_in": ("norm_2", "hidden"),
+    "ff_out": ("gelu", "out"),
+}
 
 
 class Block(nnx.Module):
@@ -40,7 +56,7 @@ class Block(nnx.Module):
         init = nnx.initializers.normal(0.02)
         residual_init = nnx.initializers.normal(0.02 * (2 * config.num_layers) ** -0.5)
         linear = partial(nnx.Linear, dtype=dtype, rngs=rngs)
-        self.num_heads = config.num_heads
+        self.num_heads, self.dtype = config.num_heads, dtype
         self.norm_1 = _layer_norm(D, rngs=rngs)
         self.attn_in = linear(D, 3 * D, kernel_init=init)
         self.attn_out = linear(D, D, kernel_init=residual_init)
@@ -48,33 +64,64 @@ class Block(nnx.Module):
         self.ff_in = linear(D, F, kernel_init=init)
         self.ff_out = linear(F, D, kernel_init=residual_init)
 
-    def qkv(self, x_BLD: Array) -> Array:
+    def qkv(self, x_BLD: Array, tape: Tape) -> Array:
+        normed_BLD = tape("norm_1", self.norm_1(x_BLD).astype(self.dtype))
+        qkv_BLE = tape("qkv", self.attn_in(normed_BLD))
         B, L, _ = x_BLD.shape
-        qkv = self.attn_in(self.norm_1(x_BLD)).reshape(B, L, self.num_heads, 3, -1)
-        return qkv.transpose(3, 0, 2, 1, 4)
+        return qkv_BLE.reshape(B, L, self.num_heads, 3, -1).transpose(3, 0, 2, 1, 4)
+
+    def query(self, x_BLD: Array, tape: Tape) -> Array:
+        normed_BLD = tape("norm_1", self.norm_1(x_BLD).astype(self.dtype))
+
+        def of_queries(a: Array) -> Array:
+            return a.reshape(*a.shape[:-1], self.num_heads, 3, -1)[..., 0, :].astype(self.dtype)
+
+        linear = jax.tree.map(of_queries, nnx.to_pure_dict(nnx.state(self.attn_in)))
+        product_BHLK = jnp.einsum("bld,dhk->bhlk", normed_BLD, linear["kernel"])
+        return product_BHLK + linear["bias"][:, None]
 
     def finish(self, x_BLD: Array, attn_BHLK: Array, tape: Tape) -> Array:
-        attn_BLD = attn_BHLK.transpose(0, 2, 1, 3).reshape(x_BLD.shape)
+        attn_BLD = tape("attn", merge_heads(attn_BHLK))
         middle_BLD = tape("middle", x_BLD + self.attn_out(attn_BLD))
-        hidden_BLF = tape("hidden", self.ff_in(self.norm_2(middle_BLD)))
-        return middle_BLD + self.ff_out(nnx.gelu(hidden_BLF, approximate=True))
+        normed_BLD = tape("norm_2", self.norm_2(middle_BLD).astype(self.dtype))
+        hidden_BLF = tape("hidden", self.ff_in(normed_BLD))
+        activation_BLF = tape("gelu", nnx.gelu(hidden_BLF, approximate=True))
+        return tape("out", middle_BLD + self.ff_out(activation_BLF))
+
+
+def merge_heads(a_BHLK: Array) -> Array:
+    """`[B, H, L, K]` to `[B, L, H K]`."""
+    B, _, L, _ = a_BHLK.shape
+    return a_BHLK.transpose(0, 2, 1, 3).reshape(B, L, -1)
+
+
+def split_heads(a_BLD: Array, num_heads: int) -> Array:
+    """The inverse of `merge_heads`."""
+    B, L, _ = a_BLD.shape
+    return a_BLD.reshape(B, L, num_heads, -1).transpose(0, 2, 1, 3)
 
 
 class BlockFunctions(NamedTuple):
-    """A block as pure functions of its parameters."""
+    """A block as pure functions of its parameters.
 
-    qkv: Callable[[Params, Array], Array]
-    """`(params, x [B, L, D])` to queries, keys and values `[3, B, H, L, K]`."""
+    The tape sees the values `norm_1`, `norm_2`, `attn`, `middle`, `out` `[B, L, D]`, `qkv`
+    `[B, L, 3 D]`, `hidden` and `gelu` `[B, L, F]`.
+    """
+
+    qkv: Callable[[Params, Array, Tape], Array]
+    """`(params, x [B, L, D], tape)` to queries, keys and values `[3, B, H, L, K]`."""
+    query: Callable[[Params, Array, Tape], Array]
+    """The queries alone, `[B, H, L, K]`."""
     finish: Callable[[Params, Array, Array, Tape], Array]
-    """`(params, x [B, L, D], attention [B, H, L, K], tape)` to the block's output `[B, L, D]`;
-    names `middle`, `hidden`."""
+    """`(params, x [B, L, D], attention [B, H, L, K], tape)` to the block's output `[B, L, D]`."""
 
 
 def block_functions(config: ModelConfig, dtype: jnp.dtype) -> BlockFunctions:
     """The pure functions of one block, computing in `dtype`."""
     graph, _ = nnx.split(nnx.eval_shape(lambda: Block(config, dtype, nnx.Rngs(0))))
     return BlockFunctions(
-        qkv=lambda params, x: nnx.merge(graph, params).qkv(x),
+        qkv=lambda params, x, tape: nnx.merge(graph, params).qkv(x, tape),
+        query=lambda params, x, tape: nnx.merge(graph, params).query(x, tape),
         finish=lambda params, x, attn, tape: nnx.merge(graph, params).finish(x, attn, tape),
     )
 
@@ -153,6 +200,6 @@ def logits(config: ModelConfig, params: Params, tokens_BT: Array) -> Array:
         params["embed"]["tokens"][tokens_BT] + params["embed"]["positions"][: tokens_BT.shape[1]]
     )
     for block_params in params["blocks"]:
-        attn_BHTK = self_attention(block.qkv(block_params, x_BTD))
-        x_BTD = block.finish(block_params, x_BTD, attn_BHTK, lambda _, value: value)
+        attn_BHTK = self_attention(block.qkv(block_params, x_BTD, no_tape))
+        x_BTD = block.finish(block_params, x_BTD, attn_BHTK, no_tape)
     return jnp.einsum("btd,vd->btv", final_norm(params["norm"], x_BTD), params["embed"]["tokens"])

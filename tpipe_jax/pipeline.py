@@ -27,7 +27,7 @@ from tpipe_jax.inplace import Position, read, run_if, write
 from tpipe_jax.schedule import IDLE, Item
 
 State = TypeVar("State")
-Carry = tuple[State, Array, Array]  # state, results, and the box that goes round the stages
+Carry = tuple[State, Array, Array]  # state, trunk, and the box that goes round the stages
 Work = Callable[[Array, Position, State], tuple[Array, State]]
 
 
@@ -69,11 +69,17 @@ def sum_over(axis: str, value: Array) -> Array:
     return psum(value.astype(jnp.float32), axis).astype(value.dtype)
 
 
+def from_stage(stage: int, value: Array) -> Array:
+    """The value that one stage has, on all stages; -1 is the last stage."""
+    stage %= lax.axis_size("pipe")
+    return sum_over("pipe", jnp.where(lax.axis_index("pipe") == stage, value, 0))
+
+
 def sweep(
     table: np.ndarray | Array,
     items: Sequence[Item],
     work: Work,
-    source_BTD: Array,
+    trunk_BTD: Array,
     state: State,
     *,
     reverse: bool = False,
@@ -84,16 +90,16 @@ def sweep(
         table: `[tick, stage]`, the index of the item or IDLE; a run-time value if it is an Array.
         items: what the indices stand for.
         work: what a stage does: `(x [B, L, D], position, state)` to `(y [B, L, D], state)`.
-        source_BTD: what the items are cut from on the stage where they enter.
+        trunk_BTD: what the items are cut from on the stage where they enter.
         state: what this stage keeps between items, a tree of arrays.
         reverse: whether items enter at the last stage and leave at the first.
 
     Returns:
-        What `work` has made of each item on this stage, `[B, T, D]`: the result of the sweep on the
-        stage where the items leave. And the state.
+        What `work` has made of each item on this stage, `[B, T, D]`, which takes the place of the
+        trunk: the result of the sweep on the stage where the items leave. And the state.
     """
-    chex.assert_rank([table, source_BTD], [2, 3])
-    num_stages, D = table.shape[1], source_BTD.shape[-1]
+    chex.assert_rank([table, trunk_BTD], [2, 3])
+    num_stages, D = table.shape[1], trunk_BTD.shape[-1]
     entry, step = (num_stages - 1, -1) if reverse else (0, 1)
     neighbours = [(s, s + step) for s in range(num_stages) if 0 <= s + step < num_stages]
     stage = lax.axis_index("pipe")
@@ -103,11 +109,11 @@ def sweep(
     token_of = jnp.array([item.token for item in items])
 
     def run(shape: tuple[int, int], at: Position, carry: Carry) -> Carry:
-        state, result_BTD, box_BLD = carry
+        state, trunk_BTD, box_BLD = carry
         B, L = shape
-        x_BLD = jnp.where(stage == entry, read(source_BTD, at, B, L), box_BLD[:B, :L])
+        x_BLD = jnp.where(stage == entry, read(trunk_BTD, at, B, L), box_BLD[:B, :L])
         y_BLD, state = work(x_BLD, at, state)
-        return state, write(result_BTD, y_BLD, at), write(box_BLD, y_BLD, Position(0, 0))
+        return state, write(trunk_BTD, y_BLD, at), write(box_BLD, y_BLD, Position(0, 0))
 
     def tick(carry: Carry, row: Array) -> tuple[Carry, None]:
         index = row[stage]
@@ -115,14 +121,14 @@ def sweep(
         for kind, shape in enumerate(shapes):
             is_due = (index != IDLE) & (shape_of[index] == kind)
             carry = run_if(is_due, partial(run, shape, at), carry)
-        state, result_BTD, box_BLD = carry
+        state, trunk_BTD, box_BLD = carry
         if neighbours:
             box_BLD = lax.ppermute(box_BLD, "pipe", neighbours)
-        return (state, result_BTD, box_BLD), None
+        return (state, trunk_BTD, box_BLD), None
 
     longest = max(B for B, _ in shapes), max(L for _, L in shapes)
-    empty = jnp.zeros_like(source_BTD), jnp.zeros((*longest, D), source_BTD.dtype)
+    box_BLD = jnp.zeros((*longest, D), trunk_BTD.dtype)
     # Without the barrier XLA would see that stages are idle, and drop what the profiler times.
     rows = lax.optimization_barrier(jnp.asarray(table))
-    (state, result_BTD, _), _ = lax.scan(tick, varying((state, *empty)), rows)
-    return result_BTD, state
+    (state, trunk_BTD, _), _ = lax.scan(tick, varying((state, trunk_BTD, box_BLD)), rows)
+    return trunk_BTD, state

@@ -5,7 +5,7 @@ the backward pass, which returns the saved value and routes the gradient to the 
 that XLA drops the computation.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple, TypeVar
 
@@ -15,12 +15,12 @@ from jax import Array
 
 from tpipe_jax.attention import KVCache, attend, attend_backward
 from tpipe_jax.inplace import Position, read, run_if, write
-from tpipe_jax.model import BlockFunctions, Params
+from tpipe_jax.model import LINEARS, BlockFunctions, Params, no_tape, split_heads
 
 LayerState = TypeVar("LayerState")
 
-
-UNDIVIDED = ("x", "middle")  # saved values that all devices of 'model' hold; they divide the others
+NORMS = ("norm_1", "norm_2")
+UNDIVIDED = ("x", "middle", "out", *NORMS)  # what all devices of 'model' hold; they divide the rest
 
 
 class Saved(NamedTuple):
@@ -28,14 +28,20 @@ class Saved(NamedTuple):
 
     cache: KVCache
     values: dict[str, Array]
-    """x, middle `[B, T, D]`, q, attn `[B, H, T, K]`, lse `[B, H, T, 1]` and hidden `[B, T, F]`."""
+    """The input x `[B, T, D]`, and by name what is not computed again: q `[B, H, T, K]`, attn
+    `[B, T, D]` with its lse `[B, H, T, 1]`, other values of the block `[B, T, D or F]`."""
 
 
 class Gradients(NamedTuple):
-    """What the backward pass of one layer has summed up so far, float32."""
+    """What the backward pass of one layer has gathered so far."""
 
     cache: KVCache
+    """Sums, float32."""
     params: Params
+    """Sums, float32; of norms only, if the weights' are deferred."""
+    d_outputs: dict[str, Array]
+    """With respect to the outputs of linear layers, `[B, T, ...]`, if the weights' are deferred;
+    else empty."""
 
 
 class Stage(NamedTuple):
@@ -75,46 +81,99 @@ class Stage(NamedTuple):
         self, saved: list[Saved], d_y_BLD: Array, at: Position, gradients: list[Gradients]
     ) -> tuple[Array, list[Gradients]]:
         """Walks back through the layers; the slices of a sequence must come in descending order."""
-        B, L, _ = d_y_BLD.shape
 
         def layer(n: int, carry: tuple[Array, Gradients]) -> tuple[Array, Gradients]:
-            d_y_BLD, (d_cache, d_params) = carry
-            params, (cache, buffers) = self.params[n], saved[n]
-            values = {name: read(buffer, at, B, L) for name, buffer in buffers.items()}
-            x_BLD, attn_BHLK = values["x"], values["attn"]
-
-            def replay(name: str, value: Array) -> Array:
-                return _substitute(value, values[name])
-
-            def finish(params: Params, x_BLD: Array, attn_BHLK: Array) -> Array:
-                return self.block.finish(params, x_BLD, attn_BHLK, replay)
-
-            _, finish_vjp = jax.vjp(finish, params, x_BLD, attn_BHLK)
-            d_params_finish, d_x_finish, d_attn_BHLK = finish_vjp(d_y_BLD)
-            d_q, d_cache = attend_backward(
-                values["q"], cache, at, attn_BHLK, values["lse"], d_attn_BHLK, d_cache
-            )
-            d_qkv = jnp.stack([d_q, *(read(d, at, B, L).astype(d_q.dtype) for d in d_cache)])
-            _, qkv_vjp = jax.vjp(self.block.qkv, params, x_BLD)
-            d_params_qkv, d_x_qkv = qkv_vjp(d_qkv)
-            d_params = jax.tree.map(
-                lambda total, a, b: total + a + b, d_params, d_params_finish, d_params_qkv
-            )
-            return d_x_finish + d_x_qkv, Gradients(d_cache, d_params)
+            return self._layer_backward(n, saved[n], *carry, at)
 
         return self._each_layer(layer, d_y_BLD, gradients, reverse=True)
+
+    def param_gradients(self, saved: list[Saved], gradients: list[Gradients]) -> list[Params]:
+        """Gradients of the parameters of each layer after the last slice, float32."""
+        return [
+            d.params | (self._deferred(n, saved[n], d.d_outputs) if d.d_outputs else {})
+            for n, d in enumerate(gradients)
+        ]
 
     def _layer(
         self, n: int, x_BLD: Array, cache: KVCache, at: Position
     ) -> tuple[Array, KVCache, dict[str, Array]]:
-        q, k, v = self.block.qkv(self.params[n], x_BLD)
+        values: dict[str, Array] = {"x": x_BLD}
+
+        def record(name: str, value: Array) -> Array:
+            return values.setdefault(name, value)
+
+        q, k, v = self.block.qkv(self.params[n], x_BLD, record)
         cache = KVCache(write(cache.k, k, at), write(cache.v, v, at))
         attn, lse = attend(q, cache, at)
-        values = {"x": x_BLD, "q": q, "attn": attn, "lse": lse}
-        y_BLD = self.block.finish(
-            self.params[n], x_BLD, attn, lambda name, value: values.setdefault(name, value)
+        y_BLD = self.block.finish(self.params[n], x_BLD, attn, record)
+        return y_BLD, cache, values | {"q": q, "lse": lse}
+
+    def _layer_backward(
+        self, n: int, saved: Saved, d_y_BLD: Array, gradients: Gradients, at: Position
+    ) -> tuple[Array, Gradients]:
+        B, L, _ = d_y_BLD.shape
+        params, cache, (d_cache, d_params, d_outputs) = self.params[n], saved.cache, gradients
+        values = {name: read(buffer, at, B, L) for name, buffer in saved.values.items()}
+        x_BLD, norms = values["x"], {name: params[name] for name in NORMS}
+        taps = {
+            name: jnp.broadcast_to(x_BLD[..., :1], (B, L, params[layer]["kernel"].shape[-1]))
+            for layer, (_, name) in LINEARS.items()
+        }
+
+        def replay(function: Callable[..., Array]) -> Callable[..., tuple[Array, dict[str, Array]]]:
+            """The function of norms, taps and inputs; returns what the tape has seen as well."""
+
+            def run(norms: Params, taps: dict[str, Array], *inputs: Array):
+                seen: dict[str, Array] = {}
+
+                def tape(name: str, value: Array) -> Array:
+                    seen[name] = _substitute(value, values[name]) if name in values else value
+                    return _tap(seen[name], taps[name]) if name in taps else seen[name]
+
+                return function(params | norms, *inputs, tape), seen
+
+            return run
+
+        q, attn, lse = self._attention_again(n, values, cache, at)
+        _, finish_vjp, seen = jax.vjp(
+            replay(self.block.finish), norms, taps, x_BLD, attn, has_aux=True
         )
-        return y_BLD, cache, values
+        d_norms, d_taps, d_x_BLD, d_attn_BHLK = finish_vjp(d_y_BLD)
+        d_q, d_cache = attend_backward(q, cache, at, attn, lse, d_attn_BHLK, d_cache)
+        d_qkv = jnp.stack([d_q, *(read(d, at, B, L).astype(d_q.dtype) for d in d_cache)])
+        _, qkv_vjp, seen_before = jax.vjp(replay(self.block.qkv), norms, taps, x_BLD, has_aux=True)
+        # Each norm and each tap has its gradient from one of the two.
+        d_norms, d_taps, d_x_BLD = jax.tree.map(jnp.add, (d_norms, d_taps, d_x_BLD), qkv_vjp(d_qkv))
+        if d_outputs:
+            d_outputs = {name: write(d_outputs[name], d_taps[name], at) for name in d_outputs}
+        else:
+            d_norms |= _weight_gradients(seen_before | seen, d_taps)
+        d_params = jax.tree.map(jnp.add, d_params, d_norms)
+        return d_x_BLD, Gradients(d_cache, d_params, d_outputs)
+
+    def _attention_again(
+        self, n: int, values: dict[str, Array], cache: KVCache, at: Position
+    ) -> tuple[Array, Array, Array]:
+        """Queries, output and log-sum-exp of a slice's attention, as saved or computed again."""
+        q = values.get("q")
+        if q is None:
+            q = self.block.query(self.params[n], values["x"], no_tape)
+        if "attn" not in values:
+            return q, *attend(q, cache, at)
+        return q, split_heads(values["attn"], q.shape[1]), values["lse"]
+
+    def _deferred(self, n: int, saved: Saved, d_outputs: dict[str, Array]) -> Params:
+        """Gradients of the weights of a layer for all slices at once."""
+        seen: dict[str, Array] = {}
+
+        def tape(name: str, value: Array) -> Array:
+            return seen.setdefault(name, saved.values.get(name, value))
+
+        x_BTD, num_heads = saved.values["x"], saved.cache.k.shape[1]
+        self.block.qkv(self.params[n], x_BTD, tape)
+        attn_BHTK = split_heads(saved.values["attn"], num_heads)
+        self.block.finish(self.params[n], x_BTD, attn_BHTK, tape)
+        return _weight_gradients(seen, d_outputs)
 
     def _each_layer(
         self,
@@ -142,20 +201,67 @@ def empty_caches(num_layers: int, shape_BHTK: tuple[int, ...], dtype: jnp.dtype)
 
 
 def empty_saved(
-    num_layers: int, shape_BHTK: tuple[int, ...], ff_width: int, dtype: jnp.dtype
+    num_layers: int,
+    shape_BHTK: tuple[int, ...],
+    ff_width: int,
+    names: Sequence[str],
+    dtype: jnp.dtype,
 ) -> list[Saved]:
-    """Zeroed buffers of every layer."""
+    """Zeroed buffers of every layer for its input and the named values."""
     B, H, T, K = shape_BHTK
 
     def values() -> dict[str, Array]:
-        shapes = {"x": (B, T, H * K), "q": (B, H, T, K), "attn": (B, H, T, K), "lse": (B, H, T, 1)}
-        shapes |= {"middle": (B, T, H * K), "hidden": (B, T, ff_width)}
-        return {
-            name: jnp.zeros(s, jnp.float32 if name == "lse" else dtype)
-            for name, s in shapes.items()
-        }
+        wide = {"hidden": (B, T, ff_width), "gelu": (B, T, ff_width), "q": shape_BHTK}
+        own = {name: jnp.zeros(wide.get(name, (B, T, H * K)), dtype) for name in ("x", *names)}
+        return own | ({"lse": jnp.zeros((B, H, T, 1))} if "attn" in names else {})
 
     return [Saved(cache, values()) for cache in empty_caches(num_layers, shape_BHTK, dtype)]
+
+
+def empty_gradients(
+    num_layers: int,
+    shape_BHTK: tuple[int, ...],
+    block_shapes: Params,
+    is_deferred: bool,
+    dtype: jnp.dtype,
+) -> list[Gradients]:
+    """Zeroed sums and buffers of every layer; `block_shapes` is a tree of what has a shape."""
+    B, _, T, _ = shape_BHTK
+
+    def sums() -> Params:
+        summed = {name: block_shapes[name] for name in (NORMS if is_deferred else block_shapes)}
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), summed)
+
+    def d_outputs() -> dict[str, Array]:
+        widths = {name: block_shapes[n]["kernel"].shape[-1] for n, (_, name) in LINEARS.items()}
+        return {name: jnp.zeros((B, T, width), dtype) for name, width in widths.items()}
+
+    return [
+        Gradients(d_cache, sums(), d_outputs() if is_deferred else {})
+        for d_cache in empty_caches(num_layers, shape_BHTK, jnp.dtype(jnp.float32))
+    ]
+
+
+def _weight_gradients(inputs: dict[str, Array], d_outputs: dict[str, Array]) -> Params:
+    """Gradients of a block's linear layers, float32, from what they were given and those with
+    respect to what they gave, `[B, L, ...]`.
+    """
+
+    def of(source: str, target: str) -> Params:
+        x, d_y = inputs[source], d_outputs[target]
+        kernel = jnp.einsum("bli,blo->io", x, d_y, preferred_element_type=jnp.float32)
+        return {"kernel": kernel, "bias": d_y.astype(jnp.float32).sum((0, 1))}
+
+    return {name: of(*ends) for name, ends in LINEARS.items()}
+
+
+@jax.custom_vjp
+def _tap(value: Array, tap: Array) -> Array:
+    """The value; its gradient is that of the tap too, which is of its shape and never read."""
+    return value
+
+
+_tap.defvjp(lambda value, tap: (value, None), lambda _, gradient: (gradient, gradient))
 
 
 @jax.custom_vjp
@@ -164,6 +270,4 @@ def _substitute(value: Array, saved: Array) -> Array:
     return saved
 
 
-_substitute.defvjp(
-    lambda value, saved: (saved, None), lambda _, gradient: (gradient, jnp.zeros_like(gradient))
-)
+_substitute.defvjp(lambda value, saved: (saved, None), lambda _, gradient: (gradient, None))

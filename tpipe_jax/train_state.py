@@ -22,6 +22,7 @@ from tpipe_jax.mesh import (
     stage_layers,
 )
 from tpipe_jax.model import Params, block_keys, init, init_block
+from tpipe_jax.precision import LossScale, new_loss_scale
 
 
 class TrainState(NamedTuple):
@@ -30,6 +31,7 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: optax.OptState
     step: Array
+    loss_scale: LossScale
 
 
 def abstract_state(
@@ -47,9 +49,8 @@ def abstract_state(
         specs,
         transform_non_params=lambda _: PartitionSpec(),
     )
-    places = shardings(
-        mesh, shapes._replace(params=specs, opt_state=opt_specs, step=PartitionSpec())
-    )
+    other_specs = jax.tree.map(lambda _: PartitionSpec(), shapes._replace(params={}, opt_state=()))
+    places = shardings(mesh, other_specs._replace(params=specs, opt_state=opt_specs))
     return jax.tree.map(
         lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, places
     )
@@ -75,7 +76,8 @@ def init_step(config: Config, mesh: Mesh, optimizer: optax.GradientTransformatio
 
 def _new_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
     params = _new_params(config, mesh)
-    return TrainState(params, optimizer.init(params), jnp.int32(0))
+    loss_scale = new_loss_scale(config.precision)
+    return TrainState(params, optimizer.init(params), jnp.int32(0), loss_scale)
 
 
 def _new_params(config: Config, mesh: Mesh) -> Params:

@@ -15,75 +15,110 @@ from tpipe_jax import loss
 from tpipe_jax.attention import KVCache
 from tpipe_jax.config import Config
 from tpipe_jax.mesh import layer_counts, manual_part, param_specs
-from tpipe_jax.model import Params, block_functions
-from tpipe_jax.pipeline import needs_sums, psum, sum_over, sweep, varying
+from tpipe_jax.model import Params, block_functions, init_block
+from tpipe_jax.pipeline import from_stage, needs_sums, psum, sweep, varying
+from tpipe_jax.precision import compute_dtype, compute_format, next_loss_scale
+from tpipe_jax.remat import saved_names
 from tpipe_jax.schedule import Item, Schedule
-from tpipe_jax.stage import UNDIVIDED, Gradients, Saved, Stage, empty_caches, empty_saved
+from tpipe_jax.stage import (
+    UNDIVIDED,
+    Gradients,
+    Saved,
+    Stage,
+    empty_caches,
+    empty_gradients,
+    empty_saved,
+)
 from tpipe_jax.train_state import TrainState, abstract_state
 
 
 def make_train_step(
     config: Config, mesh: Mesh, schedule: Schedule, optimizer: optax.GradientTransformation
 ) -> Wrapped:
-    """`(state, rows [B, T + 1])` to the next state and `loss` and `grad_norm`.
+    """`(state, rows [B, T + 1])` to the next state and `loss`, `grad_norm`, and for float16
+    `loss_scale` and `skipped_steps`.
 
-    The old state is donated.
+    Where loss or gradients are not finite on any device, all keep their parameters and optimiser
+    state. The old state is donated.
     """
     loss_and_grads = make_loss_and_grads(config, mesh, schedule)
     places = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh, optimizer))
+    is_scaled = compute_format(config.precision, mesh) == "float16"
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(places, None))
     def train_step(state: TrainState, rows: Array) -> tuple[TrainState, dict[str, Array]]:
-        value, grads = loss_and_grads(state.params, rows)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(params, opt_state, state.step + 1), {
-            "loss": value,
-            "grad_norm": optax.tree.norm(grads),
-        }
+        scale = state.loss_scale
+        value, grads = loss_and_grads(state.params, rows, scale.value if is_scaled else 1.0)
+        state, metrics = apply_gradients(optimizer, state, value, grads)
+        if is_scaled:
+            is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+            after = next_loss_scale(config.precision, scale, is_finite)
+            state = state._replace(loss_scale=after)
+            metrics |= {"loss_scale": scale.value, "skipped_steps": after.skipped_steps}
+        return state, metrics
 
     return train_step
 
 
+def apply_gradients(
+    optimizer: optax.GradientTransformation, state: TrainState, value: Array, grads: Params
+) -> tuple[TrainState, dict[str, Array]]:
+    """The state after a step; one that is not finite changes nothing but the number of steps."""
+    grad_norm = optax.tree.norm(grads)
+    is_finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    new = optax.apply_updates(state.params, updates), opt_state
+    params, opt_state = jax.tree.map(
+        partial(jnp.where, is_finite), new, (state.params, state.opt_state)
+    )
+    state = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
+    return state, {"loss": value, "grad_norm": grad_norm}
+
+
 def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapped:
-    """`(params, rows [B, T + 1])` to the mean loss in nats per token and its float32 gradients."""
-    num_stages, dtype = mesh.shape["pipe"], jnp.dtype(config.precision.compute)
+    """`(params, rows [B, T + 1], scale=1)` to the mean loss in nats per token and its float32
+    gradients, which are computed as those of `scale` times the loss.
+    """
+    dtype = compute_dtype(config.precision, mesh)
 
-    def local(params: Params, rows: Array) -> tuple[Array, Params]:
+    def local(params: Params, rows: Array, scale: Array) -> tuple[Array, Params]:
         tokens_BT, targets_BT = rows[:, :-1], rows[:, 1:]
-        params = _for_compute(config, params)
-        stage = _make_stage(config, params)
+        params, count = _for_compute(config, mesh, params), _count(targets_BT)
+        stage = _make_stage(config, mesh, params)
 
-        x_BTD, embed_vjp = jax.vjp(partial(loss.embed, tokens_BT=tokens_BT), params["embed"])
-        x_BTD = x_BTD.astype(dtype)
-        saved = _empty_saved(config, mesh)
-        y_BTD, saved = sweep(schedule.forward, schedule.items, stage.forward, x_BTD, saved)
+        x_BTD = loss.embed(params["embed"], tokens_BT, dtype)
+        y_BTD, saved = sweep(
+            schedule.forward, schedule.items, stage.forward, x_BTD, _empty_saved(config, mesh)
+        )
 
-        y_BTD = _from_stage(num_stages - 1, y_BTD)
-        head = _make_head(config, params)
+        head = _make_head(config, mesh, params)
         total, d_head, d_y_BTD = loss.cross_entropy_and_grads(
-            head, y_BTD, targets_BT, config.model.vocab_size
+            head, y_BTD, targets_BT, config.model.vocab_size, scale / count
         )
 
         backward = partial(stage.backward, saved)
-        gradients = _empty_gradients(config, mesh, stage)
         d_x_BTD, gradients = sweep(
-            schedule.backward, schedule.items, backward, d_y_BTD, gradients, reverse=True
+            schedule.backward,
+            schedule.items,
+            backward,
+            d_y_BTD,
+            _empty_gradients(config, mesh),
+            reverse=True,
         )
+        d_blocks = stage.param_gradients(saved, gradients)
 
-        (d_embed,) = embed_vjp(_from_stage(0, d_x_BTD).astype(jnp.float32))
+        d_embed = loss.embed_grads(params["embed"], tokens_BT, d_x_BTD)
         d_embed["tokens"] = d_embed["tokens"] + d_head.table_VD
         grads = {
             "embed": d_embed,
-            "blocks": [jax.tree.map(lambda g: g[None], layer.params) for layer in gradients],
+            "blocks": [jax.tree.map(lambda g: g[None], layer) for layer in d_blocks],
             "norm": d_head.norm,
         }
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         total, grads = psum((total, grads), "data")
-        count = _count(targets_BT)
-        return total / count, jax.tree.map(lambda g: g / count, grads)
+        return total / count, jax.tree.map(lambda g: g / scale, grads)
 
-    return _over_mesh(config, mesh, local, lambda specs: (PartitionSpec(), specs))
+    mapped = _over_mesh(config, mesh, local, lambda specs: (PartitionSpec(), specs), num_scalars=1)
+    return jax.jit(lambda params, rows, scale=1.0: mapped(params, rows, jnp.float32(scale)))
 
 
 def make_loss(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapped:
@@ -91,8 +126,8 @@ def make_loss(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapped:
 
     def local(params: Params, rows: Array) -> Array:
         tokens_BT, targets_BT = rows[:, :-1], rows[:, 1:]
-        params = _for_compute(config, params)
-        head = _make_head(config, params)
+        params = _for_compute(config, mesh, params)
+        head = _make_head(config, mesh, params)
         y_BTD = _infer(config, mesh, schedule, params, tokens_BT)
         total = loss.cross_entropy(head, y_BTD, targets_BT, config.model.vocab_size)
         return psum(total, "data") / _count(targets_BT)
@@ -106,10 +141,11 @@ def make_next_token_logits(config: Config, mesh: Mesh, schedule: Schedule) -> Wr
     """
 
     def local(params: Params, tokens_BT: Array, index: Array) -> Array:
-        params = _for_compute(config, params)
-        head = _make_head(config, params)
+        params = _for_compute(config, mesh, params)
+        head = _make_head(config, mesh, params)
         y_BTD = _infer(config, mesh, schedule, params, tokens_BT)
-        return loss.logits(head, y_BTD[:, index], config.model.vocab_size)
+        y_BD = from_stage(-1, y_BTD[:, index])
+        return loss.logits(head, y_BD, config.model.vocab_size)
 
     mapped = _over_mesh(config, mesh, local, lambda _: PartitionSpec("data", "pipe"), num_scalars=1)
     return jax.jit(mapped, out_shardings=NamedSharding(mesh, PartitionSpec()))
@@ -121,10 +157,10 @@ def make_stage_work(config: Config, mesh: Mesh, items: Sequence[Item]) -> Wrappe
     The stages' part of a training step with tables that are run-time values: what the profiler
     times.
     """
-    dtype = jnp.dtype(config.precision.compute)
+    dtype = compute_dtype(config.precision, mesh)
 
     def local(params: Params, x_BTD: Array, forward: Array, backward: Array) -> Array:
-        stage = _make_stage(config, _for_compute(config, params))
+        stage = _make_stage(config, mesh, _for_compute(config, mesh, params))
         x_BTD = x_BTD.astype(dtype)
         y_BTD, saved = sweep(forward, items, stage.forward, x_BTD, _empty_saved(config, mesh))
         d_x_BTD, gradients = sweep(
@@ -132,7 +168,7 @@ def make_stage_work(config: Config, mesh: Mesh, items: Sequence[Item]) -> Wrappe
             items,
             partial(stage.backward, saved),
             x_BTD,
-            _empty_gradients(config, mesh, stage),
+            _empty_gradients(config, mesh),
             reverse=True,
         )
         total = sum(
@@ -147,7 +183,7 @@ def make_transfer(config: Config, mesh: Mesh, item: Item) -> Wrapped:
     """`(params, x [B, T, D], table)` to a number: the ticks of a sweep whose stages do no work."""
 
     def local(params: Params, x_BTD: Array, table: Array) -> Array:
-        x_BTD = x_BTD.astype(config.precision.compute)
+        x_BTD = x_BTD.astype(compute_dtype(config.precision, mesh))
         y_BTD, _ = sweep(table, [item], lambda x_BLD, at, state: (x_BLD, state), x_BTD, ())
         return psum(y_BTD.astype(jnp.float32).sum(), ("data", "pipe"))
 
@@ -155,19 +191,20 @@ def make_transfer(config: Config, mesh: Mesh, item: Item) -> Wrapped:
 
 
 def saved_bytes_per_token(config: Config, mesh: Mesh) -> int:
-    """What the forward sweep keeps for the backward sweep, and the gradients of its caches."""
-    saved, d_caches = (
-        partial(_empty_saved, config, mesh),
-        partial(_empty_caches, config, mesh, jnp.float32),
-    )
-    return sum(_bytes_per_token(config, mesh, buffers) for buffers in (saved, d_caches))
+    """What the forward sweep keeps for the backward sweep, and what that gathers for each token."""
+    saved = partial(_empty_saved, config, mesh)
+
+    def gathered() -> Any:
+        return [(d.cache, d.d_outputs) for d in _empty_gradients(config, mesh)]
+
+    return sum(_bytes_per_token(config, mesh, buffers) for buffers in (saved, gathered))
 
 
 def cache_bytes_per_token(config: Config, mesh: Mesh) -> int:
     """Of `saved_bytes_per_token`, what are keys, values and their gradients."""
     return sum(
-        _bytes_per_token(config, mesh, partial(_empty_caches, config, mesh, jnp.dtype(dtype)))
-        for dtype in (config.precision.compute, jnp.float32)
+        _bytes_per_token(config, mesh, partial(_empty_caches, config, mesh, dtype))
+        for dtype in (compute_dtype(config.precision, mesh), jnp.dtype(jnp.float32))
     )
 
 
@@ -184,18 +221,18 @@ def _bytes_per_token(config: Config, mesh: Mesh, buffers: Callable[[], Any]) -> 
 def _infer(
     config: Config, mesh: Mesh, schedule: Schedule, params: Params, tokens_BT: Array
 ) -> Array:
-    stage = _make_stage(config, params)
-    dtype = jnp.dtype(config.precision.compute)
+    stage = _make_stage(config, mesh, params)
+    dtype = compute_dtype(config.precision, mesh)
     shape_BHTK = (tokens_BT.shape[0], *_cache_shape(config, mesh)[1:])
     caches = empty_caches(len(stage.params), shape_BHTK, dtype)
     y_BTD, _ = sweep(
         schedule.forward,
         schedule.items,
         stage.infer,
-        loss.embed(params["embed"], tokens_BT).astype(dtype),
+        loss.embed(params["embed"], tokens_BT, dtype),
         caches,
     )
-    return _from_stage(mesh.shape["pipe"] - 1, y_BTD)
+    return y_BTD
 
 
 def _over_mesh(
@@ -219,13 +256,13 @@ def _over_mesh(
     return jax.jit(mapped)
 
 
-def _for_compute(config: Config, params: Params) -> Params:
+def _for_compute(config: Config, mesh: Mesh, params: Params) -> Params:
     """Parameters of this device, with the matrices of blocks in the format of matrix products.
 
     They are marked as different on the data shards, so that gradients are summed over those once,
     at the end, and not where they arise.
     """
-    dtype = jnp.dtype(config.precision.compute)
+    dtype = compute_dtype(config.precision, mesh)
 
     def own(a: Array) -> Array:
         return a[0].astype(dtype) if a.ndim > 2 else a[0]  # the first axis is that of the stages
@@ -234,20 +271,15 @@ def _for_compute(config: Config, params: Params) -> Params:
     return varying(params | {"blocks": blocks}, ("data",))
 
 
-def _make_head(config: Config, params: Params) -> loss.Head:
-    table_VD = params["embed"]["tokens"].astype(config.precision.compute)
+def _make_head(config: Config, mesh: Mesh, params: Params) -> loss.Head:
+    table_VD = params["embed"]["tokens"].astype(compute_dtype(config.precision, mesh))
     return loss.Head(params["norm"], table_VD)
 
 
-def _make_stage(config: Config, params: Params) -> Stage:
+def _make_stage(config: Config, mesh: Mesh, params: Params) -> Stage:
     counts = layer_counts(config.model.num_layers, lax.axis_size("pipe"))
-    block = block_functions(config.model, jnp.dtype(config.precision.compute))
+    block = block_functions(config.model, compute_dtype(config.precision, mesh))
     return Stage(block, params["blocks"], jnp.array(counts)[lax.axis_index("pipe")], min(counts))
-
-
-def _from_stage(stage: int, value: Array) -> Array:
-    """The value that one stage has, on all stages."""
-    return sum_over("pipe", jnp.where(lax.axis_index("pipe") == stage, value, 0))
 
 
 def _count(targets_BT: Array) -> Array:
@@ -255,20 +287,28 @@ def _count(targets_BT: Array) -> Array:
 
 
 def _empty_saved(config: Config, mesh: Mesh) -> list[Saved]:
-    num_layers, dtype = _layers_per_stage(config, mesh), jnp.dtype(config.precision.compute)
-    return empty_saved(num_layers, _cache_shape(config, mesh), config.model.ff_width, dtype)
+    return empty_saved(
+        _layers_per_stage(config, mesh),
+        _cache_shape(config, mesh),
+        config.model.ff_width,
+        saved_names(config.memory.remat),
+        compute_dtype(config.precision, mesh),
+    )
 
 
 def _empty_caches(config: Config, mesh: Mesh, dtype: Any) -> list[KVCache]:
     return empty_caches(_layers_per_stage(config, mesh), _cache_shape(config, mesh), dtype)
 
 
-def _empty_gradients(config: Config, mesh: Mesh, stage: Stage) -> list[Gradients]:
-    d_caches = _empty_caches(config, mesh, jnp.float32)
-    return [
-        Gradients(d_cache, jax.tree.map(partial(jnp.zeros_like, dtype=jnp.float32), block))
-        for d_cache, block in zip(d_caches, stage.params, strict=True)
-    ]
+def _empty_gradients(config: Config, mesh: Mesh) -> list[Gradients]:
+    block = jax.eval_shape(partial(init_block, config.model), jax.random.key(0))
+    return empty_gradients(
+        _layers_per_stage(config, mesh),
+        _cache_shape(config, mesh),
+        block,
+        config.memory.defer_weight_grads,
+        compute_dtype(config.precision, mesh),
+    )
 
 
 def _layers_per_stage(config: Config, mesh: Mesh) -> int:
