@@ -26,6 +26,7 @@ from tpipe_jax.config import (
     resolved,
 )
 from tpipe_jax.optim import make_optimizer
+from tpipe_jax.precision import new_loss_scale
 from tpipe_jax.schedule import terapipe
 from tpipe_jax.train_state import TrainState, abstract_state
 from tpipe_jax.train_step import make_train_step
@@ -119,7 +120,9 @@ def compiled_step(mesh_config: MeshConfig) -> Step:
 def test_steps_equal_those_of_the_plain_model(mesh_config: MeshConfig) -> None:
     step, devices, abstract = compiled_step(mesh_config)
     params = jax.device_get(reference.to_stages(draw_params(MODEL), devices))
-    state = TrainState(params, optimizer(config_on(mesh_config)).init(params), jnp.int32(0))
+    config = config_on(mesh_config)
+    scale = new_loss_scale(config.precision)
+    state = TrainState(params, optimizer(config).init(params), jnp.int32(0), scale)
     state = jax.device_put(state, jax.tree.map(lambda a: a.sharding, abstract))
     expected_loss, expected_grads, expected_params = unpipelined()
 

@@ -73,16 +73,27 @@ def reference_loss(head: Head, y: Array, targets: Array) -> Array:
     return -found.sum(where=targets != IGNORE)
 
 
+WEIGHT = 0.125  # of the loss in gradients; a power of two, so that it is exact
+
+
+def at_stage(stage: int, value: Array) -> Array:
+    """The value on one stage, and NaN on the others, where it must not be read."""
+    return jnp.where(lax.axis_index("pipe") == stage, value, jnp.nan)
+
+
 def check_loss(config: MeshConfig, vocab_size: int) -> None:
     def local(head: Head, y: Array, targets: Array) -> tuple[Array, Array, Head, Array]:
+        y = at_stage(config.pipe - 1, y)
         only_value = loss.cross_entropy(head, y, targets, vocab_size)
-        value, d_head, d_y = loss.cross_entropy_and_grads(head, y, targets, vocab_size)
-        return *lax.psum((only_value, value, d_head), "data"), d_y
+        value, d_head, d_y = loss.cross_entropy_and_grads(head, y, targets, vocab_size, WEIGHT)
+        return *lax.psum((only_value, value, d_head), "data"), d_y[None]
 
     head, y, targets = draw(vocab_size)
     padded = head._replace(table_VD=pad(head.table_VD, config.pipe))
-    run = over(open_mesh(config), local, (HEAD_SPECS, DATA, DATA), (ALL, ALL, HEAD_SPECS, DATA))
-    only_value, value, d_head, d_y = run(padded, y, targets)
+    out_specs = ALL, ALL, HEAD_SPECS, PartitionSpec("pipe", "data")
+    run = over(open_mesh(config), local, (HEAD_SPECS, DATA, DATA), out_specs)
+    only_value, value, d_head, d_y_of_stages = run(padded, y, targets)
+    d_head, d_y = jax.tree.map(lambda g: g / WEIGHT, (d_head, d_y_of_stages[-1]))
 
     want, (want_d_head, want_d_y) = jax.value_and_grad(reference_loss, (0, 1))(head, y, targets)
     table = d_head.table_VD
@@ -133,10 +144,21 @@ def test_logits_of_padding_are_the_least(vocab_size: int) -> None:
 @pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
 @pytest.mark.parametrize("config", MESHES, ids=str)
 def test_embedding_equals_plain_jax(config: MeshConfig, vocab_size: int) -> None:
+    check_embedding(config, vocab_size)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 8, 36])
+def test_chunks_of_the_embedding_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    check_embedding(MeshConfig(pipe=2), 37)
+
+
+def check_embedding(config: MeshConfig, vocab_size: int) -> None:
     def local(params: Params, tokens: Array, d_x: Array) -> tuple[Array, Params]:
-        varying = jax.tree.map(lambda a: lax.pcast(a, ("data",), to="varying"), params)
-        x, vjp = jax.vjp(partial(loss.embed, tokens_BT=tokens), varying)
-        return x, lax.psum(vjp(d_x)[0], "data")
+        x = loss.embed(params, tokens, jnp.float32)
+        return x, lax.psum(loss.embed_grads(params, tokens, at_stage(0, d_x)), "data")
 
     random = np.random.default_rng(vocab_size)
     normal = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)  # noqa: E731
@@ -164,10 +186,15 @@ def test_logits_are_never_whole_in_memory(function: Any) -> None:
     vector = jax.ShapeDtypeStruct((D,), jnp.float32)
     table = jax.ShapeDtypeStruct((vocab_size, D), jnp.float32)
     head = Head({"scale": vector, "bias": vector}, table)
-    local = lambda *args: jax.tree.map(  # noqa: E731
-        partial(lax.psum, axis_name="data"), function(*args, vocab_size)
-    )
-    out_specs = ALL if function is loss.cross_entropy else (ALL, HEAD_SPECS, ALL)
+
+    def local(*inputs: Array) -> Any:
+        if function is loss.cross_entropy:
+            return lax.psum(loss.cross_entropy(*inputs, vocab_size), "data")
+        value, d_head, d_y = loss.cross_entropy_and_grads(*inputs, vocab_size, WEIGHT)
+        return *lax.psum((value, d_head), "data"), d_y[None]
+
+    d_y_spec = PartitionSpec("pipe", "data")
+    out_specs = ALL if function is loss.cross_entropy else (ALL, HEAD_SPECS, d_y_spec)
     run = over(open_mesh(MeshConfig()), local, (HEAD_SPECS, DATA, DATA), out_specs)
     memory = run.lower(head, y, targets).compile().memory_analysis()
     assert memory.temp_size_in_bytes < num_tokens * vocab_size * 4 / 8

@@ -13,7 +13,14 @@ from jax.sharding import Mesh
 
 import reference
 from tpipe_jax import model, profiler, train_step
-from tpipe_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
+from tpipe_jax.config import (
+    Config,
+    MemoryConfig,
+    MeshConfig,
+    ModelConfig,
+    PrecisionConfig,
+    TrainConfig,
+)
 from tpipe_jax.mesh import make_mesh, put_rows
 from tpipe_jax.model import block_functions, no_tape, self_attention
 from tpipe_jax.profiler import MAX_TICKS, MIN_SECONDS, Profiler, Program, Shape, shapes_to_time
@@ -165,13 +172,20 @@ def test_what_is_measured_later_is_as_if_measured_then(clock: Clock, mesh: Mesh)
 
 def test_key_tells_what_measurements_depend_on(mesh: Mesh):
     key = profiler.profile_key(CONFIG, mesh)
-    same = dataclasses.replace(CONFIG, train=TrainConfig(num_steps=7, batch_size=4))
+    same = dataclasses.replace(
+        CONFIG,
+        train=TrainConfig(num_steps=7, batch_size=4),
+        memory=MemoryConfig(limit_gib=3, remat="dots"),  # which is what auto tries first
+        precision=PrecisionConfig("float32"),  # which is what auto means on a CPU
+    )
     assert profiler.profile_key(same, mesh) == key
     for changes in (
         {"model": dataclasses.replace(CONFIG.model, d_ff=40)},
         {"mesh": MeshConfig(pipe=1, model=2)},
         {"train": TrainConfig(batch_size=8)},
         {"precision": dataclasses.replace(CONFIG.precision, compute="bfloat16")},
+        {"memory": dataclasses.replace(CONFIG.memory, remat="full")},
+        {"memory": dataclasses.replace(CONFIG.memory, defer_weight_grads=True)},
     ):
         other = dataclasses.replace(CONFIG, **changes)
         assert profiler.profile_key(other, mesh) != key
@@ -185,6 +199,27 @@ def test_saved_bytes_are_those_of_the_buffers(mesh: Mesh):
     expected = 4 * layers * (8 * D + F + H)
     assert train_step.saved_bytes_per_token(CONFIG, mesh) == expected
     assert train_step.cache_bytes_per_token(CONFIG, mesh) == 4 * layers * 4 * D
+
+
+@pytest.mark.parametrize(
+    ("memory", "numbers"),
+    [
+        (MemoryConfig(remat="full"), "x k v"),
+        (MemoryConfig(remat="attn"), "x k v attn lse"),
+        (MemoryConfig(remat="none"), "x k v q attn lse middle hidden norm norm gelu"),
+        (
+            MemoryConfig(defer_weight_grads=True),
+            "x k v q attn lse middle hidden " + "q k v x x hidden",
+        ),
+    ],
+    ids=str,
+)
+def test_policies_save_what_they_name(mesh: Mesh, memory: MemoryConfig, numbers: str):
+    """And, deferred, the gradients with respect to what linear layers give."""
+    config = dataclasses.replace(CONFIG, memory=memory)
+    sizes = {"hidden": 64, "gelu": 64, "lse": 2}
+    expected = 4 * (2 * 16 + sum(sizes.get(name, 16) for name in numbers.split()))
+    assert train_step.saved_bytes_per_token(config, mesh) == expected
 
 
 def test_devices_of_an_operator_divide_what_is_saved_but_for_x_and_middle():
@@ -208,7 +243,9 @@ def test_stages_work_on_the_slices_that_the_tables_name(mesh: Mesh):
     idle = np.full((2, 2), IDLE, np.int32)
     got = work(reference.to_stages(params, mesh), put_rows(mesh, x), table, idle)
 
-    block, expected, y = block_functions(CONFIG.model, np.dtype("float32")), 0.0, x[1:3, :32]
+    # Both stages hold x, also for the backward sweep, but for what the forward sweep has put there.
+    block, y = block_functions(CONFIG.model, np.dtype("float32")), x[1:3, :32]
+    expected = 4 * x.sum(dtype=np.float64) - 2 * y.sum(dtype=np.float64)
     for own in params["blocks"]:
         attn = self_attention(block.qkv(own, y, no_tape))
         y = block.finish(own, y, attn, no_tape)
@@ -223,7 +260,7 @@ def test_handing_over_moves_slices_from_stage_to_stage(mesh: Mesh):
     params = reference.to_stages(model.init(CONFIG.model, jax.random.key(0)), mesh)
     run = train_step.make_transfer(CONFIG, mesh, Item(0, 8, 3, 16))
     both = float(run(params, put_rows(mesh, x), np.array([[0, IDLE], [IDLE, 0]], np.int32)))
-    assert both == pytest.approx(2 * x[:3, 8:24].sum(), rel=1e-4)
+    assert both == pytest.approx(x.sum() + x[:3, 8:24].sum(), rel=1e-4)
 
 
 def test_a_step_without_slices_sets_up_their_buffers(mesh: Mesh):

@@ -16,10 +16,13 @@ from jax.sharding import Mesh
 from tpipe_jax.config import Config, UserError, resolved
 from tpipe_jax.console import Console
 from tpipe_jax.latency import LatencyTable, Profile, load_table, read_profile
+from tpipe_jax.memory import fitting_policy, limit_bytes
 from tpipe_jax.mesh import check_model, layer_counts, make_mesh
+from tpipe_jax.optim import make_optimizer
 from tpipe_jax.plan import Plan, PlanRequest, read_plan, read_settings, unit_tokens
 from tpipe_jax.plan_files import write_plan
-from tpipe_jax.planner import GIB, Planning, find_plan
+from tpipe_jax.planner import Planning, find_plan
+from tpipe_jax.precision import resolve_precision
 from tpipe_jax.processes import from_first
 from tpipe_jax.profiler import Profiler, profile_key
 from tpipe_jax.workdir import changed_settings, describe_in_files, writing_to
@@ -35,14 +38,17 @@ def stage_factors(config: Config) -> list[float]:
 
 def plan_slices(
     config: Config, request: PlanRequest, mesh: Mesh, workdir: Path, console: Console
-) -> tuple[LatencyTable, Planning]:
-    """The fastest plan that keeps to the request, and the latencies that it follows from.
+) -> tuple[Config, LatencyTable, Planning]:
+    """The fastest plan that keeps to the request, the latencies that it follows from, and the
+    config with the rematerialisation that it is for.
 
     They are measured, and kept as `latency.json` in the workdir, unless it holds those of the same
     model, mesh and machine. Raises `UserError` if no plan keeps to the request and the memory.
     """
+    optimizer = make_optimizer(config.optim, config.train.num_steps)
+    config = fitting_policy(config, mesh, request, optimizer)
     path, unit = workdir / "latency.json", unit_tokens(config)
-    limit, profiler = _memory_limit_bytes(config, mesh), None
+    limit, profiler = limit_bytes(config, mesh), None
     profile = _measured_before(path, config, mesh)
     if profile:
         console.say(f"latencies as measured before: {path}")
@@ -60,7 +66,7 @@ def plan_slices(
         planning = replace(planning, plan=as_first(planning.plan))
         new = planning.plan.shapes - {s[:2] for s in profile.samples if not s.is_test}
         if not new or num_refinements == MAX_REFINEMENTS:
-            return table, planning
+            return config, table, planning
         shapes = ", ".join(f"{b} x {n}" for b, n in sorted(new))
         console.say(f"timing what the plan is made of: {shapes} tokens")
         profiler = profiler or Profiler(config, mesh)
@@ -81,8 +87,8 @@ def plan_run(
     The workdir may be that of the run, which then need not measure again. Raises `UserError` for
     settings that don't fit the devices, or that leave nothing to plan.
     """
-    config = resolved(config)
     mesh = make_mesh(config.mesh, devices)
+    config = resolve_precision(resolved(config), mesh)
     check_model(config.model, config.mesh)
     request = read_settings(config)
     if isinstance(request, Plan):
@@ -96,7 +102,7 @@ def plan_run(
             f"--workdir={workdir} holds a run with other settings ({'; '.join(changes)}), whose "
             "plan would be overwritten: choose another folder."
         )
-    table, planning = plan_slices(config, request, mesh, workdir, console)
+    config, table, planning = plan_slices(config, request, mesh, workdir, console)
     console.show_planning(planning, stage_factors(config))
     if jax.process_index() == 0:
         describe_in_files(config, workdir, planning.plan, stage_factors(config))
@@ -147,11 +153,3 @@ def _save(path: Path, table: LatencyTable) -> None:
         with writing_to(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)
             table.save(path)
-
-
-def _memory_limit_bytes(config: Config, mesh: Mesh) -> float | None:
-    """As set, or what the device reports, which a CPU does not."""
-    if config.memory.limit_gib is not None:
-        return config.memory.limit_gib * GIB
-    statistics = mesh.local_devices[0].memory_stats() or {}
-    return statistics.get("bytes_limit")

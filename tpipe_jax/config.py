@@ -192,11 +192,14 @@ class MemoryConfig:
 Scale = Annotated[float, Range(2**-24, high=2**64)]
 
 
+Format = Literal["auto", "float32", "bfloat16", "float16"]
+
+
 @dataclass(frozen=True)
 class PrecisionConfig:
     """Number formats; parameters, sums of gradients, norms, softmax and loss are float32 always."""
 
-    compute: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    compute: Format = "auto"
     """Format of matrix products and activations; auto means float32 on CPUs, float16 on GPUs before
     Ampere (as V100), else bfloat16."""
     loss_scale_start: Scale = 2.0**16

@@ -42,6 +42,21 @@ class Console:
             table.add_row(part.host, _ranges(part.processes), str(part.num_devices), *numbers)
         self._rich.print(table)
 
+    def show_budget(
+        self, parts: dict[str, int], remat: str, total_bytes: int, limit_bytes: float | None
+    ) -> None:
+        """A line for each part of a device's memory, and what the compiler says of all of it."""
+        title = f"memory of a device with config.memory.remat={remat}"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        table.show_header = False
+        table.add_column()
+        table.add_column(justify="right")
+        for name, num_bytes in parts.items():
+            table.add_row(name, _megabytes(num_bytes))
+        of_limit = f" of {_megabytes(limit_bytes)}" if limit_bytes is not None else ""
+        table.add_row("all of a step, as XLA plans it", _megabytes(total_bytes) + of_limit)
+        self._rich.print(table)
+
     def show_plan(self, plan: Plan, stage_factors: Sequence[float]) -> None:
         """A line for each slice; batch slices that are alike are shown once."""
         table = Table(title="plan", title_justify="left", box=None, pad_edge=False)
@@ -157,6 +172,10 @@ class Console:
 def milliseconds(seconds: float) -> str:
     """A time as text, with as many digits as mean something."""
     return f"{seconds * 1e3:.0f} ms" if seconds >= 0.1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _megabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"
 
 
 def _ranges(numbers: Sequence[int]) -> str:

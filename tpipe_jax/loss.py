@@ -21,7 +21,7 @@ from tpipe_jax.model import Params, final_norm
 from tpipe_jax.pipeline import from_stage, pmax, psum, sum_over, varying
 
 IGNORE = -1  # a target that does not count
-CHUNK = 1024  # tokens whose logits are in memory at a time
+CHUNK = 1024  # tokens of all sequences whose logits are in memory at a time, at most
 
 
 class Head(NamedTuple):
@@ -180,12 +180,16 @@ class _Chunk(NamedTuple):
     """False for those that were in the chunk before."""
 
 
+def chunk_tokens(batch_size: int, seq_len: int) -> int:
+    """Tokens of each sequence whose logits are in memory at a time."""
+    num_chunks = -(-seq_len // min(max(1, CHUNK // batch_size), seq_len))
+    return -(-seq_len // num_chunks)
+
+
 def _chunks(batch_size: int, seq_len: int) -> tuple[int, _Chunk]:
     """Tokens of each chunk, and all chunks, stacked; the last overlaps where they don't divide."""
-    most = min(max(1, CHUNK // batch_size), seq_len)
-    num_chunks = -(-seq_len // most)
-    num_tokens = -(-seq_len // num_chunks)
-    due = np.arange(num_chunks) * num_tokens
+    num_tokens = chunk_tokens(batch_size, seq_len)
+    due = np.arange(0, seq_len, num_tokens)
     first = np.minimum(due, seq_len - num_tokens)
     is_new = first[:, None] + np.arange(num_tokens) >= due[:, None]
     return num_tokens, _Chunk(jnp.asarray(first), jnp.asarray(is_new))

@@ -28,10 +28,13 @@ from tpipe_jax.blocks import BLOCK
 from tpipe_jax.collectives import compile_checked
 from tpipe_jax.config import Config, to_dict
 from tpipe_jax.latency import Memory, Profile, Sample
+from tpipe_jax.memory import program_bytes
 from tpipe_jax.mesh import put_rows
 from tpipe_jax.model import Params
 from tpipe_jax.optim import make_optimizer
 from tpipe_jax.plan import unit_tokens
+from tpipe_jax.precision import compute_format
+from tpipe_jax.remat import saved_names
 from tpipe_jax.schedule import IDLE, Item, Schedule
 from tpipe_jax.train_state import init_state
 from tpipe_jax.train_step import (
@@ -73,7 +76,9 @@ def profile_key(config: Config, mesh: Mesh) -> dict[str, Any]:
         "model": settings["model"],
         "mesh": settings["mesh"],
         "batch_size": config.train.batch_size,
-        "precision": config.precision.compute,
+        "precision": compute_format(config.precision, mesh),
+        "saved": list(saved_names(config.memory.remat)),
+        "defer_weight_grads": config.memory.defer_weight_grads,
         "unit_tokens": unit_tokens(config),
         "devices": f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
         "processes": jax.process_count(),
@@ -263,7 +268,7 @@ class Profiler:
     def _memory(self, programs: dict[Shape, Program]) -> Memory:
         """From the compiler's own figures; those of the programs differ by the slice alone."""
         sizes = np.array([shape.size for shape in programs])
-        temporary = np.array([_bytes_of(p.compiled)[1] for p in programs.values()])
+        temporary = np.array([_temporary_bytes(p.compiled) for p in programs.values()])
         least, more = sizes.argmin(), sizes > sizes.min()
         slopes = (temporary[more] - temporary[least]) / (sizes[more] - sizes[least])
         saved = saved_bytes_per_token(self._config, self._mesh)
@@ -301,17 +306,13 @@ def _time_outside(config: Config, mesh: Mesh) -> tuple[Params, float, int]:
         state, values = step(state, rows)
         jax.block_until_ready((state, values))
         seconds.append(time.perf_counter() - start)
-    return state.params, float(_agree(np.array(np.median(seconds[1:])))), _bytes_of(step)[0]
+    return state.params, float(_agree(np.array(np.median(seconds[1:])))), program_bytes(step)
 
 
-def _bytes_of(program: Compiled) -> tuple[int, int]:
-    """All memory of a program, and what of it is temporary; 0 where the backend does not tell."""
+def _temporary_bytes(program: Compiled) -> int:
+    """0 where the backend does not tell."""
     analysis = program.memory_analysis()
-    if analysis is None:
-        return 0, 0
-    temporary = analysis.temp_size_in_bytes
-    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    return analysis.argument_size_in_bytes + results + temporary, temporary
+    return analysis.temp_size_in_bytes if analysis else 0
 
 
 def _to_samples(shapes: Iterable[Shape], seconds: Iterable[np.ndarray]) -> tuple[Sample, ...]:

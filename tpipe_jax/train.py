@@ -1,5 +1,6 @@
 """The training loop: everything that a run does, in the order in which it does it."""
 
+import math
 import os
 import signal
 import time
@@ -8,12 +9,14 @@ from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import optax
 from jax import Array
 from jax.sharding import Mesh
+from jax.stages import Compiled
 
 from tpipe_jax.autoplan import as_first, plan_slices, stage_factors
 from tpipe_jax.checkpoint import Checkpoints
@@ -21,6 +24,7 @@ from tpipe_jax.collectives import compile_checked
 from tpipe_jax.config import Config, UserError, resolved, to_dict
 from tpipe_jax.console import Console
 from tpipe_jax.data import Batches, open_data
+from tpipe_jax.memory import budget, fitting_step, limit_bytes, program_bytes
 from tpipe_jax.mesh import (
     check_model,
     host_parts,
@@ -33,11 +37,13 @@ from tpipe_jax.metrics import Metrics
 from tpipe_jax.model import Params, num_params
 from tpipe_jax.optim import learning_rate, make_optimizer
 from tpipe_jax.plan import Plan, PlanRequest, read_settings
+from tpipe_jax.precision import resolve_precision
 from tpipe_jax.processes import from_first, host_names, stop_notices
+from tpipe_jax.remat import candidates
 from tpipe_jax.sample import sample
-from tpipe_jax.schedule import Schedule, terapipe
-from tpipe_jax.train_state import TrainState, abstract_state, init_state, state_bytes
-from tpipe_jax.train_step import make_loss, make_train_step
+from tpipe_jax.schedule import terapipe
+from tpipe_jax.train_state import TrainState, abstract_rows, abstract_state, init_state
+from tpipe_jax.train_step import make_loss
 from tpipe_jax.workdir import changed_settings, describe_in_files
 
 COMPARED_STEPS = 20  # until prediction and measurement are compared
@@ -62,7 +68,9 @@ def prepare(config: Config, devices: Sequence[jax.Device]) -> Run:
     Raises `UserError` where they don't fit.
     """
     mesh = make_mesh(config.mesh, devices)
+    config = resolve_precision(config, mesh)
     check_model(config.model, config.mesh)
+    candidates(config.memory)
     plan = read_settings(config)
     train_data, held_out = open_data(config)
     for batches in (train_data, held_out):
@@ -78,10 +86,15 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
     the slices are planned, which may take a minute of measuring, and training starts. Raises
     `UserError` where they don't fit.
     """
-    config = resolved(config)
-    run = prepare(config, devices)
+    run = prepare(resolved(config), devices)
+    config = run.config
     is_first = jax.process_index() == 0  # which alone writes, but for checkpoints
     console.show_facts(_facts(run))
+    if config.precision.compute == "float16" and run.mesh.devices.flat[0].platform == "cpu":
+        console.say(
+            "CPUs compute float16 in float32 and convert it back and forth, which is slow: "
+            "config.precision.compute=float32 is faster here."
+        )
     for change in changed_settings(config, workdir) if is_first else ():
         console.say(f"changed since the last start: {change}")
     _show_hosts(run.mesh, console)  # all meet here, after the first has found the folder fit
@@ -102,12 +115,13 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
             return
         plan = run.plan
         if isinstance(plan, PlanRequest):
-            _, planning = plan_slices(config, plan, run.mesh, workdir, console)
+            config, _, planning = plan_slices(config, plan, run.mesh, workdir, console)
             console.show_planning(planning, stage_factors(config))
             plan = planning.plan
         else:
             plan = as_first(plan)
             console.show_plan(plan, stage_factors(config))
+        programs = compile_programs(config, run, plan, console)
         with interruptions(console, first_step) as interrupted:
             state = None
             if first_step:
@@ -120,7 +134,7 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
             with closing(metrics) if metrics else nullcontext():
                 log = StepLog(config, plan, metrics, console)
                 step, state = _loop(
-                    run, terapipe(plan), state, first_step, checkpoints, log, console, interrupted
+                    run, programs, state, first_step, checkpoints, log, console, interrupted
                 )
     if step < num_steps:
         console.say(f"Interrupted after step {step}: the same command continues from here.")
@@ -137,15 +151,12 @@ def _facts(run: Run) -> dict[str, str]:
     config, model, mesh = run.config, run.config.model, run.config.mesh
     counts = layer_counts(model.num_layers, mesh.pipe)
     per_stage = f"{min(counts)}" + f"-{max(counts)}" * (min(counts) < max(counts))
-    params_bytes, opt_bytes = state_bytes(abstract_state(config, run.mesh, run.optimizer))
     return {
         "model": f"{num_params(model):,} parameters: {model.num_layers} layers, width "
         f"{model.d_model}, {model.num_heads} heads, vocabulary {model.vocab_size}, "
         f"{config.precision.compute}",
         "mesh": f"data {mesh.data} x pipe {mesh.pipe} x model {mesh.model} = {mesh.num_devices} "
         f"devices ({run.mesh.devices.flat[0].device_kind}), {per_stage} layers a stage",
-        "memory": f"{_megabytes(params_bytes)} of parameters and {_megabytes(opt_bytes)} of "
-        "optimiser state a device",
         "data": f"{run.train_data.num_tokens:,} tokens to train on, "
         f"{run.held_out.num_tokens:,} held out",
         "step": f"{config.train.batch_size} sequences of {model.seq_len} tokens, "
@@ -174,9 +185,40 @@ def _show_hosts(mesh: Mesh, console: Console) -> None:
         )
 
 
+class Programs(NamedTuple):
+    """What a run executes."""
+
+    train_step: Compiled
+    loss: Compiled
+
+
+def compile_programs(config: Config, run: Run, plan: Plan, console: Console) -> Programs:
+    """Compiles the training step, with the rematerialisation that fits, and the loss.
+
+    Raises `UserError` if none fits.
+    """
+    start = time.monotonic()
+    config, train_step = fitting_step(config, run.mesh, plan, run.optimizer)
+    params = abstract_state(config, run.mesh, run.optimizer).params
+    loss = compile_checked(
+        make_loss(config, run.mesh, terapipe(plan)),
+        run.mesh,
+        params,
+        abstract_rows(config, run.mesh),
+    )
+    console.say(f"compiled in {time.monotonic() - start:.0f} s")
+    console.show_budget(
+        budget(config, run.mesh, run.optimizer),
+        config.memory.remat,
+        program_bytes(train_step),
+        limit_bytes(config, run.mesh),
+    )
+    return Programs(train_step, loss)
+
+
 def _loop(
     run: Run,
-    schedule: Schedule,
+    programs: Programs,
     state: TrainState,
     first_step: int,
     checkpoints: Checkpoints,
@@ -184,24 +226,17 @@ def _loop(
     console: Console,
     interrupted: Callable[[int], bool],
 ) -> tuple[int, TrainState]:
-    """Compiles and runs the steps; returns how many are done, and saved, and the state."""
+    """Runs the steps; returns how many are done, and saved, and the state."""
     config, num_steps = run.config, run.config.train.num_steps
     rows_of = partial(_put_batch, run, run.train_data)
 
-    start = time.monotonic()
-    train_step = make_train_step(config, run.mesh, schedule, run.optimizer)
-    train_step = compile_checked(train_step, run.mesh, state, rows_of(0))
-    loss = compile_checked(
-        make_loss(config, run.mesh, schedule), run.mesh, state.params, rows_of(0)
-    )
-    console.say(f"compiled in {time.monotonic() - start:.0f} s")
-    evaluate = partial(_evaluate, run, loss)
+    evaluate = partial(_evaluate, run, programs.loss)
 
     step = first_step
     with console.progress(first_step, num_steps):
         log.start()
         while step < num_steps and not interrupted(step):
-            state, values = train_step(state, rows_of(step))
+            state, values = programs.train_step(state, rows_of(step))
             step += 1
             log.finish()  # the step before, which this one follows without a pause
             log.begin(step, values)
@@ -227,6 +262,7 @@ class StepLog:
         self, config: Config, plan: Plan, metrics: Metrics | None, console: Console
     ) -> None:
         self._train, self._metrics, self._console = config.train, metrics, console
+        self._precision, self._optim = config.precision, config.optim
         self._prediction, self._compared = plan.prediction, (0, 0.0)
         self._is_warming_up = True
         self._tokens_per_step = config.train.batch_size * config.model.seq_len
@@ -247,23 +283,50 @@ class StepLog:
             return
         (step, values), self._running = self._running, None
         values = jax.device_get(values)
-        line = {name: float(values[name]) for name in ("loss", "grad_norm")}
+        order = sorted(values, key=["loss", "grad_norm", "loss_scale", "skipped_steps"].index)
+        line = {name: values[name].item() for name in order}
         self._num_timed += 1
-        if not (evaluate or step % self._train.log_every == 0 or step == self._train.num_steps):
+        has_diverged = self._has_diverged(line)
+        if not (
+            has_diverged
+            or evaluate
+            or step % self._train.log_every == 0
+            or step == self._train.num_steps
+        ):
             return
         step_seconds = (time.monotonic() - self._since) / self._num_timed
+        num_updates = step - 1 - line.get("skipped_steps", 0)  # before this one
         line |= {
-            "learning_rate": np.asarray(self._learning_rate(step - 1)).item(),
+            "learning_rate": np.asarray(self._learning_rate(num_updates)).item(),
             "step_seconds": step_seconds,
             "tokens_per_second": self._tokens_per_step / step_seconds,
         }
-        if evaluate:
+        if evaluate and not has_diverged:
             line["eval_loss"] = evaluate()
         if self._metrics:
             self._metrics.write(step, line)
         self._console.show_progress(step, line)
+        if has_diverged:
+            raise UserError(self._divergence(step))
         self._compare(step, step_seconds)
         self.start()
+
+    def _has_diverged(self, line: dict[str, float]) -> bool:
+        """Whether a step was not finite, unless a smaller loss scale may help."""
+        is_finite = math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
+        lowest = self._precision.loss_scale_min
+        return not is_finite and line.get("loss_scale", lowest) <= lowest
+
+    def _divergence(self, step: int) -> str:
+        scale = self._precision.loss_scale_min
+        return (
+            f"training has diverged: loss or gradients of step {step} are not finite"
+            + f", with the loss scale at its lower bound {scale:g}"
+            * (self._precision.compute == "float16")
+            + f"; lower config.optim.learning_rate={self._optim.learning_rate:g} or raise "
+            f"config.optim.warmup_steps={self._optim.warmup_steps}, and the same command goes on "
+            "from the last checkpoint, which is untouched, or starts again with another --workdir."
+        )
 
     def _compare(self, step: int, step_seconds: float) -> None:
         """Tells prediction and measurement once enough steps have been timed, after the first line,
@@ -319,10 +382,6 @@ def _put_batch(run: Run, batches: Batches, index: int) -> Array:
 def _evaluate(run: Run, loss: Callable[[Params, Array], Array], params: Params) -> float:
     batches = (_put_batch(run, run.held_out, i) for i in range(run.config.train.eval_batches))
     return float(np.mean([float(loss(params, rows)) for rows in batches]))
-
-
-def _megabytes(num_bytes: int) -> str:
-    return f"{num_bytes / 1e6:,.1f} MB"
 
 
 def _as_text(config: Config, tokens: np.ndarray) -> str:

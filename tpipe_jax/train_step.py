@@ -183,6 +183,7 @@ def make_transfer(config: Config, mesh: Mesh, item: Item) -> Wrapped:
     """`(params, x [B, T, D], table)` to a number: the ticks of a sweep whose stages do no work."""
 
     def local(params: Params, x_BTD: Array, table: Array) -> Array:
+        x_BTD = jnp.where(lax.axis_index("pipe") == 0, x_BTD, 0)
         x_BTD = x_BTD.astype(compute_dtype(config.precision, mesh))
         y_BTD, _ = sweep(table, [item], lambda x_BLD, at, state: (x_BLD, state), x_BTD, ())
         return psum(y_BTD.astype(jnp.float32).sum(), ("data", "pipe"))
