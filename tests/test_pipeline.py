@@ -18,6 +18,7 @@ import reference
 from tpipe_jax import mesh, model
 from tpipe_jax.config import (
     Config,
+    MemoryConfig,
     MeshConfig,
     ModelConfig,
     PlanConfig,
@@ -268,6 +269,21 @@ def test_slices_change_nothing() -> None:
     expected = run_step(whole)
     for config in sliced:
         reference.assert_close(run_step(config), expected, TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "memory",
+    [
+        *(MemoryConfig(remat=remat) for remat in ("none", "full", "attn", "q,hidden,norm_1")),
+        MemoryConfig(defer_weight_grads=True),
+        MemoryConfig(remat="none", defer_weight_grads=True),
+    ],
+    ids=str,
+)
+def test_what_is_saved_changes_nothing(memory: MemoryConfig) -> None:
+    """With a stage that has a layer less, and operators divided."""
+    config = Case(MeshConfig(pipe=2, model=2), 3, "7,5", "1,2", 3).config
+    check_gradients(dataclasses.replace(config, memory=memory))
 
 
 def test_loss_alone_equals_the_loss_with_gradients() -> None:

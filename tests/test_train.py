@@ -33,6 +33,7 @@ from tpipe_jax.config import (
 )
 from tpipe_jax.console import Console
 from tpipe_jax.data import open_data
+from tpipe_jax.optim import learning_rate
 from tpipe_jax.train import train
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
@@ -188,12 +189,62 @@ def test_losses_do_not_depend_on_the_mesh(config: Config, tmp_path: Path):
     np.testing.assert_allclose(losses["2x2x2"], losses["1x2x1"], rtol=1e-4)
 
 
-def test_bfloat16_trains_as_float32_does(config: Config, tmp_path: Path):
-    run(config, tmp_path / "float32")
-    run(changed(config, precision={"compute": "bfloat16"}), tmp_path / "bfloat16")
-    losses = [[line["loss"] for line in metrics(tmp_path / n)] for n in ("float32", "bfloat16")]
+def test_shorter_formats_train_as_float32_does(config: Config, tmp_path: Path):
+    for compute in ("float32", "bfloat16", "float16"):
+        run(changed(config, precision={"compute": compute}), tmp_path / compute)
+    exact, *rounded = (
+        [line["loss"] for line in metrics(tmp_path / compute)]
+        for compute in ("float32", "bfloat16", "float16")
+    )
     # bfloat16 has 8 bits: an error of 2^-9 an operation, on losses near 5.5.
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-2)
+    for losses in rounded:
+        np.testing.assert_allclose(losses, exact, rtol=1e-2)
+    assert {line["skipped_steps"] for line in metrics(tmp_path / "float16")} == {0}
+
+
+def test_a_scale_that_is_too_large_costs_a_few_steps_only(config: Config, tmp_path: Path):
+    """Steps that overflow are counted, use up a batch, and are no steps of the learning rate; the
+    scale is part of the checkpoint.
+    """
+    scales = {"compute": "float16", "loss_scale_start": 2.0**32, "loss_scale_max": 2.0**32}
+    config = changed(config, precision=scales | {"loss_scale_factor": 64.0})
+    said = run(changed(config, train={"num_steps": 4}), tmp_path / "run")
+    assert any("CPUs compute float16 in float32" in line for line in said)
+    run(config, tmp_path / "run")
+    lines = metrics(tmp_path / "run")
+    skipped = [line["skipped_steps"] for line in lines]
+    assert 1 <= skipped[-1] <= 3
+    assert [line["loss_scale"] for line in lines] == [
+        2.0 ** (32 - 6 * n) for n in [0, *skipped[:-1]]
+    ]
+    for n, line in enumerate(lines):
+        is_skipped = skipped[n] > ([0, *skipped])[n]
+        assert (line["grad_norm"] is None) == is_skipped
+        rate = float(learning_rate(config.optim, 6)(n - ([0, *skipped])[n]))
+        assert line["learning_rate"] == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("compute", ["float32", "float16"])
+def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(
+    config: Config, tmp_path: Path, compute: str
+):
+    """By a learning rate that is far too large, after a few good steps."""
+    config = changed(config, precision={"compute": compute, "loss_scale_start": 1.0})
+    run(changed(config, train={"num_steps": 3}), tmp_path / "run")
+    diverging = {"learning_rate": 1e4, "warmup_steps": 0, "grad_clip": 0.0}
+    with pytest.raises(UserError, match="training has diverged") as error:
+        run(changed(config, train={"num_steps": 30}, optim=diverging), tmp_path / "run")
+    text = str(error.value)
+    assert "config.optim.learning_rate=10000" in text
+    assert ("the loss scale at its lower bound 1" in text) == (compute == "float16")
+    lines = metrics(tmp_path / "run")
+    step = lines[-1]["step"]
+    assert f"of step {step} are not finite" in text
+    assert [line["step"] for line in lines] == list(range(1, step + 1))
+    assert lines[-1]["loss"] is None or lines[-1]["grad_norm"] is None
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["3"]
+    params = saved_state(tmp_path / "run", 3)["params"]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,126 @@
+"""What a step takes, by our figures and by the compiler's, and what is done about a limit."""
+
+import dataclasses
+from functools import cache
+from typing import Any
+
+import jax
+import pytest
+from jax.stages import Compiled
+
+import reference
+from tpipe_jax import memory
+from tpipe_jax.config import (
+    Config,
+    MemoryConfig,
+    MeshConfig,
+    ModelConfig,
+    PlanConfig,
+    TrainConfig,
+    UserError,
+)
+from tpipe_jax.memory import GIB, budget, fitting_policy, fitting_step, limit_bytes, program_bytes
+from tpipe_jax.mesh import make_mesh
+from tpipe_jax.optim import make_optimizer
+from tpipe_jax.plan import PlanRequest
+
+# Activations outweigh all else; a vocabulary large enough for its logits to count.
+CONFIG = Config(
+    model=ModelConfig(num_layers=4, d_model=64, num_heads=2, vocab_size=2048, seq_len=512),
+    mesh=MeshConfig(pipe=2),
+    plan=PlanConfig("uniform:8", "uniform:4"),
+    train=TrainConfig(batch_size=4),
+)
+MESH = make_mesh(CONFIG.mesh, jax.devices()[:2])
+OPTIMIZER = make_optimizer(CONFIG.optim, 100)
+
+
+def with_memory(**changes: Any) -> Config:
+    return dataclasses.replace(CONFIG, memory=MemoryConfig(**changes))
+
+
+@cache
+def compiled(remat: str, defer_weight_grads: bool = False) -> Compiled:
+    config = with_memory(remat=remat, defer_weight_grads=defer_weight_grads)
+    return fitting_step(config, MESH, reference.plan_of(config), OPTIMIZER)[1]
+
+
+def needed(*policy: Any) -> int:
+    return program_bytes(compiled(*policy))
+
+
+def test_what_is_computed_again_takes_no_memory():
+    """What they save differs by more than what else they take."""
+    assert needed("full") < needed("attn") < needed("dots") < needed("none")
+    assert needed("dots") < needed("dots", True)
+
+
+@pytest.mark.parametrize("policy", [("full",), ("dots",), ("none",), ("dots", True)], ids=str)
+def test_the_budget_is_near_what_the_compiler_says(policy: tuple):
+    """What it leaves out is what a slice needs while it is worked on, and formats of weights."""
+    config = with_memory(remat=policy[0], defer_weight_grads=len(policy) > 1)
+    parts = budget(config, MESH, OPTIMIZER)
+    assert sum(parts.values()) == pytest.approx(needed(*policy), rel=0.2)
+    assert parts["optimiser state"] >= 2 * parts["parameters"]
+    assert parts["parameters"] >= 4 * 2 * 12 * 64 * 64
+
+
+@pytest.mark.parametrize("remat", ["dots", "attn", "full"])
+def test_auto_takes_the_first_that_fits(remat: str):
+    limit = needed(remat) / GIB
+    config = with_memory(limit_gib=limit)
+    plan = reference.plan_of(config)
+    chosen, step = fitting_step(config, MESH, plan, OPTIMIZER)
+    assert chosen.memory == MemoryConfig(limit, remat)
+    assert program_bytes(step) <= limit * GIB
+
+
+def test_without_a_limit_the_fastest_is_taken():
+    assert limit_bytes(CONFIG, MESH) is None
+    chosen, _ = fitting_step(CONFIG, MESH, reference.plan_of(CONFIG), OPTIMIZER)
+    assert chosen.memory.remat == "dots"
+
+
+def test_a_limit_that_nothing_meets_says_by_how_much_and_what_helps():
+    limit = needed("full") / GIB - 0.001
+    config = with_memory(limit_gib=limit)
+    with pytest.raises(UserError) as error:
+        fitting_step(config, MESH, reference.plan_of(config), OPTIMIZER)
+    text = str(error.value)
+    assert f"limit_gib={limit:g} is 0.001 GiB less than a step takes" in text
+    assert "with config.memory.remat=full:" in text
+    for remedy in ("config.train.batch_size", "config.mesh.pipe", "config.optim.shard_state"):
+        assert remedy in text
+    fixed = dataclasses.replace(config.memory, remat="dots")
+    with pytest.raises(UserError, match=r"config.memory.remat=full, a smaller"):
+        fitting_step(
+            dataclasses.replace(config, memory=fixed), MESH, reference.plan_of(config), OPTIMIZER
+        )
+
+
+def test_a_plan_to_come_is_judged_by_its_smallest_slices():
+    """Whole sequences need more, so the limit allows short slices only."""
+    request = PlanRequest(2, 4, 512)
+    limit = needed("dots") / GIB
+    chosen = fitting_policy(with_memory(limit_gib=limit), MESH, request, OPTIMIZER)
+    assert chosen.memory.remat == "dots"
+    whole = dataclasses.replace(request, batch_slices=(4,), token_slices=(512,))
+    with pytest.raises(UserError, match="less than a step takes"):
+        fitting_policy(with_memory(limit_gib=limit), MESH, whole, OPTIMIZER)
+
+
+def test_the_least_of_what_devices_report_is_the_limit(monkeypatch: pytest.MonkeyPatch):
+    class Device:
+        def memory_stats(self) -> dict[str, int]:
+            return {"bytes_limit": 5 * GIB}
+
+    class Mesh:
+        local_devices = (Device(),)
+
+    mesh: Any = Mesh()
+    assert limit_bytes(CONFIG, mesh) == 5 * GIB
+    assert limit_bytes(with_memory(limit_gib=3), mesh) == 3 * GIB
+    monkeypatch.setattr(memory.jax, "process_count", lambda: 2)
+    gather = lambda own: own - [0, 2 * GIB]  # noqa: E731
+    monkeypatch.setattr(memory.multihost_utils, "process_allgather", gather)
+    assert limit_bytes(CONFIG, mesh) == 3 * GIB

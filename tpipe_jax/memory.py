@@ -1,0 +1,139 @@
+"""What a step takes of a device's memory: what is known of it, what XLA says, and what fits."""
+
+import math
+from dataclasses import replace
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jax.stages import Compiled
+
+from tpipe_jax.collectives import compile_checked
+from tpipe_jax.config import Config, UserError
+from tpipe_jax.loss import chunk_tokens
+from tpipe_jax.mesh import padded_vocab_size
+from tpipe_jax.plan import Plan, PlanRequest, uniform, unit_tokens
+from tpipe_jax.precision import compute_dtype
+from tpipe_jax.remat import candidates
+from tpipe_jax.schedule import terapipe
+from tpipe_jax.train_state import abstract_rows, abstract_state, state_bytes
+from tpipe_jax.train_step import cache_bytes_per_token, make_train_step, saved_bytes_per_token
+
+GIB = 2**30
+
+
+def budget(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> dict[str, int]:
+    """Bytes of a device by what they are for: all that does not depend on the slices.
+
+    Not all of it is in use at the same time.
+    """
+    model, itemsize = config.model, compute_dtype(config.precision, mesh).itemsize
+    batch_size = config.train.batch_size // mesh.shape["data"]
+    tokens = batch_size * model.seq_len
+    params, opt_state = state_bytes(abstract_state(config, mesh, optimizer))
+    caches = tokens * cache_bytes_per_token(config, mesh)
+    num_rows = padded_vocab_size(model, mesh) // (mesh.shape["pipe"] * mesh.shape["model"])
+    logits = batch_size * chunk_tokens(batch_size, model.seq_len) * num_rows * 4
+    return {
+        "parameters": params,
+        "gradients": params,
+        "optimiser state": opt_state,
+        "attention caches and their gradients": caches,
+        "other activations": tokens * saved_bytes_per_token(config, mesh) - caches,
+        "input and output of the stage": tokens * model.d_model * itemsize,
+        "logits of a chunk, softmax and gradients": 3 * logits,
+    }
+
+
+def program_bytes(program: Compiled) -> int:
+    """All memory of a program, as XLA says; 0 where the backend does not tell."""
+    analysis = program.memory_analysis()
+    if analysis is None:
+        return 0
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.argument_size_in_bytes + results + analysis.temp_size_in_bytes
+
+
+def limit_bytes(config: Config, mesh: Mesh) -> float | None:
+    """What a step may use: as set, or the least that a device reports; None if it does not."""
+    if config.memory.limit_gib is not None:
+        return config.memory.limit_gib * GIB
+    statistics = mesh.local_devices[0].memory_stats() or {}
+    reported = statistics.get("bytes_limit", math.inf)
+    if jax.process_count() > 1:
+        reported = float(multihost_utils.process_allgather(np.float64(reported)).min())
+    return reported if reported < math.inf else None
+
+
+def fitting_step(
+    config: Config, mesh: Mesh, plan: Plan, optimizer: optax.GradientTransformation
+) -> tuple[Config, Compiled]:
+    """The training step with the first of the allowed policies (`remat.candidates`) that keeps to
+    the memory, and the config that names the policy.
+
+    Raises `UserError` if none does.
+    """
+    limit, needed, trial = limit_bytes(config, mesh), 0, config
+    for remat in candidates(config.memory):
+        trial = replace(config, memory=replace(config.memory, remat=remat))
+        step = compile_checked(
+            make_train_step(trial, mesh, terapipe(plan), optimizer),
+            mesh,
+            abstract_state(trial, mesh, optimizer),
+            abstract_rows(trial, mesh),
+        )
+        needed = program_bytes(step)
+        if limit is None or needed <= limit:
+            return trial, step
+    assert limit is not None
+    raise UserError(_too_little(trial, mesh, optimizer, limit, needed))
+
+
+def fitting_policy(
+    config: Config, mesh: Mesh, request: PlanRequest, optimizer: optax.GradientTransformation
+) -> Config:
+    """The config with the first of the allowed policies under which the smallest slices fit.
+
+    Raises `UserError` if there is none.
+    """
+    chosen = candidates(config.memory)
+    if limit_bytes(config, mesh) is None:
+        return replace(config, memory=replace(config.memory, remat=chosen[0]))
+    batch_slices = request.batch_slices or (1,) * request.batch_size
+    num_slices = request.seq_len // unit_tokens(config)
+    token_slices = request.token_slices or uniform(request.seq_len, num_slices)
+    smallest = Plan(request.num_stages, batch_slices, (token_slices,) * len(batch_slices))
+    return fitting_step(config, mesh, smallest, optimizer)[0]
+
+
+def _too_little(
+    config: Config,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    limit: float,
+    needed: int,
+) -> str:
+    """By how much the last policy exceeds the limit, and what takes the most."""
+    name = (
+        f"config.memory.limit_gib={config.memory.limit_gib:g}"
+        if config.memory.limit_gib is not None
+        else f"the memory of a device, {limit / GIB:.3g} GiB,"
+    )
+    parts = budget(config, mesh, optimizer)
+    of_state = sum(parts[name] for name in ("parameters", "gradients", "optimiser state"))
+    of_tokens = sum(parts.values()) - of_state
+    remedies = ["" if config.memory.remat == "full" else "config.memory.remat=full"]
+    remedies += ["a smaller config.train.batch_size or config.model.seq_len"]
+    remedies += ["more devices in config.mesh.pipe or config.mesh.model"]
+    remedies += [
+        "" if config.optim.shard_state else "config.optim.shard_state with more data shards"
+    ]
+    return (
+        f"{name} is {(needed - limit) / GIB:.3g} GiB less than a step takes with "
+        f"config.memory.remat={config.memory.remat}: about {of_state / GIB:.3g} GiB are "
+        "parameters, gradients and optimiser state, and "
+        f"{of_tokens / GIB:.3g} GiB grow with the batch; "
+        f"{', '.join(filter(None, remedies))} would bring it down."
+    )

@@ -1,0 +1,74 @@
+"""The format that a run computes in, and the dynamic loss scale that float16 needs.
+
+float16 has no numbers below 6e-8, which many gradients are. So the loss is multiplied before the
+backward pass and its gradients are divided afterwards, in float32. Where they have overflowed, the
+step is skipped and the scale is divided; after some steps without, it is multiplied (Micikevicius
+et al. 2018, arXiv 1710.03740).
+"""
+
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
+
+from tpipe_jax.config import Config, Format, PrecisionConfig
+
+
+class LossScale(NamedTuple):
+    """What the loss is multiplied by, and how it has gone; scalars. Only float16 reads it."""
+
+    value: Array
+    good_steps: Array
+    """Steps without overflow since `value` has changed."""
+    skipped_steps: Array
+    """Of the whole run."""
+
+
+def new_loss_scale(config: PrecisionConfig) -> LossScale:
+    """The scale that a run starts with."""
+    return LossScale(jnp.float32(config.loss_scale_start), jnp.int32(0), jnp.int32(0))
+
+
+def next_loss_scale(config: PrecisionConfig, scale: LossScale, is_finite: Array) -> LossScale:
+    """The scale after a step, whose gradients were all finite or not."""
+    is_due = scale.good_steps + 1 >= config.loss_scale_interval
+    factor, low, high = config.loss_scale_factor, config.loss_scale_min, config.loss_scale_max
+    higher = jnp.where(is_due, jnp.minimum(scale.value * factor, high), scale.value)
+    lower = jnp.maximum(scale.value / factor, low)
+    return LossScale(
+        jnp.where(is_finite, higher, lower),
+        jnp.where(is_finite & ~is_due, scale.good_steps + 1, 0),
+        scale.skipped_steps + ~is_finite,
+    )
+
+
+def compute_format(config: PrecisionConfig, mesh: Mesh) -> Format:
+    """The name of the dtype of matrix products and activations, `auto` resolved for the devices.
+
+    GPUs before Ampere (compute capability 8.0) have fast products in float16 only.
+    """
+    if config.compute != "auto":
+        return config.compute
+    device = mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return "float32"
+    return "float16" if _capability(device) < (8, 0) else "bfloat16"
+
+
+def resolve_precision(config: Config, mesh: Mesh) -> Config:
+    """The config with `precision.compute` as it is on these devices."""
+    compute = compute_format(config.precision, mesh)
+    return replace(config, precision=replace(config.precision, compute=compute))
+
+
+def compute_dtype(config: PrecisionConfig, mesh: Mesh) -> jnp.dtype:
+    """`compute_format` as a dtype."""
+    return jnp.dtype(compute_format(config, mesh))
+
+
+def _capability(device: Any) -> tuple[int, int]:
+    """CUDA's compute capability, as (8, 0); above all of them for other devices."""
+    major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (99, 0)
