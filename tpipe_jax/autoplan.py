@@ -102,7 +102,7 @@ def plan_run(
             f"--workdir={workdir} holds a run with other settings ({'; '.join(changes)}), whose "
             "plan would be overwritten: choose another folder."
         )
-    config, table, planning = plan_slices(config, request, mesh, workdir, console)
+    _, table, planning = plan_slices(config, request, mesh, workdir, console)
     console.show_planning(planning, stage_factors(config))
     if jax.process_index() == 0:
         describe_in_files(config, workdir, planning.plan, stage_factors(config))

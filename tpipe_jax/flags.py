@@ -128,7 +128,13 @@ def parse(args: list[str], program: str) -> Flags:
     path, rest = _take_config(args)
     default = Flags(load_config(path), Path("runs") / path.stem)
     with _CONSTRUCTORS:
-        flags = tyro.cli(Flags, args=rest, default=default, prog=program)
+        flags = tyro.cli(
+            Flags,
+            args=rest,
+            default=default,
+            prog=program,
+            config=(tyro.conf.FlagConversionOff,),  # all settings are spelt --name=value
+        )
     _check_processes(flags.processes)
     return flags
 

@@ -113,15 +113,15 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
                 f"--config.train.num-steps={2 * first_step}, or start another with --workdir."
             )
             return
-        plan = run.plan
+        plan, fitted = run.plan, config
         if isinstance(plan, PlanRequest):
-            config, _, planning = plan_slices(config, plan, run.mesh, workdir, console)
+            fitted, _, planning = plan_slices(config, plan, run.mesh, workdir, console)
             console.show_planning(planning, stage_factors(config))
             plan = planning.plan
         else:
             plan = as_first(plan)
             console.show_plan(plan, stage_factors(config))
-        programs = compile_programs(config, run, plan, console)
+        programs = compile_programs(fitted, run, plan, console)
         with interruptions(console, first_step) as interrupted:
             state = None
             if first_step:
