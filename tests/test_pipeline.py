@@ -238,7 +238,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 # Shrinking would take minutes, since each example is compiled.
-@settings(max_examples=10, phases=[Phase.generate])
+@settings(max_examples=8, phases=[Phase.generate])
 @given(cases())
 def test_gradients_equal_those_of_the_unpipelined_model(case: Case) -> None:
     check_gradients(case.config)
@@ -274,9 +274,8 @@ def test_slices_change_nothing() -> None:
 @pytest.mark.parametrize(
     "memory",
     [
-        *(MemoryConfig(remat=remat) for remat in ("none", "full", "attn", "q,hidden,norm_1")),
+        *(MemoryConfig(remat=remat) for remat in ("none", "full", "attn,hidden,norm_1")),
         MemoryConfig(defer_weight_grads=True),
-        MemoryConfig(remat="none", defer_weight_grads=True),
     ],
     ids=str,
 )
