@@ -43,7 +43,9 @@ def main() -> None:
     args = parse_args()
     config = load_config(args.config)
     single = f"uniform:{config.train.batch_size // config.mesh.data}"
-    config = resolved(replace(config, plan=PlanConfig(args.slices, args.batch_slices or single)))
+    plan_config = PlanConfig(args.slices, args.batch_slices or single)
+    precision = replace(config.precision, compute=args.compute)
+    config = resolved(replace(config, plan=plan_config, precision=precision))
     jax.config.update("jax_num_cpu_devices", config.mesh.num_devices)
     mesh = make_mesh(config.mesh, jax.devices())
     plan = read_settings(config)
@@ -101,6 +103,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--config", type=Path, default=CONFIGS / "gpt3_175b.py")
     parser.add_argument("--slices", default=SLICES, help="token slices; those of setting 9")
     parser.add_argument("--batch-slices", help="one sequence each, if left out")
+    parser.add_argument("--compute", default="bfloat16", help="format of products and activations")
     parser.add_argument("--limit-gib", type=float, default=16, help="of a device; a V100 has 16")
     return parser.parse_args()
 

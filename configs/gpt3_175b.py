@@ -15,7 +15,6 @@ from tpipe_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimConfig,
-    PrecisionConfig,
     TrainConfig,
 )
 
@@ -30,5 +29,4 @@ def get_config() -> Config:
         optim=OptimConfig(learning_rate=0.6e-4, warmup_steps=2000),
         data=DataConfig(train="tokens.bin"),
         checkpoint=CheckpointConfig(every=1000),
-        precision=PrecisionConfig(compute="bfloat16"),
     )
