@@ -3,10 +3,12 @@
     python bench/pipeline.py
     python bench/pipeline.py --seq-len=4096 --slices=uniform:1 --slices=uniform:8 --slices=auto
     python bench/pipeline.py --batch-size=2 --batch-slices=2 --slices=uniform:4 --layouts
+    python bench/pipeline.py --slices=uniform:8 --remat=none --remat=full --deferred
 
 One run times whole training steps (loss, gradients, AdamW) of one model on one core without
 pipeline and slices, and on two stages with each slicing; with --layouts also on two data shards and
-on two devices that share each operator, unsliced. The programs take turns, and the figures are
+on two devices that share each operator, unsliced; with --remat and --deferred also on two stages with
+other policies of config.memory, for each slicing. The programs take turns, and the figures are
 medians over the rounds, so that a machine whose speed drifts disturbs all of them alike. Programs
 are compiled one after another, once, which is what `compile` says.
 Efficiency is T1 / (P T2); its bound is S / (S + P - 1) with S slices on P stages, which one core
@@ -27,7 +29,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tpipe_jax.config import Config, MeshConfig, ModelConfig, PlanConfig, TrainConfig
+from tpipe_jax.config import Config, MemoryConfig, MeshConfig, ModelConfig, PlanConfig, TrainConfig
 from tpipe_jax.plan import Plan, read_settings
 
 NUM_STAGES = 2
@@ -58,6 +60,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-slices", type=int, default=1, help="of all slices but auto")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--layouts", action="store_true", help="time data=2 and model=2 as well")
+    parser.add_argument("--remat", action="append", default=[], help="a policy to time as well")
+    parser.add_argument("--deferred", action="store_true", help="defer weight gradients as well")
     parser.add_argument(
         "--slices",
         action="append",
@@ -97,6 +101,8 @@ def work(args: argparse.Namespace) -> None:
     programs = {"one core, no pipeline": Program(args, MeshConfig(), whole)}
     for slices, plan in plans.items():
         programs[f"two stages, {slices}"] = Program(args, TWO_STAGES, plan)
+        for name, memory in policies(args).items():
+            programs[f"two stages, {slices}, {name}"] = Program(args, TWO_STAGES, plan, memory)
     if args.layouts:
         halves = Plan(1, (args.batch_size // 2,), ((args.seq_len,),))
         programs["two data shards"] = Program(args, MeshConfig(data=2), halves)
@@ -113,6 +119,12 @@ def work(args: argparse.Namespace) -> None:
                 seconds[name].append(time.perf_counter() - start)
     if is_first:
         report(args, programs, seconds)
+
+
+def policies(args: argparse.Namespace) -> dict[str, MemoryConfig]:
+    """What is timed beside the default."""
+    deferred = {"deferred": MemoryConfig(defer_weight_grads=True)} if args.deferred else {}
+    return {remat: MemoryConfig(remat=remat) for remat in args.remat} | deferred
 
 
 def make_config(args: argparse.Namespace, mesh: MeshConfig, slices: str = "auto") -> Config:
@@ -167,7 +179,13 @@ def make_plans(args: argparse.Namespace) -> dict[str, Plan]:
 class Program:
     """A compiled training step and its plan."""
 
-    def __init__(self, args: argparse.Namespace, mesh_config: MeshConfig, plan: Plan) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        mesh_config: MeshConfig,
+        plan: Plan,
+        memory: MemoryConfig = MemoryConfig(),  # noqa: B008 - it is frozen
+    ) -> None:
         import jax
         import numpy as np
 
@@ -177,7 +195,7 @@ class Program:
         from tpipe_jax.train_state import init_state
         from tpipe_jax.train_step import make_train_step
 
-        config = make_config(args, mesh_config)
+        config = replace(make_config(args, mesh_config), memory=memory)
         devices = jax.devices() if config.mesh.num_devices > 1 else jax.local_devices()
         mesh = make_mesh(config.mesh, devices)
         self.plan = plan

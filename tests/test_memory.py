@@ -91,8 +91,11 @@ def test_a_limit_that_nothing_meets_says_by_how_much_and_what_helps():
     assert "with config.memory.remat=full:" in text
     for remedy in ("config.train.batch_size", "config.mesh.pipe", "config.optim.shard_state"):
         assert remedy in text
-    fixed = dataclasses.replace(config.memory, remat="dots")
-    with pytest.raises(UserError, match=r"config.memory.remat=full, a smaller"):
+    assert "defer_weight_grads" not in text
+    fixed = dataclasses.replace(config.memory, remat="dots", defer_weight_grads=True)
+    with pytest.raises(
+        UserError, match=r"defer_weight_grads=false, config.memory.remat=full, a smaller"
+    ):
         fitting_step(
             dataclasses.replace(config, memory=fixed), MESH, reference.plan_of(config), OPTIMIZER
         )

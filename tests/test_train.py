@@ -171,6 +171,19 @@ def test_interrupted_and_resumed_is_bitwise_uninterrupted(
     chex.assert_trees_all_equal(saved_state(parts, 6), saved_state(whole, 6))
 
 
+def test_a_stop_that_comes_while_programs_compile_is_kept(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    compile_programs = train_module.compile_programs
+
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return compile_programs(*args)
+
+    monkeypatch.setattr(train_module, "compile_programs", stopped)
+    assert any("Interrupted after step 0" in line for line in run(config, tmp_path / "run"))
+
+
 def test_second_interruption_stops_at_once(config: Config, tmp_path: Path):
     def interrupt_twice(step: int) -> None:
         os.kill(os.getpid(), signal.SIGINT)
@@ -208,21 +221,21 @@ def test_a_scale_that_is_too_large_costs_a_few_steps_only(config: Config, tmp_pa
     scale is part of the checkpoint.
     """
     scales = {"compute": "float16", "loss_scale_start": 2.0**32, "loss_scale_max": 2.0**32}
-    config = changed(config, precision=scales | {"loss_scale_factor": 64.0})
+    scales |= {"loss_scale_factor": 2.0**10, "loss_scale_interval": 1}  # grows after each good step
+    config = changed(config, precision=scales)
     said = run(changed(config, train={"num_steps": 4}), tmp_path / "run")
     assert any("CPUs compute float16 in float32" in line for line in said)
     run(config, tmp_path / "run")
-    lines = metrics(tmp_path / "run")
-    skipped = [line["skipped_steps"] for line in lines]
-    assert 1 <= skipped[-1] <= 3
-    assert [line["loss_scale"] for line in lines] == [
-        2.0 ** (32 - 6 * n) for n in [0, *skipped[:-1]]
-    ]
-    for n, line in enumerate(lines):
-        is_skipped = skipped[n] > ([0, *skipped])[n]
-        assert (line["grad_norm"] is None) == is_skipped
-        rate = float(learning_rate(config.optim, 6)(n - ([0, *skipped])[n]))
+    scale, skipped = 2.0**32, 0
+    for n, line in enumerate(metrics(tmp_path / "run")):
+        is_skipped = line["grad_norm"] is None
+        assert line["loss_scale"] == scale
+        rate = float(learning_rate(config.optim, 6)(n - skipped))
         assert line["learning_rate"] == pytest.approx(rate)
+        scale = scale / 2**10 if is_skipped else min(scale * 2**10, 2.0**32)
+        skipped += is_skipped
+        assert line["skipped_steps"] == skipped
+    assert 2 <= skipped <= 4
 
 
 @pytest.mark.parametrize("compute", ["float32", "float16"])

@@ -123,17 +123,18 @@ def _too_little(
     )
     parts = budget(config, mesh, optimizer)
     of_state = sum(parts[name] for name in ("parameters", "gradients", "optimiser state"))
-    of_tokens = sum(parts.values()) - of_state
-    remedies = ["" if config.memory.remat == "full" else "config.memory.remat=full"]
-    remedies += ["a smaller config.train.batch_size or config.model.seq_len"]
-    remedies += ["more devices in config.mesh.pipe or config.mesh.model"]
-    remedies += [
-        "" if config.optim.shard_state else "config.optim.shard_state with more data shards"
-    ]
+    saved = parts["attention caches and their gradients"] + parts["other activations"]
+    remedies = {
+        "config.memory.defer_weight_grads=false": config.memory.defer_weight_grads,
+        "config.memory.remat=full": config.memory.remat != "full",
+        "a smaller config.train.batch_size or config.model.seq_len": True,
+        "more devices in config.mesh.pipe or config.mesh.model": True,
+        "config.optim.shard_state with more data shards": not config.optim.shard_state,
+    }
     return (
         f"{name} is {(needed - limit) / GIB:.3g} GiB less than a step takes with "
         f"config.memory.remat={config.memory.remat}: about {of_state / GIB:.3g} GiB are "
-        "parameters, gradients and optimiser state, and "
-        f"{of_tokens / GIB:.3g} GiB grow with the batch; "
-        f"{', '.join(filter(None, remedies))} would bring it down."
+        f"parameters, gradients and optimiser state, and {saved / GIB:.3g} GiB are saved for the "
+        f"backward pass; {', '.join(text for text, helps in remedies.items() if helps)} would "
+        "bring it down."
     )

@@ -68,6 +68,11 @@ def compute_dtype(config: PrecisionConfig, mesh: Mesh) -> jnp.dtype:
     return jnp.dtype(compute_format(config, mesh))
 
 
+def is_slow(config: PrecisionConfig, mesh: Mesh) -> bool:
+    """Whether the devices have no arithmetic of the format, and another would be faster."""
+    return compute_format(config, mesh) == "float16" and mesh.devices.flat[0].platform == "cpu"
+
+
 def _capability(device: Any) -> tuple[int, int]:
     """CUDA's compute capability, as (8, 0); above all of them for other devices."""
     major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")

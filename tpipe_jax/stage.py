@@ -15,7 +15,7 @@ from jax import Array
 
 from tpipe_jax.attention import KVCache, attend, attend_backward
 from tpipe_jax.inplace import Position, read, run_if, write
-from tpipe_jax.model import LINEARS, BlockFunctions, Params, no_tape, split_heads
+from tpipe_jax.model import LINEARS, BlockFunctions, Params, split_heads
 
 LayerState = TypeVar("LayerState")
 
@@ -157,7 +157,7 @@ class Stage(NamedTuple):
         """Queries, output and log-sum-exp of a slice's attention, as saved or computed again."""
         q = values.get("q")
         if q is None:
-            q = self.block.query(self.params[n], values["x"], no_tape)
+            q = self.block.query(self.params[n], values["x"], values.get)
         if "attn" not in values:
             return q, *attend(q, cache, at)
         return q, split_heads(values["attn"], q.shape[1]), values["lse"]

@@ -1,6 +1,5 @@
 """The training loop: everything that a run does, in the order in which it does it."""
 
-import math
 import os
 import signal
 import time
@@ -35,18 +34,17 @@ from tpipe_jax.mesh import (
 )
 from tpipe_jax.metrics import Metrics
 from tpipe_jax.model import Params, num_params
-from tpipe_jax.optim import learning_rate, make_optimizer
+from tpipe_jax.optim import make_optimizer
 from tpipe_jax.plan import Plan, PlanRequest, read_settings
-from tpipe_jax.precision import resolve_precision
+from tpipe_jax.precision import is_slow, resolve_precision
 from tpipe_jax.processes import from_first, host_names, stop_notices
 from tpipe_jax.remat import candidates
 from tpipe_jax.sample import sample
 from tpipe_jax.schedule import terapipe
+from tpipe_jax.step_log import StepLog
 from tpipe_jax.train_state import TrainState, abstract_rows, abstract_state, init_state
 from tpipe_jax.train_step import make_loss
 from tpipe_jax.workdir import changed_settings, describe_in_files
-
-COMPARED_STEPS = 20  # until prediction and measurement are compared
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
     config = run.config
     is_first = jax.process_index() == 0  # which alone writes, but for checkpoints
     console.show_facts(_facts(run))
-    if config.precision.compute == "float16" and run.mesh.devices.flat[0].platform == "cpu":
+    if is_slow(config.precision, run.mesh):
         console.say(
             "CPUs compute float16 in float32 and convert it back and forth, which is slow: "
             "config.precision.compute=float32 is faster here."
@@ -113,16 +111,9 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
                 f"--config.train.num-steps={2 * first_step}, or start another with --workdir."
             )
             return
-        plan, fitted = run.plan, config
-        if isinstance(plan, PlanRequest):
-            fitted, _, planning = plan_slices(config, plan, run.mesh, workdir, console)
-            console.show_planning(planning, stage_factors(config))
-            plan = planning.plan
-        else:
-            plan = as_first(plan)
-            console.show_plan(plan, stage_factors(config))
-        programs = compile_programs(fitted, run, plan, console)
+        fitted, plan = _planned(run, workdir, console)
         with interruptions(console, first_step) as interrupted:
+            programs = compile_programs(fitted, run, plan, console)
             state = None
             if first_step:
                 state = checkpoints.restore(abstract_state(config, run.mesh, run.optimizer))
@@ -185,6 +176,18 @@ def _show_hosts(mesh: Mesh, console: Console) -> None:
         )
 
 
+def _planned(run: Run, workdir: Path, console: Console) -> tuple[Config, Plan]:
+    """The plan, and the config with the rematerialisation that it is for, if that is known yet."""
+    config = run.config
+    if isinstance(run.plan, PlanRequest):
+        fitted, _, planning = plan_slices(config, run.plan, run.mesh, workdir, console)
+        console.show_planning(planning, stage_factors(config))
+        return fitted, planning.plan
+    plan = as_first(run.plan)
+    console.show_plan(plan, stage_factors(config))
+    return config, plan
+
+
 class Programs(NamedTuple):
     """What a run executes."""
 
@@ -222,14 +225,13 @@ def _loop(
     state: TrainState,
     first_step: int,
     checkpoints: Checkpoints,
-    log: "StepLog",
+    log: StepLog,
     console: Console,
     interrupted: Callable[[int], bool],
 ) -> tuple[int, TrainState]:
     """Runs the steps; returns how many are done, and saved, and the state."""
     config, num_steps = run.config, run.config.train.num_steps
     rows_of = partial(_put_batch, run, run.train_data)
-
     evaluate = partial(_evaluate, run, programs.loss)
 
     step = first_step
@@ -249,99 +251,6 @@ def _loop(
     if step > first_step:
         checkpoints.save(step, state)
     return step, state
-
-
-class StepLog:
-    """Measures steps and passes on what was due: a step is begun when it has been dispatched.
-
-    `step_seconds` is the mean over the steps since the last line, without evaluations but with
-    what a checkpoint takes from them. After some steps it tells what the plan predicted for them.
-    """
-
-    def __init__(
-        self, config: Config, plan: Plan, metrics: Metrics | None, console: Console
-    ) -> None:
-        self._train, self._metrics, self._console = config.train, metrics, console
-        self._precision, self._optim = config.precision, config.optim
-        self._prediction, self._compared = plan.prediction, (0, 0.0)
-        self._is_warming_up = True
-        self._tokens_per_step = config.train.batch_size * config.model.seq_len
-        self._learning_rate = learning_rate(config.optim, config.train.num_steps)
-        self._running: tuple[int, dict[str, Array]] | None = None
-        self.start()
-
-    def start(self) -> None:
-        """Counts time from now on."""
-        self._num_timed, self._since = 0, time.monotonic()
-
-    def begin(self, step: int, values: dict[str, Array]) -> None:
-        self._running = step, values
-
-    def finish(self, evaluate: Callable[[], float] | None = None) -> None:
-        """Waits for the step that was begun, if there is one, and logs it if it is due."""
-        if self._running is None:
-            return
-        (step, values), self._running = self._running, None
-        values = jax.device_get(values)
-        order = sorted(values, key=["loss", "grad_norm", "loss_scale", "skipped_steps"].index)
-        line = {name: values[name].item() for name in order}
-        self._num_timed += 1
-        has_diverged = self._has_diverged(line)
-        if not (
-            has_diverged
-            or evaluate
-            or step % self._train.log_every == 0
-            or step == self._train.num_steps
-        ):
-            return
-        step_seconds = (time.monotonic() - self._since) / self._num_timed
-        num_updates = step - 1 - line.get("skipped_steps", 0)  # before this one
-        line |= {
-            "learning_rate": np.asarray(self._learning_rate(num_updates)).item(),
-            "step_seconds": step_seconds,
-            "tokens_per_second": self._tokens_per_step / step_seconds,
-        }
-        if evaluate and not has_diverged:
-            line["eval_loss"] = evaluate()
-        if self._metrics:
-            self._metrics.write(step, line)
-        self._console.show_progress(step, line)
-        if has_diverged:
-            raise UserError(self._divergence(step))
-        self._compare(step, step_seconds)
-        self.start()
-
-    def _has_diverged(self, line: dict[str, float]) -> bool:
-        """Whether a step was not finite, unless a smaller loss scale may help."""
-        is_finite = math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
-        lowest = self._precision.loss_scale_min
-        return not is_finite and line.get("loss_scale", lowest) <= lowest
-
-    def _divergence(self, step: int) -> str:
-        scale = self._precision.loss_scale_min
-        return (
-            f"training has diverged: loss or gradients of step {step} are not finite"
-            + f", with the loss scale at its lower bound {scale:g}"
-            * (self._precision.compute == "float16")
-            + f"; lower config.optim.learning_rate={self._optim.learning_rate:g} or raise "
-            f"config.optim.warmup_steps={self._optim.warmup_steps}, and the same command goes on "
-            "from the last checkpoint, which is untouched, or starts again with another --workdir."
-        )
-
-    def _compare(self, step: int, step_seconds: float) -> None:
-        """Tells prediction and measurement once enough steps have been timed, after the first line,
-        whose steps warm up.
-        """
-        if self._is_warming_up and step < self._train.num_steps:
-            self._is_warming_up = False
-            return
-        num_steps, seconds = self._compared
-        self._compared = num_steps + self._num_timed, seconds + self._num_timed * step_seconds
-        is_due = self._compared[0] >= COMPARED_STEPS or step == self._train.num_steps
-        if self._prediction and is_due:
-            measured = self._compared[1] / self._compared[0]
-            self._console.show_agreement(self._prediction.step_seconds, measured)
-            self._prediction = None
 
 
 @contextmanager

@@ -49,30 +49,28 @@ def make_train_step(
     def train_step(state: TrainState, rows: Array) -> tuple[TrainState, dict[str, Array]]:
         scale = state.loss_scale
         value, grads = loss_and_grads(state.params, rows, scale.value if is_scaled else 1.0)
-        state, metrics = apply_gradients(optimizer, state, value, grads)
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
+        is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        state = apply_gradients(optimizer, state, grads, is_finite)
         if is_scaled:
-            is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
-            after = next_loss_scale(config.precision, scale, is_finite)
-            state = state._replace(loss_scale=after)
-            metrics |= {"loss_scale": scale.value, "skipped_steps": after.skipped_steps}
+            state = state._replace(loss_scale=next_loss_scale(config.precision, scale, is_finite))
+            skipped_steps = state.loss_scale.skipped_steps
+            metrics |= {"loss_scale": scale.value, "skipped_steps": skipped_steps}
         return state, metrics
 
     return train_step
 
 
 def apply_gradients(
-    optimizer: optax.GradientTransformation, state: TrainState, value: Array, grads: Params
-) -> tuple[TrainState, dict[str, Array]]:
+    optimizer: optax.GradientTransformation, state: TrainState, grads: Params, is_finite: Array
+) -> TrainState:
     """The state after a step; one that is not finite changes nothing but the number of steps."""
-    grad_norm = optax.tree.norm(grads)
-    is_finite = jnp.isfinite(value) & jnp.isfinite(grad_norm)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new = optax.apply_updates(state.params, updates), opt_state
     params, opt_state = jax.tree.map(
         partial(jnp.where, is_finite), new, (state.params, state.opt_state)
     )
-    state = state._replace(params=params, opt_state=opt_state, step=state.step + 1)
-    return state, {"loss": value, "grad_norm": grad_norm}
+    return state._replace(params=params, opt_state=opt_state, step=state.step + 1)
 
 
 def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapped:
