@@ -7,8 +7,8 @@
 
 One run times whole training steps (loss, gradients, AdamW) of one model on one core without
 pipeline and slices, and on two stages with each slicing; with --layouts also on two data shards and
-on two devices that share each operator, unsliced; with --remat and --deferred also on two stages with
-other policies of config.memory, for each slicing. The programs take turns, and the figures are
+on two devices that share each operator, unsliced; with --remat and --deferred also on two stages
+with other policies of config.memory, for each slicing. The programs take turns, and the figures are
 medians over the rounds, so that a machine whose speed drifts disturbs all of them alike. Programs
 are compiled one after another, once, which is what `compile` says.
 Efficiency is T1 / (P T2); its bound is S / (S + P - 1) with S slices on P stages, which one core
