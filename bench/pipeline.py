@@ -155,7 +155,7 @@ def make_plans(args: argparse.Namespace) -> dict[str, Plan]:
     mesh, request = make_mesh(config.mesh, jax.devices()), plans["auto"]
     with tempfile.TemporaryDirectory() as workdir:
         quiet = Console(is_quiet=True)
-        _, table, planning = plan_slices(config, request, mesh, Path(workdir), quiet)
+        table, planning = plan_slices(config, request, mesh, Path(workdir), quiet)
     if args.process_id == 0 and table.profile:
         forward, backward = (100 * abs(m.relative_errors()) for m in table.profile.models())
         print(

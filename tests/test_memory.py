@@ -103,8 +103,12 @@ def test_a_limit_that_nothing_meets_says_by_how_much_and_what_helps():
 
 def test_a_plan_to_come_is_judged_by_its_smallest_slices():
     """Whole sequences need more, so the limit allows short slices only."""
-    request = PlanRequest(2, 4, 512)
-    limit = needed("dots") / GIB
+    request = PlanRequest(2, 4, 512)  # of units of 8 tokens
+    shortest = dataclasses.replace(
+        with_memory(remat="dots"), plan=PlanConfig("uniform:64", "uniform:4")
+    )
+    step = fitting_step(shortest, MESH, reference.plan_of(shortest), OPTIMIZER)[1]
+    limit = program_bytes(step) / GIB
     chosen = fitting_policy(with_memory(limit_gib=limit), MESH, request, OPTIMIZER)
     assert chosen.memory.remat == "dots"
     whole = dataclasses.replace(request, batch_slices=(4,), token_slices=(512,))

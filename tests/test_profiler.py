@@ -228,6 +228,10 @@ def test_devices_of_an_operator_divide_what_is_saved_but_for_x_and_middle():
     D, F, H, layers = 16, 64, 2, 1
     expected = 4 * layers * (2 * D + (6 * D + F + H) // 2)
     assert train_step.saved_bytes_per_token(config, mesh) == expected
+    # Nor the outputs of norms, nor gradients with respect to middle and to what leaves the layer.
+    config = dataclasses.replace(config, memory=MemoryConfig(remat="none", defer_weight_grads=True))
+    expected += 4 * layers * (4 * D + (F + 3 * D + F) // 2)
+    assert train_step.saved_bytes_per_token(config, mesh) == expected
 
 
 def test_stages_work_on_the_slices_that_the_tables_name(mesh: Mesh):

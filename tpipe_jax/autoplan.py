@@ -38,9 +38,8 @@ def stage_factors(config: Config) -> list[float]:
 
 def plan_slices(
     config: Config, request: PlanRequest, mesh: Mesh, workdir: Path, console: Console
-) -> tuple[Config, LatencyTable, Planning]:
-    """The fastest plan that keeps to the request, the latencies that it follows from, and the
-    config with the rematerialisation that it is for.
+) -> tuple[LatencyTable, Planning]:
+    """The fastest plan that keeps to the request, and the latencies that it follows from.
 
     They are measured, and kept as `latency.json` in the workdir, unless it holds those of the same
     model, mesh and machine. Raises `UserError` if no plan keeps to the request and the memory.
@@ -66,7 +65,7 @@ def plan_slices(
         planning = replace(planning, plan=as_first(planning.plan))
         new = planning.plan.shapes - {s[:2] for s in profile.samples if not s.is_test}
         if not new or num_refinements == MAX_REFINEMENTS:
-            return config, table, planning
+            return table, planning
         shapes = ", ".join(f"{b} x {n}" for b, n in sorted(new))
         console.say(f"timing what the plan is made of: {shapes} tokens")
         profiler = profiler or Profiler(config, mesh)
@@ -102,7 +101,7 @@ def plan_run(
             f"--workdir={workdir} holds a run with other settings ({'; '.join(changes)}), whose "
             "plan would be overwritten: choose another folder."
         )
-    _, table, planning = plan_slices(config, request, mesh, workdir, console)
+    table, planning = plan_slices(config, request, mesh, workdir, console)
     console.show_planning(planning, stage_factors(config))
     if jax.process_index() == 0:
         describe_in_files(config, workdir, planning.plan, stage_factors(config))

@@ -111,9 +111,9 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
                 f"--config.train.num-steps={2 * first_step}, or start another with --workdir."
             )
             return
-        fitted, plan = _planned(run, workdir, console)
+        plan = _planned(run, workdir, console)
         with interruptions(console, first_step) as interrupted:
-            programs = compile_programs(fitted, run, plan, console)
+            programs = compile_programs(run, plan, console)
             state = None
             if first_step:
                 state = checkpoints.restore(abstract_state(config, run.mesh, run.optimizer))
@@ -176,16 +176,16 @@ def _show_hosts(mesh: Mesh, console: Console) -> None:
         )
 
 
-def _planned(run: Run, workdir: Path, console: Console) -> tuple[Config, Plan]:
-    """The plan, and the config with the rematerialisation that it is for, if that is known yet."""
+def _planned(run: Run, workdir: Path, console: Console) -> Plan:
+    """The plan as given, or the fastest of those that keep to what is."""
     config = run.config
     if isinstance(run.plan, PlanRequest):
-        fitted, _, planning = plan_slices(config, run.plan, run.mesh, workdir, console)
+        _, planning = plan_slices(config, run.plan, run.mesh, workdir, console)
         console.show_planning(planning, stage_factors(config))
-        return fitted, planning.plan
+        return planning.plan
     plan = as_first(run.plan)
     console.show_plan(plan, stage_factors(config))
-    return config, plan
+    return plan
 
 
 class Programs(NamedTuple):
@@ -195,13 +195,14 @@ class Programs(NamedTuple):
     loss: Compiled
 
 
-def compile_programs(config: Config, run: Run, plan: Plan, console: Console) -> Programs:
+def compile_programs(run: Run, plan: Plan, console: Console) -> Programs:
     """Compiles the training step, with the rematerialisation that fits, and the loss.
 
-    Raises `UserError` if none fits.
+    Slices may have been planned for another, since that follows from estimates and this from what
+    XLA says of the very program. Raises `UserError` if none fits.
     """
     start = time.monotonic()
-    config, train_step = fitting_step(config, run.mesh, plan, run.optimizer)
+    config, train_step = fitting_step(run.config, run.mesh, plan, run.optimizer)
     params = abstract_state(config, run.mesh, run.optimizer).params
     loss = compile_checked(
         make_loss(config, run.mesh, terapipe(plan)),
