@@ -1,0 +1,107 @@
+"""What is measured of the steps of a run, when it is logged, and when a run has diverged."""
+
+import math
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from jax import Array
+
+from tpipe_jax.config import Config, UserError
+from tpipe_jax.console import Console
+from tpipe_jax.metrics import Metrics
+from tpipe_jax.optim import learning_rate
+from tpipe_jax.plan import Plan
+
+COMPARED_STEPS = 20  # until prediction and measurement are compared
+STEP_METRICS = ("loss", "grad_norm", "loss_scale", "skipped_steps")
+
+
+class StepLog:
+    """Measures steps and passes on what was due: a step is begun when it has been dispatched.
+
+    `step_seconds` is the mean over the steps since the last line, without evaluations but with
+    what a checkpoint takes from them. After some steps it tells what the plan predicted for them.
+    """
+
+    def __init__(
+        self, config: Config, plan: Plan, metrics: Metrics | None, console: Console
+    ) -> None:
+        self._train, self._metrics, self._console = config.train, metrics, console
+        self._precision, self._optim = config.precision, config.optim
+        self._prediction, self._compared = plan.prediction, (0, 0.0)
+        self._is_warming_up = True
+        self._tokens_per_step = config.train.batch_size * config.model.seq_len
+        self._learning_rate = learning_rate(config.optim, config.train.num_steps)
+        self._running: tuple[int, dict[str, Array]] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Counts time from now on."""
+        self._num_timed, self._since = 0, time.monotonic()
+
+    def begin(self, step: int, values: dict[str, Array]) -> None:
+        self._running = step, values
+
+    def finish(self, evaluate: Callable[[], float] | None = None) -> None:
+        """Waits for the step that was begun, if there is one, and logs it if it is due."""
+        if self._running is None:
+            return
+        (step, values), self._running = self._running, None
+        values = jax.device_get(values)  # which has the names in another order
+        line = {name: values[name].item() for name in STEP_METRICS if name in values}
+        self._num_timed += 1
+        is_finite = math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
+        lowest = self._precision.loss_scale_min
+        has_diverged = not is_finite and line.get("loss_scale", lowest) <= lowest
+        if not (
+            has_diverged
+            or evaluate
+            or step % self._train.log_every == 0
+            or step == self._train.num_steps
+        ):
+            return
+        step_seconds = (time.monotonic() - self._since) / self._num_timed
+        # Steps before this one that were not skipped.
+        num_updates = step - 1 - line.get("skipped_steps", 0) + (not is_finite)
+        line |= {
+            "learning_rate": np.asarray(self._learning_rate(num_updates)).item(),
+            "step_seconds": step_seconds,
+            "tokens_per_second": self._tokens_per_step / step_seconds,
+        }
+        if evaluate and not has_diverged:
+            line["eval_loss"] = evaluate()
+        if self._metrics:
+            self._metrics.write(step, line)
+        self._console.show_progress(step, line)
+        if has_diverged:
+            raise UserError(self._divergence(step))
+        self._compare(step, step_seconds)
+        self.start()
+
+    def _divergence(self, step: int) -> str:
+        scale = self._precision.loss_scale_min
+        return (
+            f"training has diverged: loss or gradients of step {step} are not finite"
+            + f", with the loss scale at its lower bound {scale:g}"
+            * (self._precision.compute == "float16")
+            + f"; lower config.optim.learning_rate={self._optim.learning_rate:g} or raise "
+            f"config.optim.warmup_steps={self._optim.warmup_steps}, and the same command goes on "
+            "from the last checkpoint, which is untouched, or starts again with another --workdir."
+        )
+
+    def _compare(self, step: int, step_seconds: float) -> None:
+        """Tells prediction and measurement once enough steps have been timed, after the first line,
+        whose steps warm up.
+        """
+        if self._is_warming_up and step < self._train.num_steps:
+            self._is_warming_up = False
+            return
+        num_steps, seconds = self._compared
+        self._compared = num_steps + self._num_timed, seconds + self._num_timed * step_seconds
+        is_due = self._compared[0] >= COMPARED_STEPS or step == self._train.num_steps
+        if self._prediction and is_due:
+            measured = self._compared[1] / self._compared[0]
+            self._console.show_agreement(self._prediction.step_seconds, measured)
+            self._prediction = None
