@@ -20,8 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tpipe_jax import attention
-from tpipe_jax.attention import KVCache, attend, attend_backward
+from tpipe_jax.attention import KVCache, blockwise
 from tpipe_jax.inplace import Position
 
 H, K = 4, 128
@@ -75,12 +74,10 @@ def measure(num_queries: int, context: int) -> None:
     run_vjp = jax.jit(vjp)
     forward["dense"], backward["dense"] = lambda: run_dense(q, k, v), lambda: run_vjp(d_out)
     for size in BLOCKS:
-        attention.BLOCK = size  # pyrefly: ignore[bad-assignment]
-        run = jax.jit(lambda q, cache, at: attend(q, cache, at))
+        attention = blockwise(size)
+        run = jax.jit(attention.forward)
+        run_backward = jax.jit(attention.backward, donate_argnums=6)
         out, lse = run(q, cache, at)
-        run_backward = jax.jit(lambda *inputs: attend_backward(*inputs), donate_argnums=6)
-        zeros = KVCache(jnp.zeros_like(k), jnp.zeros_like(v))
-        run_backward(q, cache, at, out, lse, d_out, zeros)  # traces it with this block size
 
         def step(run_backward=run_backward, out=out, lse=lse) -> object:
             zeros = KVCache(jnp.zeros_like(k), jnp.zeros_like(v))

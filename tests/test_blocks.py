@@ -28,7 +28,7 @@ def test_query_blocks_divide_a_slice_where_they_can(num_queries: int, size: int)
 
 def keys_read(num_tokens: int, context: int, key_block: int) -> int:
     """Of all queries together, before the diagonal."""
-    size = query_block(num_tokens)
+    size = query_block(num_tokens, key_block)
     total = 0
     for start in range(0, num_tokens, size):
         before = context + start

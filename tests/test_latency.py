@@ -9,16 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tpipe_jax.blocks import context_read
 from tpipe_jax.config import UserError
 from tpipe_jax.latency import LatencyModel, LatencyTable, Memory, Profile, Sample, load_table
 
 BLOCK = 16
 LENGTHS = {8: 1.0, 24: 2.0, 56: 5.0, 120: 14.0}
 COEFFICIENTS = 0.3, 0.002, 0.004, 0.0005
-
-
-def in_blocks(context: int) -> int:
-    return -(-context // BLOCK) * BLOCK
 
 
 def bare_seconds(b: int, i: int) -> float:
@@ -29,8 +26,8 @@ def bare_seconds(b: int, i: int) -> float:
 def seconds(b: int, i: int, j: int) -> float:
     """Equation 9, with a context that is read in blocks of 16."""
     a0, a1, a2, a3 = COEFFICIENTS
-    j = in_blocks(j)
-    return bare_seconds(b, i) + (j > 0) * (a0 + (a1 * i + a2 * j + a3 * i * j) * b)
+    read = float(context_read(np.array(i), np.array(j), BLOCK))
+    return bare_seconds(b, i) + (j > 0) * (a0 + (a1 * i + a2 * read + a3 * i * read) * b)
 
 
 def sample(b: int, i: int, j: int, is_test: bool = False) -> Sample:

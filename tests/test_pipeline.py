@@ -15,8 +15,11 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.stages import Compiled
 
 import reference
+import stand_in
 from tpipe_jax import mesh, model
+from tpipe_jax.collectives import check_branches, find_collectives
 from tpipe_jax.config import (
+    AttentionConfig,
     Config,
     MemoryConfig,
     MeshConfig,
@@ -254,6 +257,20 @@ def test_gradients_equal_those_of_the_unpipelined_model(case: Case) -> None:
 )
 def test_gradients_on_chosen_meshes(case: Case) -> None:
     check_gradients(case.config)
+
+
+@pytest.mark.parametrize("divided", [MeshConfig(2, 2, 2), MeshConfig(1, 2, 1)], ids=str)
+def test_gradients_with_a_fused_kernel(divided: MeshConfig) -> None:
+    """One that XLA cannot look into, on heads that 'model' divides; a slice is too short for it."""
+    assert stand_in.primitives  # of cuDNN
+    config = Case(divided, 2, "80,10,64", "uniform:1", 2).config
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, num_heads=4, seq_len=154),
+        attention=AttentionConfig("cudnn", block=100),
+    )
+    check_gradients(config)
+    check_branches(find_collectives(compile_step(config).as_text()), open_mesh(divided))
 
 
 def test_slices_change_nothing() -> None:

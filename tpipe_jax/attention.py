@@ -5,6 +5,9 @@ everything before it there and to itself. Both loops, over query blocks and over
 the context, have run-time trip counts: time follows the context that a slice really has, and one
 compiled body serves every slice of one length, wherever it lies.
 
+`Attention` is what the stages call; `blockwise` makes it of XLA's operators, for any device and
+dtype. Others are in `fused`, and `backends` chooses.
+
 Softmax over blocks keeps a running maximum and sum (Milakov and Gimelshein 2018, arXiv 1805.02867);
 the backward pass recomputes the weights from the saved log-sum-exp (FlashAttention, arXiv
 2205.14135). Only the block on the diagonal has the causal mask.
@@ -33,7 +36,25 @@ class KVCache(NamedTuple):
     v: Array
 
 
-def attend(q_BHLK: Array, cache: KVCache, at: Position) -> tuple[Array, Array]:
+class Attention(NamedTuple):
+    """A way to compute attention, forward and backward."""
+
+    forward: Callable[[Array, KVCache, Position], tuple[Array, Array]]
+    """As `attend`."""
+    backward: Callable[
+        [Array, KVCache, Position, Array, Array, Array, KVCache], tuple[Array, KVCache]
+    ]
+    """As `attend_backward`."""
+    key_block: int
+    """Keys that are read together: the time of a context grows in such steps."""
+
+
+def blockwise(block: int) -> Attention:
+    """Attention in blocks of so many keys, and about as many queries."""
+    return Attention(partial(attend, block=block), partial(attend_backward, block=block), block)
+
+
+def attend(q_BHLK: Array, cache: KVCache, at: Position, block: int = BLOCK) -> tuple[Array, Array]:
     """Attention of the slice at a position, whose keys and values are in the cache already.
 
     Returns the output, `[B, H, L, K]` in the dtype of q, and the log-sum-exp of each row of scores,
@@ -41,6 +62,7 @@ def attend(q_BHLK: Array, cache: KVCache, at: Position) -> tuple[Array, Array]:
     """
     B, H, L, K = q_BHLK.shape
     chex.assert_shape(cache, (None, H, None, K))
+    key_block = min(block, cache.k.shape[2])
 
     def one_block(start: Array | int, size: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
         q = read(q_BHLK, Position(0, start), B, size) * K**-0.5
@@ -60,12 +82,12 @@ def attend(q_BHLK: Array, cache: KVCache, at: Position) -> tuple[Array, Array]:
         zeros = jnp.zeros_like(q, jnp.float32)
         nothing = zeros[..., :1] + MASKED, zeros[..., :1], zeros
         state = fold(nothing, context, size, _causal(size))
-        top, total, out = _over_context(context, cache.k.shape[2], fold, state)
+        top, total, out = over_context(context, key_block, _masked(fold, key_block), state)
         here = Position(0, start)
         return write(carry[0], out / total, here), write(carry[1], top + jnp.log(total), here)
 
     empty = jnp.zeros_like(q_BHLK), jnp.zeros_like(q_BHLK[..., :1], jnp.float32)
-    return _over_queries(L, one_block, empty)
+    return _over_queries(L, block, one_block, empty)
 
 
 def attend_backward(
@@ -76,6 +98,7 @@ def attend_backward(
     lse_BHL1: Array,
     d_out_BHLK: Array,
     d_cache: KVCache,
+    block: int = BLOCK,
 ) -> tuple[Array, KVCache]:
     """Gradients of `attend`, given its results and the gradient with respect to its output.
 
@@ -84,6 +107,7 @@ def attend_backward(
     Returns the gradient with respect to q and the new `d_cache`.
     """
     B, _, L, K = q_BHLK.shape
+    key_block = min(block, cache.k.shape[2])
     delta_BHL1 = (d_out_BHLK.astype(jnp.float32) * out_BHLK.astype(jnp.float32)).sum(
         -1, keepdims=True
     )
@@ -115,44 +139,50 @@ def attend_backward(
 
         d_q_BHLK, d_cache = carry
         state = fold((jnp.zeros_like(q, jnp.float32), d_cache), context, size, _causal(size))
-        d_q, d_cache = _over_context(context, cache.k.shape[2], fold, state)
+        d_q, d_cache = over_context(context, key_block, _masked(fold, key_block), state)
         return write(d_q_BHLK, d_q * K**-0.5, here), d_cache
 
-    return _over_queries(L, one_block, (jnp.zeros_like(q_BHLK), d_cache))
+    return _over_queries(L, block, one_block, (jnp.zeros_like(q_BHLK), d_cache))
+
+
+def over_context(
+    context: Array | int, block: int, fold: Callable[[Any, Array, Array], Any], state: Any
+) -> Any:
+    """Folds the tokens before `context` into the state, block by block, the last block first:
+    `fold(state, first_key, num_visible)`.
+
+    The blocks end at `context`, so the one at the start of the sequence may be short: it is read in
+    full all the same, and only the first `num_visible` of its keys count.
+    """
+
+    def one_block(i: Array, state: Any) -> Any:
+        stop = context - i * block
+        first = jnp.maximum(stop - block, 0)
+        return fold(state, first, stop - first)
+
+    return lax.fori_loop(0, (context + block - 1) // block, one_block, state)
+
+
+def _masked(fold: Callable[..., Any], block: int) -> Callable[[Any, Array, Array], Any]:
+    """Gives a fold the mask of a block's visible keys."""
+
+    def masked(state: Any, first_key: Array, num_visible: Array) -> Any:
+        return fold(state, first_key, block, jnp.arange(block) < num_visible)
+
+    return masked
 
 
 def _over_queries(
-    num_queries: int, work: Callable[[Array | int, int, Any], Any], carry: Any
+    num_queries: int, block: int, work: Callable[[Array | int, int, Any], Any], carry: Any
 ) -> Any:
     """Runs `work(start, size, carry)` over all blocks of queries; a shorter one comes last."""
-    size = query_block(num_queries, BLOCK)
+    size = query_block(num_queries, block)
     num_full, rest = divmod(num_queries, size)
     if num_full == 1:
         carry = work(0, size, carry)
     else:
         carry = lax.fori_loop(0, num_full, lambda i, carry: work(i * size, size, carry), carry)
     return work(num_full * size, rest, carry) if rest else carry
-
-
-def _over_context(
-    context: Array | int,
-    cache_length: int,
-    fold: Callable[[Any, Array | int, int, Array], Any],
-    state: Any,
-) -> Any:
-    """Folds the tokens before `context` into the state, block by block, the last block first.
-
-    The blocks end at `context`, so the one at the start of the sequence may be short: it is read in
-    full all the same, and what does not belong to it is masked.
-    """
-    size = min(BLOCK, cache_length)
-
-    def block(i: Array, state: Any) -> Any:
-        stop = context - i * size
-        first = jnp.maximum(stop - size, 0)
-        return fold(state, first, size, first + jnp.arange(size) < stop)
-
-    return lax.fori_loop(0, (context + size - 1) // size, block, state)
 
 
 def _causal(size: int) -> Array:

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from tpipe_jax.backends import resolve_attention
 from tpipe_jax.config import Config, UserError, resolved
 from tpipe_jax.console import Console
 from tpipe_jax.latency import LatencyTable, Profile, load_table, read_profile
@@ -87,7 +88,7 @@ def plan_run(
     settings that don't fit the devices, or that leave nothing to plan.
     """
     mesh = make_mesh(config.mesh, devices)
-    config = resolve_precision(resolved(config), mesh)
+    config = resolve_attention(resolve_precision(resolved(config), mesh), mesh)
     check_model(config.model, config.mesh)
     request = read_settings(config)
     if isinstance(request, Plan):

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-# Keys, and about as many queries, of one block of scores: the fastest of 64 to 512 on a CPU.
-BLOCK = 128
+BLOCK = 128  # keys of one block of scores, and about as many queries
 
 
 def query_block(num_queries: int, block: int = BLOCK) -> int:
@@ -28,7 +27,7 @@ def context_read(num_tokens: np.ndarray, context: np.ndarray, key_block: int) ->
     lengths, contexts = np.broadcast_arrays(num_tokens, context)
     result = np.empty(lengths.size)
     for length, where in _groups(lengths.ravel()):
-        size = query_block(int(length))
+        size = query_block(int(length), key_block)
         starts = np.arange(0, length, size)
         shares = np.minimum(size, length - starts) / length
         with_context = -(-(contexts.ravel()[where, None] + starts) // key_block)

@@ -189,6 +189,18 @@ class MemoryConfig:
     than one for each slice: shortens the ticks of deep pipelines and takes memory."""
 
 
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How attention is computed; the results are the same."""
+
+    backend: Literal["auto", "xla", "cudnn", "tokamax"] = "auto"
+    """xla runs everywhere, cudnn on GPUs from Ampere on, in float16 and bfloat16; auto means cudnn
+    where it can run, else xla."""
+    block: Count | None = None
+    """Tokens of the context that are read together; None means 128 for xla on CPUs and 512
+    elsewhere, 2048 for cudnn."""
+
+
 Scale = Annotated[float, Range(2**-24, high=2**64)]
 
 
@@ -227,6 +239,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
 
     def __post_init__(self) -> None:
         for path, hint, value in _fields(self):

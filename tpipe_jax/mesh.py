@@ -134,6 +134,17 @@ def operators_span_hosts(mesh: Mesh, hosts: Sequence[str]) -> bool:
     return bool((names != names[..., :1]).any())
 
 
+def compute_capability(mesh: Mesh) -> tuple[int, int] | None:
+    """CUDA's compute capability of the oldest GPU, as (8, 0); None for other devices."""
+
+    def of(device: Any) -> tuple[int, int] | None:
+        major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
+        return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
+
+    capabilities = [capability for d in mesh.devices.flat if (capability := of(d))]
+    return min(capabilities, default=None)
+
+
 def check_model(config: ModelConfig, mesh: MeshConfig) -> None:
     """Raises `UserError` where 'model' does not divide the operators."""
     for name, value in (("num_heads", config.num_heads), ("d_ff", config.ff_width)):

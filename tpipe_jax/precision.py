@@ -7,13 +7,14 @@ et al. 2018, arXiv 1710.03740).
 """
 
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
 from tpipe_jax.config import Config, Format, PrecisionConfig
+from tpipe_jax.mesh import compute_capability
 
 
 class LossScale(NamedTuple):
@@ -51,10 +52,10 @@ def compute_format(config: PrecisionConfig, mesh: Mesh) -> Format:
     """
     if config.compute != "auto":
         return config.compute
-    device = mesh.devices.flat[0]
-    if device.platform == "cpu":
+    if mesh.devices.flat[0].platform == "cpu":
         return "float32"
-    return "float16" if _capability(device) < (8, 0) else "bfloat16"
+    capability = compute_capability(mesh)
+    return "float16" if capability and capability < (8, 0) else "bfloat16"
 
 
 def resolve_precision(config: Config, mesh: Mesh) -> Config:
@@ -71,9 +72,3 @@ def compute_dtype(config: PrecisionConfig, mesh: Mesh) -> jnp.dtype:
 def is_slow(config: PrecisionConfig, mesh: Mesh) -> bool:
     """Whether the devices have no arithmetic of the format, and another would be faster."""
     return compute_format(config, mesh) == "float16" and mesh.devices.flat[0].platform == "cpu"
-
-
-def _capability(device: Any) -> tuple[int, int]:
-    """CUDA's compute capability, as (8, 0); above all of them for other devices."""
-    major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
-    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else (99, 0)

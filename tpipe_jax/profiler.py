@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 import tpipe_jax
-from tpipe_jax.blocks import BLOCK
+from tpipe_jax.backends import attention_backend, make_attention
 from tpipe_jax.collectives import compile_checked
 from tpipe_jax.config import Config, to_dict
 from tpipe_jax.latency import Memory, Profile, Sample
@@ -77,6 +77,7 @@ def profile_key(config: Config, mesh: Mesh) -> dict[str, Any]:
         "mesh": settings["mesh"],
         "batch_size": config.train.batch_size,
         "precision": compute_format(config.precision, mesh),
+        "attention": [attention_backend(config, mesh), config.attention.block],
         "saved": list(saved_names(config.memory.remat)),
         "defer_weight_grads": config.memory.defer_weight_grads,
         "unit_tokens": unit_tokens(config),
@@ -167,7 +168,7 @@ class Profiler:
         return Profile(
             batch_size=self._batch_size,
             seq_len=self._seq_len,
-            key_block=min(BLOCK, self._seq_len),
+            key_block=make_attention(self._config, self._mesh).key_block,
             samples=_to_samples(shapes, self._time(programs, advance)),
             transfer=self._time_transfer(shapes),
             outside_seconds=self._outside_seconds,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tpipe_jax.attention import KVCache, attend, attend_backward
+from tpipe_jax.attention import Attention, KVCache
 from tpipe_jax.inplace import Position, read, run_if, write
 from tpipe_jax.model import LINEARS, BlockFunctions, Params, split_heads
 
@@ -48,6 +48,7 @@ class Stage(NamedTuple):
     """The layers of one stage; a layer that only some stages have is skipped on the others."""
 
     block: BlockFunctions
+    attention: Attention
     params: list[Params]
     num_active: Array | int
     """How many of `params` are layers of this stage, a run-time scalar; the others are padding."""
@@ -104,7 +105,7 @@ class Stage(NamedTuple):
 
         q, k, v = self.block.qkv(self.params[n], x_BLD, record)
         cache = KVCache(write(cache.k, k, at), write(cache.v, v, at))
-        attn, lse = attend(q, cache, at)
+        attn, lse = self.attention.forward(q, cache, at)
         y_BLD = self.block.finish(self.params[n], x_BLD, attn, record)
         return y_BLD, cache, values | {"q": q, "lse": lse}
 
@@ -139,7 +140,7 @@ class Stage(NamedTuple):
             replay(self.block.finish), norms, taps, x_BLD, attn, has_aux=True
         )
         d_norms, d_taps, d_x_BLD, d_attn_BHLK = finish_vjp(d_y_BLD)
-        d_q, d_cache = attend_backward(q, cache, at, attn, lse, d_attn_BHLK, d_cache)
+        d_q, d_cache = self.attention.backward(q, cache, at, attn, lse, d_attn_BHLK, d_cache)
         d_qkv = jnp.stack([d_q, *(read(d, at, B, L).astype(d_q.dtype) for d in d_cache)])
         _, qkv_vjp, seen_before = jax.vjp(replay(self.block.qkv), norms, taps, x_BLD, has_aux=True)
         # Each norm and each tap has its gradient from one of the two.
@@ -159,7 +160,7 @@ class Stage(NamedTuple):
         if q is None:
             q = self.block.query(self.params[n], values["x"], values.get)
         if "attn" not in values:
-            return q, *attend(q, cache, at)
+            return q, *self.attention.forward(q, cache, at)
         return q, split_heads(values["attn"], q.shape[1]), values["lse"]
 
     def _deferred(self, n: int, saved: Saved, d_outputs: dict[str, Array]) -> Params:

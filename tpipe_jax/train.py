@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from tpipe_jax.autoplan import as_first, plan_slices, stage_factors
+from tpipe_jax.backends import resolve_attention
 from tpipe_jax.checkpoint import Checkpoints
 from tpipe_jax.collectives import compile_checked
 from tpipe_jax.config import Config, UserError, resolved, to_dict
@@ -66,7 +67,7 @@ def prepare(config: Config, devices: Sequence[jax.Device]) -> Run:
     Raises `UserError` where they don't fit.
     """
     mesh = make_mesh(config.mesh, devices)
-    config = resolve_precision(config, mesh)
+    config = resolve_attention(resolve_precision(config, mesh), mesh)
     check_model(config.model, config.mesh)
     candidates(config.memory)
     plan = read_settings(config)

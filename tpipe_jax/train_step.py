@@ -13,6 +13,7 @@ from jax.stages import Wrapped
 
 from tpipe_jax import loss
 from tpipe_jax.attention import KVCache
+from tpipe_jax.backends import make_attention
 from tpipe_jax.config import Config
 from tpipe_jax.mesh import layer_counts, manual_part, param_specs
 from tpipe_jax.model import Params, block_functions, init_block
@@ -278,7 +279,13 @@ def _make_head(config: Config, mesh: Mesh, params: Params) -> loss.Head:
 def _make_stage(config: Config, mesh: Mesh, params: Params) -> Stage:
     counts = layer_counts(config.model.num_layers, lax.axis_size("pipe"))
     block = block_functions(config.model, compute_dtype(config.precision, mesh))
-    return Stage(block, params["blocks"], jnp.array(counts)[lax.axis_index("pipe")], min(counts))
+    return Stage(
+        block,
+        make_attention(config, mesh),
+        params["blocks"],
+        jnp.array(counts)[lax.axis_index("pipe")],
+        min(counts),
+    )
 
 
 def _count(targets_BT: Array) -> Array:

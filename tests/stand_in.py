@@ -1,0 +1,61 @@
+"""What runs in place of cuDNN's attention on a CPU: the same calls by dense products."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+from jax._src.cudnn.fused_attention_stablehlo import (
+    MaskType,
+    _dot_product_attention_bwd_p,
+    _dot_product_attention_fwd_p,
+)
+from jax.interpreters import mlir
+
+
+def _scores(q: Array, k: Array, lengths: Array, scale: float, mask_type: MaskType) -> Array:
+    """Scores in float32; what is masked is -inf."""
+    scores = jnp.einsum("bhqk,bhsk->bhqs", q, k, preferred_element_type=jnp.float32) * scale
+    num_queries, num_keys = scores.shape[2:]
+    query, key = jnp.arange(num_queries)[:, None], jnp.arange(num_keys)
+    if mask_type == MaskType.CAUSAL:  # from the top left corner
+        visible = (key <= query)[None, None]
+    else:
+        assert mask_type == MaskType.PADDING
+        visible = (key < lengths[:, None])[:, None, None]
+    return jnp.where(visible, scores, -jnp.inf)
+
+
+def forward(*args: Array, **params: Any) -> tuple[Array, Array]:
+    """`_dot_product_attention_fwd_p`."""
+    assert params["layout"] == 1
+    assert params["dropout_rate"] == 0
+    assert params["is_training"]
+    assert len(args) == 10
+    q, k, v, lengths = *args[:3], args[5]
+    scores = _scores(q, k, lengths, params["scale"], params["mask_type"])
+    top = scores.max(-1, keepdims=True)
+    total = jnp.exp(scores - top).sum(-1, keepdims=True)
+    weight = jnp.exp(scores - top) / total
+    out = jnp.einsum("bhqs,bhsk->bhqk", weight, v, preferred_element_type=jnp.float32)
+    return out.astype(q.dtype), (top + jnp.log(total))[..., 0]
+
+
+def backward(*args: Array, **params: Any) -> tuple[Array, Array, Array]:
+    """`_dot_product_attention_bwd_p`: from the log-sum-exp and the output that it is given."""
+    q, k, v, lengths = *args[:3], args[5]
+    lse, out, d_out = args[10:]
+    scores = _scores(q, k, lengths, params["scale"], params["mask_type"])
+    weight = jnp.exp(scores - lse[..., None])
+    d_out, out = d_out.astype(jnp.float32), out.astype(jnp.float32)
+    delta = (d_out * out).sum(-1, keepdims=True)
+    d_score = weight * (jnp.einsum("bhqk,bhsk->bhqs", d_out, v) - delta) * params["scale"]
+    d_q = jnp.einsum("bhqs,bhsk->bhqk", d_score, k)
+    d_k = jnp.einsum("bhqs,bhqk->bhsk", d_score, q)
+    d_v = jnp.einsum("bhqs,bhqk->bhsk", weight, d_out)
+    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
+
+
+primitives = {_dot_product_attention_fwd_p: forward, _dot_product_attention_bwd_p: backward}
+for primitive, function in primitives.items():
+    lowering = mlir.lower_fun(function, multiple_results=True)
+    mlir.register_lowering(primitive, lowering, platform="cpu")
