@@ -1,5 +1,6 @@
 """A fused kernel's calls, merged, against float64; cuDNN's by what stands in for it on a CPU."""
 
+import re
 from typing import Any
 
 import jax
@@ -15,8 +16,22 @@ import reference
 import stand_in
 from slices import ROWS, TOLERANCE, B, draw, expect, rounded, run
 from tpipe_jax.attention import KVCache
+from tpipe_jax.config import (
+    AttentionConfig,
+    Config,
+    MeshConfig,
+    ModelConfig,
+    PlanConfig,
+    PrecisionConfig,
+    TrainConfig,
+)
 from tpipe_jax.fused import Kernel, cudnn_kernel, grouped
 from tpipe_jax.inplace import Position
+from tpipe_jax.mesh import make_mesh
+from tpipe_jax.optim import make_optimizer
+from tpipe_jax.schedule import terapipe
+from tpipe_jax.train_state import abstract_rows, abstract_state
+from tpipe_jax.train_step import make_train_step
 
 KERNEL = cudnn_kernel()
 FEW = KERNEL._replace(min_queries=1)
@@ -152,6 +167,30 @@ def test_cudnn_is_in_the_program_for_gpus() -> None:
             (True, False),
             (False, True),
         ]
+
+
+def test_the_training_step_for_gpus_divides_sequences_and_heads() -> None:
+    """Lowered for GPUs, which takes none."""
+    config = Config(
+        ModelConfig(num_layers=2, d_model=64, num_heads=4, seq_len=512),
+        MeshConfig(data=2, pipe=2, model=2),
+        PlanConfig("uniform:4", "uniform:1"),
+        TrainConfig(batch_size=4),
+        precision=PrecisionConfig("bfloat16"),
+        attention=AttentionConfig("cudnn", block=256),
+    )
+    mesh, optimizer = make_mesh(config.mesh, jax.devices()), make_optimizer(config.optim, 10)
+    step = make_train_step(config, mesh, terapipe(reference.plan_of(config)), optimizer)
+    args = abstract_state(config, mesh, optimizer), abstract_rows(config, mesh)
+    text = step.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    calls = re.findall(r"@__cudnn\$(\w+)\(.* : \((.*)\) ->", text)
+    assert len(calls) == 4
+    slice_, group = (f"tensor<2x2x{n}x16xbf16>" for n in (128, 256))
+    for name, operands in calls:
+        q, *kv = operands.split(", ")[:3]
+        assert name.startswith("fmhaSoftmax")
+        assert q == slice_
+        assert kv in ([slice_] * 2, [group] * 2)
 
 
 def test_the_stand_in_masks_as_cudnn_does() -> None:
