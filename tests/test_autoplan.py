@@ -276,6 +276,17 @@ def test_a_unit_that_does_not_divide_the_sequence_is_refused(config: Config, tmp
     assert not (tmp_path / "run").exists()
 
 
+def test_an_attention_that_cannot_run_is_refused(config: Config, tmp_path: Path):
+    with pytest.raises(UserError, match=r"one that can run here, xla\.$"):
+        plan_run(
+            changed(config, attention={"backend": "cudnn"}),
+            tmp_path / "run",
+            jax.devices()[:2],
+            Lines(),
+        )
+    assert not (tmp_path / "run").exists()
+
+
 def launch_plan(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "launch/plan.py", *args],

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 import reference
 from tpipe_jax import model, profiler, train_step
 from tpipe_jax.config import (
+    AttentionConfig,
     Config,
     MemoryConfig,
     MeshConfig,
@@ -177,6 +178,7 @@ def test_key_tells_what_measurements_depend_on(mesh: Mesh):
         train=TrainConfig(num_steps=7, batch_size=4),
         memory=MemoryConfig(limit_gib=3, remat="dots"),  # which is what auto tries first
         precision=PrecisionConfig("float32"),  # which is what auto means on a CPU
+        attention=AttentionConfig("xla"),  # likewise
     )
     assert profiler.profile_key(same, mesh) == key
     for changes in (
@@ -186,6 +188,8 @@ def test_key_tells_what_measurements_depend_on(mesh: Mesh):
         {"precision": dataclasses.replace(CONFIG.precision, compute="bfloat16")},
         {"memory": dataclasses.replace(CONFIG.memory, remat="full")},
         {"memory": dataclasses.replace(CONFIG.memory, defer_weight_grads=True)},
+        {"attention": AttentionConfig("cudnn")},
+        {"attention": AttentionConfig(block=64)},
     ):
         other = dataclasses.replace(CONFIG, **changes)
         assert profiler.profile_key(other, mesh) != key

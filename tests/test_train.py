@@ -322,6 +322,7 @@ def test_settings_that_a_state_does_not_depend_on_may_change(config: Config, tmp
         ({"train": {"batch_size": 3}, "mesh": {"data": 2}}, "is not a multiple of"),
         ({"data": {"train": "no/such/file"}}, "config.data.train=no/such/file does not exist"),
         ({"model": {"vocab_size": 50}}, "config.model.vocab_size=50"),
+        ({"attention": {"backend": "cudnn"}}, "set auto, or one that can run here, xla."),
     ],
 )
 def test_nothing_is_written_before_all_settings_fit(
