@@ -1,16 +1,17 @@
 """What one GPU makes of GPT3-1B: by slices, attention backend and what is saved; PyTorch beside it.
 
     python bench/gpu.py
-    python bench/gpu.py --seq-len=8192 --backend=cudnn --remat=dots      # part of the table
+    python bench/gpu.py --seq-len=8192 --backend=cudnn --remat=dots --slices=1 --slices=16
     python bench/gpu.py --num-layers=1 --d-model=64 --num-heads=2 --seq-len=128 --batch-tokens=256
 
-The last one is small enough for a CPU.
-For each sequence length one table: step time (loss, gradients, AdamW; median over the rounds, in
-which all programs take turns on one state), tokens/s, TFLOP/s, its share of what one large matrix
-product reaches on this GPU (MFU; recomputation is not counted as work), throughput over that
-without slices, and the memory of the program as XLA plans it. Programs that do not fit are named
-with what they would take. PyTorch runs before, in a process of its own, if it is installed. The
-latency model is then fitted on one layer, a stage of the paper's setting 1.
+The second is a part of the table, the last one small enough for a CPU. For each sequence length
+there is one table: step time (loss, gradients, AdamW; median over the rounds, in which all programs
+take turns), tokens/s, TFLOP/s, its share of what one large matrix product reaches on this GPU (MFU;
+what is computed again is not counted as work), the speed relative to one slice, and memory, as XLA
+plans it and as PyTorch had allocated at most. Programs that do not fit or fail are named with the
+reason. PyTorch runs first, in a process of its own, if it is installed. The latency model is fitted
+to one layer, a stage of the paper's setting 1. Programs of 24 layers take minutes to compile:
+JAX_COMPILATION_CACHE_DIR keeps them for another run.
 """
 
 import argparse
@@ -20,17 +21,17 @@ import os
 import statistics
 import subprocess
 import sys
+import textwrap
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
 
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch has the GPU first
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")  # jax reserves 0.75 by default
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
@@ -54,54 +55,90 @@ from tpipe_jax.optim import make_optimizer
 from tpipe_jax.plan import Plan, read_settings
 from tpipe_jax.precision import compute_dtype, resolve_precision
 from tpipe_jax.profiler import Profiler
-from tpipe_jax.remat import POLICIES
+from tpipe_jax.remat import POLICIES, saved_names
 from tpipe_jax.schedule import terapipe
 from tpipe_jax.train_state import abstract_rows, abstract_state, init_state
 from tpipe_jax.train_step import make_train_step
 
 BACKENDS = ("xla", "cudnn")
+TORCH_GPT = Path(__file__).with_name("torch_gpt.py")
+TORCH_TIMEOUT_SECONDS = 1800
 
 
-class Program(NamedTuple):
-    """A compiled training step, or what it would take of a memory that is too small."""
+@dataclass
+class Program:
+    """A training step and what came of it."""
 
     name: str
     num_slices: int
-    step: Compiled | None
-    num_bytes: int
+    step: Compiled | None = None
+    num_bytes: int = 0
+    failure: str = ""
+    """Why there is no time."""
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.times)
 
 
 def main() -> None:
     args = parse_args()
-    torch_figures = {} if args.no_torch else {n: run_torch(args, n) for n in args.seq_len}
+    check(args)
+    peers = {} if args.no_torch else {n: run_torch(args, n) for n in args.seq_len}
     device = jax.devices()[0]
     mesh = make_mesh(Config().mesh, [device])
     config = resolve_precision(make_config(args, args.seq_len[0]), mesh)
     rate = product_rate(args.product, compute_dtype(config.precision, mesh))
+    limit = limit_bytes(config, mesh)
     print(
         f"{num_params(config.model) / 1e9:.2f}e9 parameters, {args.num_layers} layers, d_model "
         f"{args.d_model}, {args.num_heads} heads, {args.batch_tokens} tokens a step, "
         f"{config.precision.compute}, {args.rounds} rounds"
     )
     print(
-        f"{device.device_kind}, jax {jax.__version__}, "
-        f"XLA_FLAGS={os.environ.get('XLA_FLAGS', '')!r}: a product of {args.product}^3 runs at "
-        f"{rate / 1e12:.4g} TFLOP/s"
+        f"{device.device_kind}{f', {limit / GIB:.1f} GiB' if limit else ''}, jax "
+        f"{jax.__version__}, XLA_FLAGS={os.environ.get('XLA_FLAGS', '')!r}: a product of "
+        f"{args.product}^3 runs at {rate / 1e12:.4g} TFLOP/s",
+        flush=True,
     )
     for seq_len in args.seq_len:
-        measure(args, seq_len, mesh, rate, torch_figures.get(seq_len))
-    for seq_len in () if args.no_latency else args.seq_len:
-        print(f"{seq_len} tokens: {fit_error(args, seq_len, mesh)}", flush=True)
+        base = resolve_precision(make_config(args, seq_len), mesh)
+        programs = compile_programs(args, base, mesh)
+        take_turns(args, base, mesh, programs)
+        report(base, programs, rate, peers.get(seq_len))
+    if not args.no_latency:
+        for seq_len in args.seq_len:
+            print(f"{seq_len} tokens: {fit_error(args, seq_len, mesh)}", flush=True)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises `UserError` for what would be found out late."""
+    for remat in args.remat:
+        saved_names(remat)
+    for seq_len in args.seq_len:
+        for num_slices in args.slices:
+            plan_of(make_config(args, seq_len), num_slices)
 
 
 def make_config(args: argparse.Namespace, seq_len: int) -> Config:
-    model = ModelConfig(args.num_layers, args.d_model, args.num_heads, None, args.vocab_size)
-    return resolved(
-        Config(
-            model=replace(model, seq_len=seq_len),
-            train=TrainConfig(batch_size=max(args.batch_tokens // seq_len, 1)),
-        )
+    model = ModelConfig(
+        num_layers=args.num_layers,
+        d_model=args.d_model,
+        num_heads=args.num_heads,
+        vocab_size=args.vocab_size,
+        seq_len=seq_len,
     )
+    train = TrainConfig(batch_size=max(args.batch_tokens // seq_len, 1))
+    return resolved(Config(model=model, train=train))
+
+
+def plan_of(config: Config, num_slices: int) -> Plan:
+    """Slices of all sequences of the batch at once."""
+    slices = PlanConfig(f"uniform:{num_slices}", "uniform:1")
+    plan = read_settings(replace(config, plan=slices))
+    assert isinstance(plan, Plan)  # all slices are given
+    return plan
 
 
 def product_rate(size: int, dtype: jnp.dtype) -> float:
@@ -123,78 +160,87 @@ def product_rate(size: int, dtype: jnp.dtype) -> float:
     return repeats * 2 * size**3 / statistics.median(seconds[2:])
 
 
-def measure(
-    args: argparse.Namespace, seq_len: int, mesh: Mesh, rate: float, peer: dict | None
-) -> None:
-    """Compiles all programs of one sequence length, times them in turns and prints a table."""
-    base = resolve_precision(make_config(args, seq_len), mesh)
-    optimizer = make_optimizer(base.optim, base.train.num_steps)
-    print()
+def compile_programs(args: argparse.Namespace, base: Config, mesh: Mesh) -> list[Program]:
+    """The training steps of one sequence length."""
     programs = []
-    for backend in args.backend or BACKENDS:
+    for backend in args.backend:
+        attention = AttentionConfig(backend, args.block)
         try:
-            config = resolve_attention(replace(base, attention=AttentionConfig(backend)), mesh)
+            config = resolve_attention(replace(base, attention=attention), mesh)
         except UserError as error:
-            print(f"without {backend}: {error}")
+            print(f"without {backend}: {error}", flush=True)
             continue
-        cases = [(remat, n) for remat in args.remat or POLICIES for n in args.slices]
-        programs += [compile_program(config, mesh, optimizer, *case) for case in cases]
-
-    state = init_state(base, mesh, optimizer)
-    shape = base.train.batch_size, seq_len + 1
-    tokens = np.random.default_rng(0).integers(0, args.vocab_size, shape)
-    rows = put_rows(mesh, tokens.astype(np.int32))
-    seconds: dict[Program, list[float]] = {p: [] for p in programs if p.step}
-    for turn in range(args.rounds + 1):
-        for program, own in seconds.items():
-            assert program.step is not None
-            start = time.perf_counter()
-            state, values = program.step(state, rows)
-            jax.block_until_ready((state, values))
-            if turn > 0:  # the first one warms up
-                own.append(time.perf_counter() - start)
-    report(base, programs, {p: statistics.median(s) for p, s in seconds.items()}, rate, peer)
+        for remat in args.remat:
+            for num_slices in args.slices:
+                program = Program(f"{backend}, {remat}", num_slices)
+                memory = MemoryConfig(remat=remat)
+                start = time.perf_counter()
+                compile_into(program, replace(config, memory=memory), mesh)
+                seconds = time.perf_counter() - start
+                print(
+                    f"{program.name}, {num_slices} slices: compiled in {seconds:.0f} s "
+                    f"{program.failure}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                programs.append(program)
+    return programs
 
 
-def compile_program(
-    config: Config,
-    mesh: Mesh,
-    optimizer: optax.GradientTransformation,
-    remat: str,
-    num_slices: int,
-) -> Program:
-    """A training step whose slices have all sequences of the batch."""
-    config = replace(
-        config,
-        memory=MemoryConfig(remat=remat),
-        plan=PlanConfig(f"uniform:{num_slices}", "uniform:1"),
-    )
-    plan = read_settings(config)
-    assert isinstance(plan, Plan)  # all slices are given
-    start = time.perf_counter()
-    step = compile_checked(
-        make_train_step(config, mesh, terapipe(plan), optimizer),
-        mesh,
-        abstract_state(config, mesh, optimizer),
-        abstract_rows(config, mesh),
-    )
-    name, num_bytes = f"{config.attention.backend}, {remat}", program_bytes(step)
-    seconds = time.perf_counter() - start
-    print(f"compiled {name}, {num_slices} slices in {seconds:.0f} s", file=sys.stderr, flush=True)
-    fits = num_bytes <= (limit_bytes(config, mesh) or math.inf)
-    return Program(name, num_slices, step if fits else None, num_bytes)
+def compile_into(program: Program, config: Config, mesh: Mesh) -> None:
+    optimizer = make_optimizer(config.optim, config.train.num_steps)
+    schedule = terapipe(plan_of(config, program.num_slices))
+    try:
+        step = compile_checked(
+            make_train_step(config, mesh, schedule, optimizer),
+            mesh,
+            abstract_state(config, mesh, optimizer),
+            abstract_rows(config, mesh),
+        )
+    except jax.errors.JaxRuntimeError as error:
+        program.failure = f"does not compile: {brief(error)}"
+        return
+    program.num_bytes = program_bytes(step)
+    if program.num_bytes > (limit_bytes(config, mesh) or math.inf):
+        program.failure = f"does not fit: {program.num_bytes / GIB:.1f} GiB"
+    else:
+        program.step = step
 
 
-def report(
-    config: Config,
-    programs: list[Program],
-    seconds: dict[Program, float],
-    rate: float,
-    peer: dict | None,
+def take_turns(
+    args: argparse.Namespace, config: Config, mesh: Mesh, programs: list[Program]
 ) -> None:
-    """The table, and what it says of the aims."""
+    """Times the programs in rounds, on one state, which they all have alike."""
+    optimizer = make_optimizer(config.optim, config.train.num_steps)
+    shape = config.train.batch_size, config.model.seq_len + 1
+    tokens = np.random.default_rng(0).integers(0, args.vocab_size, shape)
+    rows, state = put_rows(mesh, tokens.astype(np.int32)), None
+    for turn in range(args.rounds + 1):
+        for program in programs:
+            if program.step is None:
+                continue
+            try:
+                if state is None:
+                    state = jax.block_until_ready(init_state(config, mesh, optimizer))
+                start = time.perf_counter()
+                state, values = program.step(state, rows)
+                jax.block_until_ready((state, values))
+            except jax.errors.JaxRuntimeError as error:
+                program.step, program.failure = None, f"fails: {brief(error)}"
+                state = None  # it may have been donated
+                continue
+            if turn > 0:  # the first one warms up
+                program.times.append(time.perf_counter() - start)
+
+
+def brief(error: Exception) -> str:
+    return textwrap.shorten(str(error).partition("\n")[0], 100, placeholder=" ...")
+
+
+def report(config: Config, programs: list[Program], rate: float, peer: dict | None) -> None:
+    """The table of one sequence length, and what it says of the aims."""
     tokens, flops = config.train.batch_size * config.model.seq_len, step_flops(config)
-    print(f"{config.train.batch_size} x {config.model.seq_len} tokens")
+    print(f"\n{config.train.batch_size} x {config.model.seq_len} tokens")
     print(
         f"{'attention, saved':20} {'slices':>6} {'step ms':>9} {'tokens/s':>9} {'TFLOP/s':>8} "
         f"{'MFU':>6} {'of whole':>8} {'GiB':>6}"
@@ -202,22 +248,20 @@ def report(
 
     def row(name: str, num_slices: int, own: float, of_whole: float, num_bytes: int) -> None:
         print(
-            f"{name:20} {num_slices:6} {1e3 * own:9.1f} {tokens / own:9.0f} "
+            f"{name:20} {num_slices:6} {1e3 * own:9.2f} {tokens / own:9.0f} "
             f"{flops / own / 1e12:8.4g} {flops / own / rate:6.1%} {of_whole:8.1%} "
             f"{num_bytes / GIB:6.1f}"
         )
 
-    whole = {p.name: own for p, own in seconds.items() if p.num_slices == 1}
-    kept = {p: whole.get(p.name, math.nan) / own for p, own in seconds.items()}
+    timed = [p for p in programs if p.step]
+    whole = {p.name: p.seconds for p in timed if p.num_slices == 1}
     for program in programs:
-        if program in seconds:
-            name, num_slices, _, num_bytes = program
-            row(name, num_slices, seconds[program], kept[program], num_bytes)
+        if program.step:
+            own = program.seconds
+            of_whole = whole.get(program.name, math.nan) / own
+            row(program.name, program.num_slices, own, of_whole, program.num_bytes)
         else:
-            print(
-                f"{program.name:20} {program.num_slices:6} does not fit: it takes "
-                f"{program.num_bytes / GIB:.1f} GiB"
-            )
+            print(f"{program.name:20} {program.num_slices:6} {program.failure}")
     if peer:
         expected = num_params(config.model)
         assert peer["num_params"] == expected, f"{peer['num_params']} parameters, not {expected}"
@@ -226,9 +270,13 @@ def report(
         best = min(whole.values())
         print(f"unsliced, at best: MFU {flops / best / rate:.1%} (aim: 50%)", end="")
         print(f", {peer['seconds'] / best:.2f} of PyTorch's speed (aim: 1)" if peer else "")
-        most = max(p.num_slices for p in seconds)
-        sliced = min(own for p, own in seconds.items() if p.num_slices == most)
+        most = max(p.num_slices for p in timed)
+        sliced = min(p.seconds for p in timed if p.num_slices == most)
         print(f"{most} slices, at best: {best / sliced:.1%} of the unsliced speed (aim: 95%)")
+    statistics = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in statistics:
+        peak = statistics["peak_bytes_in_use"] / GIB
+        print(f"at most {peak:.1f} GiB have been in use, of all programs so far", flush=True)
 
 
 def step_flops(config: Config) -> float:
@@ -258,25 +306,27 @@ def fit_error(args: argparse.Namespace, seq_len: int, mesh: Mesh) -> str:
 
 
 def run_torch(args: argparse.Namespace, seq_len: int) -> dict | None:
-    """Figures of the PyTorch GPT of this shape; None, with the reason, if it cannot run."""
+    """Figures of the PyTorch GPT of this shape; None, with the reason, if there are none."""
     config = make_config(args, seq_len)
-    model = config.model
-    options = {
-        **{name: getattr(model, name) for name in ("num_layers", "d_model", "num_heads")},
-        **{name: getattr(model, name) for name in ("vocab_size", "seq_len")},
-        "batch_size": config.train.batch_size,
-        "rounds": args.rounds,
-    }
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
-    script = Path(__file__).with_name("torch_gpt.py")
-    done = subprocess.run([sys.executable, script, *flags], capture_output=True, text=True)
-    if done.returncode:
-        print(f"without PyTorch, {seq_len} tokens: {done.stderr.strip().splitlines()[-1]}")
-        return None
-    return json.loads(done.stdout)
+    names = ("num_layers", "d_model", "num_heads", "vocab_size", "seq_len")
+    options = {name: getattr(config.model, name) for name in names}
+    options |= {"batch_size": config.train.batch_size, "rounds": args.rounds}
+    command = [sys.executable, TORCH_GPT, *["--cpu"] * args.cpu]
+    command += [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=TORCH_TIMEOUT_SECONDS, check=True
+        )
+        return json.loads(done.stdout.strip().rpartition("\n")[2])
+    except subprocess.CalledProcessError as error:
+        reason = error.stderr.strip().rpartition("\n")[2] or f"status {error.returncode}"
+    except (subprocess.TimeoutExpired, ValueError) as error:
+        reason = str(error)
+    print(f"without PyTorch, {seq_len} tokens: {reason}", flush=True)
+    return None
 
 
-def parse_args() -> argparse.Namespace:
+def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -288,14 +338,17 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seq-len", type=int, action="append", help="default 2048 and 8192")
     parser.add_argument("--slices", type=int, action="append", help="default 1, 4, 8 and 16")
     parser.add_argument("--backend", choices=BACKENDS, action="append", help="default all")
+    parser.add_argument("--block", type=int, help="config.attention.block")
     parser.add_argument("--remat", action="append", help=f"default {', '.join(POLICIES)}")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--product", type=int, default=8192, help="size of the product for MFU")
     parser.add_argument("--no-torch", action="store_true")
     parser.add_argument("--no-latency", action="store_true")
-    args = parser.parse_args()
+    parser.add_argument("--cpu", action="store_true", help="run PyTorch on the CPU if need be")
+    args = parser.parse_args(words)
     args.seq_len = args.seq_len or [2048, 8192]
     args.slices = args.slices or [1, 4, 8, 16]
+    args.backend, args.remat = args.backend or BACKENDS, args.remat or list(POLICIES)
     return args
 
 

@@ -41,7 +41,10 @@ def forward(*args: Array, **params: Any) -> tuple[Array, Array]:
 
 
 def backward(*args: Array, **params: Any) -> tuple[Array, Array, Array]:
-    """`_dot_product_attention_bwd_p`: from the log-sum-exp and the output that it is given."""
+    """`_dot_product_attention_bwd_p`: from the log-sum-exp and the output that it is given.
+
+    cuDNN leaves gradients of masked keys and values as its memory was (openxla/xla 44867).
+    """
     q, k, v, lengths = *args[:3], args[5]
     lse, out, d_out = args[10:]
     scores = _scores(q, k, lengths, params["scale"], params["mask_type"])
@@ -52,10 +55,15 @@ def backward(*args: Array, **params: Any) -> tuple[Array, Array, Array]:
     d_q = jnp.einsum("bhqs,bhsk->bhqk", d_score, k)
     d_k = jnp.einsum("bhqs,bhqk->bhsk", d_score, q)
     d_v = jnp.einsum("bhqs,bhqk->bhsk", weight, d_out)
+    if params["mask_type"] == MaskType.PADDING:
+        is_padding = (jnp.arange(k.shape[2]) >= lengths[:, None])[:, None, :, None]
+        d_k, d_v = (jnp.where(is_padding, jnp.nan, d) for d in (d_k, d_v))
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
 
 
-primitives = {_dot_product_attention_fwd_p: forward, _dot_product_attention_bwd_p: backward}
-for primitive, function in primitives.items():
-    lowering = mlir.lower_fun(function, multiple_results=True)
-    mlir.register_lowering(primitive, lowering, platform="cpu")
+def register() -> None:
+    """Has jax run these on CPUs, where it has nothing for the primitives."""
+    functions = {_dot_product_attention_fwd_p: forward, _dot_product_attention_bwd_p: backward}
+    for primitive, function in functions.items():
+        lowering = mlir.lower_fun(function, multiple_results=True)
+        mlir.register_lowering(primitive, lowering, platform="cpu")

@@ -60,6 +60,9 @@ def config(
         (A100, "auto", 60, "xla"),
         (H100, "auto", 136, "cudnn"),
         (H100, "auto", 264, "xla"),
+        (devices("gpu", "10.0"), "auto", 128, "cudnn"),
+        (devices("gpu", "10.0"), "auto", 136, "xla"),
+        (devices("gpu", "12.0"), "auto", 136, "xla"),
         (devices("gpu", "9.0", "7.0"), "bfloat16", 64, "xla"),
     ],
 )
@@ -74,7 +77,9 @@ def test_auto_is_cudnn_where_it_runs(mesh: Any, compute: Any, head_width: int, e
     [
         (CPU, config("cudnn", "bfloat16"), "needs GPUs of compute capability 8.0"),
         (V100, config("cudnn"), "(Ampere) or newer, which gpu 7.0 is not: set auto, or one that"),
-        (A100, config("cudnn", "float32"), "not in config.precision.compute=float32: set auto"),
+        (devices("gpu", "9.0", "7.0"), config("cudnn", "bfloat16"), "which gpu 7.0 is not"),
+        (A100, config("cudnn", "float32"), "not in config.precision.compute=float32, which may be"),
+        (A100, config("cudnn", block=63), "at least 64 tokens, not config.attention.block=63: set"),
         (A100, config("cudnn", head_width=136), "at most 128, not config.model.d_model / num_head"),
         (A100, config("cudnn", head_width=60), "multiple of 8 and at most 128"),
         (CPU, config("tokamax"), "cannot be installed, since tokamax (0.0.12) needs typeguard"),
@@ -93,20 +98,36 @@ def test_what_can_run_is_said():
         resolve_attention(config("tokamax"), A100)
 
 
-def test_without_cudnn_there_is_none(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(backends, "cudnn_version", lambda: None)
-    assert resolve_attention(config("auto"), A100).attention.backend == "xla"
-    with pytest.raises(UserError, match="finds no cuDNN"):
-        resolve_attention(config("cudnn"), A100)
+@pytest.mark.parametrize(
+    ("version", "capability", "sentence"),
+    [
+        (None, "8.0", "finds no cuDNN"),
+        (91001, "8.0", r"needs cuDNN 9\.10\.2 or newer, which 9\.10\.1 is not"),
+        (91002, "10.3", r"needs cuDNN 9\.11\.0 or newer, which 9\.10\.2 is not"),
+        (91100, "10.3", None),
+    ],
+)
+def test_versions_of_cudnn(
+    version: int | None, capability: str, sentence: str | None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(backends, "cudnn_version", lambda: version)
+    mesh = devices("gpu", capability)
+    expected = "xla" if sentence else "cudnn"
+    assert resolve_attention(config("auto"), mesh).attention.backend == expected
+    if sentence:
+        with pytest.raises(UserError, match=sentence):
+            resolve_attention(config("cudnn"), mesh)
 
 
-def test_blocks_are_as_set_and_no_longer_than_sequences():
+def test_blocks_are_as_set():
     sizes = {
         make_attention(config("xla", block=block), mesh).key_block
-        for block in (None, 96, 8192)
+        for block in (None, 96)
         for mesh in (CPU, V100)
     }
-    assert sizes == {128, 512, 96, 4096}
+    assert sizes == {128, 512, 96}
+    assert make_attention(config("auto"), A100).key_block == 1024
+    assert make_attention(config("auto", block=100), A100).key_block == 100
 
 
 def test_real_devices():

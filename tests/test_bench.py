@@ -1,10 +1,13 @@
 """What the GPU bench computes, as far as a CPU can tell."""
 
+import importlib.util
 import re
 import runpy
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,15 +22,27 @@ from tpipe_jax.config import ModelConfig
 BENCH = several.ROOT / "bench"
 
 
+@pytest.fixture(scope="module")
+def gpu() -> Any:
+    """bench/gpu.py as a module."""
+    spec = importlib.util.spec_from_file_location("gpu", BENCH / "gpu.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu"] = module  # where its dataclass looks for it
+    spec.loader.exec_module(module)
+    return module
+
+
+D, V, T, B, L = 64, 256, 128, 2, 1
+SIZES = f"--d-model={D} --num-layers={L} --num-heads=2 --vocab-size={V} --seq-len={T}"
+OPTIONS = f"{SIZES} --batch-tokens={B * T} --slices=1 --slices=2 --remat=full --rounds=2".split()
+
+
 def test_figures_of_a_program_agree():
-    D, V, T, B, L = 64, 256, 128, 2, 1
-    sizes = f"--d-model={D} --num-layers={L} --num-heads=2 --vocab-size={V} --seq-len={T}"
-    options = f"--batch-tokens={B * T} --slices=1 --slices=2 --remat=full --rounds=2 --product=256"
+    options = [*OPTIONS, "--product=256", "--no-torch", "--no-latency"]
     done = subprocess.run(
-        [sys.executable, BENCH / "gpu.py", *f"{sizes} {options} --no-torch --no-latency".split()],
-        capture_output=True,
-        text=True,
-        check=True,
+        [sys.executable, BENCH / "gpu.py", *options], capture_output=True, text=True, check=True
     )
     rate = float(re.findall(r"runs at (\S+) TFLOP/s", done.stdout)[0])
     rows = re.findall(r"^xla, full +(\d+)" + r" +([\d.]+)%?" * 6 + "$", done.stdout, re.MULTILINE)
@@ -41,6 +56,90 @@ def test_figures_of_a_program_agree():
         assert mfu == pytest.approx(100 * tflops / rate, rel=0.02)
         assert of_whole == pytest.approx(100 * float(rows[0][1]) / ms, rel=0.02)
     assert "without cudnn: config.attention.backend=cudnn needs GPUs" in done.stdout
+
+
+def test_programs_that_fail_leave_the_others_their_rows(
+    gpu: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    args = gpu.parse_args(OPTIONS)
+    config, mesh = gpu.make_config(args, T), gpu.make_mesh(gpu.Config().mesh, jax.devices()[:1])
+    states: list[Any] = []
+    monkeypatch.setattr(gpu, "init_state", lambda *_: states.append(0) or jnp.zeros(1))
+
+    def fail(*_: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nand more")
+
+    programs = [
+        gpu.Program("a", 1, lambda state, rows: (state, {}), num_bytes=2**30),
+        gpu.Program("b", 1, fail),
+        gpu.Program("c", 1, failure="does not fit: 99.0 GiB"),
+        gpu.Program("a", 2, lambda state, rows: (state, {})),
+    ]
+    gpu.take_turns(args, config, mesh, programs)
+    assert [len(p.times) for p in programs] == [2, 0, 0, 2]
+    assert len(states) == 2  # a new one after the failure
+    peer = {
+        "num_params": model.num_params(config.model),
+        "torch": "2",
+        "seconds": 1,
+        "peak_bytes": 1,
+    }
+    gpu.report(config, programs, 1e12, peer)
+    text = capsys.readouterr().out
+    assert "fails: RESOURCE_EXHAUSTED: out of memory\n" in text
+    assert "does not fit: 99.0 GiB\n" in text
+    assert len(re.findall(r"^a +[12] ", text, re.MULTILINE)) == 2
+    assert re.search(r"^PyTorch 2 +1 +1000.00 ", text, re.MULTILINE)
+
+    monkeypatch.setattr(gpu, "compile_checked", fail)
+    compiled = gpu.Program("d", 1)
+    gpu.compile_into(compiled, config, mesh)
+    assert (compiled.step, compiled.failure[:16]) == (None, "does not compile")
+    monkeypatch.undo()
+    monkeypatch.setattr(gpu, "limit_bytes", lambda *_: 1000)
+    gpu.compile_into(compiled, config, mesh)
+    assert compiled.step is None
+    assert compiled.failure.startswith("does not fit: 0.0 GiB")
+    gpu.take_turns(args, config, mesh, [compiled])
+    gpu.report(config, [compiled], 1e12, None)
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        ("print('hello'); print('{\"seconds\": 1}')", None),
+        ("import sys; sys.exit('no\\ntorch')", "torch"),
+        ("import os; os.kill(os.getpid(), 9)", "status -9"),
+        ("print('rubbish')", "Expecting value"),
+        ("import time; time.sleep(60)", "timed out after"),
+    ],
+)
+def test_pytorch_that_fails_is_left_out(
+    script: str,
+    reason: str | None,
+    gpu: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    (tmp_path / "torch_gpt.py").write_text(script)
+    monkeypatch.setattr(gpu, "TORCH_GPT", tmp_path / "torch_gpt.py")
+    monkeypatch.setattr(gpu, "TORCH_TIMEOUT_SECONDS", 2)
+    figures = gpu.run_torch(gpu.parse_args(OPTIONS), T)
+    text = capsys.readouterr().out
+    assert (figures, text) == ({"seconds": 1}, "") if reason is None else figures is None
+    assert (reason or "") in text
+
+
+def test_pytorch_on_a_cpu_has_to_be_asked_for(gpu: Any, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("torch")
+    assert gpu.run_torch(gpu.parse_args(OPTIONS), T) is None
+    assert "--cpu trains on the CPU" in capsys.readouterr().out
+    figures = gpu.run_torch(gpu.parse_args([*OPTIONS, "--cpu"]), T)
+    assert figures["num_params"] == model.num_params(
+        gpu.make_config(gpu.parse_args(OPTIONS), T).model
+    )
+    assert figures["seconds"] > 0
 
 
 def test_the_gpt_beside_ours_is_the_same_model():

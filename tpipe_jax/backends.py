@@ -1,23 +1,20 @@
 """Which attention a run uses: what the settings ask for and the devices can do."""
 
 from dataclasses import replace
-from typing import Literal
+from typing import get_args
 
 from jax.sharding import Mesh
 
 from tpipe_jax.attention import Attention, blockwise
-from tpipe_jax.config import Config, UserError
+from tpipe_jax.blocks import BLOCK
+from tpipe_jax.config import Backend, Config, UserError
 from tpipe_jax.fused import cudnn_kernel, cudnn_version, grouped, over_heads
-from tpipe_jax.mesh import compute_capability
+from tpipe_jax.mesh import compute_capability, oldest_device
 from tpipe_jax.precision import compute_format
 
-Backend = Literal["xla", "cudnn", "tokamax"]
-
-# Keys that are read together, by platform. On a CPU, 64 to 512 have been timed
-# (bench/attention.py); on GPUs and TPUs none yet (docs/gpu.md).
-XLA_BLOCKS = {"cpu": 128}
+# Keys that are read together on GPUs and TPUs. Neither has been measured (docs/gpu.md).
 XLA_BLOCK = 512
-CUDNN_GROUP = 2048
+CUDNN_GROUP = 1024
 
 
 def resolve_attention(config: Config, mesh: Mesh) -> Config:
@@ -27,8 +24,8 @@ def resolve_attention(config: Config, mesh: Mesh) -> Config:
     """
     backend = attention_backend(config, mesh)
     if obstacle := _obstacle(backend, config, mesh):
-        names: tuple[Backend, ...] = ("xla", "cudnn", "tokamax")
-        usable = [name for name in names if not _obstacle(name, config, mesh)]
+        names: tuple[Backend, ...] = get_args(Backend)
+        usable = [name for name in names if name != "auto" and not _obstacle(name, config, mesh)]
         raise UserError(
             f"config.attention.backend={backend} {obstacle}: set auto, or one that can run here, "
             f"{', '.join(usable)}."
@@ -49,8 +46,8 @@ def make_attention(config: Config, mesh: Mesh) -> Attention:
     if attention_backend(config, mesh) == "cudnn":
         attention = grouped(cudnn_kernel(), block or CUDNN_GROUP)
         return over_heads(attention) if mesh.shape["model"] > 1 else attention
-    platform = mesh.devices.flat[0].platform
-    return blockwise(min(block or XLA_BLOCKS.get(platform, XLA_BLOCK), config.model.seq_len))
+    default = BLOCK if oldest_device(mesh).platform == "cpu" else XLA_BLOCK
+    return blockwise(block or default)
 
 
 def _obstacle(backend: Backend, config: Config, mesh: Mesh) -> str | None:
@@ -62,19 +59,37 @@ def _obstacle(backend: Backend, config: Config, mesh: Mesh) -> str | None:
             "cannot be installed, since tokamax (0.0.12) needs typeguard 2.13.3 and the command "
             "line (tyro) 4 or newer"
         )
-    device, capability = mesh.devices.flat[0], compute_capability(mesh)
+    device = oldest_device(mesh)
+    capability = compute_capability(device)
     if capability is None or capability < (8, 0):
         return (
             f"needs GPUs of compute capability 8.0 (Ampere) or newer, which {device.device_kind} "
             "is not"
         )
     if compute_format(config.precision, mesh) == "float32":
-        return "computes in float16 and bfloat16, not in config.precision.compute=float32"
-    widest = 128 if capability < (9, 0) else 256
-    width = config.model.head_width
+        return (
+            "computes in float16 and bfloat16, not in config.precision.compute=float32, which may "
+            "be changed"
+        )
+    # The backward pass in "Support Matrix", docs.nvidia.com/cudnn, "Attention".
+    width, widest = config.model.head_width, 256 if capability[0] == 9 else 128
     if width % 8 or width > widest:
         return (
             f"needs heads whose width is a multiple of 8 and at most {widest}, not "
             f"config.model.d_model / num_heads = {width}"
         )
-    return None if cudnn_version() else "finds no cuDNN, which comes with jax[cuda12] or [cuda13]"
+    version = cudnn_version()
+    if version is None:
+        return "finds no cuDNN, which comes with jax[cuda12] and jax[cuda13]"
+    # Refused by jax for 10.3, and by cuDNN's own front end.
+    least = 91100 if capability == (10, 3) else 91002
+    if version < least:
+        return f"needs cuDNN {_text(least)} or newer, which {_text(version)} is not"
+    block, fewest = config.attention.block, cudnn_kernel().min_tokens
+    if block and block < fewest:
+        return f"needs at least {fewest} tokens, not config.attention.block={block}"
+    return None
+
+
+def _text(version: int) -> str:
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"

@@ -189,16 +189,19 @@ class MemoryConfig:
     than one for each slice: shortens the ticks of deep pipelines and takes memory."""
 
 
+Backend = Literal["auto", "xla", "cudnn", "tokamax"]
+
+
 @dataclass(frozen=True)
 class AttentionConfig:
-    """How attention is computed; the results are the same."""
+    """How attention is computed; the results are the same up to rounding."""
 
-    backend: Literal["auto", "xla", "cudnn", "tokamax"] = "auto"
+    backend: Backend = "auto"
     """xla runs everywhere, cudnn on GPUs from Ampere on, in float16 and bfloat16; auto means cudnn
     where it can run, else xla."""
     block: Count | None = None
     """Tokens of the context that are read together; None means 128 for xla on CPUs and 512
-    elsewhere, 2048 for cudnn."""
+    elsewhere, 1024 for cudnn."""
 
 
 Scale = Annotated[float, Range(2**-24, high=2**64)]

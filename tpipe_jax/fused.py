@@ -8,15 +8,16 @@ backward pass of FlashAttention-2, arXiv 2307.08691, works in the same way on it
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from jax.sharding import PartitionSpec
 
 from tpipe_jax.attention import Attention, KVCache, blockwise, over_context
+from tpipe_jax.blocks import BLOCK
 from tpipe_jax.inplace import Position, read, write
 
 
@@ -32,41 +33,42 @@ class Kernel(NamedTuple):
     backward: Callable[
         [Array, KVCache, Array | None, Array, Array, Array], tuple[Array, Array, Array]
     ]
-    """`(q, kv, num_visible, out, lse, d_out)` to the gradients of q, k and v."""
-    min_queries: int
-    """Of the shortest slice that it can do."""
-    key_block: int
-    """Keys that it reads together."""
+    """`(q, kv, num_visible, out, lse, d_out)` to the gradients of q, k and v; those of invisible
+    keys and values may be anything."""
+    min_tokens: int
+    """Of the fewest queries and keys that it can do."""
 
 
 def grouped(kernel: Kernel, group: int) -> Attention:
-    """Attention by the kernel, with contexts in groups of so many keys."""
-    short = blockwise(kernel.key_block)
+    """Attention by the kernel, with contexts in groups of so many keys; slices that are too short
+    for it are attended in blocks.
+    """
+    assert group >= kernel.min_tokens
+    in_blocks = blockwise(BLOCK)
 
-    def groups(q_BHLK: Array, cache: KVCache, at: Position):
-        """The keys of the slice, those of a group, and how many a group has."""
-        B, _, L, _ = q_BHLK.shape
+    def over_groups(
+        cache: KVCache, at: Position, num_queries: int, fold: Callable[..., Any], state: Any
+    ) -> Any:
+        if num_queries == cache.k.shape[2]:
+            return state  # a whole sequence has no context
         size = min(group, cache.k.shape[2])
-
-        def keys(first: Array | int, num_keys: int) -> KVCache:
-            return KVCache(*(read(c, Position(at.row, first), B, num_keys) for c in cache))
-
-        return keys(at.token, L), lambda first: keys(first, size), size
+        return over_context(at.token, size, partial(fold, size), state)
 
     def forward(q_BHLK: Array, cache: KVCache, at: Position) -> tuple[Array, Array]:
-        if q_BHLK.shape[2] < kernel.min_queries:
-            return short.forward(q_BHLK, cache, at)
-        own, group_at, size = groups(q_BHLK, cache, at)
+        B, _, L, _ = q_BHLK.shape
+        if kernel.min_tokens > L:
+            return in_blocks.forward(q_BHLK, cache, at)
 
-        def fold(state: tuple[Array, Array], first: Array, num_visible: Array):
+        def fold(size: int, state: tuple[Array, Array], first: Array, num_visible: Array):
             out, lse = state
-            group_out, group_lse = kernel.forward(q_BHLK, group_at(first), num_visible)
+            keys = _read(cache, Position(at.row, first), B, size)
+            group_out, group_lse = kernel.forward(q_BHLK, keys, num_visible)
             merged = jnp.logaddexp(lse, group_lse)
             shares = jnp.exp(lse - merged), jnp.exp(group_lse - merged)
             return out * shares[0] + group_out * shares[1], merged
 
-        out, lse = kernel.forward(q_BHLK, own, None)
-        out, lse = over_context(at.token, size, fold, (out.astype(jnp.float32), lse))
+        out, lse = kernel.forward(q_BHLK, _read(cache, at, B, L), None)
+        out, lse = over_groups(cache, at, L, fold, (out.astype(jnp.float32), lse))
         return out.astype(q_BHLK.dtype), lse
 
     def backward(
@@ -78,31 +80,37 @@ def grouped(kernel: Kernel, group: int) -> Attention:
         d_out_BHLK: Array,
         d_cache: KVCache,
     ) -> tuple[Array, KVCache]:
+        B, _, L, _ = q_BHLK.shape
         results = out_BHLK, lse_BHL1, d_out_BHLK
-        if q_BHLK.shape[2] < kernel.min_queries:
-            return short.backward(q_BHLK, cache, at, *results, d_cache)
-        own, group_at, size = groups(q_BHLK, cache, at)
+        if kernel.min_tokens > L:
+            return in_blocks.backward(q_BHLK, cache, at, *results, d_cache)
 
-        def add(d_cache: KVCache, first: Array | int, d_k: Array, d_v: Array) -> KVCache:
-            where = Position(at.row, first)
-            B, _, num_keys, _ = d_k.shape
-
-            def added(total: Array, d: Array) -> Array:
-                return write(total, read(total, where, B, num_keys) + d, where)
-
-            return KVCache(added(d_cache.k, d_k), added(d_cache.v, d_v))
-
-        def fold(state: tuple[Array, KVCache], first: Array, num_visible: Array):
+        def fold(size: int, state: tuple[Array, KVCache], first: Array, num_visible: Array):
             d_q, d_cache = state
-            group_d_q, *d_kv = kernel.backward(q_BHLK, group_at(first), num_visible, *results)
-            return d_q + group_d_q, add(d_cache, first, *d_kv)
+            where = Position(at.row, first)
+            group_d_q, *d_kv = kernel.backward(
+                q_BHLK, _read(cache, where, B, size), num_visible, *results
+            )
+            is_visible = jnp.arange(size)[:, None] < num_visible
+            d_kv = KVCache(*(jnp.where(is_visible, d, 0) for d in d_kv))
+            return d_q + group_d_q, _add(d_cache, d_kv, where)
 
-        d_q, *d_kv = kernel.backward(q_BHLK, own, None, *results)
-        state = d_q.astype(jnp.float32), add(d_cache, at.token, *d_kv)
-        d_q, d_cache = over_context(at.token, size, fold, state)
+        d_q, *d_kv = kernel.backward(q_BHLK, _read(cache, at, B, L), None, *results)
+        state = d_q.astype(jnp.float32), _add(d_cache, KVCache(*d_kv), at)
+        d_q, d_cache = over_groups(cache, at, L, fold, state)
         return d_q.astype(q_BHLK.dtype), d_cache
 
-    return Attention(forward, backward, kernel.key_block)
+    return Attention(forward, backward, group)
+
+
+def _read(cache: KVCache, at: Position, num_rows: int, num_tokens: int) -> KVCache:
+    return KVCache(*(read(c, at, num_rows, num_tokens) for c in cache))
+
+
+def _add(cache: KVCache, values: KVCache, at: Position) -> KVCache:
+    B, _, L, _ = values.k.shape
+    sums = map(jnp.add, _read(cache, at, B, L), values)
+    return KVCache(*(write(c, s, at) for c, s in zip(cache, sums, strict=True)))
 
 
 def over_heads(attention: Attention) -> Attention:
@@ -122,10 +130,12 @@ def over_heads(attention: Attention) -> Attention:
 
 
 def cudnn_version() -> int | None:
-    """As 91002 for 9.10.2; None where jax finds no cuDNN."""
+    """As 91002 for 9.10.2; None where jax finds no cuDNN, or has another interface to it."""
     try:
-        return cudnn.check_cudnn_version()
-    except RuntimeError:
+        from jax._src.cudnn.fused_attention_stablehlo import check_cudnn_version
+
+        return check_cudnn_version()
+    except (ImportError, RuntimeError):
         return None
 
 
@@ -136,6 +146,7 @@ def cudnn_kernel() -> Kernel:
     takes none. So its primitives are bound here, which jax's own backward pass does likewise; tests
     hold each jax release to their parameters.
     """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     def call(primitive, q: Array, kv: KVCache, num_visible: Array | None, *results: Array, **more):
         B, _, L, K = q.shape
@@ -167,6 +178,6 @@ def cudnn_kernel() -> Kernel:
         results = lse[..., 0], out, d_out.astype(q.dtype)
         return tuple(call(cudnn._dot_product_attention_bwd_p, q, kv, num_visible, *results))
 
-    # It has no backward pass for a single query (pytorch issue 138529), and none for fewer than 64
-    # in older releases (TransformerEngine issue 341).
-    return Kernel(forward, backward, min_queries=64, key_block=128)
+    # It has no backward pass for a single query (pytorch issue 138529), and older releases had none
+    # for fewer than 64 (TransformerEngine issue 341).
+    return Kernel(forward, backward, min_tokens=64)

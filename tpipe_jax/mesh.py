@@ -134,15 +134,15 @@ def operators_span_hosts(mesh: Mesh, hosts: Sequence[str]) -> bool:
     return bool((names != names[..., :1]).any())
 
 
-def compute_capability(mesh: Mesh) -> tuple[int, int] | None:
-    """CUDA's compute capability of the oldest GPU, as (8, 0); None for other devices."""
+def compute_capability(device: Any) -> tuple[int, int] | None:
+    """CUDA's, as (8, 0); None for other devices."""
+    major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
+    return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 
-    def of(device: Any) -> tuple[int, int] | None:
-        major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
-        return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 
-    capabilities = [capability for d in mesh.devices.flat if (capability := of(d))]
-    return min(capabilities, default=None)
+def oldest_device(mesh: Mesh) -> Any:
+    """The one of least compute capability, which is what all of a mesh can do."""
+    return min(mesh.devices.flat, key=lambda device: compute_capability(device) or (0, 0))
 
 
 def check_model(config: ModelConfig, mesh: MeshConfig) -> None:

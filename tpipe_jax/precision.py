@@ -14,7 +14,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from tpipe_jax.config import Config, Format, PrecisionConfig
-from tpipe_jax.mesh import compute_capability
+from tpipe_jax.mesh import compute_capability, oldest_device
 
 
 class LossScale(NamedTuple):
@@ -52,9 +52,10 @@ def compute_format(config: PrecisionConfig, mesh: Mesh) -> Format:
     """
     if config.compute != "auto":
         return config.compute
-    if mesh.devices.flat[0].platform == "cpu":
+    device = oldest_device(mesh)
+    if device.platform == "cpu":
         return "float32"
-    capability = compute_capability(mesh)
+    capability = compute_capability(device)
     return "float16" if capability and capability < (8, 0) else "bfloat16"
 
 

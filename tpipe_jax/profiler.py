@@ -168,7 +168,7 @@ class Profiler:
         return Profile(
             batch_size=self._batch_size,
             seq_len=self._seq_len,
-            key_block=make_attention(self._config, self._mesh).key_block,
+            key_block=min(make_attention(self._config, self._mesh).key_block, self._seq_len),
             samples=_to_samples(shapes, self._time(programs, advance)),
             transfer=self._time_transfer(shapes),
             outside_seconds=self._outside_seconds,
