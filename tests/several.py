@@ -54,7 +54,7 @@ def start_all(num: int, *args: str, each: Sequence[Sequence[str]] = ()) -> list[
 def results(children: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
     """Exit status, output and errors of each, once all have ended."""
     try:
-        texts = [child.communicate(timeout=120) for child in children]
+        texts = [child.communicate(timeout=400) for child in children]
     finally:
         for child in children:
             child.kill()
@@ -78,6 +78,7 @@ def exchange(mesh: jax.sharding.Mesh) -> None:
             {
                 "text": processes.from_first(f"von {index}: äöü" * (1 + index)),
                 "nothing": processes.from_first("" if index == 0 else "something"),
+                "all": processes.from_all(f"{index}ü" * index),
                 "hosts": processes.host_names(),
                 "asked": asked,
                 "total": int(total),

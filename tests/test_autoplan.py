@@ -294,7 +294,7 @@ def launch_plan(*args: str, **env: str) -> subprocess.CompletedProcess[str]:
         env=os.environ | env,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=400,
         check=False,
     )
 
@@ -366,7 +366,7 @@ def test_mistakes_are_answered_in_one_sentence(
 def test_a_run_with_a_plan_file_that_is_wrong_ends_with_status_2(tmp_path: Path):
     (tmp_path / "plan.json").write_text(json.dumps(plan_of_2_stages()))
     process = launch(f"--config.plan.file={tmp_path / 'plan.json'}", f"--workdir={tmp_path}/run")
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=400)
     assert process.returncode == 2
     assert "is for sequences of 16, but config.model.seq_len is 256" in err
     assert err.count("\n") == 1

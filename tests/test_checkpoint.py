@@ -1,74 +1,60 @@
-import logging
+import json
+import os
 import resource
 import shutil
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import zarr_files
+from states import MODEL, abstract, numbered, state_on
+from tpipe_jax import checkpoint, checkpoint_files
 from tpipe_jax.checkpoint import Checkpoints
-from tpipe_jax.config import CheckpointConfig, UserError
+from tpipe_jax.config import CheckpointConfig, MeshConfig, ModelConfig, UserError
+from tpipe_jax.train_state import TrainState
 
-IDENTITY = {"model": {"d_model": 128, "d_ff": None}, "mesh": {"pipe": 2}}
-
-
-@pytest.fixture(params=[1, 2], ids=["1 device", "2 devices"])
-def mesh(request: pytest.FixtureRequest) -> Mesh:
-    if len(jax.devices()) < request.param:
-        pytest.skip(f"needs {request.param} devices, there is {len(jax.devices())}")
-    return Mesh(np.array(jax.devices()[: request.param]), ("pipe",))
+ROOT = Path(__file__).parents[1]
+ONE, FOUR = MeshConfig(), MeshConfig(1, 2, 2)
 
 
-def make_state(mesh: Mesh, seed: int = 0) -> dict[str, Any]:
-    """Parameters and AdamW's state as in training: tuples of named tuples, some of them empty."""
-    keys = jax.random.split(jax.random.key(seed), 3)
-    params = {
-        "split": jax.random.normal(keys[0], (4, 6)),
-        "same": jax.random.normal(keys[1], (3,), jnp.bfloat16),
-        "nested": (jax.random.normal(keys[2], (2, 5)), [jnp.float32(1 / 3)]),
-    }
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-    updates, opt_state = optimizer.update(params, optimizer.init(params), params)
-    state = {
-        "params": optax.apply_updates(params, updates),
-        "optimizer": opt_state,
-        "step": jnp.int32(7),
-    }
-
-    def place(x: jax.Array) -> jax.Array:
-        spec = PartitionSpec("pipe") if x.shape == (4, 6) else PartitionSpec()
-        return jax.device_put(x, NamedSharding(mesh, spec))
-
-    return jax.tree.map(place, state)
+@contextmanager
+def open_folder(
+    folder: Path,
+    keep: int = 2,
+    model: ModelConfig = MODEL,
+    said: list[str] | None = None,
+    **more: Any,
+) -> Iterator[Checkpoints]:
+    config = CheckpointConfig(keep=keep, **more)
+    say = (said if said is not None else []).append
+    with closing(Checkpoints(folder, config, model, say)) as checkpoints:
+        yield checkpoints
 
 
-def like(state: Any) -> Any:
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-    )
+def like(config: MeshConfig = ONE) -> TrainState:
+    return abstract(config)[1]
 
 
-def on_host(state: Any) -> Any:
-    return jax.tree.map(lambda x: np.array(x, copy=True), state)
-
-
-def assert_bitwise_equal(restored: Any, saved: Any) -> None:
-    assert jax.tree.structure(restored) == jax.tree.structure(saved)
-    for a, b in zip(
-        jax.tree.leaves(on_host(restored)), jax.tree.leaves(on_host(saved)), strict=True
-    ):
+def assert_same(got: TrainState, want: TrainState) -> None:
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        a, b = np.asarray(a), np.asarray(b)
         assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
 
 
-def open_folder(folder: Path, keep: int = 2, identity: dict[str, Any] = IDENTITY) -> Any:
-    return closing(Checkpoints(folder, CheckpointConfig(keep=keep), identity))
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
 
 
 @contextmanager
@@ -82,174 +68,283 @@ def full_disk(room: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_restores_what_was_saved_bit_by_bit(tmp_path: Path, mesh: Mesh) -> None:
-    state = make_state(mesh)
-    with open_folder(tmp_path / "new" / "checkpoints") as checkpoints:
-        checkpoints.save(7, state)
-    with open_folder(tmp_path / "new" / "checkpoints") as checkpoints:
-        assert checkpoints.latest_step() == 7
-        step, restored = checkpoints.newest_step(), checkpoints.restore(like(state))
-    assert step == 7
-    assert_bitwise_equal(restored, state)
-    assert jax.tree.map(lambda x: x.sharding, restored) == jax.tree.map(lambda x: x.sharding, state)
+@pytest.mark.parametrize("before", [ONE, FOUR, MeshConfig(2, 3, 1)], ids=str)
+def test_restores_on_any_mesh_what_was_saved_bit_by_bit(tmp_path: Path, before: MeshConfig):
+    folder = tmp_path / "new" / "checkpoints"
+    with open_folder(folder) as checkpoints:
+        assert checkpoints.newest_step() is None
+        checkpoints.save(7, state_on(before))
+    with open_folder(folder) as checkpoints:
+        assert checkpoints.newest_step() == 7
+        for after in (before, ONE, FOUR, MeshConfig(1, 8, 1)):
+            restored = checkpoints.restore(7, like(after))
+            assert_same(restored, state_on(after))
+            chex.assert_trees_all_equal(
+                jax.tree.map(lambda a: a.sharding, restored),
+                jax.tree.map(lambda a: a.sharding, like(after)),
+            )
 
 
-def test_restores_onto_the_shardings_of_like(tmp_path: Path, mesh: Mesh) -> None:
-    state = make_state(mesh)
-    last_axis = NamedSharding(mesh, PartitionSpec(None, "pipe"))
-    wanted = like(state)
-    wanted["params"]["split"] = jax.ShapeDtypeStruct((4, 6), jnp.float32, sharding=last_axis)
+def test_the_files_are_as_documented(tmp_path: Path):
     with open_folder(tmp_path) as checkpoints:
-        checkpoints.save(1, state)
-        restored = checkpoints.restore(wanted)
-    assert restored["params"]["split"].sharding == last_axis
-    assert_bitwise_equal(restored, state)
+        checkpoints.save(7, state_on(FOUR))
+    arrays = zarr_files.read_all(tmp_path / "7")
+    state = jax.device_get(state_on(ONE))
+    np.testing.assert_array_equal(arrays["params/embed/tokens"], state.params["embed"]["tokens"])
+    assert arrays["params/embed/tokens"].shape == (MODEL.vocab_size, MODEL.d_model)
+    for layer in range(MODEL.num_layers):
+        for part in ("kernel", "bias"):
+            got = arrays[f"params/blocks/{layer}/ff_in/{part}"]
+            np.testing.assert_array_equal(got, state.params["blocks"][layer]["ff_in"][part][0])
+    assert arrays["step"] == 7
+    manifest = json.loads((tmp_path / "7" / "manifest.json").read_text())
+    assert manifest["identity"]["model"]["d_model"] == MODEL.d_model
+    of_arrays = {name for name in manifest["files"] if name.endswith("/.zarray")}
+    assert of_arrays == {f"{name}/.zarray" for name in arrays}
 
 
-def test_state_may_be_donated_right_after_save(tmp_path: Path, mesh: Mesh) -> None:
-    spread = NamedSharding(mesh, PartitionSpec("pipe"))
+def test_state_may_be_donated_right_after_save(tmp_path: Path):
     step = jax.jit(lambda state: jax.tree.map(lambda x: -x - 1, state), donate_argnums=0)
-    # An output of a jitted step, as in training; so large that the write outlasts the next steps.
-    state = step(jax.device_put({"w": jnp.arange(2.0**21), "b": jnp.arange(8.0)}, spread))
-    wanted, saved = like(state), on_host(state)
+    # An output of a jitted step, as in training.
+    state = step(state_on(FOUR))
     with open_folder(tmp_path) as checkpoints:
         checkpoints.save(1, state)
         for _ in range(3):
             state = step(state)
         jax.block_until_ready(state)
-        restored = checkpoints.restore(wanted)
-    assert_bitwise_equal(restored, saved)
+    arrays = zarr_files.read_all(tmp_path / "1")
+    assert arrays["step"] == -8
+    kernel = numbered()["blocks"][3]["ff_in"]["kernel"]
+    np.testing.assert_array_equal(arrays["params/blocks/3/ff_in/kernel"], -kernel - 1)
+    np.testing.assert_array_equal(arrays["opt_state/1/0/mu/blocks/3/ff_in/kernel"], -2 * kernel - 1)
 
 
-def test_keeps_the_newest_and_restores_the_last(tmp_path: Path, mesh: Mesh) -> None:
-    states = {step: make_state(mesh, seed=step) for step in (2, 4, 10)}
+def test_training_goes_on_while_a_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    may_write, write = threading.Event(), checkpoint._write
+
+    def late(*args: Any) -> Any:
+        assert may_write.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(checkpoint, "_write", late)
     with open_folder(tmp_path) as checkpoints:
-        for step, state in states.items():
-            checkpoints.save(step, state)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["10", "4"]
+        seconds = checkpoints.save(1, state_on(ONE))
+        assert names(tmp_path) == ["1.saving"]
+        checkpoints.raise_failure()  # which does not wait
+        assert seconds < 30
+        may_write.set()
+        checkpoints.wait()
+        assert names(tmp_path) == ["1"]
+    may_write.clear()
+    threading.Timer(0.5, may_write.set).start()
+    with open_folder(tmp_path, async_=False) as checkpoints:
+        assert checkpoints.save(2, state_on(ONE)) > 0.4
+        assert names(tmp_path) == ["1", "2"]
+
+
+def test_keeps_the_newest(tmp_path: Path):
     with open_folder(tmp_path) as checkpoints:
-        step, restored = checkpoints.newest_step(), checkpoints.restore(like(states[10]))
-    assert step == 10
-    assert_bitwise_equal(restored, states[10])
-
-
-def test_a_step_that_is_saved_already_stays_as_it_is(tmp_path: Path, mesh: Mesh) -> None:
-    first, second = make_state(mesh, seed=1), make_state(mesh, seed=2)
+        for step in (2, 4, 10):
+            checkpoints.save(step, state_on(ONE, number=step))
+    assert names(tmp_path) == ["10", "4"]
     with open_folder(tmp_path) as checkpoints:
-        checkpoints.save(5, first)
-        checkpoints.save(5, second)
+        assert checkpoints.newest_step() == 10
+        assert_same(checkpoints.restore(10, like()), state_on(ONE, number=10))
+
+
+def test_a_step_that_is_saved_already_stays_as_it_is(tmp_path: Path):
     with open_folder(tmp_path) as checkpoints:
-        checkpoints.save(5, second)
-        assert_bitwise_equal(checkpoints.restore(like(first)), first)
+        checkpoints.save(5, state_on(ONE, number=1))
+        checkpoints.save(5, state_on(ONE, number=2))
+        checkpoints.wait()
+        assert_same(checkpoints.restore(5, like()), state_on(ONE, number=1))
 
 
-def test_an_empty_folder_has_no_latest_step(tmp_path: Path) -> None:
+def test_what_a_killed_run_left_is_ignored_and_removed(tmp_path: Path):
     with open_folder(tmp_path) as checkpoints:
-        assert checkpoints.latest_step() is None
-
-
-def test_half_written_checkpoint_is_ignored_and_removed(tmp_path: Path, mesh: Mesh) -> None:
-    state = make_state(mesh)
+        checkpoints.save(1, state_on(ONE))
+        checkpoints.save(3, state_on(ONE))
+    (tmp_path / "3").rename(tmp_path / "3.saving")
+    shutil.copytree(tmp_path / "1", tmp_path / "0.removing")
     with open_folder(tmp_path) as checkpoints:
-        checkpoints.save(1, state)
-        checkpoints.save(3, state)
-    (tmp_path / "3").rename(tmp_path / "3.orbax-checkpoint-tmp")
-    with open_folder(tmp_path) as checkpoints:
-        assert checkpoints.latest_step() == 1
-        checkpoints.save(2, state)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "2"]
+        assert names(tmp_path) == ["1"]
+        assert checkpoints.newest_step() == 1
+        checkpoints.save(3, state_on(ONE))
+    assert names(tmp_path) == ["1", "3"]
 
 
-def test_names_each_setting_of_another_model(tmp_path: Path, mesh: Mesh) -> None:
-    state = make_state(mesh)
+def test_a_damaged_checkpoint_is_put_aside_and_an_older_one_used(tmp_path: Path):
     with open_folder(tmp_path) as checkpoints:
-        checkpoints.save(1, state)
-    other = {"model": {"d_model": 192, "d_ff": None}, "mesh": {"pipe": 4}}
-    unreadable = {"params": like(state["params"])}  # the arrays must not be looked at before
-    with open_folder(tmp_path, identity=other) as checkpoints, pytest.raises(UserError) as caught:
-        checkpoints.restore(unreadable)
+        checkpoints.save(1, state_on(ONE, number=1))
+        checkpoints.save(2, state_on(ONE, number=2))
+    damaged = tmp_path / "2" / "params/blocks/3/ff_in/kernel/0.0"
+    content = bytearray(damaged.read_bytes())
+    content[100] ^= 1
+    damaged.write_bytes(content)
+    said: list[str] = []
+    with open_folder(tmp_path, said=said) as checkpoints:
+        assert checkpoints.newest_step() == 1
+        assert said == [
+            "the checkpoint of step 2 is damaged (params/blocks/3/ff_in/kernel/0.0 has changed): "
+            f"it is now {tmp_path}/2.damaged"
+        ]
+        assert_same(checkpoints.restore(1, like()), state_on(ONE, number=1))
+        checkpoints.save(2, state_on(ONE, number=3))  # which is not in the way any more
+        checkpoints.wait()
+        assert checkpoints.newest_step() == 2
+    assert names(tmp_path) == ["1", "2", "2.damaged"]
+
+
+def test_where_all_are_damaged_none_is_used(tmp_path: Path):
+    with open_folder(tmp_path) as checkpoints:
+        checkpoints.save(1, state_on(ONE))
+    (tmp_path / "1" / "step" / "0").unlink()
+    with open_folder(tmp_path) as checkpoints, pytest.raises(UserError, match="are damaged: rest"):
+        checkpoints.newest_step()
+
+
+def test_names_each_setting_of_another_model(tmp_path: Path):
+    with open_folder(tmp_path) as checkpoints:
+        checkpoints.save(1, state_on(ONE))
+    other = replace(MODEL, d_model=32, seq_len=16)
+    with open_folder(tmp_path, model=other) as checkpoints, pytest.raises(UserError) as caught:
+        checkpoints.newest_step()
     assert str(caught.value) == (
-        f"the checkpoint in {tmp_path} was written with config.model.d_model=128, but this run has "
-        "192; with config.mesh.pipe=2, but this run has 4: use the same settings, or start another "
-        "run with --workdir."
+        f"the checkpoint in {tmp_path} was written with config.model.d_model=16, but this run has "
+        "32; with config.model.seq_len=8, but this run has 16: use the same settings, or start "
+        "another run with --workdir."
     )
 
 
 @pytest.mark.parametrize(
-    "files", ["identity/metadata", "state/_METADATA", "state/d/*", "state/ocdbt*/d/*"]
+    ("path", "content"),
+    [
+        ("params/norm/scale/.zarray", None),
+        ("params/norm/scale/.zarray", "{"),
+        ("params/norm/scale/0", "short"),
+        ("step/.zarray", None),
+    ],
 )
-def test_damaged_checkpoint_is_named(
-    tmp_path: Path, mesh: Mesh, files: str, capfd: pytest.CaptureFixture[str]
-) -> None:
-    state = make_state(mesh)
-    large = jax.device_put(jnp.arange(10_000.0), NamedSharding(mesh, PartitionSpec()))
-    state["params"] = {f"layer {i}": large + i for i in range(5)}
+def test_what_cannot_be_read_is_named(
+    tmp_path: Path, path: str, content: str | None, capfd: pytest.CaptureFixture[str]
+):
+    """Damaged after it was checked, or written by another program."""
     with open_folder(tmp_path) as checkpoints:
-        checkpoints.save(3, state)
-    damaged = list((tmp_path / "3").glob(files))
-    assert damaged
-    for path in damaged:
-        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    sentence = f"the checkpoint in {tmp_path}/3 cannot be read"
-    with open_folder(tmp_path) as checkpoints, pytest.raises(UserError, match=sentence):
-        checkpoints.restore(like(state))
+        checkpoints.save(3, state_on(ONE))
+        checkpoints.wait()
+        (tmp_path / "3" / path).unlink()
+        if content is not None:
+            (tmp_path / "3" / path).write_text(content)
+        with pytest.raises(UserError, match=f"the checkpoint in {tmp_path}/3 cannot be read"):
+            checkpoints.restore(3, like())
     assert capfd.readouterr().err == ""
 
 
-def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
+def test_hosts_that_see_other_checkpoints_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    with open_folder(tmp_path) as checkpoints:
+        checkpoints.save(3, state_on(ONE))
+        checkpoints.wait()
+        monkeypatch.setattr(checkpoint, "from_first", lambda _: "[5, 3]")
+        with pytest.raises(UserError, match=r"of steps \[5, 3\] for process 0 and \[3\] for"):
+            checkpoints.newest_step()
+
+
+def test_folder_that_cannot_be_made(tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(
-        UserError, match=r"cannot write checkpoints to .*/file/checkpoints .*--workdir"
+    with (
+        pytest.raises(UserError, match=r"cannot write checkpoints to .*/file/checkpoints .*--work"),
+        open_folder(tmp_path / "file" / "checkpoints"),
     ):
-        Checkpoints(tmp_path / "file" / "checkpoints", CheckpointConfig(), IDENTITY)
+        pass
 
 
-def test_folder_that_vanished_fails_at_once(tmp_path: Path, mesh: Mesh) -> None:
+def test_folder_that_vanished_fails_at_once(tmp_path: Path):
     with open_folder(tmp_path / "checkpoints") as checkpoints:
         shutil.rmtree(tmp_path / "checkpoints")
         (tmp_path / "checkpoints").write_text("in the way")
-        with pytest.raises(
-            UserError, match=r"cannot write checkpoints to .*/checkpoints .*--workdir"
-        ):
-            checkpoints.save(1, make_state(mesh))
+        with pytest.raises(UserError, match=r"cannot write checkpoints to .*/checkpoints .*--work"):
+            checkpoints.save(1, state_on(ONE))
 
 
-def test_folder_without_write_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.access", lambda *_: False)  # chmod does not stop root
-    with pytest.raises(
-        UserError, match=r"cannot write checkpoints to .*permission denied.*--workdir"
+def test_folder_without_write_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(os, "access", lambda *_: False)  # chmod does not stop root
+    with (
+        pytest.raises(UserError, match=r"cannot write checkpoints to .*permission denied.*--work"),
+        open_folder(tmp_path),
     ):
-        Checkpoints(tmp_path, CheckpointConfig(), IDENTITY)
+        pass
 
 
+@pytest.mark.parametrize("room", [0, 100, 3000])
 def test_full_disk_is_reported_and_the_step_does_not_count(
-    tmp_path: Path, mesh: Mesh, capfd: pytest.CaptureFixture[str]
-) -> None:
-    state = make_state(mesh)
+    tmp_path: Path, room: int, capfd: pytest.CaptureFixture[str]
+):
     with open_folder(tmp_path) as checkpoints:
-        checkpoints.save(1, state)
+        checkpoints.save(1, state_on(ONE))
         checkpoints.wait()
-        with full_disk(room=600):
-            checkpoints.save(2, state)
-            with pytest.raises(
-                UserError, match=f"cannot write checkpoints to {tmp_path} .*--workdir"
-            ):
+        with full_disk(room):
+            checkpoints.save(2, state_on(ONE))
+            with pytest.raises(UserError, match=f"cannot write checkpoints to {tmp_path} .*--work"):
                 checkpoints.wait()
-        assert checkpoints.latest_step() == 1
-        checkpoints.save(3, state)
-        assert checkpoints.latest_step() == 3
+        assert checkpoints.newest_step() == 1
+        checkpoints.save(3, state_on(ONE))
+        checkpoints.wait()
+        assert checkpoints.newest_step() == 3
     assert capfd.readouterr().err == ""
 
 
-def test_logs_no_progress(tmp_path: Path, mesh: Mesh, caplog: pytest.LogCaptureFixture) -> None:
-    state = make_state(mesh)
-    with caplog.at_level(logging.INFO):
-        with open_folder(tmp_path) as checkpoints:
-            checkpoints.save(1, state)
-            checkpoints.restore(like(state))
-        logging.getLogger("absl").info("of another library")
-        # asyncio's own words for a write that Orbax has dropped, which come when it is collected.
-        logging.getLogger("asyncio").error("Future exception was never retrieved\nfuture: <...>")
-        logging.getLogger("asyncio").error("another error")
-    messages = [record.getMessage() for record in caplog.records]
-    assert messages == ["of another library", "another error"]
+def test_a_failure_in_the_background_is_told_soon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: Any) -> Any:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint, "_write", fail)
+    with open_folder(tmp_path) as checkpoints:
+        checkpoints.save(1, state_on(ONE))
+        deadline = time.monotonic() + 400
+        while not (failure := failure_of(checkpoints)) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert "no space left" in failure
+        assert checkpoints.newest_step() is None
+    assert checkpoint_files.list_steps(tmp_path) == []
+
+
+def failure_of(checkpoints: Checkpoints) -> str:
+    try:
+        checkpoints.raise_failure()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_the_command_lists_them(tmp_path: Path):
+    def listed() -> tuple[int, str, str]:
+        command = [sys.executable, "launch/checkpoints.py", str(tmp_path)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    assert listed() == (
+        2,
+        "",
+        f"error: {tmp_path} has no folder checkpoints: give the workdir of a run.\n",
+    )
+    with open_folder(tmp_path / "checkpoints") as checkpoints:
+        for step in (8, 12):
+            checkpoints.save(step, state_on(ONE))
+    status, out, err = listed()
+    assert (status, err) == (0, "")
+    megabytes = checkpoint_files.num_bytes(tmp_path / "checkpoints" / "8") / 1e6
+    assert [line.split() for line in out.splitlines()] == [
+        ["step", "MB"],
+        ["8", f"{megabytes:.1f}", "sound"],
+        ["12", f"{megabytes:.1f}", "sound"],
+    ]
+    (tmp_path / "checkpoints/12/step/0").write_bytes(b"")
+    (tmp_path / "checkpoints/3.damaged").mkdir()
+    status, out, err = listed()
+    assert (status, err) == (1, "")
+    assert out.splitlines()[2].endswith("damaged: step/0 has 0 bytes instead of 4")
+    assert out.splitlines()[3].startswith("3.damaged: ")

@@ -105,7 +105,7 @@ def test_interruptions_are_passed_on(program: str, tmp_path: Path):
     assert child.stdout is not None
     assert sorted(child.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
     child.send_signal(signal.SIGINT)
-    _, err = child.communicate(timeout=60)
+    _, err = child.communicate(timeout=400)
     assert sorted(err.splitlines()) == ["[0] saved 0", "[1] saved 1"]
     assert child.returncode == 1
 

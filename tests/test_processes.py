@@ -33,6 +33,7 @@ def test_all_have_what_the_first_has_and_read_their_rows_once():
     for one in seen:
         assert one["text"] == "von 0: äöü"
         assert one["nothing"] == ""
+        assert one["all"] == ["", "1ü"]
         assert one["hosts"] == [socket.gethostname()] * 2
         assert one["total"] == sum(n * (1 + n) for n in range(12))
     assert [one["asked"] for one in seen] == [[[0, 1]], [[2, 3]]]
@@ -62,7 +63,7 @@ def test_one_failing_ends_all_and_the_first_tells(what: str, status: int, first:
 def test_a_killed_process_ends_the_others(killed: int):
     """The other waits in a collective; it may notice by its connection or by heartbeats missed."""
     children = several.start_all(2, f"kill {killed}", *MESH)
-    children[killed].wait(timeout=100)
+    children[killed].wait(timeout=400)
     start = time.monotonic()
     answers = several.results(children)
     assert time.monotonic() - start < 30

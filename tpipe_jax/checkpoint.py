@@ -1,80 +1,176 @@
-"""Checkpoints of a run: a thin layer over Orbax that saves in the background.
+"""Checkpoints of a run: saved in the background, in the model's own layout, and checked when read.
 
-Each checkpoint holds the settings that it is bound to, and the state of another model is refused.
+Arrays are written and read by TensorStore, as Zarr. `model_layout` says what of the model lies
+where on a mesh, `checkpoint_files` what makes a folder a checkpoint (docs/checkpoints.md).
 """
 
-import contextlib
-import inspect
 import json
-import logging
 import os
-import sys
 import textwrap
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import orbax.checkpoint as ocp
+import jax
+import numpy as np
+import tensorstore as ts
 
-from tpipe_jax.config import CheckpointConfig, UserError
+from tpipe_jax import checkpoint_files as files
+from tpipe_jax.checkpoint_files import DamagedError
+from tpipe_jax.config import CheckpointConfig, ModelConfig, UserError
+from tpipe_jax.model_layout import Index, Piece, Shape, pieces, restored
+from tpipe_jax.processes import from_all, from_first, meet
 
 PyTree = Any
+
+NUM_READERS = 8  # arrays that are read at the same time
 
 
 class Checkpoints:
     """The newest `config.keep` checkpoints of a run, each in a folder named by its step.
 
-    `identity` holds the settings that a state is bound to, nested by section as in `Config`. Every
-    process of a run constructs and calls this alike. Raises `UserError` if `folder` is unwritable.
+    Every process of a run constructs and calls this alike. Warnings go to `say`. Raises `UserError`
+    if `folder` is unwritable.
     """
 
-    def __init__(self, folder: Path, config: CheckpointConfig, identity: dict[str, Any]) -> None:
-        self._folder = folder
-        self._identity = json.loads(json.dumps(identity))
-        logging.getLogger("absl").addFilter(_is_for_the_user)
-        _hush_abandoned_transfers()
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=ocp.checkpoint_managers.LatestN(config.keep),
-            # What a killed run has half written can never be read, but takes as much space.
-            cleanup_tmp_directories=True,
-            # Else a folder that cannot be made keeps the process from exiting for 5 minutes.
-            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
-        )
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        model: ModelConfig,
+        say: Callable[[str], None],
+    ) -> None:
+        self._folder, self._config, self._model, self._say = folder, config, model, say
+        self._identity = {"model": asdict(model)}
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: Future[None] | None = None
+        self._last_step: int | None = None  # that has been read or saved
+        self._num_saves = 0
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise PermissionError("permission denied")
-            self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
+            if jax.process_index() == 0:
+                files.clean(folder)
 
-    def latest_step(self) -> int | None:
-        """The newest step whose save is finished, or None."""
+    def newest_step(self) -> int | None:
+        """The step of the newest sound checkpoint, or None. Damaged ones are put aside.
+
+        Raises `UserError` if it is one of another model, or if all are damaged.
+        """
         self.wait()
-        self._manager.reload()
-        return self._manager.latest_step()
+        steps = files.list_steps(self._folder)
+        expected = json.loads(from_first(json.dumps(steps)))
+        if steps != expected:
+            raise UserError(
+                f"{self._folder} has checkpoints of steps {expected} for process 0 and {steps} for "
+                f"process {jax.process_index()}: give --workdir a folder that all hosts share."
+            )
+        for step in steps:
+            damage = self._damage(step)
+            if not damage:
+                self._check_identity(step)
+                self._last_step = step
+                return step
+            aside = self._folder / str(step)
+            if jax.process_index() == 0:
+                aside = files.put_aside(aside)
+            self._say(f"the checkpoint of step {step} is damaged ({damage}): it is now {aside}")
+        if steps:
+            raise UserError(
+                f"all checkpoints in {self._folder} are damaged: restore one from a copy, or start "
+                "another run with --workdir."
+            )
+        return None
 
-    def save(self, step: int, state: PyTree) -> None:
-        """Saves arrays in the background; does nothing if `step` is saved already.
+    def save(self, step: int, state: PyTree) -> float:
+        """Saves arrays, in the background unless `config.async_` says otherwise; does nothing if
+        `step` was the last. Returns the seconds that this has taken from training.
 
-        The caller may donate `state` as soon as this returns: Orbax has copied it to the host by
-        then. On a CPU the copy is a view, and XLA does not reuse memory that has a view on it.
+        The caller may donate `state` as soon as this returns: its arrays have been copied to the
+        host by then. On a CPU the copy is a view, and XLA does not reuse memory that has a view on
+        it.
 
         Raises `UserError` if this save cannot start, or if the one before it has failed.
         """
+        start = time.monotonic()
         self.wait()
-        if step in self._manager.all_steps():
-            return
-        items = ocp.args.Composite(
-            identity=ocp.args.JsonSave(self._identity), state=ocp.args.StandardSave(state)
-        )
-        with self._writing():
-            self._manager.save(step, args=items, force=True)
+        if step != self._last_step:
+            self._last_step = step
+            self._num_saves += 1
+            saving = self._folder / f"{step}{files.SAVING}"
+            with self._writing():
+                saving.mkdir(exist_ok=True)
+            parts = list(pieces(self._model, state))
+            self._saving = self._thread.submit(self._save, saving, step, parts, self._num_saves)
+            if not self._config.async_:
+                self.wait()
+        return time.monotonic() - start
 
-    def newest_step(self) -> int | None:
-        """The `latest_step`. Raises `UserError` if it has another identity, or is damaged."""
-        step = self.latest_step()
-        if step is None:
-            return None
-        saved = dict(_settings(self._read(step, identity=ocp.args.JsonRestore()).identity))
+    def restore(self, step: int, like: PyTree) -> PyTree:
+        """The state as saved, bitwise, in the shardings of `like`.
+
+        Raises `UserError` if something of it is missing.
+        """
+        folder = self._folder / str(step)
+        open_array = cache(lambda name: _open(folder / name))
+
+        def read(name: str, shape: Shape, index: Index) -> np.ndarray:
+            array = open_array(name)
+            if array.shape != shape:
+                raise ValueError(f"{name} has shape {array.shape} instead of {shape}")
+            return array[index].read().result()
+
+        leaves, structure = jax.tree.flatten_with_path(like)
+        paths, likes = zip(*leaves, strict=True)
+        try:
+            with ThreadPoolExecutor(NUM_READERS) as pool:
+                arrays = pool.map(
+                    lambda path, a: restored(self._model, path, a, read), paths, likes
+                )
+                return jax.tree.unflatten(structure, list(arrays))
+        except (ValueError, OSError) as error:  # TensorStore's for all that goes wrong
+            raise UserError(
+                f"the checkpoint in {folder} cannot be read ({_brief(error)}): move that folder "
+                "away to continue from an older one, or start another run with --workdir."
+            ) from error
+
+    def raise_failure(self) -> None:
+        """Raises `UserError` if a save has failed meanwhile."""
+        if self._saving is not None and self._saving.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when no save is under way. Raises `UserError` if the last one has failed."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            with self._writing(ValueError):  # TensorStore's for a full disk
+                saving.result()
+
+    def close(self) -> None:
+        """Waits as `wait` does, and ends the background thread."""
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def _damage(self, step: int) -> str:
+        """What is wrong with a checkpoint, of which each process reads a part; empty if nothing."""
+        own = ""
+        try:
+            part = jax.process_index(), jax.process_count()
+            files.check(self._folder / str(step), *part)
+        except (DamagedError, OSError) as error:
+            own = _brief(error)
+        return next(filter(None, from_all(own)), "")
+
+    def _check_identity(self, step: int) -> None:
+        saved = dict(_settings(files.read_manifest(self._folder / str(step)).identity))
         ours = dict(_settings(self._identity))
         differences = [
             f"{name}={saved.get(name)}, but this run has {ours.get(name)}"
@@ -86,38 +182,25 @@ class Checkpoints:
                 f"the checkpoint in {self._folder} was written with {'; with '.join(differences)}: "
                 "use the same settings, or start another run with --workdir."
             )
-        return step
 
-    def restore(self, like: PyTree) -> PyTree:
-        """The newest state, bitwise as saved, in the shardings of `like`.
+    def _save(self, saving: Path, step: int, parts: Sequence[Piece], number: int) -> None:
+        """Writes what this process has; process 0 finishes when all have."""
+        own, index = saving / f"digests.{jax.process_index()}", jax.process_index()
+        written = _write(saving, parts)
+        own.write_text(json.dumps(files.digests(saving, written)))
+        meet(f"checkpoint {number}: written")
+        if index == 0:
+            known: files.Digests = {}
+            for path in sorted(saving.glob("digests.*")):
+                known |= json.loads(path.read_text())
+                path.unlink()
+            files.write_manifest(saving, step, self._identity, known)
+            files.finish(saving, step)
+            for old in files.list_steps(self._folder)[self._config.keep :]:
+                files.remove(self._folder / str(old))
+        meet(f"checkpoint {number}: finished")
 
-        There must be a `newest_step`. Raises `UserError` if it is damaged.
-        """
-        step = self.newest_step()
-        assert step is not None, f"no checkpoint in {self._folder}"
-        return self._read(step, state=ocp.args.StandardRestore(like)).state
-
-    def wait(self) -> None:
-        """Returns when no save is under way. Raises `UserError` if the last one has failed."""
-        with self._writing(ValueError):  # TensorStore's error for a full disk
-            self._manager.wait_until_finished()
-
-    def close(self) -> None:
-        """Waits as `wait` does, and ends the background threads."""
-        with contextlib.closing(self._manager):
-            self.wait()
-
-    def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except Exception as error:  # a bare Exception is what Orbax raises for a damaged array
-            raise UserError(
-                f"the checkpoint in {self._folder / str(step)} cannot be read ({_brief(error)}): "
-                "move that folder away to continue from an older one, or start another run with "
-                "--workdir."
-            ) from error
-
-    @contextlib.contextmanager
+    @contextmanager
     def _writing(self, *errors: type[Exception]) -> Iterator[None]:
         try:
             yield
@@ -126,6 +209,42 @@ class Checkpoints:
                 f"cannot write checkpoints to {self._folder} ({_brief(error)}): make it writable "
                 "and see that the disk has space, or choose another folder with --workdir."
             ) from error
+
+
+def _write(folder: Path, parts: Sequence[Piece]) -> list[str]:
+    """Writes parts of arrays; returns the names of the files that have them."""
+    names, commits = [], []
+    arrays = [(_create(folder / part.name, part), part) for part in parts]
+    for opened, part in arrays:
+        target = opened.result()[part.index]
+        # Not copied, since nobody changes it: arrays of jax are immutable.
+        future = target.write(part.data, can_reference_source_data_indefinitely=True)
+        commits.append(future.commit)
+        grid = [i.start // n for i, n in zip(part.index, part.chunk, strict=True)]
+        names.append(f"{part.name}/{'.'.join(map(str, grid)) or '0'}")
+    for commit in commits:
+        commit.result()
+    return names
+
+
+def _create(path: Path, part: Piece) -> Any:
+    """Opens an array that several processes may create."""
+    metadata = {"shape": part.shape, "chunks": part.chunk, "compressor": None}
+    spec = {
+        **_spec(path),
+        "metadata": metadata,
+        "dtype": part.data.dtype.name,
+        "store_data_equal_to_fill_value": True,  # else zeros have no file
+    }
+    return ts.open(spec, create=True, open=True)
+
+
+def _open(path: Path) -> Any:
+    return ts.open(_spec(path), read=True).result()
+
+
+def _spec(path: Path) -> dict[str, Any]:
+    return {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path.absolute()}/"}}
 
 
 def _settings(identity: dict[str, Any], prefix: str = "config") -> Iterator[tuple[str, Any]]:
@@ -138,32 +257,3 @@ def _settings(identity: dict[str, Any], prefix: str = "config") -> Iterator[tupl
 
 def _brief(error: Exception) -> str:
     return textwrap.shorten(str(error), 160, placeholder=" ...")
-
-
-def _is_for_the_user(record: logging.LogRecord) -> bool:
-    """Of what Orbax logs: its warnings, not its progress nor the errors which it raises as well."""
-    from_orbax = record.pathname.startswith(os.path.dirname(ocp.__file__))
-    return not from_orbax or (record.levelno >= logging.WARNING and not record.exc_info)
-
-
-def _hush_abandoned_transfers() -> None:
-    """Hushes what Python reports of reads and writes that Orbax drops once one of them has failed.
-
-    They may end long after the failure, so it hushes them for good. asyncio logs those that fail
-    as well when they are collected.
-    """
-    logging.getLogger("asyncio").addFilter(_is_not_abandoned)
-    report = sys.unraisablehook
-
-    def report_others(unraisable: Any) -> None:
-        if not (
-            inspect.iscoroutine(unraisable.object) or "loop is closed" in str(unraisable.exc_value)
-        ):
-            report(unraisable)
-
-    if getattr(report, "__name__", "") != report_others.__name__:
-        sys.unraisablehook = report_others
-
-
-def _is_not_abandoned(record: logging.LogRecord) -> bool:
-    return "exception was never retrieved" not in record.getMessage()

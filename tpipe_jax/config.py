@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import tyro
+
 
 class UserError(Exception):
     """Something the user can mend: one sentence with setting, value, rule and remedy."""
@@ -172,6 +174,8 @@ class CheckpointConfig:
     """Steps between two checkpoints."""
     keep: Count = 2
     """Newest checkpoints that are kept."""
+    async_: Annotated[bool, tyro.conf.arg(name="async")] = True
+    """Whether training goes on while a checkpoint is written."""
 
 
 @dataclass(frozen=True)
@@ -307,7 +311,8 @@ def _check_field(path: str, hint: Any, value: Any) -> None:
         return
     allowed = None
     if get_origin(hint) is Annotated:
-        hint, allowed = get_args(hint)
+        hint, *notes = get_args(hint)
+        allowed = next((note for note in notes if isinstance(note, Range)), None)
     accepted = (int, float) if hint is float else hint
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         raise UserError(f"{path}={value!r} must be of type {hint.__name__}.")

@@ -69,6 +69,14 @@ class FilePlanFlags:
     """Folder for plan.json and plan.png."""
 
 
+@dataclass(frozen=True)
+class CheckpointsFlags:
+    """Lists the checkpoints of a run, and whether each is as it was written."""
+
+    workdir: tyro.conf.Positional[Path]
+    """The run's folder."""
+
+
 _CONSTRUCTORS = tyro.constructors.ConstructorRegistry()
 
 

@@ -92,15 +92,29 @@ def stop_notices(first_step: int) -> Callable[[int], bool]:
     return multihost_utils.reached_preemption_sync_point
 
 
+def from_all(text: str) -> list[str]:
+    """The texts of all processes, in all processes."""
+    if jax.process_count() == 1:
+        return [text]
+    own = np.frombuffer(text.encode(), np.uint8)
+    lengths = np.asarray(multihost_utils.process_allgather(np.int32(len(own))))
+    padded = np.zeros(max(*lengths, 1), np.uint8)
+    padded[: len(own)] = own
+    rows = np.asarray(multihost_utils.process_allgather(padded)).astype(np.uint8)
+    return [row[:n].tobytes().decode() for row, n in zip(rows, lengths, strict=True)]
+
+
+def meet(name: str) -> None:
+    """Returns when all processes have come to this point, which any thread may; names are used
+    once.
+    """
+    if distributed.global_state.client is not None:
+        _client().wait_at_barrier(f"tpipe_jax/{name}", 1000 * END_SECONDS)
+
+
 def host_names() -> list[str]:
     """The name of each process's host."""
-    own = np.zeros(256, np.uint8)
-    name = socket.gethostname().encode()[: len(own)]
-    own[: len(name)] = np.frombuffer(name, np.uint8)
-    if jax.process_count() == 1:
-        return [name.decode()]
-    names = np.asarray(multihost_utils.process_allgather(own)).astype(np.uint8)
-    return [row.tobytes().rstrip(b"\0").decode() for row in names]
+    return from_all(socket.gethostname())
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:

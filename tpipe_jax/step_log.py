@@ -31,7 +31,7 @@ class StepLog:
         self._train, self._metrics, self._console = config.train, metrics, console
         self._precision, self._optim = config.precision, config.optim
         self._prediction, self._compared = plan.prediction, (0, 0.0)
-        self._is_warming_up = True
+        self._is_warming_up, self._save_seconds = True, 0.0
         self._tokens_per_step = config.train.batch_size * config.model.seq_len
         self._learning_rate = learning_rate(config.optim, config.train.num_steps)
         self._running: tuple[int, dict[str, Array]] | None = None
@@ -43,6 +43,10 @@ class StepLog:
 
     def begin(self, step: int, values: dict[str, Array]) -> None:
         self._running = step, values
+
+    def add_save(self, seconds: float) -> None:
+        """Logs with the next line how long checkpoints have kept training waiting."""
+        self._save_seconds += seconds
 
     def finish(self, evaluate: Callable[[], float] | None = None) -> None:
         """Waits for the step that was begun, if there is one, and logs it if it is due."""
@@ -70,6 +74,8 @@ class StepLog:
             "step_seconds": step_seconds,
             "tokens_per_second": self._tokens_per_step / step_seconds,
         }
+        if self._save_seconds:
+            line["checkpoint_stall_seconds"], self._save_seconds = self._save_seconds, 0.0
         if evaluate and not has_diverged:
             line["eval_loss"] = evaluate()
         if self._metrics:

@@ -21,7 +21,7 @@ from tpipe_jax.autoplan import as_first, plan_slices, stage_factors
 from tpipe_jax.backends import resolve_attention
 from tpipe_jax.checkpoint import Checkpoints
 from tpipe_jax.collectives import compile_checked
-from tpipe_jax.config import Config, UserError, resolved, to_dict
+from tpipe_jax.config import Config, resolved
 from tpipe_jax.console import Console
 from tpipe_jax.data import Batches, open_data
 from tpipe_jax.memory import budget, fitting_step, limit_bytes, program_bytes
@@ -38,7 +38,7 @@ from tpipe_jax.model import Params, num_params
 from tpipe_jax.optim import make_optimizer
 from tpipe_jax.plan import Plan, PlanRequest, read_settings
 from tpipe_jax.precision import is_slow, resolve_precision
-from tpipe_jax.processes import from_first, host_names, stop_notices
+from tpipe_jax.processes import host_names, stop_notices
 from tpipe_jax.remat import candidates
 from tpipe_jax.sample import sample
 from tpipe_jax.schedule import terapipe
@@ -98,14 +98,10 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
         console.say(f"changed since the last start: {change}")
     _show_hosts(run.mesh, console)  # all meet here, after the first has found the folder fit
 
-    identity = {
-        "model": to_dict(config)["model"],
-        "mesh": {"pipe": config.mesh.pipe, "model": config.mesh.model},
-    }
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, identity)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, config.model, console.say)
     num_steps = config.train.num_steps
     with closing(checkpoints):
-        first_step = _agreed_step(checkpoints.newest_step() or 0, workdir)
+        first_step = checkpoints.newest_step() or 0
         if first_step >= num_steps:
             console.say(
                 f"The run in {workdir} has finished its {first_step} steps: go further with "
@@ -117,7 +113,8 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
             programs = compile_programs(run, plan, console)
             state = None
             if first_step:
-                state = checkpoints.restore(abstract_state(config, run.mesh, run.optimizer))
+                like = abstract_state(config, run.mesh, run.optimizer)
+                state = checkpoints.restore(first_step, like)
                 console.say(f"continuing after step {first_step}")
             if is_first:
                 describe_in_files(config, workdir, plan, stage_factors(config))
@@ -154,17 +151,6 @@ def _facts(run: Run) -> dict[str, str]:
         "step": f"{config.train.batch_size} sequences of {model.seq_len} tokens, "
         f"{run.plan.batch_size} a data shard",
     }
-
-
-def _agreed_step(first_step: int, workdir: Path) -> int:
-    """The step of the newest checkpoint. Raises `UserError` if process 0 sees another."""
-    expected = int(from_first(str(first_step)))
-    if first_step != expected:
-        raise UserError(
-            f"--workdir={workdir} has a checkpoint of step {expected} for process 0 and of step "
-            f"{first_step} for process {jax.process_index()}: give a folder that all hosts share."
-        )
-    return first_step
 
 
 def _show_hosts(mesh: Mesh, console: Console) -> None:
@@ -248,7 +234,8 @@ def _loop(
                 log.finish(partial(evaluate, state.params))
             if step % config.checkpoint.every == 0:
                 log.finish()  # a step is logged before it is saved, so that no kill loses its line
-                checkpoints.save(step, state)
+                log.add_save(checkpoints.save(step, state))
+            checkpoints.raise_failure()
         log.finish()
     if step > first_step:
         checkpoints.save(step, state)
