@@ -197,12 +197,18 @@ def test_a_damaged_checkpoint_is_put_aside_and_an_older_one_used(tmp_path: Path)
     assert names(tmp_path) == ["1", "2", "2.damaged"]
 
 
-def test_where_all_are_damaged_none_is_used(tmp_path: Path):
+def test_where_all_are_damaged_none_is_used_and_all_stay(tmp_path: Path):
+    """So that the same command does not start from the beginning."""
     with open_folder(tmp_path) as checkpoints:
         checkpoints.save(1, state_on(ONE))
-    (tmp_path / "1" / "step" / "0").unlink()
-    with open_folder(tmp_path) as checkpoints, pytest.raises(UserError, match="are damaged: rest"):
-        checkpoints.newest_step()
+        checkpoints.save(2, state_on(ONE))
+    for step in ("1", "2"):
+        (tmp_path / step / "step" / "0").unlink()
+    sentence = rf"no checkpoint in {tmp_path} is sound \(2: step/0 is missing\): restore"
+    for _ in range(2):
+        with open_folder(tmp_path) as checkpoints, pytest.raises(UserError, match=sentence):
+            checkpoints.newest_step()
+    assert names(tmp_path) == ["1", "2"]
 
 
 def test_names_each_setting_of_another_model(tmp_path: Path):

@@ -54,11 +54,18 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]):
     text = capsys.readouterr().out
     for section in dataclasses.fields(Config):
         for field in dataclasses.fields(section.default_factory()):  # pyrefly: ignore
-            assert f"--config.{section.name}.{field.name.replace('_', '-')} " in text
+            name = field.name.rstrip("_").replace("_", "-")  # a word of Python has one more
+            assert f"--config.{section.name}.{name} " in text
     processes = ("workdir", *(field.name for field in dataclasses.fields(ProcessFlags)))
     for name in processes:
         assert f"--{name.replace('_', '-')} " in text
     assert text.count("(default: ") == text.count("--config.") + len(processes)
+
+
+def test_a_field_named_by_a_word_of_python():
+    flags = parse(["--config.checkpoint.async=false"], "program")
+    assert flags.config.checkpoint.async_ is False
+    assert parse([], "program").config.checkpoint.async_ is True
 
 
 @pytest.mark.parametrize(

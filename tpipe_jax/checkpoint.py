@@ -59,9 +59,11 @@ class Checkpoints:
                 files.clean(folder)
 
     def newest_step(self) -> int | None:
-        """The step of the newest sound checkpoint, or None. Damaged ones are put aside.
+        """The step of the newest sound checkpoint, or None. Newer ones, which are damaged, are put
+        aside.
 
-        Raises `UserError` if it is one of another model, or if all are damaged.
+        Raises `UserError` if it is one of another model, or if all are damaged; nothing is changed
+        then.
         """
         self.wait()
         steps = files.list_steps(self._folder)
@@ -71,20 +73,21 @@ class Checkpoints:
                 f"{self._folder} has checkpoints of steps {expected} for process 0 and {steps} for "
                 f"process {jax.process_index()}: give --workdir a folder that all hosts share."
             )
+        damaged: dict[int, str] = {}
         for step in steps:
-            damage = self._damage(step)
-            if not damage:
-                self._check_identity(step)
-                self._last_step = step
-                return step
-            aside = self._folder / str(step)
-            if jax.process_index() == 0:
-                aside = files.put_aside(aside)
-            self._say(f"the checkpoint of step {step} is damaged ({damage}): it is now {aside}")
-        if steps:
+            if damage := self._damage(step):
+                damaged[step] = damage
+                continue
+            self._check_identity(step)
+            for other, damage in damaged.items():
+                self._put_aside(other, damage)
+            self._last_step = step
+            return step
+        if damaged:
+            newest, damage = next(iter(damaged.items()))
             raise UserError(
-                f"all checkpoints in {self._folder} are damaged: restore one from a copy, or start "
-                "another run with --workdir."
+                f"no checkpoint in {self._folder} is sound ({newest}: {damage}): restore one from "
+                "a copy, or start another run with --workdir."
             )
         return None
 
@@ -168,6 +171,13 @@ class Checkpoints:
         except (DamagedError, OSError) as error:
             own = _brief(error)
         return next(filter(None, from_all(own)), "")
+
+    def _put_aside(self, step: int, damage: str) -> None:
+        """So that it is not in the way when the run comes to this step again."""
+        if jax.process_index() == 0:
+            with self._writing():
+                aside = files.put_aside(self._folder / str(step))
+            self._say(f"the checkpoint of step {step} is damaged ({damage}): it is now {aside}")
 
     def _check_identity(self, step: int) -> None:
         saved = dict(_settings(files.read_manifest(self._folder / str(step)).identity))
