@@ -21,23 +21,29 @@ def main() -> int:
     folder = workdir / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{workdir} has no folder checkpoints: give the workdir of a run.")
-    steps = files.list_steps(folder)
     print(f"{'step':>10} {'MB':>12}")
-    results = [show(folder / str(step)) for step in reversed(steps)]
-    for path in sorted(folder.iterdir()):
-        if path.name not in map(str, steps):
-            print(f"{path.name}: no checkpoint (docs/checkpoints.md)")
+    names = sorted(path.name for path in folder.iterdir())
+    steps = [str(step) for step in reversed(files.list_steps(folder)) if str(step) in names]
+    results = [show(folder / step) for step in steps]
+    for name in names:
+        if name not in steps:
+            is_new = name.endswith(files.SAVING)
+            print(f"{name}: {'is being written, or was' if is_new else 'no checkpoint'}")
     return 0 if all(results) else 1
 
 
 def show(checkpoint: Path) -> bool:
-    """Prints a line; returns whether the checkpoint is sound."""
+    """Prints a line, unless the run has removed the checkpoint meanwhile; returns whether it is
+    sound.
+    """
     try:
+        size, state = files.num_bytes(checkpoint), "sound"
         files.check(checkpoint)
-        state = "sound"
     except (files.DamagedError, OSError) as error:
-        state = f"damaged: {error}"
-    print(f"{checkpoint.name:>10} {files.num_bytes(checkpoint) / 1e6:12.1f}  {state}", flush=True)
+        if not checkpoint.exists():
+            return True
+        size, state = 0, f"damaged: {error}"
+    print(f"{checkpoint.name:>10} {size / 1e6:12.1f}  {state}", flush=True)
     return state == "sound"
 
 

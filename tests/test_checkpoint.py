@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import resource
@@ -131,7 +132,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(
     monkeypatch.setattr(checkpoint, "_write", late)
     with open_folder(tmp_path) as checkpoints:
         seconds = checkpoints.save(1, state_on(ONE))
-        assert names(tmp_path) == ["1.saving"]
+        assert "1" not in names(tmp_path)
         checkpoints.raise_failure()  # which does not wait
         assert seconds < 30
         may_write.set()
@@ -197,6 +198,37 @@ def test_a_damaged_checkpoint_is_put_aside_and_an_older_one_used(tmp_path: Path)
     assert names(tmp_path) == ["1", "2", "2.damaged"]
 
 
+def test_what_cannot_be_read_just_now_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with open_folder(tmp_path) as checkpoints:
+        checkpoints.save(1, state_on(ONE))
+        checkpoints.save(2, state_on(ONE))
+        checkpoints.wait()
+        monkeypatch.setattr(checkpoint_files, "check", fail)
+        with pytest.raises(UserError, match=r"/2 cannot be read .*Stale file handle.*move it away"):
+            checkpoints.newest_step()
+    assert names(tmp_path) == ["1", "2"]
+
+
+def test_an_old_one_that_cannot_be_removed_stops_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any) -> Any:
+        raise OSError(errno.EBUSY, "busy")
+
+    said: list[str] = []
+    monkeypatch.setattr(checkpoint_files, "remove", fail)
+    with open_folder(tmp_path, keep=1, said=said) as checkpoints:
+        checkpoints.save(1, state_on(ONE))
+        checkpoints.save(2, state_on(ONE))
+    assert names(tmp_path) == ["1", "2"]
+    assert said == ["the old checkpoint of step 1 is not removed ([Errno 16] busy)"]
+
+
 def test_where_all_are_damaged_none_is_used_and_all_stay(tmp_path: Path):
     """So that the same command does not start from the beginning."""
     with open_folder(tmp_path) as checkpoints:
@@ -230,6 +262,7 @@ def test_names_each_setting_of_another_model(tmp_path: Path):
         ("params/norm/scale/.zarray", None),
         ("params/norm/scale/.zarray", "{"),
         ("params/norm/scale/0", "short"),
+        ("params/norm/scale/0", None),
         ("step/.zarray", None),
     ],
 )
@@ -272,8 +305,9 @@ def test_folder_that_vanished_fails_at_once(tmp_path: Path):
     with open_folder(tmp_path / "checkpoints") as checkpoints:
         shutil.rmtree(tmp_path / "checkpoints")
         (tmp_path / "checkpoints").write_text("in the way")
+        checkpoints.save(1, state_on(ONE))
         with pytest.raises(UserError, match=r"cannot write checkpoints to .*/checkpoints .*--work"):
-            checkpoints.save(1, state_on(ONE))
+            checkpoints.wait()
 
 
 def test_folder_without_write_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -285,7 +319,7 @@ def test_folder_without_write_permission(tmp_path: Path, monkeypatch: pytest.Mon
         pass
 
 
-@pytest.mark.parametrize("room", [0, 100, 3000])
+@pytest.mark.parametrize("room", [0, 100, 3000, 8000])  # the last has no room for the manifest
 def test_full_disk_is_reported_and_the_step_does_not_count(
     tmp_path: Path, room: int, capfd: pytest.CaptureFixture[str]
 ):
@@ -296,10 +330,12 @@ def test_full_disk_is_reported_and_the_step_does_not_count(
             checkpoints.save(2, state_on(ONE))
             with pytest.raises(UserError, match=f"cannot write checkpoints to {tmp_path} .*--work"):
                 checkpoints.wait()
+    assert names(tmp_path) == ["1", "2.saving"]
+    with open_folder(tmp_path) as checkpoints:
         assert checkpoints.newest_step() == 1
-        checkpoints.save(3, state_on(ONE))
+        checkpoints.save(2, state_on(ONE))
         checkpoints.wait()
-        assert checkpoints.newest_step() == 3
+        assert checkpoints.newest_step() == 2
     assert capfd.readouterr().err == ""
 
 
@@ -353,4 +389,4 @@ def test_the_command_lists_them(tmp_path: Path):
     status, out, err = listed()
     assert (status, err) == (1, "")
     assert out.splitlines()[2].endswith("damaged: step/0 has 0 bytes instead of 4")
-    assert out.splitlines()[3].startswith("3.damaged: ")
+    assert out.splitlines()[3] == "3.damaged: no checkpoint"

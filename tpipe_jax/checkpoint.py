@@ -1,6 +1,6 @@
 """Checkpoints of a run: saved in the background, in the model's own layout, and checked when read.
 
-Arrays are written and read by TensorStore, as Zarr. `model_layout` says what of the model lies
+Arrays are Zarr, which TensorStore reads. `model_layout` says what of the model lies
 where on a mesh, `checkpoint_files` what makes a folder a checkpoint (docs/checkpoints.md).
 """
 
@@ -24,11 +24,12 @@ from tpipe_jax import checkpoint_files as files
 from tpipe_jax.checkpoint_files import DamagedError
 from tpipe_jax.config import CheckpointConfig, ModelConfig, UserError
 from tpipe_jax.model_layout import Index, Piece, Shape, pieces, restored
-from tpipe_jax.processes import from_all, from_first, meet
+from tpipe_jax.processes import from_all, from_first, gathered
 
 PyTree = Any
 
 NUM_READERS = 8  # arrays that are read at the same time
+NUM_WRITERS = 4  # chunks that are written at the same time
 
 
 class Checkpoints:
@@ -48,7 +49,7 @@ class Checkpoints:
         self._folder, self._config, self._model, self._say = folder, config, model, say
         self._identity = {"model": asdict(model)}
         self._thread = ThreadPoolExecutor(1, "checkpoint")
-        self._saving: Future[None] | None = None
+        self._saving: tuple[int, Future[None]] | None = None
         self._last_step: int | None = None  # that has been read or saved
         self._num_saves = 0
         with self._writing():
@@ -96,21 +97,17 @@ class Checkpoints:
         `step` was the last. Returns the seconds that this has taken from training.
 
         The caller may donate `state` as soon as this returns: its arrays have been copied to the
-        host by then. On a CPU the copy is a view, and XLA does not reuse memory that has a view on
-        it.
+        host by then.
 
         Raises `UserError` if this save cannot start, or if the one before it has failed.
         """
         start = time.monotonic()
         self.wait()
         if step != self._last_step:
-            self._last_step = step
             self._num_saves += 1
-            saving = self._folder / f"{step}{files.SAVING}"
-            with self._writing():
-                saving.mkdir(exist_ok=True)
             parts = list(pieces(self._model, state))
-            self._saving = self._thread.submit(self._save, saving, step, parts, self._num_saves)
+            save = self._thread.submit(self._save, step, parts, self._num_saves)
+            self._saving = step, save
             if not self._config.async_:
                 self.wait()
         return time.monotonic() - start
@@ -145,15 +142,16 @@ class Checkpoints:
 
     def raise_failure(self) -> None:
         """Raises `UserError` if a save has failed meanwhile."""
-        if self._saving is not None and self._saving.done():
+        if self._saving is not None and self._saving[1].done():
             self.wait()
 
     def wait(self) -> None:
         """Returns when no save is under way. Raises `UserError` if the last one has failed."""
-        saving, self._saving = self._saving, None
-        if saving is not None:
-            with self._writing(ValueError):  # TensorStore's for a full disk
-                saving.result()
+        if self._saving is not None:
+            (step, save), self._saving = self._saving, None
+            with self._writing():
+                save.result()
+            self._last_step = step
 
     def close(self) -> None:
         """Waits as `wait` does, and ends the background thread."""
@@ -163,14 +161,24 @@ class Checkpoints:
             self._thread.shutdown()
 
     def _damage(self, step: int) -> str:
-        """What is wrong with a checkpoint, of which each process reads a part; empty if nothing."""
-        own = ""
+        """What is wrong with a checkpoint, of which each process reads a part; empty if nothing.
+
+        Raises `UserError` if a process cannot read it, which need not be damage.
+        """
+        damage = failure = ""
         try:
             part = jax.process_index(), jax.process_count()
             files.check(self._folder / str(step), *part)
-        except (DamagedError, OSError) as error:
-            own = _brief(error)
-        return next(filter(None, from_all(own)), "")
+        except DamagedError as error:
+            damage = _brief(error)
+        except OSError as error:
+            failure = _brief(error)
+        if found := next(filter(None, from_all(failure)), ""):
+            raise UserError(
+                f"the checkpoint in {self._folder / str(step)} cannot be read ({found}): see that "
+                "all hosts can, or move it away to continue from an older one."
+            )
+        return next(filter(None, from_all(damage)), "")
 
     def _put_aside(self, step: int, damage: str) -> None:
         """So that it is not in the way when the run comes to this step again."""
@@ -193,68 +201,89 @@ class Checkpoints:
                 "use the same settings, or start another run with --workdir."
             )
 
-    def _save(self, saving: Path, step: int, parts: Sequence[Piece], number: int) -> None:
+    def _save(self, step: int, parts: Sequence[Piece], number: int) -> None:
         """Writes what this process has; process 0 finishes when all have."""
-        own, index = saving / f"digests.{jax.process_index()}", jax.process_index()
-        written = _write(saving, parts)
-        own.write_text(json.dumps(files.digests(saving, written)))
-        meet(f"checkpoint {number}: written")
-        if index == 0:
+        saving = self._folder / f"{step}{files.SAVING}"
+        try:
+            saving.mkdir(exist_ok=True)
+            written, failure = _write(saving, parts), ""
+        except Exception as error:  # whatever it is, the others are waiting to be told
+            written, failure = {}, _brief(error)
+
+        def finish(answers: list[str]) -> str:
             known: files.Digests = {}
-            for path in sorted(saving.glob("digests.*")):
-                known |= json.loads(path.read_text())
-                path.unlink()
-            files.write_manifest(saving, step, self._identity, known)
-            files.finish(saving, step)
-            for old in files.list_steps(self._folder)[self._config.keep :]:
+            for answer in map(json.loads, answers):
+                if answer["failure"]:
+                    return answer["failure"]
+                known |= answer["files"]
+            try:
+                files.finish(saving, step, self._identity, known)
+            except OSError as error:
+                return _brief(error)
+            return ""
+
+        answer = json.dumps({"failure": failure, "files": written})
+        if failure := gathered(f"checkpoint {number}", answer, finish):
+            raise OSError(failure)
+        if jax.process_index() == 0:
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        for old in files.list_steps(self._folder)[self._config.keep :]:
+            try:
                 files.remove(self._folder / str(old))
-        meet(f"checkpoint {number}: finished")
+            except OSError as error:
+                self._say(f"the old checkpoint of step {old} is not removed ({_brief(error)})")
 
     @contextmanager
-    def _writing(self, *errors: type[Exception]) -> Iterator[None]:
+    def _writing(self) -> Iterator[None]:
         try:
             yield
-        except (OSError, *errors) as error:
+        except OSError as error:
             raise UserError(
-                f"cannot write checkpoints to {self._folder} ({_brief(error)}): make it writable "
-                "and see that the disk has space, or choose another folder with --workdir."
+                f"cannot write checkpoints to {self._folder} ({_brief(error)}): make it writable, "
+                "see that the disk has space and that all hosts share it, or choose another folder "
+                "with --workdir."
             ) from error
 
 
-def _write(folder: Path, parts: Sequence[Piece]) -> list[str]:
-    """Writes parts of arrays; returns the names of the files that have them."""
-    names, commits = [], []
-    arrays = [(_create(folder / part.name, part), part) for part in parts]
-    for opened, part in arrays:
-        target = opened.result()[part.index]
-        # Not copied, since nobody changes it: arrays of jax are immutable.
-        future = target.write(part.data, can_reference_source_data_indefinitely=True)
-        commits.append(future.commit)
+def _write(folder: Path, parts: Sequence[Piece]) -> files.Digests:
+    """Writes chunks of arrays as Zarr, and what describes an array with its first chunk."""
+
+    def write(part: Piece) -> files.Digests:
+        chunk = np.zeros(part.chunk, part.data.dtype)
+        chunk[tuple(map(slice, part.data.shape))] = part.data  # the last one may be padded
         grid = [i.start // n for i, n in zip(part.index, part.chunk, strict=True)]
-        names.append(f"{part.name}/{'.'.join(map(str, grid)) or '0'}")
-    for commit in commits:
-        commit.result()
-    return names
+        contents = {f"{part.name}/{'.'.join(map(str, grid)) or '0'}": chunk.tobytes()}
+        if not any(grid):
+            contents[f"{part.name}/.zarray"] = _zarray(part)
+        (folder / part.name).mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            files.write_file(folder / name, content)
+        return {name: (len(c), files.digest(c)) for name, c in contents.items()}
+
+    with ThreadPoolExecutor(NUM_WRITERS) as pool:
+        return {name: digest for one in pool.map(write, parts) for name, digest in one.items()}
 
 
-def _create(path: Path, part: Piece) -> Any:
-    """Opens an array that several processes may create."""
-    metadata = {"shape": part.shape, "chunks": part.chunk, "compressor": None}
-    spec = {
-        **_spec(path),
-        "metadata": metadata,
-        "dtype": part.data.dtype.name,
-        "store_data_equal_to_fill_value": True,  # else zeros have no file
+def _zarray(part: Piece) -> bytes:
+    """Describes an array, in version 2 of Zarr."""
+    about = {
+        "zarr_format": 2,
+        "shape": part.shape,
+        "chunks": part.chunk,
+        "dtype": part.data.dtype.newbyteorder("<").str,
+        "order": "C",
+        "compressor": None,
+        "filters": None,
+        "fill_value": None,
     }
-    return ts.open(spec, create=True, open=True)
+    return json.dumps(about).encode()
 
 
 def _open(path: Path) -> Any:
-    return ts.open(_spec(path), read=True).result()
-
-
-def _spec(path: Path) -> dict[str, Any]:
-    return {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path.absolute()}/"}}
+    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path.absolute()}/"}}
+    return ts.open({**spec, "fill_missing_data_reads": False}, read=True).result()
 
 
 def _settings(identity: dict[str, Any], prefix: str = "config") -> Iterator[tuple[str, Any]]:
@@ -266,4 +295,4 @@ def _settings(identity: dict[str, Any], prefix: str = "config") -> Iterator[tupl
 
 
 def _brief(error: Exception) -> str:
-    return textwrap.shorten(str(error), 160, placeholder=" ...")
+    return textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" ...")

@@ -2,6 +2,7 @@
 
     checkpoints/500/                a finished checkpoint, named by its step
     checkpoints/500/manifest.json   what it belongs to, and size and SHA-256 of every other file
+    checkpoints/500/manifest.sha256 the manifest's own
     checkpoints/500.saving/         one that is being written, or was when the run was killed
     checkpoints/500.removing/       an old one on its way out
     checkpoints/500.damaged/        one that was found damaged and put aside
@@ -13,16 +14,18 @@ was whole, and what differs from its manifest has been damaged since.
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterable
+import stat
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-MANIFEST = "manifest.json"
+MANIFEST, MANIFEST_DIGEST = "manifest.json", "manifest.sha256"
 FORMAT = 1
 SAVING, REMOVING, DAMAGED = ".saving", ".removing", ".damaged"
+READERS = 8  # files that are read at the same time
 
 Digests = dict[str, tuple[int, str]]  # path below the checkpoint: bytes and SHA-256
 
@@ -40,52 +43,69 @@ class Manifest:
     identity: dict[str, Any]
     """The settings that it is bound to, nested as in `Config`."""
     files: Digests
+    """All but the manifest and its own digest."""
 
 
 def list_steps(folder: Path) -> list[int]:
     """Steps of the finished checkpoints, the newest first."""
-    names = (path.name for path in folder.iterdir() if path.is_dir())
-    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+    names = [path.name for path in folder.iterdir() if path.is_dir()]
+    return sorted((int(name) for name in names if _STEP.fullmatch(name)), reverse=True)
 
 
 def num_bytes(checkpoint: Path) -> int:
     """Bytes of all its files."""
-    return sum(path.stat().st_size for path in _files(checkpoint))
+    return sum(path.lstat().st_size for path in _files(checkpoint))
 
 
-def digests(checkpoint: Path, names: Iterable[str]) -> Digests:
-    """Size and digest of the named files."""
-    names = list(names)
-    with ThreadPoolExecutor(8) as pool:
-        return dict(zip(names, pool.map(_digest, (checkpoint / n for n in names)), strict=True))
+def digest(content: bytes | memoryview) -> str:
+    """SHA-256, in hexadecimal."""
+    return hashlib.sha256(content).hexdigest()
 
 
-def write_manifest(checkpoint: Path, step: int, identity: dict[str, Any], known: Digests) -> None:
-    """Lists all files; those that are not `known` are read."""
-    others = [name for name in _names(checkpoint) if name not in known]
-    files = dict(sorted({**known, **digests(checkpoint, others)}.items()))
-    content = asdict(Manifest(FORMAT, step, identity, files))
-    text = json.dumps({"sha256": _of_content(content), **content}, indent=1) + "\n"
-    with (checkpoint / MANIFEST).open("w") as file:
-        file.write(text)
-        sync(file.fileno())
+def write_file(path: Path, content: bytes | memoryview) -> None:
+    """Writes a file, to the disk."""
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def finish(saving: Path, step: int, identity: dict[str, Any], files: Digests) -> None:
+    """Gives a checkpoint of these files its manifest and its final name.
+
+    Raises `FileNotFoundError` or `FileExistsError` if others are there.
+    """
+    found = set(_names(saving))
+    if missing := sorted(files.keys() - found):
+        raise FileNotFoundError(f"{missing[0]} has gone")
+    if foreign := sorted(found - files.keys()):
+        raise FileExistsError(f"{_shown(foreign[0])} is of somebody else")
+    manifest = Manifest(FORMAT, step, identity, dict(sorted(files.items())))
+    content = json.dumps(asdict(manifest), indent=1).encode() + b"\n"
+    write_file(saving / MANIFEST, content)
+    write_file(saving / MANIFEST_DIGEST, f"{digest(content)}  {MANIFEST}\n".encode())
+    for folder in (*(path for path in saving.rglob("*") if path.is_dir()), saving):
+        _sync_folder(folder)
+    saving.rename(saving.with_name(str(step)))
+    _sync_folder(saving.parent)
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
     """Raises `DamagedError` if it is not as it was written."""
+    names = {path.name for path in checkpoint.iterdir()}
+    for name in (MANIFEST, MANIFEST_DIGEST):
+        if name not in names:
+            raise DamagedError(f"{name} is missing")
+        _check_regular(checkpoint, name)
+    content = (checkpoint / MANIFEST).read_bytes()
+    expected = f"{digest(content)}  {MANIFEST}\n".encode()
+    if (checkpoint / MANIFEST_DIGEST).read_bytes() != expected:
+        raise DamagedError(f"{MANIFEST} or {MANIFEST_DIGEST} has changed")
     try:
-        content = json.loads((checkpoint / MANIFEST).read_bytes())
-        sha256 = content.pop("sha256")
-        manifest = Manifest(**content)
-        files = {
-            str(name): (int(size), str(digest)) for name, (size, digest) in manifest.files.items()
-        }
-    except FileNotFoundError:
-        raise DamagedError(f"{MANIFEST} is missing") from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedError(f"{MANIFEST} cannot be read ({error})") from None
-    if sha256 != _of_content(content):
-        raise DamagedError(f"{MANIFEST} has changed")
+        manifest = Manifest(**json.loads(content))
+        files = {str(name): (int(size), str(sha)) for name, (size, sha) in manifest.files.items()}
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise DamagedError(f"{MANIFEST} is none ({error})") from None
     if manifest.format != FORMAT or str(manifest.step) != checkpoint.name.partition(".")[0]:
         raise DamagedError(f"{MANIFEST} is of step {manifest.step} in format {manifest.format}")
     return Manifest(manifest.format, manifest.step, manifest.identity, files)
@@ -100,30 +120,30 @@ def check(checkpoint: Path, part: int = 0, num_parts: int = 1) -> Manifest:
     manifest = read_manifest(checkpoint)
     found = set(_names(checkpoint))
     for name in sorted(manifest.files.keys() - found):
-        raise DamagedError(f"{name} is missing")
+        raise DamagedError(f"{_shown(name)} is missing")
     for name in sorted(found - manifest.files.keys()):
-        raise DamagedError(f"{name} does not belong to it")
-    own = sorted(manifest.files)[part::num_parts]
-    for name, (size, digest) in digests(checkpoint, own).items():
-        expected_size, expected_digest = manifest.files[name]
-        if size != expected_size:
-            raise DamagedError(f"{name} has {size} bytes instead of {expected_size}")
-        if digest != expected_digest:
-            raise DamagedError(f"{name} has changed")
+        raise DamagedError(f"{_shown(name)} does not belong to it")
+
+    def check_file(name: str) -> None:
+        _check_regular(checkpoint, name)
+        size, expected = manifest.files[name]
+        with (checkpoint / name).open("rb") as file:
+            actual = os.fstat(file.fileno()).st_size
+            if actual != size:
+                raise DamagedError(f"{name} has {actual} bytes instead of {size}")
+            if hashlib.file_digest(file, "sha256").hexdigest() != expected:
+                raise DamagedError(f"{name} has changed")
+
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(check_file, sorted(manifest.files)[part::num_parts]))
     return manifest
-
-
-def finish(saving: Path, step: int) -> None:
-    """Gives a checkpoint its final name."""
-    saving.rename(saving.with_name(str(step)))
-    sync_folder(saving.parent)
 
 
 def remove(checkpoint: Path) -> None:
     """Removes a checkpoint; whenever that is interrupted, it is there or it is not."""
     removing = checkpoint.with_name(checkpoint.name + REMOVING)
     checkpoint.rename(removing)
-    shutil.rmtree(removing)
+    _delete(removing)
 
 
 def put_aside(checkpoint: Path) -> Path:
@@ -140,39 +160,44 @@ def put_aside(checkpoint: Path) -> Path:
 def clean(folder: Path) -> None:
     """Removes what a killed run has left half written or half removed."""
     for path in folder.iterdir():
-        if path.is_dir() and path.suffix in (SAVING, REMOVING):
-            shutil.rmtree(path)
+        if _STEP.fullmatch(path.stem) and path.suffix in (SAVING, REMOVING):
+            _delete(path)
 
 
-def sync(descriptor: int) -> None:
-    """Returns when what was written is on the disk."""
-    os.fsync(descriptor)
+_STEP = re.compile("0|[1-9][0-9]*")
 
 
-def sync_folder(folder: Path) -> None:
-    """Returns when the names of a folder are on the disk."""
+def _delete(path: Path) -> None:
+    if path.is_symlink():  # to another disk
+        path.unlink()
+    else:
+        shutil.rmtree(path)
+
+
+def _check_regular(checkpoint: Path, name: str) -> None:
+    if not stat.S_ISREG((checkpoint / name).lstat().st_mode):
+        raise DamagedError(f"{_shown(name)} is no regular file")
+
+
+def _shown(name: str) -> str:
+    """A name that may have been damaged too, as it can be printed."""
+    return name if name.isprintable() else ascii(name)
+
+
+def _names(checkpoint: Path) -> list[str]:
+    """Of all files but the manifest and its digest."""
+    names = (path.relative_to(checkpoint).as_posix() for path in _files(checkpoint))
+    return [name for name in names if name not in (MANIFEST, MANIFEST_DIGEST)]
+
+
+def _files(checkpoint: Path) -> list[Path]:
+    return [path for path in checkpoint.rglob("*") if path.is_symlink() or not path.is_dir()]
+
+
+def _sync_folder(folder: Path) -> None:
+    """Returns when the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _digest(path: Path) -> tuple[int, str]:
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return os.fstat(file.fileno()).st_size, digest
-
-
-def _of_content(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _names(checkpoint: Path) -> list[str]:
-    """Of all files but the manifest."""
-    names = (path.relative_to(checkpoint).as_posix() for path in _files(checkpoint))
-    return [name for name in names if name != MANIFEST]
-
-
-def _files(checkpoint: Path) -> list[Path]:
-    return [path for path in checkpoint.rglob("*") if not path.is_dir() or path.is_symlink()]

@@ -6,6 +6,7 @@ model a layer is a layer, under its own number, and the vocabulary is as long as
 """
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -35,9 +36,8 @@ class Piece(NamedTuple):
 
 
 def pieces(config: ModelConfig, state: Any) -> Iterator[Piece]:
-    """All parts of a state that this process has; all processes together have each part once.
-
-    The data may be views of the state's arrays.
+    """All parts of a state that this process has, copied; all processes together have each part
+    once.
     """
     leaves = jax.tree.leaves_with_path(state)
     for _, array in leaves:
@@ -48,7 +48,9 @@ def pieces(config: ModelConfig, state: Any) -> Iterator[Piece]:
         leaf = _Leaf(config, path, array.shape)
         for shard in array.addressable_shards:
             if shard.replica_id == 0:
-                yield from leaf.to_model(_bounded(shard.index, array.shape), np.asarray(shard.data))
+                # On a CPU it would be a view, and XLA copies what it cannot reuse for that.
+                data = np.array(shard.data, copy=shard.device.platform == "cpu" or None)
+                yield from leaf.to_model(_bounded(shard.index, array.shape), data)
 
 
 def restored(
@@ -62,14 +64,18 @@ def restored(
     """
     leaf = _Leaf(config, path, like.shape)
 
-    def part(index: Index | None) -> np.ndarray:
-        bounds = _bounded(index or (), like.shape)
-        data = np.zeros([i.stop - i.start for i in bounds], like.dtype)
-        for name, shape, of_model, of_part in leaf.parts(bounds):
+    @cache  # since several devices may have it
+    def part(*bounds: tuple[int, int]) -> np.ndarray:
+        index = tuple(slice(*b) for b in bounds)
+        data = np.zeros([i.stop - i.start for i in index], like.dtype)
+        for name, shape, of_model, of_part in leaf.parts(index):
             data[of_part] = read(name, shape, of_model)
         return data
 
-    return jax.make_array_from_callback(like.shape, like.sharding, part, dtype=like.dtype)
+    def part_at(index: Index | None) -> np.ndarray:
+        return part(*((i.start, i.stop) for i in _bounded(index or (), like.shape)))
+
+    return jax.make_array_from_callback(like.shape, like.sharding, part_at, dtype=like.dtype)
 
 
 class _Leaf:

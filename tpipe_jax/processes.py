@@ -96,7 +96,7 @@ def from_all(text: str) -> list[str]:
     """The texts of all processes, in all processes."""
     if jax.process_count() == 1:
         return [text]
-    own = np.frombuffer(text.encode(), np.uint8)
+    own = np.frombuffer(text.encode(errors="backslashreplace"), np.uint8)
     lengths = np.asarray(multihost_utils.process_allgather(np.int32(len(own))))
     padded = np.zeros(max(*lengths, 1), np.uint8)
     padded[: len(own)] = own
@@ -104,12 +104,22 @@ def from_all(text: str) -> list[str]:
     return [row[:n].tobytes().decode() for row, n in zip(rows, lengths, strict=True)]
 
 
-def meet(name: str) -> None:
-    """Returns when all processes have come to this point, which any thread may; names are used
-    once.
+def gathered(name: str, text: str, decide: Callable[[list[str]], str]) -> str:
+    """What process 0 decides once all processes have given their text; any thread may ask.
+
+    Names are used once. Nothing but the end of a process keeps the others waiting, so what may
+    fail has to be told as text.
     """
-    if distributed.global_state.client is not None:
-        _client().wait_at_barrier(f"tpipe_jax/{name}", 1000 * END_SECONDS)
+    index, client = distributed.global_state.process_id, distributed.global_state.client
+    if client is None:
+        return decide([text])
+    key = f"tpipe_jax/{name}"
+    client.key_value_set(f"{key}/{index}", text)
+    if index == 0:
+        others = range(distributed.global_state.num_processes)
+        texts = [client.blocking_key_value_get(f"{key}/{i}", 1000 * END_SECONDS) for i in others]
+        client.key_value_set(f"{key}/decided", decide(texts))
+    return client.blocking_key_value_get(f"{key}/decided", 1000 * END_SECONDS)
 
 
 def host_names() -> list[str]:

@@ -239,6 +239,7 @@ def _loop(
         log.finish()
     if step > first_step:
         checkpoints.save(step, state)
+    checkpoints.wait()  # while a signal still waits for this, too
     return step, state
 
 
