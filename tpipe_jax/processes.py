@@ -34,7 +34,7 @@ from tpipe_jax.config import UserError, to_dict
 from tpipe_jax.flags import Flags, ProcessFlags
 
 POLL_SECONDS = 0.5  # between two looks for another process's error
-FAREWELL_SECONDS = 5  # in which all processes should have seen an error
+FAREWELL_SECONDS = 15  # in which all processes should have seen an error, on a busy machine too
 END_SECONDS = 3600  # in which process 0 should have written what it still has when others are done
 HEARTBEAT_SECONDS = 15  # after which a process that was killed, or whose host is gone, is missed
 FAILURE = "tpipe_jax/failure"
