@@ -36,13 +36,14 @@ def show(checkpoint: Path) -> bool:
     """Prints a line, unless the run has removed the checkpoint meanwhile; returns whether it is
     sound.
     """
+    state = "sound"
     try:
-        size, state = files.num_bytes(checkpoint), "sound"
         files.check(checkpoint)
     except (files.DamagedError, OSError) as error:
         if not checkpoint.exists():
             return True
-        size, state = 0, f"damaged: {error}"
+        state = f"damaged: {error}"
+    size = files.num_bytes(checkpoint)
     print(f"{checkpoint.name:>10} {size / 1e6:12.1f}  {state}", flush=True)
     return state == "sound"
 

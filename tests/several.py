@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tpipe_jax import processes
-from tpipe_jax.config import UserError
+from tpipe_jax import checkpoint, processes
+from tpipe_jax.checkpoint import Checkpoints
+from tpipe_jax.config import Config, UserError, resolved
 from tpipe_jax.flags import exit_status, parse
 from tpipe_jax.launcher import launch
 from tpipe_jax.mesh import make_mesh, put_read_rows, put_rows
+from tpipe_jax.optim import make_optimizer
+from tpipe_jax.train_state import abstract_state, init_state
 
 ROOT = Path(__file__).parents[1]
 
@@ -88,11 +92,39 @@ def exchange(mesh: jax.sharding.Mesh) -> None:
     )
 
 
-def work(what: str, config: Any, devices: Sequence[jax.Device]) -> None:
+def save(what: str, mesh: jax.sharding.Mesh, config: Config, workdir: Path) -> None:
+    """Saves and restores a state; with `what`, in a way that must fail."""
+    index = jax.process_index()
+    if what == "save apart":  # as if the hosts had folders of their own
+        workdir = workdir / str(index)
+    if what == "save where one fails" and index == jax.process_count() - 1:
+
+        def fail(*_: Any) -> Any:
+            raise OSError("no space in the last process")
+
+        checkpoint._write = fail
+    optimizer = make_optimizer(config.optim, config.train.num_steps)
+    state = init_state(config, mesh, optimizer)
+    with closing(Checkpoints(workdir, config.checkpoint, config.model, print)) as checkpoints:
+        assert checkpoints.newest_step() is None
+        checkpoints.save(1, state)
+        checkpoints.wait()
+        assert checkpoints.newest_step() == 1
+        restored = checkpoints.restore(1, abstract_state(config, mesh, optimizer))
+    pairs = zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True)
+    for a, b in pairs:
+        shards = zip(a.addressable_shards, b.addressable_shards, strict=True)
+        assert all(np.array_equal(x.data, y.data) for x, y in shards)
+    print("restored", flush=True)
+
+
+def work(what: str, config: Config, workdir: Path, devices: Sequence[jax.Device]) -> None:
     index, last = jax.process_index(), jax.process_count() - 1
     mesh = make_mesh(config.mesh, devices)
     if what == "exchange":
         exchange(mesh)
+    if what.startswith("save"):
+        save(what, mesh, resolved(config), workdir)
     if what == f"kill {index}":
         os.kill(os.getpid(), signal.SIGKILL)
     if index == last:
@@ -113,7 +145,7 @@ def work(what: str, config: Any, devices: Sequence[jax.Device]) -> None:
 def main() -> int:
     what, *args = sys.argv[1:]
     flags = parse(args, program="several.py")
-    return launch(flags, lambda config, _, devices, __: work(what, config, devices))
+    return launch(flags, lambda config, dir_, devices, _: work(what, config, dir_, devices))
 
 
 if __name__ == "__main__":

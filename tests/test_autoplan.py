@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+from runs import Lines, changed, launch, metrics
 from test_latency import profile
-from test_train import Lines, changed, launch, metrics
 from tpipe_jax import autoplan
 from tpipe_jax.autoplan import plan_run
 from tpipe_jax.config import (

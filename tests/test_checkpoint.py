@@ -18,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 
+import several
 import zarr_files
 from states import MODEL, abstract, numbered, state_on
 from tpipe_jax import checkpoint, checkpoint_files
@@ -104,15 +105,24 @@ def test_the_files_are_as_documented(tmp_path: Path):
     assert of_arrays == {f"{name}/.zarray" for name in arrays}
 
 
-def test_state_may_be_donated_right_after_save(tmp_path: Path):
+def test_state_may_be_donated_right_after_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     step = jax.jit(lambda state: jax.tree.map(lambda x: -x - 1, state), donate_argnums=0)
-    # An output of a jitted step, as in training.
-    state = step(state_on(FOUR))
+    state = step(state_on(FOUR))  # an output of a jitted step, as in training
+    are_done, write = threading.Event(), checkpoint._write
+
+    def late(*args: Any) -> Any:
+        assert are_done.wait(60)
+        return write(*args)
+
+    monkeypatch.setattr(checkpoint, "_write", late)
     with open_folder(tmp_path) as checkpoints:
         checkpoints.save(1, state)
+        before = state
         for _ in range(3):
             state = step(state)
         jax.block_until_ready(state)
+        assert before.step.is_deleted()
+        are_done.set()
     arrays = zarr_files.read_all(tmp_path / "1")
     assert arrays["step"] == -8
     kernel = numbered()["blocks"][3]["ff_in"]["kernel"]
@@ -170,8 +180,8 @@ def test_what_a_killed_run_left_is_ignored_and_removed(tmp_path: Path):
     (tmp_path / "3").rename(tmp_path / "3.saving")
     shutil.copytree(tmp_path / "1", tmp_path / "0.removing")
     with open_folder(tmp_path) as checkpoints:
-        assert names(tmp_path) == ["1"]
         assert checkpoints.newest_step() == 1
+        assert names(tmp_path) == ["1"]
         checkpoints.save(3, state_on(ONE))
     assert names(tmp_path) == ["1", "3"]
 
@@ -390,3 +400,32 @@ def test_the_command_lists_them(tmp_path: Path):
     assert (status, err) == (1, "")
     assert out.splitlines()[2].endswith("damaged: step/0 has 0 bytes instead of 4")
     assert out.splitlines()[3] == "3.damaged: no checkpoint"
+
+
+PIECES = ["--config.mesh.data=2", "--config.mesh.pipe=1", "--config.mesh.model=2"]
+
+
+def test_processes_save_together(tmp_path: Path):
+    """Two of four, which have copies of what the others have, have nothing to save."""
+    args = [*PIECES, f"--workdir={tmp_path}", "--config.optim.shard-state=false"]
+    answers = several.results(several.start_all(4, "save", *args))
+    assert [status for status, _, _ in answers] == [0] * 4, answers
+    assert all(out.endswith("restored\n") for _, out, _ in answers)
+    assert names(tmp_path) == ["1"]
+    checkpoint_files.check(tmp_path / "1")
+
+
+@pytest.mark.parametrize(
+    ("what", "sentence"),
+    [
+        ("save where one fails", "(no space in the last process): make it writable"),
+        ("save apart", "has gone): make it writable, see that the disk has space and that all ho"),
+    ],
+)
+def test_processes_fail_together(tmp_path: Path, what: str, sentence: str):
+    """With what is wrong in one of them, and no checkpoint."""
+    args = [*PIECES, f"--workdir={tmp_path}", "--config.optim.shard-state=true"]
+    answers = several.results(several.start_all(2, what, *args))
+    assert [status for status, _, _ in answers] == [2, 2], answers
+    assert sentence in answers[0][2]
+    assert not list(tmp_path.rglob(checkpoint_files.MANIFEST))

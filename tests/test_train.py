@@ -4,8 +4,6 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -16,8 +14,8 @@ import numpy as np
 import pytest
 
 import reference
-import zarr_files
-from tpipe_jax import model
+from runs import Lines, changed, launch, metrics, saved_arrays
+from tpipe_jax import checkpoint, model
 from tpipe_jax import train as train_module
 from tpipe_jax.config import (
     CheckpointConfig,
@@ -31,30 +29,11 @@ from tpipe_jax.config import (
     from_dict,
     resolved,
 )
-from tpipe_jax.console import Console
 from tpipe_jax.data import open_data
 from tpipe_jax.optim import learning_rate
 from tpipe_jax.train import train
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
-
-ROOT = Path(__file__).parents[1]
-
-
-class Lines(Console):
-    """Keeps what is said; `on_step` is called when a step is logged."""
-
-    def __init__(self, on_step=lambda step: None):
-        super().__init__(is_quiet=True)
-        self.said: list[str] = []
-        self._on_step = on_step
-
-    def say(self, text: str) -> None:
-        self.said.append(text)
-
-    def show_progress(self, step: int, metrics: dict[str, float]) -> None:
-        super().show_progress(step, metrics)
-        self._on_step(step)
 
 
 @pytest.fixture
@@ -77,24 +56,6 @@ def run(config: Config, workdir: Path, on_step=lambda step: None) -> list[str]:
     console = Lines(on_step)
     train(config, workdir, jax.devices()[: config.mesh.num_devices], console)
     return console.said
-
-
-def metrics(workdir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-
-
-def saved_arrays(workdir: Path, step: int) -> dict[str, np.ndarray]:
-    return zarr_files.read_all(workdir / "checkpoints" / str(step))
-
-
-def changed(config: Config, **sections: dict[str, object]) -> Config:
-    return dataclasses.replace(
-        config,
-        **{
-            name: dataclasses.replace(getattr(config, name), **fields)
-            for name, fields in sections.items()
-        },
-    )
 
 
 def test_a_run_leaves_its_files(config: Config, tmp_path: Path):
@@ -182,6 +143,29 @@ def test_a_stop_that_comes_while_programs_compile_is_kept(
 
     monkeypatch.setattr(train_module, "compile_programs", stopped)
     assert any("Interrupted after step 0" in line for line in run(config, tmp_path / "run"))
+
+
+def test_a_stop_that_comes_with_the_last_save_lets_it_end(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write = checkpoint._write
+
+    def stopped(*args):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)
+        return write(*args)
+
+    monkeypatch.setattr(checkpoint, "_write", stopped)
+    config = changed(config, train={"num_steps": 2, "sample_tokens": 0})
+    assert "Trained 2 steps" in run(config, tmp_path / "run")[-1]
+    assert saved_arrays(tmp_path / "run", 2)["step"] == 2
+
+
+def test_stalls_of_saves_are_logged(config: Config, tmp_path: Path):
+    run(changed(config, checkpoint={"every": 2, "async_": False}), tmp_path / "run")
+    stalls = [line.get("checkpoint_stall_seconds") for line in metrics(tmp_path / "run")]
+    assert [stall is not None for stall in stalls] == [False, False, True, False, True, False]
+    assert all(stall is None or stall > 0 for stall in stalls)
 
 
 def test_second_interruption_stops_at_once(config: Config, tmp_path: Path):
@@ -346,17 +330,6 @@ def test_nothing_is_written_before_all_settings_fit(
         run(changed(config, **change), tmp_path / "run")
     assert sentence in str(error.value)
     assert not (tmp_path / "run").exists()
-
-
-def launch(*args: str, **kwargs) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "launch/multihost.py", *args],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **kwargs,
-    )
 
 
 @pytest.mark.parametrize(

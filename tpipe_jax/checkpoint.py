@@ -35,8 +35,8 @@ NUM_WRITERS = 4  # chunks that are written at the same time
 class Checkpoints:
     """The newest `config.keep` checkpoints of a run, each in a folder named by its step.
 
-    Every process of a run constructs and calls this alike. Warnings go to `say`. Raises `UserError`
-    if `folder` is unwritable.
+    Every process of a run constructs and calls this alike, `newest_step` first. Warnings go to
+    `say`. Raises `UserError` if `folder` is unwritable.
     """
 
     def __init__(
@@ -56,8 +56,6 @@ class Checkpoints:
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
                 raise PermissionError("permission denied")
-            if jax.process_index() == 0:
-                files.clean(folder)
 
     def newest_step(self) -> int | None:
         """The step of the newest sound checkpoint, or None. Newer ones, which are damaged, are put
@@ -67,7 +65,10 @@ class Checkpoints:
         then.
         """
         self.wait()
-        steps = files.list_steps(self._folder)
+        with self._writing():
+            if jax.process_index() == 0:  # and the others wait for what it has found
+                files.clean(self._folder)
+            steps = files.list_steps(self._folder)
         expected = json.loads(from_first(json.dumps(steps)))
         if steps != expected:
             raise UserError(
@@ -218,7 +219,7 @@ class Checkpoints:
                 known |= answer["files"]
             try:
                 files.finish(saving, step, self._identity, known)
-            except OSError as error:
+            except Exception as error:  # likewise
                 return _brief(error)
             return ""
 

@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from tpipe_jax.attention import Attention, KVCache, blockwise, over_context
-from tpipe_jax.blocks import BLOCK
+from tpipe_jax.attention import Attention, KVCache, attend, attend_backward, over_context
 from tpipe_jax.inplace import Position, read, write
 
 
@@ -44,63 +43,78 @@ def grouped(kernel: Kernel, group: int) -> Attention:
     for it are attended in blocks.
     """
     assert group >= kernel.min_tokens
-    in_blocks = blockwise(BLOCK)
+    return Attention(
+        partial(_forward, kernel, group), partial(_backward, kernel, group), key_block=group
+    )
 
-    def over_groups(
-        cache: KVCache, at: Position, num_queries: int, fold: Callable[..., Any], state: Any
-    ) -> Any:
-        if num_queries == cache.k.shape[2]:
-            return state  # a whole sequence has no context
-        size = min(group, cache.k.shape[2])
-        return over_context(at.token, size, partial(fold, size), state)
 
-    def forward(q_BHLK: Array, cache: KVCache, at: Position) -> tuple[Array, Array]:
-        B, _, L, _ = q_BHLK.shape
-        if kernel.min_tokens > L:
-            return in_blocks.forward(q_BHLK, cache, at)
+def _forward(
+    kernel: Kernel, group: int, q_BHLK: Array, cache: KVCache, at: Position
+) -> tuple[Array, Array]:
+    """As `attend`."""
+    B, _, L, _ = q_BHLK.shape
+    if kernel.min_tokens > L:
+        return attend(q_BHLK, cache, at)
 
-        def fold(size: int, state: tuple[Array, Array], first: Array, num_visible: Array):
-            out, lse = state
-            keys = _read(cache, Position(at.row, first), B, size)
-            group_out, group_lse = kernel.forward(q_BHLK, keys, num_visible)
-            merged = jnp.logaddexp(lse, group_lse)
-            shares = jnp.exp(lse - merged), jnp.exp(group_lse - merged)
-            return out * shares[0] + group_out * shares[1], merged
+    def fold(state: tuple[Array, Array], size: int, first: Array, num_visible: Array):
+        out, lse = state
+        keys = _read(cache, Position(at.row, first), B, size)
+        group_out, group_lse = kernel.forward(q_BHLK, keys, num_visible)
+        merged = jnp.logaddexp(lse, group_lse)
+        shares = jnp.exp(lse - merged), jnp.exp(group_lse - merged)
+        return out * shares[0] + group_out * shares[1], merged
 
-        out, lse = kernel.forward(q_BHLK, _read(cache, at, B, L), None)
-        out, lse = over_groups(cache, at, L, fold, (out.astype(jnp.float32), lse))
-        return out.astype(q_BHLK.dtype), lse
+    out, lse = kernel.forward(q_BHLK, _read(cache, at, B, L), None)
+    out, lse = _over_groups(group, cache, at, L, fold, (out.astype(jnp.float32), lse))
+    return out.astype(q_BHLK.dtype), lse
 
-    def backward(
-        q_BHLK: Array,
-        cache: KVCache,
-        at: Position,
-        out_BHLK: Array,
-        lse_BHL1: Array,
-        d_out_BHLK: Array,
-        d_cache: KVCache,
-    ) -> tuple[Array, KVCache]:
-        B, _, L, _ = q_BHLK.shape
-        results = out_BHLK, lse_BHL1, d_out_BHLK
-        if kernel.min_tokens > L:
-            return in_blocks.backward(q_BHLK, cache, at, *results, d_cache)
 
-        def fold(size: int, state: tuple[Array, KVCache], first: Array, num_visible: Array):
-            d_q, d_cache = state
-            where = Position(at.row, first)
-            group_d_q, *d_kv = kernel.backward(
-                q_BHLK, _read(cache, where, B, size), num_visible, *results
-            )
-            is_visible = jnp.arange(size)[:, None] < num_visible
-            d_kv = KVCache(*(jnp.where(is_visible, d, 0) for d in d_kv))
-            return d_q + group_d_q, _add(d_cache, d_kv, where)
+def _backward(
+    kernel: Kernel,
+    group: int,
+    q_BHLK: Array,
+    cache: KVCache,
+    at: Position,
+    out_BHLK: Array,
+    lse_BHL1: Array,
+    d_out_BHLK: Array,
+    d_cache: KVCache,
+) -> tuple[Array, KVCache]:
+    """As `attend_backward`."""
+    B, _, L, _ = q_BHLK.shape
+    results = out_BHLK, lse_BHL1, d_out_BHLK
+    if kernel.min_tokens > L:
+        return attend_backward(q_BHLK, cache, at, *results, d_cache)
 
-        d_q, *d_kv = kernel.backward(q_BHLK, _read(cache, at, B, L), None, *results)
-        state = d_q.astype(jnp.float32), _add(d_cache, KVCache(*d_kv), at)
-        d_q, d_cache = over_groups(cache, at, L, fold, state)
-        return d_q.astype(q_BHLK.dtype), d_cache
+    def fold(state: tuple[Array, KVCache], size: int, first: Array, num_visible: Array):
+        d_q, d_cache = state
+        where = Position(at.row, first)
+        keys = _read(cache, where, B, size)
+        group_d_q, *d_kv = kernel.backward(q_BHLK, keys, num_visible, *results)
+        is_visible = jnp.arange(size)[:, None] < num_visible
+        d_kv = KVCache(*(jnp.where(is_visible, d, 0) for d in d_kv))
+        return d_q + group_d_q, _add(d_cache, d_kv, where)
 
-    return Attention(forward, backward, group)
+    d_q, *d_kv = kernel.backward(q_BHLK, _read(cache, at, B, L), None, *results)
+    state = d_q.astype(jnp.float32), _add(d_cache, KVCache(*d_kv), at)
+    d_q, d_cache = _over_groups(group, cache, at, L, fold, state)
+    return d_q.astype(q_BHLK.dtype), d_cache
+
+
+def _over_groups(
+    group: int,
+    cache: KVCache,
+    at: Position,
+    num_queries: int,
+    fold: Callable[[Any, int, Array, Array], Any],
+    state: Any,
+) -> Any:
+    """Folds the context into the state, `fold(state, size, first_key, num_visible)`."""
+    seq_len = cache.k.shape[2]
+    if num_queries == seq_len:
+        return state  # a whole sequence has no context
+    size = min(group, seq_len)
+    return over_context(at.token, size, lambda state, *where: fold(state, size, *where), state)
 
 
 def _read(cache: KVCache, at: Position, num_rows: int, num_tokens: int) -> KVCache:
