@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from tpipe_jax import checkpoint, processes
+from tpipe_jax import checkpoint, failures, processes
 from tpipe_jax.checkpoint import Checkpoints
 from tpipe_jax.config import Config, UserError, resolved
 from tpipe_jax.flags import exit_status, parse
@@ -105,7 +104,7 @@ def save(what: str, mesh: jax.sharding.Mesh, config: Config, workdir: Path) -> N
         checkpoint._write = fail
     optimizer = make_optimizer(config.optim, config.train.num_steps)
     state = init_state(config, mesh, optimizer)
-    with closing(Checkpoints(workdir, config.checkpoint, config.model, print)) as checkpoints:
+    with Checkpoints(workdir, config.checkpoint, config.model, print) as checkpoints:
         assert checkpoints.newest_step() is None
         checkpoints.save(1, state)
         checkpoints.wait()
@@ -135,15 +134,26 @@ def work(what: str, config: Config, workdir: Path, devices: Sequence[jax.Device]
     if what == "raise in the first" and index == 0:
         raise ZeroDivisionError("in the first process")
     if what == "late":  # after the others have nothing more to do
-        time.sleep(2 * processes.POLL_SECONDS if index == last else 0)
+        time.sleep(2 * failures.POLL_SECONDS if index == last else 0)
         if index == last:
             raise ZeroDivisionError("in the last process")
         return
     multihost_utils.sync_global_devices("the others wait here")
 
 
+def watched(seconds: float) -> None:
+    with failures.watched() as expect:
+        expect("sleeping", seconds)
+        print("ready", flush=True)
+        time.sleep(1.5)
+    print("done", flush=True)
+
+
 def main() -> int:
     what, *args = sys.argv[1:]
+    if what.startswith("watched"):
+        watched(float(what.split()[1]))
+        return 0
     flags = parse(args, program="several.py")
     return launch(flags, lambda config, dir_, devices, _: work(what, config, dir_, devices))
 

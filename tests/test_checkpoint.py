@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ def open_folder(
 ) -> Iterator[Checkpoints]:
     config = CheckpointConfig(keep=keep, **more)
     say = (said if said is not None else []).append
-    with closing(Checkpoints(folder, config, model, say)) as checkpoints:
+    with Checkpoints(folder, config, model, say) as checkpoints:
         yield checkpoints
 
 

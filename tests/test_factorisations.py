@@ -25,6 +25,7 @@ from tpipe_jax.config import (
     TrainConfig,
     resolved,
 )
+from tpipe_jax.health import new_health
 from tpipe_jax.optim import make_optimizer
 from tpipe_jax.precision import new_loss_scale
 from tpipe_jax.schedule import terapipe
@@ -122,7 +123,8 @@ def test_steps_equal_those_of_the_plain_model(mesh_config: MeshConfig) -> None:
     params = jax.device_get(reference.to_stages(draw_params(MODEL), devices))
     config = config_on(mesh_config)
     scale = new_loss_scale(config.precision)
-    state = TrainState(params, optimizer(config).init(params), jnp.int32(0), scale)
+    opt_state = optimizer(config).init(params)
+    state = TrainState(params, opt_state, jnp.int32(0), scale, new_health())
     state = jax.device_put(state, jax.tree.map(lambda a: a.sharding, abstract))
     expected_loss, expected_grads, expected_params = unpipelined()
 

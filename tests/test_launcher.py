@@ -11,12 +11,19 @@ import several
 from tpipe_jax import launcher
 from tpipe_jax.config import Config, MeshConfig, UserError
 from tpipe_jax.flags import Flags, ProcessFlags, without_option
-from tpipe_jax.launcher import start_local
+from tpipe_jax.launcher import supervise
 
 PROGRAM = """
 import os, signal, sys, time
 arguments = dict(word.split("=") for word in sys.argv[1:] if "=" in word)
-index, what = int(arguments["--process-id"]), arguments.get("what")
+index, what = int(arguments.get("--process-id", 0)), arguments.get("what")
+if what == "restart":
+    assert "--max-restarts" not in arguments
+    if index == 0:
+        with open(arguments["starts"], "a+") as file:
+            file.write("x")
+            file.seek(0)
+            sys.exit(int(arguments["status"]) if len(file.read()) < 4 else 0)
 if what == "interrupt":
     signal.signal(signal.SIGINT, lambda *_: sys.exit(f"saved {index}"))
     print("ready", flush=True)
@@ -51,7 +58,7 @@ def test_output_is_relayed_and_devices_and_cores_are_shared_out(
     program: str, capsys: pytest.CaptureFixture[str]
 ):
     before = os.sched_getaffinity(0)
-    assert start_local([program, "--local-processes=2", "--x=1"], flags(2)) == 0
+    assert supervise([program, "--local-processes=2", "--x=1"], flags(2)) == 0
     assert os.sched_getaffinity(0) == before
     out, err = capsys.readouterr()
     assert sorted(err.splitlines()) == ["[0] err", "[1] err"]
@@ -74,7 +81,7 @@ def test_output_is_relayed_and_devices_and_cores_are_shared_out(
 
 @pytest.mark.parametrize(
     ("what", "status", "message"),
-    [("fail", 7, ""), ("kill", 137, "process 1 was ended by SIGKILL\n")],
+    [("fail", 7, "process 1 ended with 7"), ("kill", 137, "process 1 was ended by SIGKILL")],
 )
 def test_the_first_failure_ends_all_and_is_the_status(
     program: str,
@@ -87,32 +94,73 @@ def test_the_first_failure_ends_all_and_is_the_status(
     """The others would run for 100 s, and don't listen to SIGTERM."""
     monkeypatch.setattr(launcher, "GRACE_SECONDS", 0.5)
     start = time.monotonic()
-    assert start_local([program, f"what={what}"], flags(4)) == status
+    assert supervise([program, f"what={what}"], flags(4)) == status
     assert time.monotonic() - start < 50
-    assert capsys.readouterr().err == message
+    assert capsys.readouterr().err.splitlines() == [
+        f"{message}, before the others",
+        *(
+            f"process {i} did not end by itself and was killed: it may be the one that hangs"
+            for i in (0, 2, 3)
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("num_processes", "status", "max_restarts", "num_starts"),
+    [
+        (2, 7, 0, 1),
+        (2, 7, 2, 3),
+        (2, 2, 2, 1),  # something to mend first
+        (2, 130, 2, 1),  # stopped
+        (1, 7, 5, 4),  # the fourth one works
+        (None, 7, 1, 2),
+        (None, 7, 5, 4),
+    ],
+)
+def test_what_has_failed_is_started_again_as_often_as_it_may_be(
+    program: str,
+    tmp_path: Path,
+    num_processes: int | None,
+    status: int,
+    max_restarts: int,
+    num_starts: int,
+    capfd: pytest.CaptureFixture[str],
+):
+    starts = tmp_path / "starts"
+    argv = [program, "what=restart", f"starts={starts}", f"status={status}"]
+    argv += [f"--max-restarts={max_restarts}"]
+    asked = ProcessFlags(local_processes=num_processes, max_restarts=max_restarts)
+    expected = 0 if num_starts == 4 else status
+    assert supervise(argv, Flags(Config(mesh=MeshConfig(pipe=4)), Path("w"), asked)) == expected
+    assert starts.read_text() == "x" * num_starts
+    again = [line for line in capfd.readouterr().err.splitlines() if "starting again" in line]
+    assert len(again) == num_starts - 1
+    if again:
+        assert f"; {max_restarts - 1} more restarts are allowed" in again[0]
 
 
 def test_interruptions_are_passed_on(program: str, tmp_path: Path):
     caller = tmp_path / "caller.py"
     caller.write_text(
-        "import sys; from pathlib import Path; from tpipe_jax.launcher import start_local\n"
+        "import sys; from pathlib import Path; from tpipe_jax.launcher import supervise\n"
         "from tpipe_jax.config import *; from tpipe_jax.flags import *\n"
-        "processes = ProcessFlags(local_processes=2)\n"
+        "processes = ProcessFlags(local_processes=2, max_restarts=3)\n"
         "flags = Flags(Config(mesh=MeshConfig(pipe=2)), Path('w'), processes)\n"
-        "sys.exit(start_local(sys.argv[1:], flags))\n"
+        "sys.exit(supervise(sys.argv[1:], flags))\n"
     )
     child = several.start(program, "what=interrupt", program=str(caller))
     assert child.stdout is not None
     assert sorted(child.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=400)
-    assert sorted(err.splitlines()) == ["[0] saved 0", "[1] saved 1"]
+    assert sorted(err.splitlines())[:2] == ["[0] saved 0", "[1] saved 1"]
+    assert "starting again" not in err  # who stops a run does not want it started again
     assert child.returncode == 1
 
 
 def test_devices_that_do_not_divide_are_refused():
     with pytest.raises(UserError) as error:
-        start_local(["program"], flags(3))
+        supervise(["program"], flags(3))
     assert "--local-processes=3 does not divide the 4 devices" in str(error.value)
 
 

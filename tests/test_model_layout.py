@@ -11,6 +11,7 @@ from jax.tree_util import keystr
 
 from states import MODEL, abstract, numbered, state_on
 from tpipe_jax.config import MeshConfig
+from tpipe_jax.health import Health
 from tpipe_jax.model_layout import pieces, restored
 from tpipe_jax.train_state import TrainState
 
@@ -44,7 +45,8 @@ def gathered(state: TrainState) -> dict[str, np.ndarray]:
 
 def expected() -> dict[str, np.ndarray]:
     arrays = {"step": 7, "opt_state/1/0/count": 7, "opt_state/1/2/count": 7}
-    arrays |= {f"loss_scale/{name}": 7 for name in ("value", "good_steps", "skipped_steps")}
+    arrays |= {f"loss_scale/{name}": 7 for name in ("value", "good_steps")}
+    arrays |= {f"health/{name}": 7 for name in Health._fields}
     for path, leaf in jax.tree.leaves_with_path(numbered()):
         name = keystr(path, simple=True, separator="/")
         for prefix, factor in (("params", 1), ("opt_state/1/0/mu", 2), ("opt_state/1/0/nu", 3)):

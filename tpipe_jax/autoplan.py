@@ -5,7 +5,7 @@ of a model with errors is one whose errors flatter it, unless it has been measur
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -38,12 +38,18 @@ def stage_factors(config: Config) -> list[float]:
 
 
 def plan_slices(
-    config: Config, request: PlanRequest, mesh: Mesh, workdir: Path, console: Console
+    config: Config,
+    request: PlanRequest,
+    mesh: Mesh,
+    workdir: Path,
+    console: Console,
+    check: Callable[[], None] = lambda: None,
 ) -> tuple[LatencyTable, Planning]:
     """The fastest plan that keeps to the request, and the latencies that it follows from.
 
     They are measured, and kept as `latency.json` in the workdir, unless it holds those of the same
-    model, mesh and machine. Raises `UserError` if no plan keeps to the request and the memory.
+    model, mesh and machine. Raises `UserError` if no plan keeps to the request and the memory, and
+    what `check` raises, which is called in between.
     """
     optimizer = make_optimizer(config.optim, config.train.num_steps)
     config = fitting_policy(config, mesh, request, optimizer)
@@ -53,7 +59,12 @@ def plan_slices(
     if profile:
         console.say(f"latencies as measured before: {path}")
     else:
-        with console.profiling() as on_progress:
+        with console.profiling() as show_progress:
+
+            def on_progress(done: int, num_parts: int) -> None:
+                show_progress(done, num_parts)
+                check()
+
             profiler = Profiler(config, mesh)
             profile = profiler.profile(on_progress)
         console.say(_errors(profile))
@@ -67,6 +78,7 @@ def plan_slices(
         new = planning.plan.shapes - {s[:2] for s in profile.samples if not s.is_test}
         if not new or num_refinements == MAX_REFINEMENTS:
             return table, planning
+        check()
         shapes = ", ".join(f"{b} x {n}" for b, n in sorted(new))
         console.say(f"timing what the plan is made of: {shapes} tokens")
         profiler = profiler or Profiler(config, mesh)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -154,8 +154,14 @@ class Checkpoints:
                 save.result()
             self._last_step = step
 
-    def close(self) -> None:
-        """Waits as `wait` does, and ends the background thread."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Waits as `wait` does, but for Ctrl-C, and ends the background thread."""
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            return
         try:
             self.wait()
         finally:

@@ -128,6 +128,14 @@ class TrainConfig:
     """Batches of an evaluation."""
     sample_tokens: CountOrZero = 200
     """Tokens that the trained model continues held-out text with at the end of the run."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What follows on a loss or gradients that are not finite, which change nothing: the end of the
+    run, or the next step."""
+    max_consecutive_skips: Count = 10
+    """Steps in a row that skip may skip; one more ends the run."""
+    step_timeout_seconds: Count = 1800
+    """How long a step, a batch of an evaluation or a save may take; one that takes longer ends the
+    run, everywhere, and tells where it hangs."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,11 @@
 """Batches of training and held-out sequences from text or token files.
 
 Text is read as bytes, one token each. A folder is the text files below it, sorted by path, with
-nothing between them. Files are memory-mapped: only the windows that are asked for are read.
+nothing between them. Only the windows that are asked for are read.
 """
 
 import bisect
+import errno
 import itertools
 import os
 import tokenize
@@ -23,7 +24,7 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 
 
 @dataclass(frozen=True)
-class MappedFile:
+class TokenFile:
     """The tokens in a file, after `offset` bytes of header."""
 
     path: Path
@@ -35,18 +36,27 @@ class MappedFile:
         return self.num_tokens
 
     def __getitem__(self, where: slice) -> np.ndarray:
-        # A map that stays keeps its file open, too many in a big folder; a new one takes 20 us.
-        return np.memmap(self.path, self.dtype, "r", self.offset, (self.num_tokens,))[where]
+        """Raises OSError if the file does not have them any more."""
+        start, stop, _ = where.indices(self.num_tokens)
+        size = self.dtype.itemsize
+        # Not mapped, since a file that is cut short while it is ends the process; and opened each
+        # time, which takes 20 us, since a big folder has more files than may be open.
+        with self.path.open("rb") as file:
+            file.seek(self.offset + start * size)
+            content = file.read((stop - start) * size)
+        if len(content) < (stop - start) * size:
+            raise OSError(errno.EIO, "shorter than at the start", str(self.path))
+        return np.frombuffer(content, self.dtype)
 
 
 class TokenSource:
     """The tokens of a source, one sequence made of parts; `files` (paths) is empty for pydocs."""
 
     def __init__(
-        self, setting: str, vocab_size: int, parts: Sequence[MappedFile | np.ndarray]
+        self, setting: str, vocab_size: int, parts: Sequence[TokenFile | np.ndarray]
     ) -> None:
         self.setting = setting
-        self.files = {str(part.path.resolve()) for part in parts if isinstance(part, MappedFile)}
+        self.files = {str(part.path.resolve()) for part in parts if isinstance(part, TokenFile)}
         self._vocab_size = vocab_size
         self._parts = parts
         self._bounds = [0, *itertools.accumulate(len(part) for part in parts)]
@@ -55,14 +65,19 @@ class TokenSource:
         return self._bounds[-1]
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens `[start, stop)`, int32. Raises `UserError` for an id outside the vocabulary."""
+        """Tokens `[start, stop)`, int32. Raises `UserError` for an id outside the vocabulary, and
+        for a file that cannot be read any more.
+        """
         first = bisect.bisect_right(self._bounds, start) - 1
         end = bisect.bisect_left(self._bounds, stop)
-        pieces = [
-            part[max(start - begin, 0) : stop - begin]
-            for part, begin in zip(self._parts[first:end], self._bounds[first:end], strict=True)
-        ]
-        tokens = np.concatenate(pieces)
+        pairs = zip(self._parts[first:end], self._bounds[first:end], strict=True)
+        try:
+            tokens = np.concatenate([part[max(start - at, 0) : stop - at] for part, at in pairs])
+        except OSError as error:
+            raise UserError(
+                f"{self.setting} cannot be read any more ({error.strerror}: {error.filename}): "
+                "bring it back as it was, and the same command continues."
+            ) from error
         outside = np.flatnonzero((tokens < 0) | (tokens >= self._vocab_size))
         if outside.size:
             raise UserError(
@@ -188,7 +203,7 @@ def _pydocs(setting: str) -> np.ndarray:
     return np.frombuffer("".join(topics.values()).encode(), np.uint8)
 
 
-def _open_path(setting: str, value: str, vocab_size: int) -> list[MappedFile]:
+def _open_path(setting: str, value: str, vocab_size: int) -> list[TokenFile]:
     path = Path(os.path.expanduser(value))
     if value and path.is_dir():  # Path("") is the current folder
         files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -205,11 +220,11 @@ def _open_path(setting: str, value: str, vocab_size: int) -> list[MappedFile]:
     return [_open_text(path)]
 
 
-def _open_text(path: Path) -> MappedFile:
-    return MappedFile(path, np.dtype(np.uint8), 0, _num_bytes(path))
+def _open_text(path: Path) -> TokenFile:
+    return TokenFile(path, np.dtype(np.uint8), 0, _num_bytes(path))
 
 
-def _open_bin(setting: str, path: Path, vocab_size: int) -> MappedFile:
+def _open_bin(setting: str, path: Path, vocab_size: int) -> TokenFile:
     is_long = vocab_size > 2**16 or _looks_like_uint32(path)
     dtype = np.dtype("<u4" if is_long else "<u2")
     num_tokens, rest = divmod(_num_bytes(path), dtype.itemsize)
@@ -218,7 +233,7 @@ def _open_bin(setting: str, path: Path, vocab_size: int) -> MappedFile:
             f"{setting} has {_num_bytes(path)} bytes, not a multiple of the {dtype.itemsize} of a "
             f"token: write {dtype.name}, which config.model.vocab_size={vocab_size} asks for."
         )
-    return MappedFile(path, dtype, 0, num_tokens)
+    return TokenFile(path, dtype, 0, num_tokens)
 
 
 def _looks_like_uint32(path: Path) -> bool:
@@ -229,7 +244,7 @@ def _looks_like_uint32(path: Path) -> bool:
     return bool(pairs[:, 0].any() and not pairs[:, 1].any())
 
 
-def _open_npy(setting: str, path: Path) -> MappedFile:
+def _open_npy(setting: str, path: Path) -> TokenFile:
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
     except (ValueError, tokenize.TokenError) as error:  # TokenError: a damaged header
@@ -241,7 +256,7 @@ def _open_npy(setting: str, path: Path) -> MappedFile:
             f"{setting} has shape {tokens.shape} and type {tokens.dtype}: "
             "save tokens as a one-dimensional array of integers."
         )
-    return MappedFile(path, tokens.dtype, tokens.offset, len(tokens))
+    return TokenFile(path, tokens.dtype, tokens.offset, len(tokens))
 
 
 def _num_bytes(path: Path) -> int:

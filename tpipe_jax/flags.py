@@ -29,6 +29,9 @@ class ProcessFlags:
     """The GPUs of its host that this process uses; all if left out."""
     local_processes: Count | None = None
     """Starts so many processes on this machine instead, and relays what they print."""
+    max_restarts: CountOrZero = 0
+    """How often processes that have failed are started again, from the last checkpoint; each host
+    its own, where a scheduler starts them."""
     join_seconds: Count = 300
     """How long a process waits for the others at the start."""
 
@@ -185,10 +188,15 @@ def without_option(args: list[str], name: str) -> list[str]:
 
 def _check_processes(flags: ProcessFlags) -> None:
     """Raises `UserError` if they don't fit each other."""
-    for name in ("num_processes", "local_processes", "join_seconds"):
+    for name, least in (
+        ("num_processes", 1),
+        ("local_processes", 1),
+        ("join_seconds", 1),
+        ("max_restarts", 0),
+    ):
         value = getattr(flags, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')}={value} must be at least 1.")
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')}={value} must be at least {least}.")
     by_hand = [flags.coordinator, flags.num_processes, flags.process_id]
     if flags.local_processes is not None and [*by_hand, flags.local_device_ids] != [None] * 4:
         raise UserError(

@@ -21,12 +21,15 @@ from tpipe_jax.flags import Flags, without_option
 Work = Callable[[Config, Path, Sequence[Any], Any], None]
 
 GRACE_SECONDS = 10  # for the others to end by themselves after one has failed
+FINAL = (0, 2, 130)  # done, something to mend, stopped: starting again would not help
+
+Child = subprocess.Popen[str]
 
 
 def launch(flags: Flags, work: Work) -> int:
     """Runs the work in each process; returns the exit status."""
-    if flags.processes.local_processes is not None:
-        return start_local(sys.argv, flags)
+    if flags.processes.local_processes is not None or flags.processes.max_restarts:
+        return supervise(sys.argv, flags)
     # Imported late, so that a mistake in the flags is answered at once.
     import jax
 
@@ -40,12 +43,34 @@ def launch(flags: Flags, work: Work) -> int:
     return 0
 
 
-def start_local(argv: Sequence[str], flags: Flags) -> int:
+def supervise(argv: Sequence[str], flags: Flags) -> int:
+    """Runs the program in processes of its own, one, or the local ones that are asked for, and
+    again where they have failed and may be restarted; returns the last exit status.
+
+    Raises `UserError` if the devices don't divide.
+    """
+    children: list[Child] = []
+    num_left = flags.processes.max_restarts
+    argv = without_option(list(argv), "max-restarts")
+    with _passing_signals_to(children) as received:
+        while True:
+            if flags.processes.local_processes is None:
+                children[:] = [_start([sys.executable, *argv])]
+                status = _wait(children)
+            else:
+                status = start_local(argv, flags, children)
+            if status in FINAL or received or not num_left:
+                return status
+            num_left -= 1
+            _say(f"starting again from the last checkpoint; {num_left} more restarts are allowed")
+
+
+def start_local(argv: Sequence[str], flags: Flags, children: list[Child]) -> int:
     """Starts the program once for each local process, and relays what they print, line by line.
 
     Cores and devices are shared out evenly. Returns 0 if all processes end so, else the status of
-    the one that failed first; the others are ended then. Raises `UserError` if the devices don't
-    divide.
+    the one that failed first; the others are ended then. `children` is filled with them. Raises
+    `UserError` if the devices don't divide.
     """
     num_processes, num_devices = flags.processes.local_processes, flags.config.mesh.num_devices
     assert num_processes is not None
@@ -60,29 +85,27 @@ def start_local(argv: Sequence[str], flags: Flags) -> int:
         port = probe.getsockname()[1]
     command = [sys.executable, *without_option(list(argv), "local-processes")]
     command += [f"--coordinator=127.0.0.1:{port}", f"--num-processes={num_processes}"]
-    children, relays = [], []
-    with _passing_signals_to(children):
-        for i in range(num_processes):
-            ids = map(str, range(i * num_own, (i + 1) * num_own))
-            own = [*command, f"--process-id={i}", "--local-device-ids", *ids]
-            with _on_its_cores(i, num_processes):
-                child = _start(own)
-            children.append(child)
-            for source, target in ((child.stdout, sys.stdout), (child.stderr, sys.stderr)):
-                relays.append(threading.Thread(target=_relay, args=(f"[{i}] ", source, target)))
-                relays[-1].start()
-        first = _supervise(children)
+    relays = []
+    children.clear()
+    for i in range(num_processes):
+        ids = map(str, range(i * num_own, (i + 1) * num_own))
+        own = [*command, f"--process-id={i}", "--local-device-ids", *ids]
+        with _on_its_cores(i, num_processes):
+            child = _start(own, is_relayed=True)
+        children.append(child)
+        for source, target in ((child.stdout, sys.stdout), (child.stderr, sys.stderr)):
+            relays.append(threading.Thread(target=_relay, args=(f"[{i}] ", source, target)))
+            relays[-1].start()
+    status = _wait(children)
     for relay in relays:
         relay.join()
-    if first is None:
-        return 0
-    code = children[first].returncode
-    if code < 0:
-        print(f"process {first} was ended by {signal.Signals(-code).name}", file=sys.stderr)
-    return code if code > 0 else 128 - code
+    return status
 
 
-def _start(command: Sequence[str]) -> subprocess.Popen[str]:
+def _start(command: Sequence[str], is_relayed: bool = False) -> Child:
+    """Starts a process that signals reach from here only."""
+    if not is_relayed:
+        return subprocess.Popen(command, text=True, start_new_session=True)
     width = get_terminal_size().columns - len("[0] ")
     return subprocess.Popen(
         command,
@@ -92,24 +115,35 @@ def _start(command: Sequence[str]) -> subprocess.Popen[str]:
         text=True,
         errors="replace",
         env=os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": str(width)},
-        start_new_session=True,  # Ctrl-C reaches it once, passed on from here
+        start_new_session=True,
     )
 
 
-def _supervise(children: Sequence[subprocess.Popen[str]]) -> int | None:
-    """Waits for all processes; returns which failed first, if one did."""
-    first, deadline = None, math.inf
-    while True:
-        codes = [child.poll() for child in children]
+def _wait(children: Sequence[Child]) -> int:
+    """Waits for all processes; returns the exit status of the one that failed first, if one did.
+
+    Says which that was, and ends those that don't end by themselves then.
+    """
+    first, deadline, hanging = None, math.inf, []
+    while None in (codes := [child.poll() for child in children]) or (first is None and any(codes)):
         if first is None and any(codes):
             first = next(i for i, code in enumerate(codes) if code)
             deadline = time.monotonic() + GRACE_SECONDS
-        if None not in codes:
-            return first
         if time.monotonic() > deadline:
-            for child in children:
-                child.kill()
+            hanging = [i for i, code in enumerate(codes) if code is None]
+            for i in hanging:
+                children[i].kill()
+            deadline = math.inf
         time.sleep(0.05)
+    if first is None:
+        return 0
+    code = children[first].returncode
+    if code < 0 or (len(children) > 1 and code not in FINAL):
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        _say(f"process {first} {how}" + ", before the others" * (len(children) > 1))
+    for i in hanging:
+        _say(f"process {i} did not end by itself and was killed: it may be the one that hangs")
+    return code if code > 0 else 128 - code
 
 
 @contextmanager
@@ -126,21 +160,29 @@ def _on_its_cores(index: int, num_processes: int) -> Iterator[None]:
 
 
 @contextmanager
-def _passing_signals_to(children: Sequence[subprocess.Popen[str]]) -> Iterator[None]:
-    """Ctrl-C and SIGTERM go to the processes, which know what to do with them."""
+def _passing_signals_to(children: Sequence[Child]) -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM go to the processes, which know what to do with them; yields those that
+    have come.
+    """
+    received: list[int] = []
 
     def receive(number: int, _: Any) -> None:
+        received.append(number)
         for child in children:
             child.send_signal(number)  # does nothing if it has ended
 
     before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield received
     finally:
         for child in children:
             child.kill()  # those that an error has left running
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _relay(prefix: str, source: IO[str] | None, target: IO[str]) -> None:

@@ -23,13 +23,11 @@ class LossScale(NamedTuple):
     value: Array
     good_steps: Array
     """Steps without overflow since `value` has changed."""
-    skipped_steps: Array
-    """Of the whole run."""
 
 
 def new_loss_scale(config: PrecisionConfig) -> LossScale:
     """The scale that a run starts with."""
-    return LossScale(jnp.float32(config.loss_scale_start), jnp.int32(0), jnp.int32(0))
+    return LossScale(jnp.float32(config.loss_scale_start), jnp.int32(0))
 
 
 def next_loss_scale(config: PrecisionConfig, scale: LossScale, is_finite: Array) -> LossScale:
@@ -41,7 +39,6 @@ def next_loss_scale(config: PrecisionConfig, scale: LossScale, is_finite: Array)
     return LossScale(
         jnp.where(is_finite, higher, lower),
         jnp.where(is_finite & ~is_due, scale.good_steps + 1, 0),
-        scale.skipped_steps + ~is_finite,
     )
 
 

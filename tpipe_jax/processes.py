@@ -1,54 +1,36 @@
-"""The processes of a run: how they find each other, agree, and end together.
+"""The processes of a run: how they find each other, agree, and stop after one and the same step.
 
 Built on jax's own distributed runtime. Its coordination service, in process 0, holds a few values
-that all can read; what is said here before devices are known goes through those. A process that
-fails leaves its error there, and all others, which look for one all the time, print it and end:
-whatever they wait for, be it a collective that the failed one will never join.
+that all can read; what is said here before devices are known goes through those.
 """
 
 import hashlib
 import ipaddress
+import itertools
 import json
 import os
 import platform
 import signal
 import socket
-import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jaxlib
 import numpy as np
 from jax._src import distributed  # the coordination service's values have no public name yet
-from jax.errors import JaxRuntimeError
 from jax.experimental import multihost_utils
 
 import tpipe_jax
 from tpipe_jax.config import UserError, to_dict
+from tpipe_jax.failures import ending_together, print_error
 from tpipe_jax.flags import Flags, ProcessFlags
 
-POLL_SECONDS = 0.5  # between two looks for another process's error
-FAREWELL_SECONDS = 15  # in which all processes should have seen an error, on a busy machine too
 END_SECONDS = 3600  # in which process 0 should have written what it still has when others are done
 HEARTBEAT_SECONDS = 15  # after which a process that was killed, or whose host is gone, is missed
-FAILURE = "tpipe_jax/failure"
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a process ends, as all processes are told."""
-
-    process: int
-    host: str
-    status: int
-    text: str
-    """One sentence, or a traceback."""
 
 
 @contextmanager
@@ -62,7 +44,7 @@ def joined(flags: Flags) -> Iterator[int]:
     if not _connect(flags.processes):
         yield 1
         return
-    with _ending_together():
+    with ending_together():
         _agree(flags)
         yield distributed.global_state.num_processes
         _client().wait_at_barrier("tpipe_jax/end", 1000 * END_SECONDS)
@@ -79,17 +61,18 @@ def from_first(text: str) -> str:
     return np.asarray(multihost_utils.broadcast_one_to_all(own)).astype(np.uint8).tobytes().decode()
 
 
-def stop_notices(first_step: int) -> Callable[[int], bool]:
-    """Returns whether to stop after so many steps, since some process has received SIGTERM.
+def stop_notices() -> Callable[[], bool]:
+    """Returns a function that tells whether some process has received SIGTERM.
 
-    It is True after one and the same step in all processes. Until this is called, with a number
-    that is not above the first one that the result is called with, SIGTERM ends a process as usual.
+    All processes call it equally often, and it is True at one and the same call in all of them, and
+    never again. Until `stop_notices` is called, SIGTERM ends a process as usual.
     """
     jax.config.update("jax_enable_preemption_service", True)
     distributed.global_state.initialize_preemption_sync_manager()
+    calls = itertools.count()
     # A notice is due at the next number after the last one asked for, and never at one before.
-    multihost_utils.reached_preemption_sync_point(first_step)
-    return multihost_utils.reached_preemption_sync_point
+    multihost_utils.reached_preemption_sync_point(next(calls))
+    return lambda: multihost_utils.reached_preemption_sync_point(next(calls))
 
 
 def from_all(text: str) -> list[str]:
@@ -207,7 +190,7 @@ def _giving_up(flags: ProcessFlags) -> Iterator[None]:
                 f"coordinator's address {address}: start process 0 there, see that the address "
                 "can be reached from this host, or wait longer with --join-seconds."
             )
-        _print_error(f"error: {text}")
+        print_error(f"error: {text}")
         os._exit(2)
 
     timer = threading.Timer(flags.join_seconds, give_up)
@@ -292,72 +275,6 @@ def _facts(flags: Flags) -> dict[str, Any]:
         "jaxlib": jaxlib.__version__,
         "Python": ".".join(platform.python_version_tuple()[:2]),
     }
-
-
-@contextmanager
-def _ending_together() -> Iterator[None]:
-    """Ends all processes when one fails in here."""
-    left, lock = threading.Event(), threading.Lock()
-
-    def end(failure: Failure) -> NoReturn:
-        with lock:  # which the thread that comes first keeps
-            _end(failure)
-
-    def watch() -> None:
-        while not left.wait(POLL_SECONDS):
-            failure = _failure()
-            if failure and failure.process != distributed.global_state.process_id:
-                end(failure)
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    except BaseException as error:  # Ctrl-C too
-        end(_publish(error))
-    left.set()
-    watcher.join()
-
-
-def _publish(error: BaseException) -> Failure:
-    """Tells the others; returns the failure that came first, of this process or of another."""
-    if isinstance(error, UserError):
-        status, text = 2, f"error: {error}"
-    elif isinstance(error, KeyboardInterrupt):
-        status, text = 130, "stopped"
-    else:
-        status, text = 1, "".join(traceback.format_exception(error)).rstrip()
-    own = Failure(distributed.global_state.process_id, socket.gethostname(), status, text)
-    try:
-        _client().key_value_set(FAILURE, json.dumps(vars(own)))
-    except JaxRuntimeError:  # there is one already, or process 0 is gone
-        return _failure() or own
-    return own
-
-
-def _failure() -> Failure | None:
-    """The failure that has been published, if there is one."""
-    try:
-        return Failure(**json.loads(_client().key_value_try_get(FAILURE)))
-    except JaxRuntimeError:
-        return None
-
-
-def _end(failure: Failure) -> NoReturn:
-    """Prints the failure in its own process and in process 0, and ends this one."""
-    own, text = distributed.global_state.process_id, failure.text
-    if failure.process != own:
-        text = f"process {failure.process} on {failure.host}: {text}" if own == 0 else ""
-    _print_error(text)
-    with suppress(Exception):  # process 0, which tells the others, may not go before all have heard
-        _client().wait_at_barrier("tpipe_jax/farewell", 1000 * FAREWELL_SECONDS)
-    os._exit(failure.status)  # threads and collectives may never come to an end
-
-
-def _print_error(text: str) -> None:
-    with suppress(OSError, ValueError):  # nobody may be reading
-        sys.stdout.flush()
-        print(text, file=sys.stderr, end="\n" if text else "", flush=True)
 
 
 def _client() -> Any:

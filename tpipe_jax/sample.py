@@ -1,5 +1,7 @@
 """Continues a text with the trained model, through the same pipeline."""
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 from jax.sharding import Mesh
@@ -16,9 +18,16 @@ TEMPERATURE = 0.7
 
 
 def sample(
-    config: Config, mesh: Mesh, plan: Plan, params: Params, prompt: np.ndarray, num_tokens: int
+    config: Config,
+    mesh: Mesh,
+    plan: Plan,
+    params: Params,
+    prompt: np.ndarray,
+    num_tokens: int,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> np.ndarray:
-    """Draws `num_tokens` tokens after the prompt, `[num_tokens]`, from a seed of the config.
+    """Draws `num_tokens` tokens after the prompt, `[num_tokens]`, from a seed of the config, or
+    fewer where `is_stopped` says so.
 
     Each token takes a forward pass over the last `seq_len` tokens: right on any mesh, and slow.
     """
@@ -34,7 +43,7 @@ def sample(
     )
     random = np.random.default_rng(config.train.seed)
     tokens = list(prompt)
-    for _ in range(num_tokens):
+    while len(tokens) < len(prompt) + num_tokens and not is_stopped():
         context = tokens[-seq_len:]
         rows = np.zeros_like(rows)
         rows[:, : len(context)] = context

@@ -15,7 +15,7 @@ from tpipe_jax.optim import learning_rate
 from tpipe_jax.plan import Plan
 
 COMPARED_STEPS = 20  # until prediction and measurement are compared
-STEP_METRICS = ("loss", "grad_norm", "loss_scale", "skipped_steps")
+STEP_METRICS = ("loss", "grad_norm", "loss_scale", "skipped_steps", "loss_spikes")
 
 
 class StepLog:
@@ -30,6 +30,8 @@ class StepLog:
     ) -> None:
         self._train, self._metrics, self._console = config.train, metrics, console
         self._precision, self._optim = config.precision, config.optim
+        may_skip = self._train.on_nonfinite == "skip"
+        self._num_allowed = self._train.max_consecutive_skips if may_skip else 0
         self._prediction, self._compared = plan.prediction, (0, 0.0)
         self._is_warming_up, self._save_seconds = True, 0.0
         self._tokens_per_step = config.train.batch_size * config.model.seq_len
@@ -57,8 +59,10 @@ class StepLog:
         line = {name: values[name].item() for name in STEP_METRICS if name in values}
         self._num_timed += 1
         is_finite = math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
-        lowest = self._precision.loss_scale_min
-        has_diverged = not is_finite and line.get("loss_scale", lowest) <= lowest
+        num_bad = int(values["consecutive_skips"])
+        has_diverged = not is_finite and num_bad > self._num_allowed
+        if not is_finite and 0 < num_bad <= self._num_allowed:
+            self._console.say(f"step {step}: loss or gradients are not finite, and not applied")
         if not (
             has_diverged
             or evaluate
@@ -68,7 +72,7 @@ class StepLog:
             return
         step_seconds = (time.monotonic() - self._since) / self._num_timed
         # Steps before this one that were not skipped.
-        num_updates = step - 1 - line.get("skipped_steps", 0) + (not is_finite)
+        num_updates = step - 1 - line["skipped_steps"] + (not is_finite)
         line |= {
             "learning_rate": np.asarray(self._learning_rate(num_updates)).item(),
             "step_seconds": step_seconds,
@@ -82,14 +86,15 @@ class StepLog:
             self._metrics.write(step, line)
         self._console.show_progress(step, line)
         if has_diverged:
-            raise UserError(self._divergence(step))
+            raise UserError(self._divergence(step, num_bad))
         self._compare(step, step_seconds)
         self.start()
 
-    def _divergence(self, step: int) -> str:
+    def _divergence(self, step: int, num_bad: int) -> str:
         scale = self._precision.loss_scale_min
+        steps = f"step {step} are" if num_bad == 1 else f"{num_bad} steps up to {step} were"
         return (
-            f"training has diverged: loss or gradients of step {step} are not finite"
+            f"training has diverged: loss or gradients of {steps} not finite"
             + f", with the loss scale at its lower bound {scale:g}"
             * (self._precision.compute == "float16")
             + f"; lower config.optim.learning_rate={self._optim.learning_rate:g} or raise "

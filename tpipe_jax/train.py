@@ -1,14 +1,12 @@
 """The training loop: everything that a run does, in the order in which it does it."""
 
-import os
-import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -24,6 +22,7 @@ from tpipe_jax.collectives import compile_checked
 from tpipe_jax.config import Config, resolved
 from tpipe_jax.console import Console
 from tpipe_jax.data import Batches, open_data
+from tpipe_jax.failures import Expect, watched
 from tpipe_jax.memory import budget, fitting_step, limit_bytes, program_bytes
 from tpipe_jax.mesh import (
     check_model,
@@ -38,14 +37,18 @@ from tpipe_jax.model import Params, num_params
 from tpipe_jax.optim import make_optimizer
 from tpipe_jax.plan import Plan, PlanRequest, read_settings
 from tpipe_jax.precision import is_slow, resolve_precision
-from tpipe_jax.processes import host_names, stop_notices
+from tpipe_jax.processes import gathered, host_names
+from tpipe_jax.read_ahead import ReadAhead
 from tpipe_jax.remat import candidates
 from tpipe_jax.sample import sample
 from tpipe_jax.schedule import terapipe
 from tpipe_jax.step_log import StepLog
+from tpipe_jax.stop import Stop, Stopped
 from tpipe_jax.train_state import TrainState, abstract_rows, abstract_state, init_state
 from tpipe_jax.train_step import make_loss
-from tpipe_jax.workdir import changed_settings, describe_in_files
+from tpipe_jax.workdir import changed_settings, describe_in_files, locked
+
+PHASE_SECONDS = 3600  # that planning, compiling or restoring may take, if steps may not take more
 
 
 @dataclass(frozen=True)
@@ -98,40 +101,52 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
         console.say(f"changed since the last start: {change}")
     _show_hosts(run.mesh, console)  # all meet here, after the first has found the folder fit
 
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint, config.model, console.say)
-    num_steps = config.train.num_steps
-    with closing(checkpoints):
-        first_step = checkpoints.newest_step() or 0
-        if first_step >= num_steps:
-            console.say(
-                f"The run in {workdir} has finished its {first_step} steps: go further with "
-                f"--config.train.num-steps={2 * first_step}, or start another with --workdir."
-            )
-            return
-        plan = _planned(run, workdir, console)
-        with interruptions(console, first_step) as interrupted:
-            programs = compile_programs(run, plan, console)
-            state = None
-            if first_step:
-                like = abstract_state(config, run.mesh, run.optimizer)
-                state = checkpoints.restore(first_step, like)
-                console.say(f"continuing after step {first_step}")
-            if is_first:
-                describe_in_files(config, workdir, plan, stage_factors(config))
-            state = state or init_state(config, run.mesh, run.optimizer)
-            metrics = Metrics(workdir, first_step) if is_first else None
-            with closing(metrics) if metrics else nullcontext():
-                log = StepLog(config, plan, metrics, console)
-                step, state = _loop(
-                    run, programs, state, first_step, checkpoints, log, console, interrupted
+    num_steps, first_step = config.train.num_steps, 0
+    with (
+        watched() as expect,
+        Stop(console.say) as stop,
+        locked(workdir / "checkpoints") if is_first else nullcontext(),
+        Checkpoints(
+            workdir / "checkpoints", config.checkpoint, config.model, console.say
+        ) as checkpoints,
+    ):
+        within = partial(_expect, config, expect)
+        try:
+            within("checking checkpoints", is_step=False)
+            first_step = checkpoints.newest_step() or 0
+            if first_step >= num_steps:
+                console.say(
+                    f"The run in {workdir} has finished its {first_step} steps: go further with "
+                    f"--config.train.num-steps={2 * first_step}, or start another with --workdir."
                 )
-    if step < num_steps:
-        console.say(f"Interrupted after step {step}: the same command continues from here.")
-        return
-    if config.train.sample_tokens:
-        prompt = run.held_out.batch(0)[-1, : config.model.seq_len // 2]
-        tokens = sample(config, run.mesh, plan, state.params, prompt, config.train.sample_tokens)
-        console.show_sample(*(_as_text(config, part) for part in (prompt, tokens)))
+                return
+            stop.check()
+            within("planning slices", is_step=False)
+            plan = _planned(run, workdir, console, stop.check)
+            within("compiling", is_step=False)
+            programs = compile_programs(run, plan, console)
+            stop.check()
+        except Stopped:
+            console.say(f"Interrupted after step {first_step}: the same command goes on.")
+            return
+        within("preparing the state", is_step=False)
+        state = _first_state(run, checkpoints, first_step, console)
+        if is_first:
+            describe_in_files(config, workdir, plan, stage_factors(config))
+        metrics = Metrics(workdir, first_step) if is_first else None
+        with closing(metrics) if metrics else nullcontext():
+            log = StepLog(config, plan, metrics, console)
+            gathered("training", "", lambda _: "")  # so that nobody's first step waits for others
+            with console.progress(first_step, num_steps):
+                step, state = _loop(
+                    run, programs, state, first_step, checkpoints, log, stop, within
+                )
+        if step < num_steps:
+            console.say(f"Interrupted after step {step}: the same command continues from here.")
+            return
+        if config.train.sample_tokens:
+            within("sampling", is_step=False)
+            _show_sample(run, plan, state.params, stop, console)
     console.say(f"Trained {num_steps} steps; everything is in {workdir}.")
 
 
@@ -163,11 +178,11 @@ def _show_hosts(mesh: Mesh, console: Console) -> None:
         )
 
 
-def _planned(run: Run, workdir: Path, console: Console) -> Plan:
+def _planned(run: Run, workdir: Path, console: Console, check: Callable[[], None]) -> Plan:
     """The plan as given, or the fastest of those that keep to what is."""
     config = run.config
     if isinstance(run.plan, PlanRequest):
-        _, planning = plan_slices(config, run.plan, run.mesh, workdir, console)
+        _, planning = plan_slices(config, run.plan, run.mesh, workdir, console, check)
         console.show_planning(planning, stage_factors(config))
         return planning.plan
     plan = as_first(run.plan)
@@ -207,6 +222,36 @@ def compile_programs(run: Run, plan: Plan, console: Console) -> Programs:
     return Programs(train_step, loss)
 
 
+def _first_state(
+    run: Run, checkpoints: Checkpoints, first_step: int, console: Console
+) -> TrainState:
+    """That of the checkpoint, if there is one, or a fresh one."""
+    if not first_step:
+        return init_state(run.config, run.mesh, run.optimizer)
+    like = abstract_state(run.config, run.mesh, run.optimizer)
+    state = checkpoints.restore(first_step, like)
+    console.say(f"continuing after step {first_step}")
+    return state
+
+
+class Within(Protocol):
+    """Says what is done from now on, and that it may not take longer than the settings allow."""
+
+    def __call__(self, what: str, is_step: bool = True) -> None: ...
+
+
+def _expect(config: Config, expect: Expect, what: str, is_step: bool = True) -> None:
+    seconds = config.train.step_timeout_seconds
+    if not is_step:
+        seconds = max(seconds, PHASE_SECONDS)
+    expect(
+        f"error: {what} has taken longer than {seconds} s: a device, a disk or another process "
+        "hangs, or config.train.step_timeout_seconds is too short for it; the same command "
+        "continues from the last checkpoint.",
+        seconds,
+    )
+
+
 def _loop(
     run: Run,
     programs: Programs,
@@ -214,62 +259,42 @@ def _loop(
     first_step: int,
     checkpoints: Checkpoints,
     log: StepLog,
-    console: Console,
-    interrupted: Callable[[int], bool],
+    stop: Stop,
+    within: Within,
 ) -> tuple[int, TrainState]:
-    """Runs the steps; returns how many are done, and saved, and the state."""
+    """Runs the steps; returns how many are done, and saved, and the state.
+
+    Where data cannot be read the steps before it are done, and saved if all processes can be told
+    in time. Raises `UserError` then.
+    """
     config, num_steps = run.config, run.config.train.num_steps
-    rows_of = partial(_put_batch, run, run.train_data)
-    evaluate = partial(_evaluate, run, programs.loss)
+    read = partial(_put_batch, run, run.train_data)
+    batches = ReadAhead(read, first_step, num_steps, stop.request)
 
     step = first_step
-    with console.progress(first_step, num_steps):
+    with closing(batches):
         log.start()
-        while step < num_steps and not interrupted(step):
-            state, values = programs.train_step(state, rows_of(step))
+        while step < num_steps and not stop.is_due():
+            within(f"step {step + 1}")
+            state, values = programs.train_step(state, batches.take())
             step += 1
             log.finish()  # the step before, which this one follows without a pause
             log.begin(step, values)
             if step % config.train.eval_every == 0 or step == num_steps:
-                log.finish(partial(evaluate, state.params))
+                log.finish(partial(_evaluate, run, programs.loss, state.params, within))
             if step % config.checkpoint.every == 0:
                 log.finish()  # a step is logged before it is saved, so that no kill loses its line
+                within(f"saving step {step}")
                 log.add_save(checkpoints.save(step, state))
             checkpoints.raise_failure()
+        within(f"step {step}")
         log.finish()
+    within(f"saving step {step}")
     if step > first_step:
         checkpoints.save(step, state)
     checkpoints.wait()  # while a signal still waits for this, too
+    batches.raise_failure()
     return step, state
-
-
-@contextmanager
-def interruptions(console: Console, first_step: int) -> Iterator[Callable[[int], bool]]:
-    """Yields whether Ctrl-C or SIGTERM has come to any process, as a function of the steps done; a
-    second Ctrl-C stops without saving.
-
-    With several processes it is True after one and the same step in all of them.
-    """
-    received: list[int] = []
-    is_alone = jax.process_count() == 1
-
-    def receive(number: int, _: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        console.say("Finishing the step and saving; once more stops without saving.")
-        if not is_alone:
-            os.kill(os.getpid(), signal.SIGTERM)  # which jax tells the other processes of
-
-    # With several processes SIGTERM is jax's.
-    numbers = (signal.SIGINT, signal.SIGTERM) if is_alone else (signal.SIGINT,)
-    notices = None if is_alone else stop_notices(first_step)
-    before = {number: signal.signal(number, receive) for number in numbers}
-    try:
-        yield notices or (lambda step: bool(received))
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _put_batch(run: Run, batches: Batches, index: int) -> Array:
@@ -278,9 +303,23 @@ def _put_batch(run: Run, batches: Batches, index: int) -> Array:
     return put_read_rows(run.mesh, partial(batches.batch, index), shape, np.int32)
 
 
-def _evaluate(run: Run, loss: Callable[[Params, Array], Array], params: Params) -> float:
-    batches = (_put_batch(run, run.held_out, i) for i in range(run.config.train.eval_batches))
-    return float(np.mean([float(loss(params, rows)) for rows in batches]))
+def _evaluate(
+    run: Run, loss: Callable[[Params, Array], Array], params: Params, within: Within
+) -> float:
+    losses = []
+    for i in range(run.config.train.eval_batches):
+        within(f"batch {i + 1} of an evaluation")
+        losses.append(float(loss(params, _put_batch(run, run.held_out, i))))
+    return float(np.mean(losses))
+
+
+def _show_sample(run: Run, plan: Plan, params: Params, stop: Stop, console: Console) -> None:
+    """How the model continues a held-out text."""
+    config = run.config
+    prompt = run.held_out.batch(0)[-1, : config.model.seq_len // 2]
+    num_tokens = config.train.sample_tokens
+    tokens = sample(config, run.mesh, plan, params, prompt, num_tokens, stop.is_due)
+    console.show_sample(*(_as_text(config, part) for part in (prompt, tokens)))
 
 
 def _as_text(config: Config, tokens: np.ndarray) -> str:

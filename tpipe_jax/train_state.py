@@ -1,4 +1,4 @@
-"""What training changes: parameters, optimiser state and step, and where they lie."""
+"""What training changes: parameters, optimiser state, step and counts, and where they lie."""
 
 import math
 from functools import partial
@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 
 from tpipe_jax.config import Config, resolved
+from tpipe_jax.health import Health, new_health
 from tpipe_jax.mesh import (
     over_data,
     padded_vocab_size,
@@ -32,6 +33,7 @@ class TrainState(NamedTuple):
     opt_state: optax.OptState
     step: Array
     loss_scale: LossScale
+    health: Health
 
 
 def abstract_state(
@@ -77,7 +79,7 @@ def init_step(config: Config, mesh: Mesh, optimizer: optax.GradientTransformatio
 def _new_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
     params = _new_params(config, mesh)
     loss_scale = new_loss_scale(config.precision)
-    return TrainState(params, optimizer.init(params), jnp.int32(0), loss_scale)
+    return TrainState(params, optimizer.init(params), jnp.int32(0), loss_scale, new_health())
 
 
 def _new_params(config: Config, mesh: Mesh) -> Params:

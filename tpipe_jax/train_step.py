@@ -15,6 +15,7 @@ from tpipe_jax import loss
 from tpipe_jax.attention import KVCache
 from tpipe_jax.backends import make_attention
 from tpipe_jax.config import Config
+from tpipe_jax.health import next_health
 from tpipe_jax.mesh import layer_counts, manual_part, param_specs
 from tpipe_jax.model import Params, block_functions, init_block
 from tpipe_jax.pipeline import from_stage, needs_sums, psum, sweep, varying
@@ -36,8 +37,8 @@ from tpipe_jax.train_state import TrainState, abstract_state
 def make_train_step(
     config: Config, mesh: Mesh, schedule: Schedule, optimizer: optax.GradientTransformation
 ) -> Wrapped:
-    """`(state, rows [B, T + 1])` to the next state and `loss`, `grad_norm`, and for float16
-    `loss_scale` and `skipped_steps`.
+    """`(state, rows [B, T + 1])` to the next state and `loss`, `grad_norm`, for float16 also
+    `loss_scale`, and the counts of `Health` as they are then.
 
     Where loss or gradients are not finite on any device, all keep their parameters and optimiser
     state. The old state is donated.
@@ -53,11 +54,15 @@ def make_train_step(
         metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
         is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         state = apply_gradients(optimizer, state, grads, is_finite)
+        is_lowering = jnp.bool(False)  # the loss scale, which is no sign of divergence
         if is_scaled:
+            is_lowering = scale.value > config.precision.loss_scale_min
             state = state._replace(loss_scale=next_loss_scale(config.precision, scale, is_finite))
-            skipped_steps = state.loss_scale.skipped_steps
-            metrics |= {"loss_scale": scale.value, "skipped_steps": skipped_steps}
-        return state, metrics
+            metrics["loss_scale"] = scale.value
+        health = next_health(state.health, metrics["loss"], is_finite, is_lowering)
+        counts = ("skipped_steps", "consecutive_skips", "loss_spikes")
+        metrics |= {name: getattr(health, name) for name in counts}
+        return state._replace(health=health), metrics
 
     return train_step
 

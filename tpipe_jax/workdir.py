@@ -1,8 +1,10 @@
 """What a run's folder says of it: config.json, plan.json and timeline.png."""
 
+import fcntl
 import json
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tpipe_jax.config import Config, UserError, from_dict, to_dict
@@ -63,6 +65,29 @@ def describe_in_files(
         (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
         plan.save(workdir / "plan.json")
         draw_timeline(workdir / "timeline.png", schedule, timeline, title, unit)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder, which it makes; a process that ends leaves it.
+
+    Raises `UserError` if one is in it. Where a file system has no locks, nothing keeps them out.
+    """
+    with writing_to(folder.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another run is at work in --workdir={folder.parent}: wait for its end, stop "
+                    "it, or choose another folder."
+                ) from None
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
