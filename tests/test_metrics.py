@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore[missing-module-attribute]
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.proto.event_pb2 import Event
 
 from tpipe_jax.config import UserError
 from tpipe_jax.metrics import Metrics
@@ -33,13 +34,13 @@ def read_events(workdir: Path) -> Iterator[Event]:
 
 
 def shown_by_tensorboard(workdir: Path) -> list[tuple[int, str, float]]:
-    """The scalars that are left when each start of a session purges its step and all later ones."""
-    shown: list[tuple[int, str, float]] = []
-    for event in read_events(workdir):
-        if event.session_log.status == SessionLog.START:
-            shown = [scalar for scalar in shown if scalar[0] < event.step]
-        shown += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-    return shown
+    """The scalars that TensorBoard itself reads."""
+    events = EventAccumulator(str(workdir / "tensorboard"), {"scalars": 0}).Reload()
+    return sorted(
+        (event.step, tag, event.value)
+        for tag in events.Tags()["scalars"]
+        for event in events.Scalars(tag)
+    )
 
 
 def test_a_line_is_in_the_file_as_soon_as_it_is_written(tmp_path: Path) -> None:
@@ -72,7 +73,7 @@ def test_not_a_number_is_null_in_json(tmp_path: Path) -> None:
     assert read_lines(tmp_path) == [
         {"step": 1, "loss": None, "grad_norm": None, "step_seconds": 0.5}
     ]
-    loss, grad_norm, _ = (value for _, _, value in shown_by_tensorboard(tmp_path))
+    grad_norm, loss, _ = (value for _, _, value in shown_by_tensorboard(tmp_path))
     assert math.isnan(loss)
     assert grad_norm == math.inf
 

@@ -1,8 +1,8 @@
 """The numbers of a run, as lines of `metrics.jsonl` and as TensorBoard events.
 
 Each write reaches the files before it returns, so a killed run keeps what it logged. The events are
-written record by record: tensorboardX's own SummaryWriter leaves that to a thread, which a full
-disk ends and which the run then waits for without end.
+written record by record: the usual writers leave that to a thread, which a full disk ends and
+which the run then waits for without end.
 """
 
 import contextlib
@@ -13,9 +13,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from tensorboardX import RecordWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore[missing-module-attribute]
-from tensorboardX.proto.summary_pb2 import Summary  # pyrefly: ignore[missing-module-attribute]
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore[missing-module-attribute]
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyrefly: ignore[missing-module-attribute]
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from tpipe_jax.config import UserError
 
@@ -35,8 +35,8 @@ class Metrics:
         with self._writing():
             events.mkdir(parents=True, exist_ok=True)
             _drop_after(first_step, self._path)
-            # Nanoseconds, so that the name is new: RecordWriter overwrites a file that exists.
-            self._events = RecordWriter(str(events / f"events.out.tfevents.{time.time_ns()}"))
+            name = f"events.out.tfevents.{time.time_ns()}"  # nanoseconds, so that it is new
+            self._events = RecordWriter((events / name).open("xb"))
             self._lines = self._path.open("a", encoding="utf-8")
             self._write_event(Event(file_version="brain.Event:2"))
             purge = SessionLog(status=SessionLog.START)
