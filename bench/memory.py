@@ -32,12 +32,13 @@ from tpipe_jax.optim import make_optimizer
 from tpipe_jax.plan import Plan, read_settings
 
 SLICES = (1, 4, 16)
+LIMIT_GIB = 1e6  # nothing runs here
 POLICIES = {
-    "none": MemoryConfig(remat="none"),
-    "dots": MemoryConfig(remat="dots"),
-    "dots, deferred weights": MemoryConfig(remat="dots", defer_weight_grads=True),
-    "attn": MemoryConfig(remat="attn"),
-    "full": MemoryConfig(remat="full"),
+    "none": MemoryConfig(LIMIT_GIB, "none"),
+    "dots": MemoryConfig(LIMIT_GIB, "dots"),
+    "dots, deferred weights": MemoryConfig(LIMIT_GIB, "dots", defer_weight_grads=True),
+    "attn": MemoryConfig(LIMIT_GIB, "attn"),
+    "full": MemoryConfig(LIMIT_GIB, "full"),
 }
 
 

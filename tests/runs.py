@@ -6,11 +6,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 
 import zarr_files
-from tpipe_jax.config import Config
+from tpipe_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    PlanConfig,
+    TrainConfig,
+)
 from tpipe_jax.console import Console
+from tpipe_jax.train import train
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,6 +39,29 @@ class Lines(Console):
     def show_progress(self, step: int, metrics: dict[str, float]) -> None:
         super().show_progress(step, metrics)
         self._on_step(step)
+
+
+def small_config(folder: Path) -> Config:
+    """A run of a few steps on two stages; its text is in the folder."""
+    text = folder / "text.txt"
+    text.write_text("".join(f"{i} squared is {i * i}.\n" for i in range(200)))
+    return Config(
+        model=ModelConfig(num_layers=3, d_model=16, num_heads=2, seq_len=16),
+        mesh=MeshConfig(pipe=2),
+        plan=PlanConfig(token_slices="6,6,4", batch_slices="uniform:1"),
+        train=TrainConfig(
+            num_steps=6, batch_size=4, log_every=1, eval_every=4, eval_batches=2, sample_tokens=3
+        ),
+        data=DataConfig(train=str(text)),
+        checkpoint=CheckpointConfig(every=100),
+    )
+
+
+def run(config: Config, workdir: Path, on_step=lambda step: None) -> list[str]:
+    """Trains in this process; returns what is said."""
+    console = Lines(on_step)
+    train(config, workdir, jax.devices()[: config.mesh.num_devices], console)
+    return console.said
 
 
 def metrics(workdir: Path) -> list[dict[str, float]]:

@@ -133,6 +133,12 @@ def work(what: str, config: Config, workdir: Path, devices: Sequence[jax.Device]
             raise UserError("this cannot be mended.")
     if what == "raise in the first" and index == 0:
         raise ZeroDivisionError("in the first process")
+    if what == "hang":  # the last one comes to its end first, since the other has just begun
+        with failures.watched() as expect:
+            expect("error: step 3 has taken too long", 2 if index == last else 100)
+            if index == last:
+                time.sleep(100)
+            multihost_utils.sync_global_devices("the others wait here")
     if what == "late":  # after the others have nothing more to do
         time.sleep(2 * failures.POLL_SECONDS if index == last else 0)
         if index == last:

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -76,7 +77,6 @@ def test_auto_takes_the_first_that_fits(remat: str):
 
 
 def test_without_a_limit_the_fastest_is_taken():
-    assert limit_bytes(CONFIG, MESH) is None
     chosen, _ = fitting_step(CONFIG, MESH, reference.plan_of(CONFIG), OPTIMIZER)
     assert chosen.memory.remat == "dots"
 
@@ -118,6 +118,8 @@ def test_a_plan_to_come_is_judged_by_its_smallest_slices():
 
 def test_the_least_of_what_devices_report_is_the_limit(monkeypatch: pytest.MonkeyPatch):
     class Device:
+        platform = "gpu"
+
         def memory_stats(self) -> dict[str, int]:
             return {"bytes_limit": 5 * GIB}
 
@@ -131,3 +133,25 @@ def test_the_least_of_what_devices_report_is_the_limit(monkeypatch: pytest.Monke
     gather = lambda own: own - [0, 2 * GIB]  # noqa: E731
     monkeypatch.setattr(memory.multihost_utils, "process_allgather", gather)
     assert limit_bytes(CONFIG, mesh) == 3 * GIB
+
+
+def test_a_cpu_has_its_share_of_the_machine():
+    [line] = [n for n in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in n]
+    assert limit_bytes(CONFIG, MESH) == pytest.approx(1024 * int(line.split()[1]) / 2)
+
+
+def test_what_can_never_fit_is_not_compiled(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory, "compile_checked", None)
+    model = dataclasses.replace(CONFIG.model, d_model=2**20, d_ff=2**22)
+    config = dataclasses.replace(CONFIG, model=model)
+    with pytest.raises(UserError, match=r"^the memory of a device, .* less than a step takes"):
+        fitting_step(config, MESH, reference.plan_of(config), OPTIMIZER)
+
+
+def test_a_plan_to_come_that_fits_by_far_needs_no_compiler(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(memory, "compile_checked", None)
+    request = PlanRequest(2, 4, 512)
+    assert fitting_policy(CONFIG, MESH, request, OPTIMIZER).memory.remat == "dots"
+    least = sum(budget(with_memory(remat="dots"), MESH, OPTIMIZER).values()) / GIB
+    with pytest.raises(TypeError):  # it would be called here
+        fitting_policy(with_memory(limit_gib=1.9 * least), MESH, request, OPTIMIZER)

@@ -85,11 +85,13 @@ def test_losses_do_not_depend_on_the_processes(num_processes: int, alone: Path, 
     reference.assert_close(got, want, 1e-5)
 
 
-def test_what_processes_have_saved_goes_on(tmp_path: Path):
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_what_processes_have_saved_goes_on(num_processes: int, tmp_path: Path):
     """In as many processes bitwise, in one and on another mesh up to rounding."""
     checkpoints = tmp_path / "checkpoints"
     settings = ["--config.train.num-steps=4", "--config.checkpoint.every=2"]
-    run(tmp_path, "--local-processes=2", *settings)
+    many = f"--local-processes={num_processes}"
+    run(tmp_path, many, *settings)
     whole, lines = zarr_files.read_all(checkpoints / "4"), metrics(tmp_path)
 
     def lose_the_last() -> None:
@@ -98,8 +100,10 @@ def test_what_processes_have_saved_goes_on(tmp_path: Path):
                 shutil.rmtree(path)
 
     lose_the_last()
-    assert "continuing after step 2" in run(tmp_path, "--local-processes=2", *settings)
+    assert "continuing after step 2" in run(tmp_path, many, *settings)
     chex.assert_trees_all_equal(zarr_files.read_all(checkpoints / "4"), whole)
+    if num_processes == 4:
+        return
     lose_the_last()
     out = run(tmp_path, "--config.mesh.data=1", "--config.mesh.pipe=3", *settings)
     assert "continuing after step 2" in out
@@ -130,15 +134,27 @@ def test_processes_plan_together(tmp_path: Path):
     assert [line["step"] for line in metrics(tmp_path)] == [2, 4, 6, 8]
 
 
+def wait_for_steps(child: subprocess.Popen, workdir: Path) -> None:
+    """Until one is logged."""
+    deadline = time.monotonic() + 400
+    while not (workdir / "metrics.jsonl").exists() or not metrics(workdir):
+        assert child.poll() is None, child.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def processes_of(child: subprocess.Popen) -> list[int]:
+    """The processes that a launcher has started."""
+    return [
+        int(n) for n in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    ]
+
+
 def test_ctrl_c_saves_at_one_step_in_all_processes(alone: Path, tmp_path: Path):
     args = [*SETTINGS, f"--workdir={tmp_path}", "--local-processes=2"]
     many = "--config.train.num-steps=100000"
     child = several.start(*args, many, program=PROGRAM)
-    deadline = time.monotonic() + 400
-    while not (tmp_path / "metrics.jsonl").exists() or not metrics(tmp_path):
-        assert child.poll() is None, child.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_steps(child, tmp_path)
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=400)
     assert child.returncode == 0, (out, err)
@@ -151,12 +167,12 @@ def test_ctrl_c_saves_at_one_step_in_all_processes(alone: Path, tmp_path: Path):
     assert child.stdout is not None
     while "continuing after step" not in (line := child.stdout.readline()):
         assert line, child.communicate()
-    child.send_signal(signal.SIGINT)  # as soon as it may be
+    os.kill(processes_of(child)[1], signal.SIGTERM)  # one of them, before the first step
     out, err = child.communicate(timeout=400)
     assert child.returncode == 0, (out, err)
     [said] = [line for line in out.splitlines() if "Interrupted after step" in line]
     again = int(said.split("step ")[1].split(":")[0])
-    assert stopped <= again
+    assert stopped <= again <= stopped + 1
     stopped = again
 
     further = f"--config.train.num-steps={stopped + 2}"
@@ -164,6 +180,20 @@ def test_ctrl_c_saves_at_one_step_in_all_processes(alone: Path, tmp_path: Path):
     assert f"continuing after step {stopped}" in out
     steps = [line["step"] for line in metrics(tmp_path)]
     assert steps == sorted({*range(2, stopped + 2, 2), stopped + 2})
+
+
+def test_a_killed_process_is_restarted_with_the_others(tmp_path: Path):
+    """As often as it may be; without checkpoints, from the start."""
+    settings = [*SETTINGS, f"--workdir={tmp_path}", "--config.train.num-steps=100000"]
+    child = several.start(*settings, "--local-processes=2", "--max-restarts=1", program=PROGRAM)
+    for _ in range(2):
+        wait_for_steps(child, tmp_path)
+        os.kill(processes_of(child)[1], signal.SIGKILL)
+        (tmp_path / "metrics.jsonl").unlink()  # the next start makes another
+    out, err = child.communicate(timeout=400)
+    assert child.returncode == 137, (out, err)
+    assert err.count("process 1 was ended by SIGKILL, before the others") == 2
+    assert err.count("starting again from the last checkpoint; 0 more restarts are allowed") == 1
 
 
 @pytest.fixture

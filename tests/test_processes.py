@@ -72,6 +72,18 @@ def test_a_killed_process_ends_the_others(killed: int):
     assert err
 
 
+def test_a_process_that_hangs_ends_all_and_all_tell_where():
+    children = several.start_all(2, "hang", *MESH)
+    (status_0, _, err_0), (status_1, _, err_1) = several.results(children)
+    assert (status_0, status_1) == (1, 1)
+    host = socket.gethostname()
+    assert f"process 1 on {host}: error: step 3 has taken too long" in err_0
+    assert "meanwhile process 0 was here:" in err_0
+    for own, (call, err) in enumerate((("sync_global_devices(", err_0), ("time.sleep(", err_1))):
+        *_, last = err.split("Thread MainThread (most recent call last):")
+        assert call in last, own
+
+
 def test_processes_with_other_settings_are_refused():
     each = [["--workdir=a"], ["--workdir=b", "--config.train.seed=3"]]
     answers = several.results(several.start_all(2, "exchange", *MESH, each=each))

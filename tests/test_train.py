@@ -8,54 +8,29 @@ import time
 from functools import partial
 from pathlib import Path
 
-import chex
 import jax
 import numpy as np
 import pytest
 
 import reference
-from runs import Lines, changed, launch, metrics, saved_arrays
-from tpipe_jax import checkpoint, model
-from tpipe_jax import train as train_module
+from runs import changed, launch, metrics, run, small_config
+from tpipe_jax import model
 from tpipe_jax.config import (
-    CheckpointConfig,
     Config,
-    DataConfig,
     MeshConfig,
-    ModelConfig,
-    PlanConfig,
-    TrainConfig,
     UserError,
     from_dict,
     resolved,
 )
 from tpipe_jax.data import open_data
 from tpipe_jax.optim import learning_rate
-from tpipe_jax.train import train
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{i} squared is {i * i}.\n" for i in range(200)))
-    return Config(
-        model=ModelConfig(num_layers=3, d_model=16, num_heads=2, seq_len=16),
-        mesh=MeshConfig(pipe=2),
-        plan=PlanConfig(token_slices="6,6,4", batch_slices="uniform:1"),
-        train=TrainConfig(
-            num_steps=6, batch_size=4, log_every=1, eval_every=4, eval_batches=2, sample_tokens=3
-        ),
-        data=DataConfig(train=str(text)),
-        checkpoint=CheckpointConfig(every=100),
-    )
-
-
-def run(config: Config, workdir: Path, on_step=lambda step: None) -> list[str]:
-    console = Lines(on_step)
-    train(config, workdir, jax.devices()[: config.mesh.num_devices], console)
-    return console.said
+    return small_config(tmp_path)
 
 
 def test_a_run_leaves_its_files(config: Config, tmp_path: Path):
@@ -116,68 +91,6 @@ def test_a_finished_run_says_how_to_go_on_and_changes_nothing(config: Config, tm
     assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_and_resumed_is_bitwise_uninterrupted(
-    config: Config, tmp_path: Path, number: int
-):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    run(config, whole)
-    said = run(config, parts, lambda step: os.kill(os.getpid(), number) if step == 2 else None)
-    assert "the same command continues" in said[-1]
-    stopped = metrics(parts)[-1]["step"]
-    assert 2 <= stopped < 6
-    said = run(config, parts)
-    assert f"continuing after step {stopped}" in said
-    for key in ("step", "loss", "grad_norm", "learning_rate"):
-        assert [m[key] for m in metrics(parts)] == [m[key] for m in metrics(whole)]
-    chex.assert_trees_all_equal(saved_arrays(parts, 6), saved_arrays(whole, 6))
-
-
-def test_a_stop_that_comes_while_programs_compile_is_kept(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    compile_programs = train_module.compile_programs
-
-    def stopped(*args):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return compile_programs(*args)
-
-    monkeypatch.setattr(train_module, "compile_programs", stopped)
-    assert any("Interrupted after step 0" in line for line in run(config, tmp_path / "run"))
-
-
-def test_a_stop_that_comes_with_the_last_save_lets_it_end(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    write = checkpoint._write
-
-    def stopped(*args):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
-        return write(*args)
-
-    monkeypatch.setattr(checkpoint, "_write", stopped)
-    config = changed(config, train={"num_steps": 2, "sample_tokens": 0})
-    assert "Trained 2 steps" in run(config, tmp_path / "run")[-1]
-    assert saved_arrays(tmp_path / "run", 2)["step"] == 2
-
-
-def test_stalls_of_saves_are_logged(config: Config, tmp_path: Path):
-    run(changed(config, checkpoint={"every": 2, "async_": False}), tmp_path / "run")
-    stalls = [line.get("checkpoint_stall_seconds") for line in metrics(tmp_path / "run")]
-    assert [stall is not None for stall in stalls] == [False, False, True, False, True, False]
-    assert all(stall is None or stall > 0 for stall in stalls)
-
-
-def test_second_interruption_stops_at_once(config: Config, tmp_path: Path):
-    def interrupt_twice(step: int) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        run(config, tmp_path / "run", interrupt_twice)
-
-
 def test_losses_do_not_depend_on_the_mesh(config: Config, tmp_path: Path):
     meshes = {"1x2x1": MeshConfig(1, 2, 1), "2x2x2": MeshConfig(2, 2, 2)}
     losses = {}
@@ -221,29 +134,6 @@ def test_a_scale_that_is_too_large_costs_a_few_steps_only(config: Config, tmp_pa
         skipped += is_skipped
         assert line["skipped_steps"] == skipped
     assert 2 <= skipped <= 4
-
-
-@pytest.mark.parametrize("compute", ["float32", "float16"])
-def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(
-    config: Config, tmp_path: Path, compute: str
-):
-    """By a learning rate that is far too large, after a few good steps."""
-    config = changed(config, precision={"compute": compute, "loss_scale_start": 1.0})
-    run(changed(config, train={"num_steps": 3}), tmp_path / "run")
-    diverging = {"learning_rate": 1e4, "warmup_steps": 0, "grad_clip": 0.0}
-    with pytest.raises(UserError, match="training has diverged") as error:
-        run(changed(config, train={"num_steps": 30}, optim=diverging), tmp_path / "run")
-    text = str(error.value)
-    assert "config.optim.learning_rate=10000" in text
-    assert ("the loss scale at its lower bound 1" in text) == (compute == "float16")
-    lines = metrics(tmp_path / "run")
-    step = lines[-1]["step"]
-    assert f"of step {step} are not finite" in text
-    assert [line["step"] for line in lines] == list(range(1, step + 1))
-    assert lines[-1]["loss"] is None or lines[-1]["grad_norm"] is None
-    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["3"]
-    arrays = saved_arrays(tmp_path / "run", 3)
-    assert all(np.isfinite(array).all() for array in arrays.values())
 
 
 def test_checkpoint_of_another_model_is_refused(config: Config, tmp_path: Path):

@@ -191,7 +191,8 @@ class MemoryConfig:
     """The memory of a device."""
 
     limit_gib: Annotated[float, Range(0)] | None = None
-    """What a step may use; None means what the device reports, which a CPU does not."""
+    """What a step may use; None means what the device reports, and for a CPU its share of the
+    machine's memory."""
     remat: str = "auto"
     """What the backward pass computes again: none, dots (all but matrix products), full (all but
     layer inputs, keys and values), or names of what is saved instead, as attn,hidden; auto means

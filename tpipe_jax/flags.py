@@ -108,8 +108,9 @@ def exit_status(program: Callable[[], int | None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+        print("stopped", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        os._exit(130)  # a save may be under way in a thread, for which Python would wait
 
 
 def parse_file_plan(args: list[str], program: str) -> FilePlanFlags:

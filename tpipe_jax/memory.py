@@ -1,11 +1,15 @@
 """What a step takes of a device's memory: what is known of it, what XLA says, and what fits."""
 
 import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import jax
 import numpy as np
 import optax
+from jax.errors import JaxRuntimeError
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.stages import Compiled
@@ -57,14 +61,37 @@ def program_bytes(program: Compiled) -> int:
 
 
 def limit_bytes(config: Config, mesh: Mesh) -> float | None:
-    """What a step may use: as set, or the least that a device reports; None if it does not."""
+    """What a step may use: as set, or the least that a device has; None if that is not known.
+
+    A CPU has its share of the machine's memory, which other processes may need too.
+    """
     if config.memory.limit_gib is not None:
         return config.memory.limit_gib * GIB
-    statistics = mesh.local_devices[0].memory_stats() or {}
-    reported = statistics.get("bytes_limit", math.inf)
+    device = mesh.local_devices[0]
+    reported = (device.memory_stats() or {}).get("bytes_limit", math.inf)
+    if device.platform == "cpu":
+        machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        reported = machine_bytes / len(mesh.local_devices)
     if jax.process_count() > 1:
         reported = float(multihost_utils.process_allgather(np.float64(reported)).min())
     return reported if reported < math.inf else None
+
+
+@contextmanager
+def out_of_memory(config: Config) -> Iterator[None]:
+    """Answers a device whose memory does not do with a `UserError`."""
+    try:
+        yield
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        brief = str(error).splitlines()[0]
+        raise UserError(
+            f"a device has too little memory ({brief}): set config.memory.limit_gib below "
+            "what it has, and config.memory.remat="
+            f"{config.memory.remat} to auto, to have what fits chosen; or give config.mesh more "
+            "devices, or make config.train.batch_size or config.model smaller."
+        ) from error
 
 
 def fitting_step(
@@ -77,7 +104,10 @@ def fitting_step(
     """
     limit, needed, trial = limit_bytes(config, mesh), 0, config
     for remat in candidates(config.memory):
-        trial = replace(config, memory=replace(config.memory, remat=remat))
+        trial = _with_policy(config, remat)
+        needed = max(budget(trial, mesh, optimizer).values())
+        if limit is not None and needed > limit:
+            continue  # whatever else it takes, which a compiler may take long to say
         step = compile_checked(
             make_train_step(trial, mesh, terapipe(plan), optimizer),
             mesh,
@@ -98,14 +128,18 @@ def fitting_policy(
 
     Raises `UserError` if there is none.
     """
-    chosen = candidates(config.memory)
-    if limit_bytes(config, mesh) is None:
-        return replace(config, memory=replace(config.memory, remat=chosen[0]))
+    first, limit = _with_policy(config, candidates(config.memory)[0]), limit_bytes(config, mesh)
+    if limit is None or 2 * sum(budget(first, mesh, optimizer).values()) < limit:
+        return first  # it will do, as the step itself will show
     batch_slices = request.batch_slices or (1,) * request.batch_size
     num_slices = request.seq_len // unit_tokens(config)
     token_slices = request.token_slices or uniform(request.seq_len, num_slices)
     smallest = Plan(request.num_stages, batch_slices, (token_slices,) * len(batch_slices))
     return fitting_step(config, mesh, smallest, optimizer)[0]
+
+
+def _with_policy(config: Config, remat: str) -> Config:
+    return replace(config, memory=replace(config.memory, remat=remat))
 
 
 def _too_little(

@@ -23,7 +23,7 @@ from tpipe_jax.config import Config, resolved
 from tpipe_jax.console import Console
 from tpipe_jax.data import Batches, open_data
 from tpipe_jax.failures import Expect, watched
-from tpipe_jax.memory import budget, fitting_step, limit_bytes, program_bytes
+from tpipe_jax.memory import budget, fitting_step, limit_bytes, out_of_memory, program_bytes
 from tpipe_jax.mesh import (
     check_model,
     host_parts,
@@ -103,6 +103,7 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
 
     num_steps, first_step = config.train.num_steps, 0
     with (
+        out_of_memory(config),
         watched() as expect,
         Stop(console.say) as stop,
         locked(workdir / "checkpoints") if is_first else nullcontext(),
