@@ -15,6 +15,7 @@ os.environ["XLA_FLAGS"] = (
 jax.config.update("jax_num_cpu_devices", 8)
 
 settings.register_profile("tests", deadline=None, derandomize=True, database=None)
+settings.register_profile("thorough", deadline=None, database=None, max_examples=5000)
 settings.load_profile("tests")
 
 
