@@ -124,8 +124,10 @@ def test_what_has_failed_is_started_again_as_often_as_it_may_be(
     status: int,
     max_restarts: int,
     num_starts: int,
+    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ):
+    monkeypatch.setattr(launcher, "RESTART_SECONDS", 0.1)
     starts = tmp_path / "starts"
     argv = [program, "what=restart", f"starts={starts}", f"status={status}"]
     argv += [f"--max-restarts={max_restarts}"]

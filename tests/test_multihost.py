@@ -196,6 +196,24 @@ def test_a_killed_process_is_restarted_with_the_others(tmp_path: Path):
     assert err.count("starting again from the last checkpoint; 0 more restarts are allowed") == 1
 
 
+def test_processes_that_were_started_by_hand_restart_each_on_its_own(tmp_path: Path):
+    """One is killed; the others fail by that, and all find each other again."""
+    settings = [*SETTINGS, f"--workdir={tmp_path}", "--config.checkpoint.every=1"]
+    settings += [f"--coordinator=127.0.0.1:{several.free_port()}", "--num-processes=2"]
+    settings += ["--max-restarts=1", "--config.train.num-steps=300"]
+    children = [
+        several.start(*settings, f"--process-id={i}", "--local-device-ids=0", program=PROGRAM)
+        for i in range(2)
+    ]
+    wait_for_steps(children[0], tmp_path)
+    os.kill(processes_of(children[1])[0], signal.SIGKILL)
+    answers = several.results(children)
+    assert [status for status, _, _ in answers] == [0, 0], answers
+    assert all("starting again from the last checkpoint" in err for _, _, err in answers)
+    assert "continuing after step" in answers[0][1]
+    assert [line["step"] for line in metrics(tmp_path)][-1] == 300
+
+
 @pytest.fixture
 def hosts(tmp_path: Path) -> Iterator[list[list[str]]]:
     """Two network namespaces as two hosts, with an address and a name each; how to run there."""

@@ -31,14 +31,14 @@ class Range:
 
     def __str__(self) -> str:
         if self.high < math.inf:
-            return f"between {self.low:g} and {self.high:g}"
+            return f"between {self.low:.10g} and {self.high:.10g}"
         return f"at least {self.low:g}" + (
             f" and below {self.below:g}" if self.below < math.inf else ""
         )
 
 
-Count = Annotated[int, Range(1)]
-CountOrZero = Annotated[int, Range(0)]
+Count = Annotated[int, Range(1, high=2**31 - 1)]  # what int32 holds
+CountOrZero = Annotated[int, Range(0, high=2**31 - 1)]
 NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, below=1)]
 
@@ -47,7 +47,7 @@ Fraction = Annotated[float, Range(0, below=1)]
 class ModelConfig:
     """The GPT, as published for GPT-2 and GPT-3."""
 
-    num_layers: Count = 4
+    num_layers: Annotated[int, Range(1, high=10_000)] = 4
     """Transformer blocks, spread over the stages as evenly as they go."""
     d_model: Count = 128
     """Width of the residual stream."""

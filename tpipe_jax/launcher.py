@@ -21,6 +21,7 @@ from tpipe_jax.flags import Flags, without_option
 Work = Callable[[Config, Path, Sequence[Any], Any], None]
 
 GRACE_SECONDS = 10  # for the others to end by themselves after one has failed
+RESTART_SECONDS = 20  # in which processes that others have started notice that one has failed
 FINAL = (0, 2, 130)  # done, something to mend, stopped: starting again would not help
 
 Child = subprocess.Popen[str]
@@ -63,6 +64,11 @@ def supervise(argv: Sequence[str], flags: Flags) -> int:
                 return status
             num_left -= 1
             _say(f"starting again from the last checkpoint; {num_left} more restarts are allowed")
+            deadline = time.monotonic() + RESTART_SECONDS
+            while flags.processes.local_processes is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+                if received:
+                    return status
 
 
 def start_local(argv: Sequence[str], flags: Flags, children: list[Child]) -> int:

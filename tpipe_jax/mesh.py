@@ -38,6 +38,9 @@ _OTHERS = {
 }
 
 
+MAX_CPU_DEVICES = 1024  # that a process makes; each has threads of its own
+
+
 def find_devices(config: MeshConfig, num_processes: int = 1) -> list[jax.Device]:
     """The devices of all processes; on CPUs, as many as the mesh asks for.
 
@@ -50,7 +53,7 @@ def find_devices(config: MeshConfig, num_processes: int = 1) -> list[jax.Device]
         no_threads = "--xla_cpu_multi_thread_eigen=false"
         os.environ["XLA_FLAGS"] = f"{no_threads} {os.environ.get('XLA_FLAGS', '')}"
     keep_freed_memory()
-    jax.config.update("jax_num_cpu_devices", max(num_local, 1))
+    jax.config.update("jax_num_cpu_devices", min(max(num_local, 1), MAX_CPU_DEVICES))
     devices = jax.devices()
     if rest and devices[0].platform == "cpu":
         raise UserError(

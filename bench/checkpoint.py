@@ -1,0 +1,97 @@
+"""What a checkpoint keeps training waiting for, and how long it takes in all, beside Orbax.
+
+    python bench/checkpoint.py
+    python bench/checkpoint.py --folder=/mnt/disk --d-model=1024 --rounds=9
+
+Saves and restores the state of a GPT on two CPU devices. `stall` is the time until training may go
+on and donate its state, `save` until all of it is on the disk, `restore` until a state is back. Ours
+writes digests, and compares them before it restores; Orbax has none. The two take turns; figures are
+medians over the rounds. Orbax is left out where it is not installed (pip install orbax-checkpoint).
+"""
+
+import argparse
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from tpipe_jax.checkpoint import Checkpoints
+from tpipe_jax.config import Config, MeshConfig, ModelConfig
+from tpipe_jax.mesh import make_mesh
+from tpipe_jax.optim import make_optimizer
+from tpipe_jax.train_state import abstract_state, init_state
+
+Times = tuple[float, float, float]
+
+
+def main() -> None:
+    args = parse_args()
+    jax.config.update("jax_num_cpu_devices", 2)
+    model = ModelConfig(num_layers=args.num_layers, d_model=args.d_model, num_heads=4)
+    config = Config(model=model, mesh=MeshConfig(pipe=2))
+    mesh, optimizer = make_mesh(config.mesh, jax.devices()), make_optimizer(config.optim, 100)
+    state, like = init_state(config, mesh, optimizer), abstract_state(config, mesh, optimizer)
+    num_bytes = sum(a.nbytes for a in jax.tree.leaves(state))
+    print(f"{num_bytes / 1e6:.0f} MB, jax {jax.__version__}, medians of {args.rounds} rounds")
+
+    def ours(folder: Path) -> Times:
+        with Checkpoints(folder, config.checkpoint, model, print) as checkpoints:
+            start = time.perf_counter()
+            stall = checkpoints.save(1, state)
+            checkpoints.wait()
+            saved = time.perf_counter()
+            assert checkpoints.newest_step() == 1
+            jax.block_until_ready(checkpoints.restore(1, like))
+            return stall, saved - start, time.perf_counter() - saved
+
+    ways: dict[str, Callable[[Path], Times]] = {"tpipe_jax": ours}
+    try:
+        import orbax.checkpoint as ocp  # pyrefly: ignore[missing-import]
+    except ImportError:
+        print("without Orbax, which is not installed")
+    else:
+
+        def orbax(folder: Path) -> Times:
+            checkpointer = ocp.StandardCheckpointer()
+            start = time.perf_counter()
+            checkpointer.save(folder / "1", state)
+            stall = time.perf_counter() - start
+            checkpointer.wait_until_finished()
+            saved = time.perf_counter()
+            jax.block_until_ready(checkpointer.restore(folder / "1", like))
+            times: Any = stall, saved - start, time.perf_counter() - saved
+            checkpointer.close()
+            return times
+
+        ways["orbax"] = orbax
+
+    times: dict[str, list[Times]] = {name: [] for name in ways}
+    for _ in range(1 + args.rounds):  # the first warms up
+        for name, way in ways.items():
+            folder = Path(tempfile.mkdtemp(dir=args.folder))
+            times[name].append(way(folder))
+            shutil.rmtree(folder)
+    print(f"{'':10} {'stall, s':>9} {'save, s':>9} {'restore, s':>11} {'save, MB/s':>11}")
+    for name, rounds in times.items():
+        stall, save, restore = map(statistics.median, zip(*rounds[1:], strict=True))
+        print(f"{name:10} {stall:9.3f} {save:9.2f} {restore:11.2f} {num_bytes / save / 1e6:11.0f}")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", help="on the disk that is measured")
+    parser.add_argument("--num-layers", type=int, default=12)
+    parser.add_argument("--d-model", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
