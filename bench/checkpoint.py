@@ -4,9 +4,10 @@
     python bench/checkpoint.py --folder=/mnt/disk --d-model=1024 --rounds=9
 
 Saves and restores the state of a GPT on two CPU devices. `stall` is the time until training may go
-on and donate its state, `save` until all of it is on the disk, `restore` until a state is back. Ours
-writes digests, and compares them before it restores; Orbax has none. The two take turns; figures are
-medians over the rounds. Orbax is left out where it is not installed (pip install orbax-checkpoint).
+on and donate its state, `save` until all of it is on the disk, `restore` until a state is back.
+Ours writes digests, and compares them before it restores; Orbax has none. The two take turns;
+figures are medians over the rounds. Orbax is left out where it is not installed
+(pip install orbax-checkpoint).
 """
 
 import argparse
