@@ -23,7 +23,10 @@ if what == "restart":
         with open(arguments["starts"], "a+") as file:
             file.write("x")
             file.seek(0)
-            sys.exit(int(arguments["status"]) if len(file.read()) < 4 else 0)
+            status = int(arguments["status"]) if len(file.read()) < 4 else 0
+        if status < 0:
+            os.kill(os.getpid(), -status)
+        sys.exit(status)
 if what == "interrupt":
     signal.signal(signal.SIGINT, lambda *_: sys.exit(f"saved {index}"))
     print("ready", flush=True)
@@ -115,6 +118,7 @@ def test_the_first_failure_ends_all_and_is_the_status(
         (1, 7, 5, 4),  # the fourth one works
         (None, 7, 1, 2),
         (None, 7, 5, 4),
+        (None, -9, 0, 1),
     ],
 )
 def test_what_has_failed_is_started_again_as_often_as_it_may_be(
@@ -132,10 +136,12 @@ def test_what_has_failed_is_started_again_as_often_as_it_may_be(
     argv = [program, "what=restart", f"starts={starts}", f"status={status}"]
     argv += [f"--max-restarts={max_restarts}"]
     asked = ProcessFlags(local_processes=num_processes, max_restarts=max_restarts)
-    expected = 0 if num_starts == 4 else status
+    expected = 0 if num_starts == 4 else status if status > 0 else 128 - status
     assert supervise(argv, Flags(Config(mesh=MeshConfig(pipe=4)), Path("w"), asked)) == expected
     assert starts.read_text() == "x" * num_starts
-    again = [line for line in capfd.readouterr().err.splitlines() if "starting again" in line]
+    lines = capfd.readouterr().err.splitlines()
+    assert ("the process was ended by SIGKILL" in lines) == (status < 0)
+    again = [line for line in lines if "starting again" in line]
     assert len(again) == num_starts - 1
     if again:
         assert f"; {max_restarts - 1} more restarts are allowed" in again[0]

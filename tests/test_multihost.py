@@ -180,9 +180,9 @@ def test_ctrl_c_saves_at_one_step_in_all_processes(alone: Path, tmp_path: Path):
 
 def test_processes_that_were_started_by_hand_restart_each_on_its_own(tmp_path: Path):
     """One is killed; the other fails by that, and both find each other again."""
-    settings = [*SETTINGS, f"--workdir={tmp_path}", "--config.checkpoint.every=1"]
+    settings = [*SETTINGS, f"--workdir={tmp_path}", "--config.checkpoint.every=2"]
     settings += [f"--coordinator=127.0.0.1:{several.free_port()}", "--num-processes=2"]
-    settings += ["--max-restarts=1", "--config.train.num-steps=60", "--config.mesh.data=1"]
+    settings += ["--max-restarts=1", "--config.train.num-steps=20", "--config.mesh.data=1"]
     children = [
         several.start(*settings, f"--process-id={i}", "--local-device-ids=0", program=PROGRAM)
         for i in range(2)
@@ -193,7 +193,7 @@ def test_processes_that_were_started_by_hand_restart_each_on_its_own(tmp_path: P
     assert [status for status, _, _ in answers] == [0, 0], answers
     assert all("starting again from the last checkpoint" in err for _, _, err in answers)
     assert "continuing after step" in answers[0][1]
-    assert metrics(tmp_path)[-1]["step"] == 60
+    assert metrics(tmp_path)[-1]["step"] == 20
 
 
 @pytest.fixture

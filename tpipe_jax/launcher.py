@@ -146,7 +146,8 @@ def _wait(children: Sequence[Child]) -> int:
     code = children[first].returncode
     if code < 0 or (len(children) > 1 and code not in FINAL):
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
-        _say(f"process {first} {how}" + ", before the others" * (len(children) > 1))
+        is_alone = len(children) == 1
+        _say(f"the process {how}" if is_alone else f"process {first} {how}, before the others")
     for i in hanging:
         _say(f"process {i} did not end by itself and was killed: it may be the one that hangs")
     return code if code > 0 else 128 - code
