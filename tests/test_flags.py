@@ -100,6 +100,7 @@ def test_mistakes_in_flags_name_the_real_ones(
             ["--config.optim.learning-rate=inf"],
             "config.optim.learning_rate=inf must be a finite number",
         ),
+        (["--config.model.seq-len=2147483648"], "seq_len=2147483648 must be at most 2147483647"),
         (["--config.data.held-out=0.7"], "config.data.held_out=0.7 must be between 0 and 0.5"),
         (["--config.model.num-heads=3"], "num_heads=3 does not divide config.model.d_model=128"),
         (["--config=configs/none.py"], "--config=configs/none.py is no file"),

@@ -31,14 +31,15 @@ class Range:
 
     def __str__(self) -> str:
         if self.high < math.inf:
-            return f"between {self.low:.10g} and {self.high:.10g}"
+            return f"between {self.low:g} and {self.high:g}"
         return f"at least {self.low:g}" + (
             f" and below {self.below:g}" if self.below < math.inf else ""
         )
 
 
-Count = Annotated[int, Range(1, high=2**31 - 1)]  # what int32 holds
-CountOrZero = Annotated[int, Range(0, high=2**31 - 1)]
+MAX_INT = 2**31 - 1  # the devices count in int32
+Count = Annotated[int, Range(1)]
+CountOrZero = Annotated[int, Range(0)]
 NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, below=1)]
 
@@ -47,7 +48,7 @@ Fraction = Annotated[float, Range(0, below=1)]
 class ModelConfig:
     """The GPT, as published for GPT-2 and GPT-3."""
 
-    num_layers: Annotated[int, Range(1, high=10_000)] = 4
+    num_layers: Count = 4
     """Transformer blocks, spread over the stages as evenly as they go."""
     d_model: Count = 128
     """Width of the residual stream."""
@@ -327,5 +328,7 @@ def _check_field(path: str, hint: Any, value: Any) -> None:
         raise UserError(f"{path}={value!r} must be of type {hint.__name__}.")
     if allowed is not None and not math.isfinite(value):
         raise UserError(f"{path}={value} must be a finite number.")
+    if hint is int and value > MAX_INT:
+        raise UserError(f"{path}={value} must be at most {MAX_INT}.")
     if allowed is not None and value not in allowed:
         raise UserError(f"{path}={value} must be {allowed}.")

@@ -38,6 +38,7 @@ _OTHERS = {
 }
 
 
+MAX_LAYERS = 10_000
 MAX_CPU_DEVICES = 1024  # that a process makes; each has threads of its own
 
 
@@ -149,7 +150,12 @@ def oldest_device(mesh: Mesh) -> Any:
 
 
 def check_model(config: ModelConfig, mesh: MeshConfig) -> None:
-    """Raises `UserError` where 'model' does not divide the operators."""
+    """Raises `UserError` where 'model' does not divide the operators, or for too many layers."""
+    if config.num_layers > MAX_LAYERS:
+        raise UserError(
+            f"config.model.num_layers={config.num_layers} is more than the {MAX_LAYERS} that can "
+            "be compiled, each as a part of the program: give fewer."
+        )
     for name, value in (("num_heads", config.num_heads), ("d_ff", config.ff_width)):
         if value % mesh.model:
             raise UserError(
