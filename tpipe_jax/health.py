@@ -28,8 +28,9 @@ class Health(NamedTuple):
 
 def new_health() -> Health:
     """That of a run which has not begun."""
-    none = jnp.int32(0)
-    return Health(none, none, none, none, jnp.float32(0), jnp.float32(0))
+    # Arrays of their own, since a step takes each of them over for its results.
+    counts = jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.int32(0)
+    return Health(*counts, jnp.float32(0), jnp.float32(0))
 
 
 def next_health(health: Health, loss: Array, is_finite: Array, is_expected: Array) -> Health:
