@@ -182,18 +182,21 @@ def test_processes_that_were_started_by_hand_restart_each_on_its_own(tmp_path: P
     """One is killed; the other fails by that, and both find each other again."""
     settings = [*SETTINGS, f"--workdir={tmp_path}", "--config.checkpoint.every=2"]
     settings += [f"--coordinator=127.0.0.1:{several.free_port()}", "--num-processes=2"]
-    settings += ["--max-restarts=1", "--config.train.num-steps=20", "--config.mesh.data=1"]
+    settings += ["--max-restarts=1", "--config.train.num-steps=40", "--config.mesh.data=1"]
     children = [
         several.start(*settings, f"--process-id={i}", "--local-device-ids=0", program=PROGRAM)
         for i in range(2)
     ]
     wait_for_steps(children[0], tmp_path)
+    while not list((tmp_path / "checkpoints").glob("*[0-9]")):
+        assert children[0].poll() is None, children[0].communicate()
+        time.sleep(0.05)
     os.kill(processes_of(children[1])[0], signal.SIGKILL)
     answers = several.results(children)
     assert [status for status, _, _ in answers] == [0, 0], answers
     assert all("starting again from the last checkpoint" in err for _, _, err in answers)
     assert "continuing after step" in answers[0][1]
-    assert metrics(tmp_path)[-1]["step"] == 20
+    assert metrics(tmp_path)[-1]["step"] == 40
 
 
 @pytest.fixture
