@@ -9,8 +9,9 @@ the end its parameters and metrics must be, bit for bit, those of a run that not
 After each fault the run must have ended by itself, with the status and the words that belong to it,
 and go on from the newest checkpoint that is sound. Ends with status 1 where any of this fails.
 
-The table says, for each kind: how often; seconds from the fault to the end of all processes; steps
-done twice; seconds from the next start to its first new step, most of which the start takes.
+The table says, for each kind: how often; seconds from the fault (for what a process does to itself,
+from the last step logged before) to the end of all processes; steps done twice; seconds from the
+next start to its first step.
 A full disk needs a file system of its own: a tmpfs, which root alone may mount.
 """
 
@@ -18,6 +19,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import statistics
@@ -27,15 +29,14 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from tpipe_jax import checkpoint_files
-from tpipe_jax.flags import exit_status, parse
-from tpipe_jax.launcher import launch
 
-FAULT = "TPIPE_JAX_FAULT"  # what a process is to do to itself, as JSON
+PROGRAM = Path(__file__).with_name("faulty.py")
+FAULT = "TPIPE_JAX_FAULT"  # what a process of it is to do to itself, as JSON
 EVERY = 5  # steps between checkpoints
 MAX_STEPS = 20  # between a start and its fault
 TIMEOUT_SECONDS = 8  # of a step
@@ -92,6 +93,16 @@ KINDS = {
     "second run": Kind((0,), "the same command", loses=False),
 }
 DAMAGES = ("flip", "truncate", "remove", "add")
+EARLY = ("kill", "freeze", "terminate", "interrupt")  # which may also come before the first step
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A fault as it will happen."""
+
+    kind: str
+    process: int
+    step: int
 
 
 @dataclass(frozen=True)
@@ -99,21 +110,27 @@ class Outcome:
     """What a fault came to."""
 
     kind: str
-    detected_seconds: float
+    ended_seconds: float
     lost_steps: int
-    recovery_seconds: float
+    recovery_seconds: float | None = None
+    """None if the next start was disturbed before its first step."""
 
 
 class Run:
-    """A run that has been started: what it prints, and where it is."""
+    """A run that has been started, and what it prints."""
 
-    def __init__(self, args: argparse.Namespace, workdir: Path, fault: dict[str, Any]) -> None:
+    def __init__(self, args: argparse.Namespace, workdir: Path, inside: Fault | None) -> None:
         self.workdir, self.lines = workdir, list[str]()
-        self.started = time.monotonic()
+        self.step = 0
+        """The last one that it has logged."""
+        self.start_seconds: float | None = None
+        """From the start to its first step."""
+        self.progress_at = self._started = time.monotonic()
+        """When it last came further."""
         self.process = subprocess.Popen(
             [
                 sys.executable,
-                __file__,
+                PROGRAM,
                 *SETTINGS,
                 f"--workdir={workdir}",
                 f"--config.data.train={args.data}",
@@ -121,7 +138,7 @@ class Run:
                 f"--config.mesh.pipe={args.processes}",
                 f"--local-processes={args.processes}",
             ],
-            env=os.environ | {FAULT: json.dumps(fault)},
+            env=os.environ | {FAULT: json.dumps(inside and vars(inside))},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -132,18 +149,20 @@ class Run:
     def _read(self) -> None:
         assert self.process.stdout is not None
         for line in self.process.stdout:
+            now = time.monotonic()
+            if match := re.search(r"\] step (\d+): loss", line):
+                self.step = int(match[1])
+                self.start_seconds = self.start_seconds or now - self._started
+            if match or "continuing after" in line:
+                self.progress_at = now
             self.lines.append(line)
+
+    def has_said(self, words: str) -> bool:
+        return any(words in line for line in self.lines)
 
     def children(self) -> list[int]:
         pid = self.process.pid
         return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-    def step(self) -> int:
-        """The last one logged."""
-        path = self.workdir / "metrics.jsonl"
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith(b"\n")]
-        return json.loads(whole[-1])["step"] if whole else 0
 
     def wait_for(self, condition: Callable[[], bool]) -> None:
         """Raises `SystemExit` if the run ends before, or it takes too long."""
@@ -163,9 +182,10 @@ class Run:
         return self.process.returncode
 
     def fail(self, why: str) -> NoReturn:
-        for pid in (*self.children(), self.process.pid):
-            os.kill(pid, signal.SIGKILL)
-        sys.exit(f"{''.join(self.lines[-60:])}\nFAILED: {why}; {self.workdir}")
+        if self.process.poll() is None:
+            for pid in (*self.children(), self.process.pid):
+                os.kill(pid, signal.SIGKILL)
+        sys.exit(f"{''.join(self.lines[-60:])}\nFAILED: {why}")
 
 
 def main() -> None:
@@ -213,91 +233,94 @@ def mount(disk: Path) -> bool:
 def soak(args: argparse.Namespace, names: list[str], workdir: Path, undisturbed: Path) -> None:
     print(f"seed {args.seed}: {len(names)} faults, {args.processes} processes", flush=True)
     start = time.monotonic()
-    run = Run(args, undisturbed, {})
+    run = Run(args, undisturbed, None)
     if run.end(args.num_steps):
         run.fail("the run that nothing disturbs has failed")
     print(f"{args.num_steps} steps undisturbed: {time.monotonic() - start:.0f} s", flush=True)
-    outcomes = []
+    outcomes: list[Outcome] = []
     for number, name in enumerate(names):
-        outcome = disturb(args, name, workdir)
+        run, outcome = disturb(args, name, workdir)
+        if outcomes:
+            outcomes[-1] = replace(outcomes[-1], recovery_seconds=run.start_seconds)
         outcomes.append(outcome)
         print(
-            f"{number + 1:3} {name:22} ended in {outcome.detected_seconds:5.1f} s, "
+            f"{number + 1:3} {name:22} ended in {outcome.ended_seconds:5.1f} s, "
             f"{outcome.lost_steps:3} steps lost",
             flush=True,
         )
-    run = Run(args, workdir, {})
+    run = Run(args, workdir, None)
     if status := run.end(args.num_steps):
         run.fail(f"the last start ended with status {status}")
+    outcomes[-1] = replace(outcomes[-1], recovery_seconds=run.start_seconds)
     compare(workdir, undisturbed, args.num_steps)
+    print_table(outcomes)
+
+
+def print_table(outcomes: list[Outcome]) -> None:
     print(f"\n{'fault':22} {'times':>5} {'ended in, s':>14} {'lost steps':>12} {'recovery, s':>12}")
     for name in KINDS:
         if own := [outcome for outcome in outcomes if outcome.kind == name]:
-            seconds = [outcome.detected_seconds for outcome in own]
-            steps = [outcome.lost_steps for outcome in own]
-            recovery = statistics.median(outcome.recovery_seconds for outcome in own)
+            ended = [outcome.ended_seconds for outcome in own]
+            lost = [outcome.lost_steps for outcome in own]
+            started = [o.recovery_seconds for o in own if o.recovery_seconds is not None]
             print(
-                f"{name:22} {len(own):5} {statistics.median(seconds):7.1f}, {max(seconds):5.1f} "
-                f"{statistics.median(steps):7.0f}, {max(steps):3} {recovery:12.1f}"
+                f"{name:22} {len(own):5} {statistics.median(ended):7.1f}, {max(ended):5.1f} "
+                f"{statistics.median(lost):7.0f}, {max(lost):3} "
+                + (f"{statistics.median(started):12.1f}" if started else f"{'-':>12}")
             )
     print(f"{len(outcomes)} faults; medians and maxima. Bitwise the undisturbed run at the end.")
 
 
-def disturb(args: argparse.Namespace, name: str, workdir: Path) -> Outcome:
+def disturb(args: argparse.Namespace, name: str, workdir: Path) -> tuple[Run, Outcome]:
     """Starts the run, which must go on from its newest sound checkpoint, and does this to it."""
-    kind, process = KINDS[name], random.randrange(args.processes)
-    sound = sound_steps(workdir)
+    kind, sound = KINDS[name], sound_steps(workdir)
     first = sound[0] if sound else 0
-    num_steps = random.randint(1, MAX_STEPS) if sound else 2 * EVERY + 5
-    saved = (first // EVERY + random.choice((1, 2))) * EVERY  # a step that is saved
-    if name in ("kill before the name", "kill in a removal"):
-        process = 0  # which does both
-        saved = (first // EVERY + 4) * EVERY  # when there are others to remove
-    at = saved if "kill in" in name or "kill before" in name else first + num_steps
-    inside = {"kind": name, "process": process, "step": at} if kind.is_inside else {}
+    fault = draw_fault(name, args.processes, first)
+    is_early = name in EARLY and first > 0 and random.random() < 0.3
 
-    run = Run(args, workdir, inside)
-    is_early = not kind.is_inside and name not in (*DAMAGES, "second run") and random.random() < 0.3
-    if sound:
-        is_early = False if name in ("disk full", "workdir gone", "data cut short") else is_early
-        run.wait_for(lambda: any("continuing after step" in line for line in run.lines) or is_early)
-    if is_early and sound:
-        run.wait_for(lambda: any(" hosts" in line for line in run.lines))
+    run, undo = Run(args, workdir, fault if kind.is_inside else None), _nothing
+    if is_early:
+        run.wait_for(lambda: run.has_said(" hosts"))
         time.sleep(random.uniform(0.2, 2))  # while programs are compiled
-    else:
-        run.wait_for(lambda: run.step() > first or bool(inside))
-    recovery = time.monotonic() - run.started
-    if not inside and not (is_early and sound):
-        run.wait_for(lambda: run.step() >= at)
-    restore = outside_fault(args, name, run, process) if not inside else lambda: None
+    elif not kind.is_inside:
+        run.wait_for(lambda: run.step >= fault.step)
     injected = time.monotonic()
-    if inside:
-        run.wait_for(lambda: run.step() >= min(at, saved) - 1 or run.process.poll() is not None)
-        injected = time.monotonic()
+    if not kind.is_inside:
+        undo = inflict(args, name, run, fault.process)
     status = run.end()
-    detected = time.monotonic() - injected
-    restore()
-    last = run.step() if any("ms/step" in line for line in run.lines) else 0
+    ended_seconds = time.monotonic() - (run.progress_at if kind.is_inside else injected)
+    undo()
 
-    said = "".join(run.lines)
-    if status not in kind.statuses or kind.words not in said:
-        sys.exit(f"{said[-6000:]}\nFAILED: {name} of process {process} ended with {status}")
-    continued = [line for line in run.lines if "continuing after step" in line]
-    if sound and not is_early and f"continuing after step {first}\n" not in continued[0]:
-        sys.exit(f"{said[-3000:]}\nFAILED: it should have gone on from step {first}")
+    if status not in kind.statuses or not run.has_said(kind.words):
+        run.fail(f"{fault} ended it with status {status}")
+    if first and run.step and not run.has_said(f"continuing after step {first}\n"):
+        run.fail(f"it should have gone on from step {first}")
     if name in DAMAGES:
         damage(workdir, name)
     remaining = sound_steps(workdir)
-    lost = max(last - (remaining[0] if remaining else 0), 0)
-    if lost > (0 if not kind.loses else 2 * EVERY + (MAX_STEPS if name in DAMAGES else 0)):
-        sys.exit(f"{said[-3000:]}\nFAILED: {name} lost {lost} steps")
-    return Outcome(name, detected, lost, recovery)
+    lost_steps = max(run.step - (remaining[0] if remaining else 0), 0)
+    if lost_steps > (2 * EVERY if kind.loses else 0) + (MAX_STEPS if name in DAMAGES else 0):
+        run.fail(f"{fault} lost {lost_steps} steps")
+    return run, Outcome(name, ended_seconds, lost_steps)
 
 
-def outside_fault(
-    args: argparse.Namespace, name: str, run: Run, process: int
-) -> Callable[[], None]:
-    """Does it; returns what undoes it once the run has ended."""
+def draw_fault(name: str, num_processes: int, first: int) -> Fault:
+    """Where and when, in a run that goes on from step `first`."""
+    process = random.randrange(num_processes)
+    step = first + random.randint(1, MAX_STEPS) if first else 2 * EVERY + 5
+    if name in ("kill in a save", "kill before the name"):
+        step = (first // EVERY + random.choice((1, 2))) * EVERY
+    if name in ("kill before the name", "kill in a removal"):
+        process = 0  # which does both
+    return Fault(name, process, step)
+
+
+def _nothing() -> None:
+    pass
+
+
+def inflict(args: argparse.Namespace, name: str, run: Run, process: int) -> Callable[[], object]:
+    """Does it from outside; returns what undoes it once the run has ended."""
     signals = {"kill": signal.SIGKILL, "freeze": signal.SIGSTOP, "terminate": signal.SIGTERM}
     workdir = run.workdir
     if name in signals:
@@ -325,14 +348,14 @@ def outside_fault(
     elif name == "data cut short":
         content = args.data.read_bytes()
         os.truncate(args.data, 100)
-        return lambda: args.data.write_bytes(content) and None
+        return lambda: args.data.write_bytes(content)
     elif name == "second run":
-        other = Run(args, workdir, {})
+        other = Run(args, workdir, None)
         status = other.end()
-        if status != 2 or "another run is at work" not in "".join(other.lines):
-            run.fail(f"a second run ended with status {status}: {''.join(other.lines)}")
+        if status != 2 or not other.has_said("another run is at work"):
+            other.fail(f"a second run ended with status {status}")
         run.process.send_signal(signal.SIGTERM)
-    return lambda: None
+    return _nothing
 
 
 def sound_steps(workdir: Path) -> list[int]:
@@ -387,60 +410,5 @@ def compare(workdir: Path, undisturbed: Path, num_steps: int) -> None:
         sys.exit("FAILED: the metrics are not those of the undisturbed run")
 
 
-def disturb_oneself(kind: str, step: int) -> None:
-    """Prepares the fault in this process."""
-    from tpipe_jax import checkpoint, step_log
-
-    begin, write = step_log.StepLog.begin, checkpoint._write
-
-    def kill(*_: Any) -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    def disturbed_begin(*args: Any) -> None:
-        if args[1] == step and kind == "raise":
-            raise ZeroDivisionError("a fault")
-        if args[1] == step and kind == "hang":
-            time.sleep(10**6)
-        begin(*args)
-
-    def disturbed_write(folder: Path, parts: Any) -> Any:
-        if folder.name == f"{step}{checkpoint_files.SAVING}":
-            write(folder, parts[: len(parts) // 2])
-            kill()
-        return write(folder, parts)
-
-    def disturbed_sync(folder: Path) -> None:
-        if folder.name == f"{step}{checkpoint_files.SAVING}":
-            kill()  # when all is written, and the folder is to get its name
-
-    def disturbed_delete(path: Path) -> None:
-        if path.suffix == checkpoint_files.REMOVING:
-            next(p for p in path.rglob("*") if p.is_file()).unlink()
-            kill()
-
-    step_log.StepLog.begin = disturbed_begin  # pyrefly: ignore[bad-assignment]
-    if kind == "kill in a save":
-        checkpoint._write = disturbed_write
-    elif kind == "kill before the name":
-        checkpoint_files._sync_folder = disturbed_sync
-    elif kind == "kill in a removal":
-        checkpoint_files._delete = disturbed_delete
-
-
-def work(*args: Any) -> None:
-    from tpipe_jax.train import train
-
-    train(*args)
-
-
-def train_disturbed() -> int:
-    fault, flags = json.loads(os.environ[FAULT]), parse(sys.argv[1:], "bench/faults.py")
-    if fault and flags.processes.process_id == fault["process"]:
-        disturb_oneself(fault["kind"], fault["step"])
-    return launch(flags, work)
-
-
 if __name__ == "__main__":
-    if FAULT in os.environ:
-        sys.exit(exit_status(train_disturbed))
     main()

@@ -12,23 +12,14 @@ import jax
 import numpy as np
 import pytest
 
-from runs import Lines, changed, launch, metrics
+from runs import Lines, changed, launch, metrics, run, small_config
 from test_latency import profile
 from tpipe_jax import autoplan
 from tpipe_jax.autoplan import plan_run
-from tpipe_jax.config import (
-    Config,
-    DataConfig,
-    MeshConfig,
-    ModelConfig,
-    PlanConfig,
-    TrainConfig,
-    UserError,
-)
+from tpipe_jax.config import Config, UserError
 from tpipe_jax.latency import Profile, Sample, load_table
 from tpipe_jax.plan import PlanRequest, load_plan
 from tpipe_jax.profiler import profile_key
-from tpipe_jax.train import train
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -81,21 +72,12 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{i} squared is {i * i}.\n" for i in range(200)))
-    return Config(
-        model=ModelConfig(num_layers=3, d_model=16, num_heads=2, seq_len=16),
-        mesh=MeshConfig(pipe=2),
-        plan=PlanConfig(unit_tokens=2),
-        train=TrainConfig(num_steps=2, batch_size=4, log_every=1, eval_batches=1, sample_tokens=0),
-        data=DataConfig(train=str(text)),
+    return changed(
+        small_config(tmp_path),
+        plan={"token_slices": "auto", "batch_slices": "auto", "unit_tokens": 2},
+        train={"num_steps": 2, "eval_every": 100, "eval_batches": 1, "sample_tokens": 0},
+        checkpoint={"every": 500},
     )
-
-
-def run(config: Config, workdir: Path) -> list[str]:
-    console = Lines()
-    train(config, workdir, jax.devices()[: config.mesh.num_devices], console)
-    return console.said
 
 
 def test_a_run_measures_once_and_plans_its_slices(config: Config, tmp_path: Path, calls: list[str]):

@@ -1,0 +1,78 @@
+"""A training run one of whose processes does something bad to itself: what bench/faults.py starts.
+
+The environment variable TPIPE_JAX_FAULT says what, in which process and at which step, as JSON; all
+else is as with launch/multihost.py.
+"""
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tpipe_jax import checkpoint_files
+from tpipe_jax.flags import exit_status, parse
+from tpipe_jax.launcher import launch
+
+FAULT = "TPIPE_JAX_FAULT"
+
+
+def prepare(kind: str, step: int) -> None:
+    """Puts the fault where it will happen."""
+    from tpipe_jax import checkpoint, step_log
+
+    begin, write, saving = step_log.StepLog.begin, checkpoint._write, checkpoint_files.SAVING
+
+    def kill() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def raise_or_hang(*args: Any) -> None:
+        if args[1] == step and kind == "raise":
+            raise ZeroDivisionError("a fault")
+        if args[1] == step and kind == "hang":
+            time.sleep(10**6)
+        begin(*args)
+
+    def kill_half_written(folder: Path, parts: Any) -> Any:
+        if folder.name == f"{step}{saving}":
+            write(folder, parts[: len(parts) // 2])
+            kill()
+        return write(folder, parts)
+
+    def kill_before_the_name(folder: Path) -> None:
+        if folder.name == f"{step}{saving}":
+            kill()  # all is written, and the folder is about to get its name
+
+    def kill_half_removed(path: Path) -> None:
+        next(file for file in path.rglob("*") if file.is_file()).unlink()
+        kill()
+
+    if kind in ("raise", "hang"):
+        step_log.StepLog.begin = raise_or_hang  # pyrefly: ignore[bad-assignment]
+    elif kind == "kill in a save":
+        checkpoint._write = kill_half_written
+    elif kind == "kill before the name":
+        checkpoint_files._sync_folder = kill_before_the_name
+    elif kind == "kill in a removal":
+        checkpoint_files._delete = kill_half_removed
+    else:
+        raise ValueError(kind)
+
+
+def work(*args: Any) -> None:
+    from tpipe_jax.train import train
+
+    train(*args)
+
+
+def main() -> int:
+    fault, flags = json.loads(os.environ[FAULT]), parse(sys.argv[1:], "bench/faulty.py")
+    if fault and flags.processes.process_id == fault["process"]:
+        prepare(fault["kind"], fault["step"])
+    return launch(flags, work)
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))
