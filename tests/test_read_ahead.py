@@ -1,12 +1,13 @@
 """Batches read ahead of a loop."""
 
 import threading
+import time
 from typing import Any
 
 import pytest
 
 from tpipe_jax import read_ahead
-from tpipe_jax.read_ahead import NUM_BATCHES, ReadAhead
+from tpipe_jax.read_ahead import NUM_BATCHES, NUM_READ, ReadAhead
 
 
 def test_batches_come_in_their_order_and_few_are_read_ahead():
@@ -26,6 +27,21 @@ def test_batches_come_in_their_order_and_few_are_read_ahead():
     rest = [batches.take() for _ in range(2 * NUM_BATCHES - 1)]
     assert rest == [10 * n for n in range(4, 3 + 2 * NUM_BATCHES)]
     batches.raise_failure()
+    batches.close()
+
+
+def test_a_step_waits_until_those_after_it_are_there():
+    numbers: list[int] = []
+
+    def read(n: int) -> Any:
+        time.sleep(0.02)
+        numbers.append(n)
+        return n
+
+    batches = ReadAhead(read, 0, 20, lambda: None)
+    for n in range(20):
+        batches.take()
+        assert len(numbers) >= min(n + NUM_READ, 20)
     batches.close()
 
 

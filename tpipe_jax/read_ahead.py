@@ -3,11 +3,13 @@
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import islice
 
 from jax import Array
 
-NUM_BATCHES = 8  # that are there before they are due
+NUM_BATCHES = 8  # that are read or being read when one is taken
+NUM_READ = 6  # of those, that are there for certain, however short a step is
 PACE_SECONDS = 0.5  # for each of those left once one has failed: jax takes a second for a notice
 
 
@@ -33,6 +35,7 @@ class ReadAhead:
             if number is None:
                 break
             self._batches.append(self._pool.submit(self._read_one, number))
+        wait(islice(self._batches, NUM_READ))
         if self._failure:
             time.sleep(PACE_SECONDS)
         return self._batches.popleft().result()
