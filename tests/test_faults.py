@@ -169,7 +169,7 @@ def test_data_that_is_lost_ends_the_run_with_all_steps_saved(
 ):
     """And with the data back it goes on as if nothing had happened."""
     monkeypatch.setattr(read_ahead, "PACE_SECONDS", 0)
-    config = changed(config, train={"num_steps": 30, "sample_tokens": 0, "eval_every": 30})
+    config = changed(config, train={"num_steps": 30, "sample_tokens": 0, "eval_every": 1})
     run(config, tmp_path / "whole")
     text, parts = Path(config.data.train), tmp_path / "parts"
     content = text.read_bytes()

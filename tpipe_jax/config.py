@@ -126,7 +126,7 @@ class TrainConfig:
     eval_every: Count = 100
     """Steps between two evaluations on held-out data."""
     eval_batches: Count = 8
-    """Batches of an evaluation."""
+    """Batches of an evaluation, always the same, which stay on the devices."""
     sample_tokens: CountOrZero = 200
     """Tokens that the trained model continues held-out text with at the end of the run."""
     on_nonfinite: Literal["stop", "skip"] = "stop"

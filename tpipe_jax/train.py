@@ -132,6 +132,9 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
             return
         within("preparing the state", is_step=False)
         state = _first_state(run, checkpoints, first_step, console)
+        # Read now, since a process that cannot read one later would leave the others waiting.
+        held_out = [_put_batch(run, run.held_out, i) for i in range(config.train.eval_batches)]
+        evaluate = partial(_evaluate, programs.loss, held_out, within)
         if is_first:
             describe_in_files(config, workdir, plan, stage_factors(config))
         metrics = Metrics(workdir, first_step) if is_first else None
@@ -140,7 +143,8 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
             gathered("training", "", lambda _: "")  # so that nobody's first step waits for others
             with console.progress(first_step, num_steps):
                 step, state = _loop(
-                    run, programs, state, first_step, checkpoints, log, stop, within
+                    *(run, programs.train_step, evaluate, state, first_step),
+                    *(checkpoints, log, stop, within),
                 )
         if step < num_steps:
             console.say(f"Interrupted after step {step}: the same command continues from here.")
@@ -255,7 +259,8 @@ def _expect(config: Config, expect: Expect, what: str, is_step: bool = True) -> 
 
 def _loop(
     run: Run,
-    programs: Programs,
+    train_step: Compiled,
+    evaluate: Callable[[Params], float],
     state: TrainState,
     first_step: int,
     checkpoints: Checkpoints,
@@ -277,12 +282,12 @@ def _loop(
         log.start()
         while step < num_steps and not stop.is_due():
             within(f"step {step + 1}")
-            state, values = programs.train_step(state, batches.take())
+            state, values = train_step(state, batches.take())
             step += 1
             log.finish()  # the step before, which this one follows without a pause
             log.begin(step, values)
             if step % config.train.eval_every == 0 or step == num_steps:
-                log.finish(partial(_evaluate, run, programs.loss, state.params, within))
+                log.finish(partial(evaluate, state.params))
             if step % config.checkpoint.every == 0:
                 log.finish()  # a step is logged before it is saved, so that no kill loses its line
                 within(f"saving step {step}")
@@ -305,12 +310,16 @@ def _put_batch(run: Run, batches: Batches, index: int) -> Array:
 
 
 def _evaluate(
-    run: Run, loss: Callable[[Params, Array], Array], params: Params, within: Within
+    loss: Callable[[Params, Array], Array],
+    held_out: Sequence[Array],
+    within: Within,
+    params: Params,
 ) -> float:
+    """The mean loss of the batches, nats per token."""
     losses = []
-    for i in range(run.config.train.eval_batches):
+    for i, rows in enumerate(held_out):
         within(f"batch {i + 1} of an evaluation")
-        losses.append(float(loss(params, _put_batch(run, run.held_out, i))))
+        losses.append(float(loss(params, rows)))
     return float(np.mean(losses))
 
 
