@@ -9,9 +9,8 @@ the end its parameters and metrics must be, bit for bit, those of a run that not
 After each fault the run must have ended by itself, with the status and the words that belong to it,
 and go on from the newest checkpoint that is sound. Ends with status 1 where any of this fails.
 
-The table says, for each kind: how often; seconds from the fault (for what a process does to itself,
-from the last step logged before) to the end of all processes; steps done twice; seconds from the
-next start to its first step.
+The table says, for each kind: how often; seconds from the fault to the end of all processes; steps
+done twice; seconds from the next start to its first step.
 A full disk needs a file system of its own: a tmpfs, which root alone may mount.
 """
 
@@ -33,10 +32,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
+from faulty import FAULT, HAPPENS
 from tpipe_jax import checkpoint_files
 
 PROGRAM = Path(__file__).with_name("faulty.py")
-FAULT = "TPIPE_JAX_FAULT"  # what a process of it is to do to itself, as JSON
 EVERY = 5  # steps between checkpoints
 MAX_STEPS = 20  # between a start and its fault
 TIMEOUT_SECONDS = 8  # of a step
@@ -125,8 +124,8 @@ class Run:
         """The last one that it has logged."""
         self.start_seconds: float | None = None
         """From the start to its first step."""
-        self.progress_at = self._started = time.monotonic()
-        """When it last came further."""
+        self.fault_at = self._started = time.monotonic()
+        """When a process did something to itself."""
         self.process = subprocess.Popen(
             [
                 sys.executable,
@@ -153,8 +152,8 @@ class Run:
             if match := re.search(r"\] step (\d+): loss", line):
                 self.step = int(match[1])
                 self.start_seconds = self.start_seconds or now - self._started
-            if match or "continuing after" in line:
-                self.progress_at = now
+            if HAPPENS in line:
+                self.fault_at = now
             self.lines.append(line)
 
     def has_said(self, words: str) -> bool:
@@ -284,11 +283,11 @@ def disturb(args: argparse.Namespace, name: str, workdir: Path) -> tuple[Run, Ou
         time.sleep(random.uniform(0.2, 2))  # while programs are compiled
     elif not kind.is_inside:
         run.wait_for(lambda: run.step >= fault.step)
-    injected = time.monotonic()
     if not kind.is_inside:
+        run.fault_at = time.monotonic()
         undo = inflict(args, name, run, fault.process)
     status = run.end()
-    ended_seconds = time.monotonic() - (run.progress_at if kind.is_inside else injected)
+    ended_seconds = time.monotonic() - run.fault_at
     undo()
     for path in (workdir / "checkpoints").glob(f"*{checkpoint_files.DAMAGED}"):
         shutil.rmtree(path)  # the disk is small

@@ -17,6 +17,7 @@ from tpipe_jax.flags import exit_status, parse
 from tpipe_jax.launcher import launch
 
 FAULT = "TPIPE_JAX_FAULT"
+HAPPENS = "the fault happens now"  # printed when it does
 
 
 def prepare(kind: str, step: int) -> None:
@@ -25,13 +26,18 @@ def prepare(kind: str, step: int) -> None:
 
     begin, write, saving = step_log.StepLog.begin, checkpoint._write, checkpoint_files.SAVING
 
+    def happens() -> None:
+        print(HAPPENS, file=sys.stderr, flush=True)
+
     def kill() -> None:
+        happens()
         os.kill(os.getpid(), signal.SIGKILL)
 
     def raise_or_hang(*args: Any) -> None:
-        if args[1] == step and kind == "raise":
-            raise ZeroDivisionError("a fault")
-        if args[1] == step and kind == "hang":
+        if args[1] == step:
+            happens()
+            if kind == "raise":
+                raise ZeroDivisionError("a fault")
             time.sleep(10**6)
         begin(*args)
 
