@@ -46,8 +46,8 @@ def test_what_takes_longer_than_it_may_is_given_up(given_up: list[str]):
 
 def test_what_is_next_starts_anew(given_up: list[str]):
     with watched(give_up(given_up)) as expect:
-        for n in range(10):
-            expect(f"step {n}", 5)
+        for n in range(20):  # together longer than one of them may take
+            expect(f"step {n}", 1)
             time.sleep(0.1)
     assert given_up == []
 
