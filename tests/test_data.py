@@ -222,6 +222,16 @@ def test_a_folder_of_many_files_keeps_none_open(tmp_path: Path) -> None:
     assert len(os.listdir("/dev/fd")) == before
 
 
+def test_a_file_that_has_become_shorter_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "data.txt"
+    path.write_bytes(bytes(1000))
+    train, held_out = open_data(settings(path))
+    os.truncate(path, 950)
+    train.batch(0)
+    with pytest.raises(UserError, match=rf"={path} cannot be read any more \(shorter than at the"):
+        [held_out.batch(i) for i in range(10)]
+
+
 @pytest.mark.parametrize("bad_id", [1040, -1, 2**40])
 def test_ids_outside_the_vocabulary_are_refused_where_read(tmp_path: Path, bad_id: int) -> None:
     tokens = np.arange(1040)

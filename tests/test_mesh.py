@@ -123,6 +123,12 @@ def test_model_that_operators_divide_into_is_accepted(model_size: int) -> None:
     mesh.check_model(config, MeshConfig(data=3, pipe=5, model=model_size))
 
 
+def test_more_layers_than_can_be_compiled_are_refused() -> None:
+    mesh.check_model(ModelConfig(num_layers=mesh.MAX_LAYERS), MeshConfig())
+    with pytest.raises(UserError, match=r"num_layers=10001 is more than the 10000 that can"):
+        mesh.check_model(ModelConfig(num_layers=mesh.MAX_LAYERS + 1), MeshConfig())
+
+
 @given(st.integers(1, 100), st.integers(1, 100))
 def test_layers_are_spread_evenly_and_earlier_stages_have_more(
     num_layers: int, num_stages: int

@@ -1,5 +1,6 @@
-"""The picture of a schedule: what is drawn on it."""
+"""The picture and the trace of a schedule: what is on them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from matplotlib.patches import Rectangle
 
 from tpipe_jax.plan import Plan
 from tpipe_jax.schedule import simulate, terapipe
-from tpipe_jax.timeline import draw_timeline
+from tpipe_jax.timeline import draw_timeline, write_trace
 
 
 def test_one_box_for_each_slice_and_direction_on_each_stage(tmp_path: Path, figures: list[Figure]):
@@ -51,3 +52,21 @@ def test_sequences_are_left_out_where_slices_have_one_each(tmp_path: Path, figur
     timeline = simulate(schedule, [1.0, 1.0], [1.0, 1.0])
     draw_timeline(tmp_path / "a.png", schedule, timeline, "title")
     assert {text.get_text() for text in figures[0].axes[0].texts} == {"5", "3"}
+
+
+def test_a_trace_has_an_event_for_each_slice_and_direction_on_each_stage(tmp_path: Path):
+    schedule = terapipe(Plan(2, (2, 1), ((5, 3), (8,))))
+    timeline = simulate(schedule, [1.0, 1.1, 1.2], [2.0, 2.2, 2.4])
+    write_trace(tmp_path / "t.json", schedule, {"predicted": timeline, "measured": timeline})
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    names = [event["args"]["name"] for event in events if event["ph"] == "M"]
+    assert names == ["predicted", "stage 0", "stage 1", "measured", "stage 0", "stage 1"]
+    for pid in (0, 1):
+        for tid in (0, 1):
+            own = [e for e in events if e["ph"] == "X" and (e["pid"], e["tid"]) == (pid, tid)]
+            assert [e["cat"] for e in own] == ["forward"] * 3 + ["backward"] * 3
+            names = ["2 x 5 at 0, 0", "1 x 8 at 2, 0", "2 x 3 at 0, 5"]
+            assert [e["name"] for e in own] == names + names[::-1]
+            assert [e["dur"] for e in own] == pytest.approx([1e6, 1.1e6, 1.2e6, 2.4e6, 2.2e6, 2e6])
+    # Microseconds; stage 1 has the first slice when stage 0 has finished it.
+    assert [e["ts"] for e in events if e["ph"] == "X"][:2] == [0, 1e6]

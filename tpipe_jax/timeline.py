@@ -1,5 +1,6 @@
-"""A schedule as a picture: stages down, time across, one box for each slice on each stage."""
+"""A schedule as a picture, and as a trace: one box for each slice on each stage."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,13 @@ def draw_timeline(
     figure.savefig(path, dpi=130)
 
 
-def draw_boxes(axes: Axes, schedule: Schedule, timeline: Timeline, unit: str) -> list[Patch]:
-    """Draws the timeline; returns what a legend shows."""
+def draw_boxes(
+    axes: Axes, schedule: Schedule, timeline: Timeline, unit: str, end: float | None = None
+) -> list[Patch]:
+    """Draws the timeline, on an axis that ends with it or at `end`; returns what a legend shows."""
     num_stages, num_items = schedule.num_stages, len(schedule.items)
     is_one_row = all(item.num_rows == 1 for item in schedule.items)
-    end = timeline.step_seconds or 1.0
+    end = end or timeline.step_seconds or 1.0
     colours = colormaps["viridis"]
     are_many = num_stages > 24
     rectangles = []
@@ -69,3 +72,29 @@ def draw_boxes(axes: Axes, schedule: Schedule, timeline: Timeline, unit: str) ->
         Patch(label="forward", **grey),
         Patch(label="backward", alpha=0.55, hatch="///", **grey),
     ]
+
+
+def write_trace(path: Path, schedule: Schedule, timelines: dict[str, Timeline]) -> None:
+    """Writes timelines in the trace event format, which Perfetto opens: each as a process of its
+    name, with a thread for each stage. Their seconds are the trace's.
+    """
+    events: list[dict[str, Any]] = []
+    for pid, (name, timeline) in enumerate(timelines.items()):
+        events.append({"ph": "M", "pid": pid, "name": "process_name", "args": {"name": name}})
+        for stage in range(timeline.num_stages):
+            thread = {"ph": "M", "pid": pid, "tid": stage}
+            events.append(thread | {"name": "thread_name", "args": {"name": f"stage {stage}"}})
+        for box in timeline.boxes:
+            item = schedule.items[box.item]
+            events.append(
+                {
+                    "ph": "X",
+                    "pid": pid,
+                    "tid": box.stage,
+                    "cat": "backward" if box.is_backward else "forward",
+                    "name": f"{item.num_rows} x {item.num_tokens} at {item.row}, {item.token}",
+                    "ts": 1e6 * box.start_seconds,
+                    "dur": 1e6 * (box.stop_seconds - box.start_seconds),
+                }
+            )
+    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")

@@ -1,4 +1,4 @@
-"""What a run's folder says of it: config.json, plan.json and timeline.png."""
+"""What a run's folder says of it: config.json, plan.json, timeline.png and timeline.json."""
 
 import fcntl
 import json
@@ -11,9 +11,9 @@ from tpipe_jax.config import Config, UserError, from_dict, to_dict
 from tpipe_jax.plan import Plan
 from tpipe_jax.planner import predicted_timeline
 from tpipe_jax.schedule import simulate, terapipe
-from tpipe_jax.timeline import draw_timeline
+from tpipe_jax.timeline import draw_timeline, write_trace
 
-FILES = ("plan.json", "plan.png", "timeline.png", "metrics.jsonl")
+FILES = ("plan.json", "plan.png", "timeline.png", "timeline.json", "metrics.jsonl")
 
 
 def changed_settings(config: Config, workdir: Path) -> list[str]:
@@ -45,12 +45,14 @@ def changed_settings(config: Config, workdir: Path) -> list[str]:
 def describe_in_files(
     config: Config, workdir: Path, plan: Plan, stage_factors: Sequence[float]
 ) -> None:
-    """Writes config.json, plan.json and timeline.png. Raises `UserError` if it cannot."""
+    """Writes config.json, plan.json, timeline.png and timeline.json. Raises `UserError` if it
+    cannot.
+    """
     schedule = terapipe(plan)
     slices = f"{len(schedule.items)} slices ({'sequences x ' * (plan.batch_size > 1)}tokens)"
     title = f"{slices} on {schedule.num_stages} stages, "
     if plan.prediction:
-        timeline, unit = predicted_timeline(plan, stage_factors), "s"
+        timeline, unit, name = predicted_timeline(plan, stage_factors), "s", "predicted"
         title += "as wide as the time that they should take"
     else:
         cost = [
@@ -60,11 +62,13 @@ def describe_in_files(
         # A backward pass takes about twice the operations of a forward pass.
         timeline = simulate(schedule, cost, [2 * c for c in cost], stage_factors=stage_factors)
         unit, title = "GFLOP in a layer", title + "as wide as their floating-point operations"
+        name = "operations: a second is a GFLOP in a layer"
     with writing_to(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
         plan.save(workdir / "plan.json")
         draw_timeline(workdir / "timeline.png", schedule, timeline, title, unit)
+        write_trace(workdir / "timeline.json", schedule, {name: timeline})
 
 
 @contextmanager
