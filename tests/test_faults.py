@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.errors import JaxRuntimeError
 
-from runs import changed, metrics, run, saved_arrays, small_config
+from runs import Lines, changed, metrics, run, saved_arrays, small_config
 from tpipe_jax import autoplan, checkpoint, loss, read_ahead
 from tpipe_jax import train as train_module
 from tpipe_jax.config import Config, UserError
@@ -72,6 +73,19 @@ def test_a_stop_that_comes_with_the_last_save_lets_it_end(
     config = changed(config, train={"num_steps": 2, "sample_tokens": 0})
     assert "Trained 2 steps" in run(config, tmp_path / "run")[-1]
     assert saved_arrays(tmp_path / "run", 2)["step"] == 2
+
+
+def test_a_run_whose_last_save_fails_does_not_say_that_it_can_continue(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any) -> Any:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint, "_write", fail)
+    console = Lines(lambda step: os.kill(os.getpid(), signal.SIGINT) if step == 2 else None)
+    with pytest.raises(UserError, match="no space left"):
+        train_module.train(config, tmp_path / "run", jax.devices()[:2], console)
+    assert not any("Interrupted" in line for line in console.said)
 
 
 def test_stalls_of_saves_are_logged(config: Config, tmp_path: Path):

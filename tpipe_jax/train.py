@@ -298,7 +298,7 @@ def _loop(
     within(f"saving step {step}")
     if step > first_step:
         checkpoints.save(step, state)
-    checkpoints.wait()  # while a signal still waits for this, too
+    checkpoints.wait()  # before the run says what it has come to
     batches.raise_failure()
     return step, state
 

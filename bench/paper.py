@@ -1,0 +1,206 @@
+"""The paper's table again: its ten settings and three longer sequences, predicted and planned.
+
+    python bench/paper.py
+
+For a model of its V100 cluster (`bench/v100.py`, three constants fitted to the unsliced times),
+this says what a step takes unsliced, which slices the planner finds, what they take, and what the
+paper measured; what its own slices take in the same model; and how uniform slices compare in
+settings 8 and 9. Nothing runs on a GPU: these are predictions. Writes `bench/results/paper.json`
+and `docs/paper.png`.
+"""
+
+import argparse
+import itertools
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+import results
+from tpipe_jax.plan import Plan, PlanRequest, uniform
+from tpipe_jax.planner import find_plan
+from v100 import (
+    SETTINGS,
+    UNIFORM,
+    UNIT_TOKENS,
+    Cluster,
+    Setting,
+    fit,
+    latency_table,
+    reduction_seconds,
+    step_seconds,
+)
+
+QUICK = ("8 GPT3-44B", "9 GPT3-175B")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A setting, predicted."""
+
+    setting: Setting
+    plan: Plan
+    unsliced_seconds: float
+    sliced_seconds: float
+    papers_plan_seconds: float | None
+    """What the slices that the paper found take in the model."""
+
+    @property
+    def speedup(self) -> float:
+        return self.unsliced_seconds / self.sliced_seconds
+
+
+def main() -> None:
+    args = parse_args()
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    cluster = fit(SETTINGS)
+    print(
+        f"fitted to the unsliced times: {cluster.flops_per_second / 1e12:.1f} TFLOP/s a device, "
+        f"{cluster.network_bytes_per_second / 1e9:.2f} GB/s a host between hosts, "
+        f"{cluster.nvlink_bytes_per_second / 1e9:.1f} GB/s a device in all-reduces"
+    )
+    rows = [predict(s, cluster) for s in SETTINGS if not args.quick or s.name in QUICK]
+    print_table(rows)
+    sweeps = {name: sweep(name, cluster) for name in UNIFORM}
+    for name, predicted in sweeps.items():
+        print_sweep(name, predicted)
+    content = {
+        "cluster": cluster._asdict(),
+        "geometric_mean_error": {kind: error(rows, kind) for kind in ("unsliced", "sliced")},
+        "settings": {row.setting.name: as_json(row) for row in rows},
+        "uniform": sweeps,
+    }
+    results.save("paper", content, args.folder)
+    draw(results.picture("paper", args.folder), rows, sweeps)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="settings 8 and 9 only")
+    parser.add_argument("--folder", type=Path, default=results.FOLDER, help="for the results")
+    return parser.parse_args()
+
+
+def predict(setting: Setting, cluster: Cluster) -> Row:
+    request = PlanRequest(setting.num_stages, setting.batch_size, setting.seq_len)
+    table = latency_table(setting, cluster)
+    plan = find_plan(table, request, [1.0] * setting.num_stages).plan
+    assert plan.prediction
+    papers = setting.token_slices
+    return Row(
+        setting,
+        plan,
+        step_seconds(setting, cluster, (setting.seq_len,)),
+        plan.prediction.step_seconds + reduction_seconds(setting, cluster),
+        step_seconds(setting, cluster, papers) if papers else None,
+    )
+
+
+def sweep(name: str, cluster: Cluster) -> dict[int, float]:
+    """Predicted seconds with so many equal slices."""
+    [setting] = [s for s in SETTINGS if s.name == name]
+    num_units = setting.seq_len // UNIT_TOKENS
+    return {
+        n: step_seconds(setting, cluster, tuple(UNIT_TOKENS * u for u in uniform(num_units, n)))
+        for n in UNIFORM[name]
+    }
+
+
+def error(rows: list[Row], kind: str) -> float:
+    """Geometric mean of predicted over measured time, or its inverse where that is larger."""
+    name = f"{kind}_seconds"
+    logs = [abs(math.log(getattr(row, name) / getattr(row.setting, name))) for row in rows]
+    return math.exp(sum(logs) / len(logs)) - 1
+
+
+def print_table(rows: list[Row]) -> None:
+    print(f"\n{'':16}{'unsliced, s':^25}{'sliced, s':^25}{'speed-up':^14}  {'its slices':^17}")
+    heads = ("paper", "model", "ratio")
+    print(f"{'':16}{''.join(f'{h:>8}' for h in heads * 2)} {'paper':>8}{'model':>7}", end="  ")
+    print(f"{'model':>9}{'/ ours':>8}  slices found")
+    for row in rows:
+        s = row.setting
+        text = f"{s.name:16}"
+        for measured, predicted in (
+            (s.unsliced_seconds, row.unsliced_seconds),
+            (s.sliced_seconds, row.sliced_seconds),
+        ):
+            text += f"{measured:8.3f}{predicted:8.3f}{predicted / measured:8.2f}"
+        text += f" {s.unsliced_seconds / s.sliced_seconds:7.2f}x{row.speedup:6.2f}x  "
+        papers = row.papers_plan_seconds
+        text += f"{papers:8.3f}s{papers / row.sliced_seconds:8.3f}" if papers else " " * 17
+        print(f"{text}  {slices_found(row.plan)}")
+    unsliced, sliced = (error(rows, kind) for kind in ("unsliced", "sliced"))
+    print(f"geometric mean error: unsliced {unsliced:.1%} (fitted), sliced {sliced:.1%}")
+
+
+def slices_found(plan: Plan) -> str:
+    """Short: how many batch slices of how many sequences, and the token slices of the first."""
+    groups = [(len(list(own)), size) for size, own in itertools.groupby(plan.batch_slices)]
+    tokens = plan.token_slices[0]
+    return (
+        ", ".join(f"{count} x {size}" for count, size in groups)
+        + f" by {len(tokens)}: {tokens[0]} to {tokens[-1]}"
+    )
+
+
+def print_sweep(name: str, predicted: dict[int, float]) -> None:
+    measured = UNIFORM[name]
+    print(f"\n{name}, uniform slices:  " + "".join(f"{n:8}" for n in measured))
+    for label, values in (("paper", measured), ("model", predicted)):
+        best = min(values, key=lambda n: values[n])
+        cells = "".join(f"{value:8.3f}" for value in values.values())
+        print(f"{label:>{len(name) + 18}}:  {cells}  best {best}")
+    ours = min(predicted, key=lambda n: predicted[n])
+    gap = measured[ours] / min(measured.values()) - 1
+    print(f"the model's best took the paper {gap:.1%} longer than the best that it measured")
+
+
+def as_json(row: Row) -> dict[str, object]:
+    s = row.setting
+    return {
+        "paper": {"unsliced_seconds": s.unsliced_seconds, "sliced_seconds": s.sliced_seconds},
+        "model": {
+            "unsliced_seconds": row.unsliced_seconds,
+            "sliced_seconds": row.sliced_seconds,
+            "speedup": row.speedup,
+            "papers_slices_seconds": row.papers_plan_seconds,
+        },
+        "batch_slices": row.plan.batch_slices,
+        "token_slices": row.plan.token_slices[0],
+        "is_optimal": row.plan.prediction and row.plan.prediction.is_optimal,
+    }
+
+
+def draw(path: Path, rows: list[Row], sweeps: dict[str, dict[int, float]]) -> None:
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    axes, *others = figure.subplots(1, 1 + len(sweeps), width_ratios=[2.4, 1, 1])
+    axes.set_title("speed-up by slices", fontsize=10)
+    at = range(len(rows))
+    papers = [row.setting.unsliced_seconds / row.setting.sliced_seconds for row in rows]
+    axes.bar([x - 0.2 for x in at], papers, 0.4, label="paper, measured on V100s", color="0.6")
+    ours = [row.speedup for row in rows]
+    axes.bar([x + 0.2 for x in at], ours, 0.4, label="this planner, in the model", color="C0")
+    axes.set_xticks(at, [row.setting.name for row in rows], rotation=35, ha="right", fontsize=8)
+    axes.set_ylabel("unsliced / sliced time")
+    axes.legend(frameon=False, fontsize=8)
+    for name, other in zip(sweeps, others, strict=True):
+        measured = UNIFORM[name]
+        other.plot(measured.keys(), measured.values(), "o-", color="0.6", label="paper, measured")
+        other.plot(sweeps[name].keys(), sweeps[name].values(), "s-", color="C0", label="model")
+        other.set(xscale="log", ylim=(0, None), xlabel="equal slices", ylabel="step [s]")
+        other.set_xticks(list(measured), [str(n) for n in measured])
+        other.minorticks_off()
+        other.set_title(f"setting {name}", fontsize=10)
+        other.legend(frameon=False, fontsize=8)
+    for each in (axes, *others):
+        each.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
