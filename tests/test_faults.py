@@ -56,7 +56,9 @@ def test_a_stop_that_comes_while_programs_compile_is_kept(
         return compile_programs(*args)
 
     monkeypatch.setattr(train_module, "compile_programs", stopped)
-    assert any("Interrupted after step 0" in line for line in run(config, tmp_path / "run"))
+    said = run(config, tmp_path / "run")
+    assert said[-1] == "Interrupted after step 0: the same command goes on."
+    assert [path.name for path in (tmp_path / "run").rglob("*")] == ["checkpoints"]
 
 
 def test_a_stop_that_comes_with_the_last_save_lets_it_end(
