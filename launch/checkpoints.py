@@ -42,7 +42,8 @@ def show(checkpoint: Path) -> bool:
     except (files.DamagedError, OSError) as error:
         if not checkpoint.exists():
             return True
-        state = f"damaged: {error}"
+        is_damaged = isinstance(error, files.DamagedError)
+        state = f"{'damaged' if is_damaged else 'cannot be read'}: {error}"
     size = files.num_bytes(checkpoint)
     print(f"{checkpoint.name:>10} {size / 1e6:12.1f}  {state}", flush=True)
     return state == "sound"

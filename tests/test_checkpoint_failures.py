@@ -196,6 +196,24 @@ def test_a_failure_in_the_background_is_told_soon(tmp_path: Path, monkeypatch: p
     assert checkpoint_files.list_steps(tmp_path) == []
 
 
+def test_a_save_that_takes_too_long_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """So that a run whose save hangs does not go on without ever saving."""
+    write = checkpoint._write
+
+    def late(*args: Any) -> Any:
+        time.sleep(1)
+        return write(*args)
+
+    monkeypatch.setattr(checkpoint, "_write", late)
+    with open_folder(tmp_path) as checkpoints:
+        checkpoints.save(1, state_on(ONE))
+        time.sleep(0.2)
+        checkpoints.raise_failure(60)
+        assert names(tmp_path) != ["1"]
+        checkpoints.raise_failure(0.1)
+        assert names(tmp_path) == ["1"]
+
+
 def failure_of(checkpoints: Checkpoints) -> str:
     try:
         checkpoints.raise_failure()

@@ -83,14 +83,18 @@ def test_output_is_relayed_and_devices_and_cores_are_shared_out(
 
 
 @pytest.mark.parametrize(
-    ("what", "status", "message"),
-    [("fail", 7, "process 1 ended with 7"), ("kill", 137, "process 1 was ended by SIGKILL")],
+    ("what", "status", "message", "reason"),
+    [
+        ("fail", 7, "process 1 ended with 7", "it may be the one that hangs"),
+        ("kill", 137, "process 1 was ended by SIGKILL", "it waited for the other"),
+    ],
 )
 def test_the_first_failure_ends_all_and_is_the_status(
     program: str,
     what: str,
     status: int,
     message: str,
+    reason: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
@@ -101,10 +105,7 @@ def test_the_first_failure_ends_all_and_is_the_status(
     assert time.monotonic() - start < 50
     assert capsys.readouterr().err.splitlines() == [
         f"{message}, before the others",
-        *(
-            f"process {i} did not end by itself and was killed: it may be the one that hangs"
-            for i in (0, 2, 3)
-        ),
+        *(f"process {i} did not end by itself and was killed: {reason}" for i in (0, 2, 3)),
     ]
 
 

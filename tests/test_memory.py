@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from jax.stages import Compiled
 
@@ -138,6 +139,26 @@ def test_the_least_of_what_devices_report_is_the_limit(monkeypatch: pytest.Monke
 def test_a_cpu_has_its_share_of_the_machine():
     [line] = [n for n in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in n]
     assert limit_bytes(CONFIG, MESH) == pytest.approx(1024 * int(line.split()[1]) / 2)
+
+
+def test_processes_of_one_host_share_its_memory(monkeypatch: pytest.MonkeyPatch):
+    class Device:
+        platform = "cpu"
+
+        def __init__(self, process_index: int) -> None:
+            self.process_index = process_index
+
+        def memory_stats(self) -> None:
+            return None
+
+    class Mesh:
+        devices = np.array([Device(0), Device(0), Device(1), Device(2)])
+        local_devices = (Device(0),)
+
+    mesh: Any = Mesh()
+    monkeypatch.setattr(memory, "host_names", lambda: ["here", "here", "there"])
+    share = memory.os.sysconf("SC_PAGE_SIZE") * memory.os.sysconf("SC_PHYS_PAGES") / 3
+    assert limit_bytes(CONFIG, mesh) == pytest.approx(share)
 
 
 def test_what_can_never_fit_is_not_compiled(monkeypatch: pytest.MonkeyPatch):

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -33,6 +36,32 @@ def test_a_signal_in_the_middle_of_output_is_kept_too():
     with Stop(say) as stop:
         os.kill(os.getpid(), signal.SIGINT)
         assert stop.is_due()
+
+
+HANGING = """
+import jax
+from tpipe_jax.stop import Stop
+
+with Stop(print):
+    print("ready", flush=True)
+    for_ever = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 2, jax.numpy.sin, x))
+    for_ever(1.0).block_until_ready()
+"""
+
+
+def test_a_second_signal_ends_a_process_that_waits_for_a_device():
+    """Python calls no handler then."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(3)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    _, err = process.communicate(timeout=100)
+    assert (process.returncode, err) == (130, "stopped\n")
 
 
 def test_a_run_may_ask_itself():

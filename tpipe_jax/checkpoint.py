@@ -5,6 +5,7 @@ where on a mesh, `checkpoint_files` what makes a folder a checkpoint (docs/check
 """
 
 import json
+import math
 import os
 import textwrap
 import time
@@ -51,7 +52,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
         self._last_step: int | None = None  # that has been read or saved
-        self._num_saves = 0
+        self._num_saves, self._started = 0, 0.0
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
             if not os.access(folder, os.W_OK):
@@ -107,6 +108,7 @@ class Checkpoints:
         if step != self._last_step:
             self._num_saves += 1
             parts = list(pieces(self._model, state))
+            self._started = time.monotonic()
             save = self._thread.submit(self._save, step, parts, self._num_saves)
             self._saving = step, save
             if not self._config.async_:
@@ -141,9 +143,12 @@ class Checkpoints:
                 "away to continue from an older one, or start another run with --workdir."
             ) from error
 
-    def raise_failure(self) -> None:
-        """Raises `UserError` if a save has failed meanwhile."""
-        if self._saving is not None and self._saving[1].done():
+    def raise_failure(self, timeout_seconds: float = math.inf) -> None:
+        """Raises `UserError` if a save has failed meanwhile, and waits for one that has been under
+        way for longer than this, which may be for ever.
+        """
+        is_late = time.monotonic() - self._started > timeout_seconds
+        if self._saving is not None and (self._saving[1].done() or is_late):
             self.wait()
 
     def wait(self) -> None:

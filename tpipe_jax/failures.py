@@ -43,6 +43,8 @@ class Failure:
     host: str = ""
 
 
+STOPPED = Failure(130, "stopped")
+
 _ending = threading.Lock()  # kept by the thread that ends the process
 
 
@@ -107,6 +109,11 @@ def end_hanging(text: str) -> NoReturn:
     _end(_publish(Failure(1, f"{text}\n{_stacks()}", is_hang=True)))
 
 
+def end_stopped() -> NoReturn:
+    """Ends all processes as a second Ctrl-C does."""
+    _end(_publish(STOPPED))
+
+
 def print_error(text: str) -> None:
     """Prints to stderr, if somebody is reading."""
     with suppress(OSError, ValueError):
@@ -118,7 +125,7 @@ def _failure_of(error: BaseException) -> Failure:
     if isinstance(error, UserError):
         return Failure(2, f"error: {error}")
     if isinstance(error, KeyboardInterrupt):
-        return Failure(130, "stopped")
+        return STOPPED
     return Failure(1, "".join(traceback.format_exception(error)).rstrip())
 
 

@@ -148,8 +148,11 @@ def _wait(children: Sequence[Child]) -> int:
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
         is_alone = len(children) == 1
         _say(f"the process {how}" if is_alone else f"process {first} {how}, before the others")
+    reason = (
+        "it waited for the other" if code == -signal.SIGKILL else "it may be the one that hangs"
+    )
     for i in hanging:
-        _say(f"process {i} did not end by itself and was killed: it may be the one that hangs")
+        _say(f"process {i} did not end by itself and was killed: {reason}")
     return code if code > 0 else 128 - code
 
 

@@ -20,6 +20,7 @@ from tpipe_jax.loss import chunk_tokens
 from tpipe_jax.mesh import padded_vocab_size
 from tpipe_jax.plan import Plan, PlanRequest, uniform, unit_tokens
 from tpipe_jax.precision import compute_dtype
+from tpipe_jax.processes import host_names
 from tpipe_jax.remat import candidates
 from tpipe_jax.schedule import terapipe
 from tpipe_jax.train_state import abstract_rows, abstract_state, state_bytes
@@ -71,14 +72,21 @@ def limit_bytes(config: Config, mesh: Mesh) -> float | None:
     reported = (device.memory_stats() or {}).get("bytes_limit", math.inf)
     if device.platform == "cpu":
         machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        reported = machine_bytes / len(mesh.local_devices)
+        reported = machine_bytes / _num_on_this_host(mesh)
     if jax.process_count() > 1:
         reported = float(multihost_utils.process_allgather(np.float64(reported)).min())
     return reported if reported < math.inf else None
 
 
+def _num_on_this_host(mesh: Mesh) -> int:
+    """Devices of the mesh on the host of this process."""
+    hosts = host_names()
+    own = hosts[jax.process_index()]
+    return sum(hosts[device.process_index] == own for device in mesh.devices.flat)
+
+
 @contextmanager
-def out_of_memory(config: Config) -> Iterator[None]:
+def out_of_memory() -> Iterator[None]:
     """Answers a device whose memory does not do with a `UserError`."""
     try:
         yield
@@ -88,9 +96,8 @@ def out_of_memory(config: Config) -> Iterator[None]:
         brief = str(error).splitlines()[0]
         raise UserError(
             f"a device has too little memory ({brief}): set config.memory.limit_gib below "
-            "what it has, and config.memory.remat="
-            f"{config.memory.remat} to auto, to have what fits chosen; or give config.mesh more "
-            "devices, or make config.train.batch_size or config.model smaller."
+            "what it has, with config.memory.remat=auto, to have what fits chosen; or give "
+            "config.mesh more devices, or make config.train.batch_size or config.model smaller."
         ) from error
 
 

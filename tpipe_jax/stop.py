@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from types import FrameType, TracebackType
@@ -9,7 +11,10 @@ from typing import Self
 
 import jax
 
+from tpipe_jax.failures import end_stopped
 from tpipe_jax.processes import stop_notices
+
+PATIENCE_SECONDS = 5  # with a main thread that does not follow a second Ctrl-C
 
 
 class Stopped(Exception):
@@ -27,6 +32,7 @@ class Stop:
         self._say, self._is_due, self._num_signals = say, False, 0
         self._is_alone = jax.process_count() == 1
         self._before: dict[signal.Signals, object] = {}
+        self._left = threading.Event()
 
     def __enter__(self) -> Self:
         numbers = [signal.SIGINT]
@@ -36,6 +42,10 @@ class Stop:
         else:
             self._asked = stop_notices()
         self._before = {number: signal.signal(number, self._receive) for number in numbers}
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._fd_before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, daemon=True).start()
         return self
 
     def __exit__(
@@ -44,8 +54,11 @@ class Stop:
         value: BaseException | None,
         at: TracebackType | None,
     ) -> None:
+        self._left.set()
         for number, handler in self._before.items():
             signal.signal(number, handler)  # pyrefly: ignore[bad-argument-type]
+        signal.set_wakeup_fd(self._fd_before)
+        self._writer.close()
 
     def is_due(self) -> bool:
         """True from one and the same call on in all processes, which call this equally often."""
@@ -60,9 +73,20 @@ class Stop:
     def request(self) -> None:
         """Asks for it, in this process."""
         if self._is_alone:
-            self._num_signals += 1
+            self._is_due = True
         else:
             os.kill(os.getpid(), signal.SIGTERM)
+
+    def _watch(self) -> None:
+        """Ends the run some time after a second signal: Python's handlers wait for the main thread,
+        which may wait for a device for ever.
+        """
+        num_signals = 0
+        with self._reader:
+            while number := self._reader.recv(1):
+                num_signals += number[0] in self._before
+                if num_signals > 1 and not self._left.wait(PATIENCE_SECONDS):
+                    end_stopped()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._num_signals:

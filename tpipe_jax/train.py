@@ -103,7 +103,7 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
 
     num_steps, first_step = config.train.num_steps, 0
     with (
-        out_of_memory(config),
+        out_of_memory(),
         watched() as expect,
         Stop(console.say) as stop,
         locked(workdir / "checkpoints") if is_first else nullcontext(),
@@ -292,7 +292,7 @@ def _loop(
                 log.finish()  # a step is logged before it is saved, so that no kill loses its line
                 within(f"saving step {step}")
                 log.add_save(checkpoints.save(step, state))
-            checkpoints.raise_failure()
+            checkpoints.raise_failure(config.train.step_timeout_seconds)
         within(f"step {step}")
         log.finish()
     within(f"saving step {step}")
