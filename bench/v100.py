@@ -4,17 +4,20 @@ Up to 48 hosts of eight V100 (Li et al. 2021, section 4): NVLink inside a host, 
 hosts. Operators are divided among neighbours in a host, stages follow one another, data shards come
 last. A layer takes, on each of the N devices that share its operators, for n tokens after c others,
 
-    forward   max(FLOOR, (24 n D^2 + 4 D n (c + (n + 1) / 2)) / (N F), bytes of weights / HBM)
-    backward  max(FLOOR, twice that work / F, bytes of weights / HBM) + gradients' bytes / HBM
+    forward   max(FLOOR, W / F, w / HBM)     W = (24 n D^2 + 4 D n (c + (n + 1) / 2)) / N
+    backward  max(FLOOR, max(2 W / F, w / HBM) + 4 w / HBM)
 
-and four all-reduces of n x D numbers over NVLink where N > 1; a stage receives and sends n x D
-numbers over the network in each direction and waits for them; data shards add up float32 gradients
-over the network after the last slice. Optimiser, embedding and head are left out.
+with w the bytes of its weights in float16: read in either direction, and backward their gradients
+are written, read again, and added to their sums, which are read and written. To these come four
+all-reduces of n x D numbers over NVLink where N > 1; a stage receives and sends n x D numbers over
+the network in each direction and waits for them; data shards add up float32 gradients over the
+network after the last slice. Optimiser, embedding and head are left out.
 
 FLOOR, HBM and the bound of F are published. F and the two bandwidths are fitted to the paper's
-*unsliced* times and to nothing else. So was it chosen that the floor holds for either direction and
-that gradients are float32: both explain the unsliced times better than the alternatives, twice the
-floor for backward and float16.
+*unsliced* times and to nothing else. What cannot be fitted is assumed: that the floor holds for
+either direction, that gradients are reduced in float32 (both explain the unsliced times better than
+twice the floor and float16), and the four passes over the gradients, which whole sequences hardly
+feel and short slices of the largest layers do.
 """
 
 from typing import Any, NamedTuple
@@ -117,7 +120,6 @@ def slice_seconds(
     D, N = setting.d_model, setting.num_operators
     pairs = tokens * (context + (tokens + 1) / 2)
     flops = rows * (24 * tokens * D * D + 4 * D * pairs) / N
-    # Read once in each direction. Gradients are written, read again, and added to their sums.
     weights = FORMAT_BYTES * 12 * D * D / N / HBM_BYTES_PER_SECOND
     compute = flops / cluster.flops_per_second
     forward = np.maximum(np.maximum(FLOOR_SECONDS, weights), compute)
