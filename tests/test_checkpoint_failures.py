@@ -214,6 +214,21 @@ def test_a_save_that_takes_too_long_is_waited_for(tmp_path: Path, monkeypatch: p
         assert names(tmp_path) == ["1"]
 
 
+def test_what_fails_first_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: Any) -> Any:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint, "_write", fail)
+
+    def save_and_fail() -> None:
+        with open_folder(tmp_path) as checkpoints:
+            checkpoints.save(1, state_on(ONE))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        save_and_fail()
+
+
 def failure_of(checkpoints: Checkpoints) -> str:
     try:
         checkpoints.raise_failure()

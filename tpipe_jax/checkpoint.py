@@ -169,6 +169,9 @@ class Checkpoints:
             return
         try:
             self.wait()
+        except UserError:
+            if kind is None:  # what has come first is told
+                raise
         finally:
             self._thread.shutdown()
 

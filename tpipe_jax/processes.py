@@ -101,6 +101,8 @@ def gathered(name: str, text: str, decide: Callable[[list[str]], str]) -> str:
     if index == 0:
         others = range(distributed.global_state.num_processes)
         texts = [client.blocking_key_value_get(f"{key}/{i}", 1000 * END_SECONDS) for i in others]
+        for i in others:
+            client.key_value_delete(f"{key}/{i}")  # which process 0 would keep in its memory
         client.key_value_set(f"{key}/decided", decide(texts))
     return client.blocking_key_value_get(f"{key}/decided", 1000 * END_SECONDS)
 
