@@ -1,0 +1,177 @@
+"""The executor with the stages of the paper's clusters, on any two cores: it sleeps, not computes.
+
+    python bench/emulated.py
+    python bench/emulated.py --settings 9 --slowdown=4
+
+The program is that of training: tables of the schedule, `pipeline.sweep` forward and backward, a
+branch and a ppermute in each tick. Only the stage's work, which `sweep` is given, is another: it
+sleeps for the time that the model of the cluster (`bench/v100.py`) gives the slice, so that all
+stages overlap as they would on devices of their own. Measured makespans, unsliced and with the
+slices that the planner finds, are compared with the formula that the planner minimises.
+
+What the executor itself takes for a tick of 40 to 96 stages on two cores counts as well, so all
+times are slowed down by a factor, the same for both slicings of a setting. And devices of one
+process exchange results all at once, so that a tick lasts as long as its longest slice, which the
+formula does not know of.
+Writes `bench/results/emulated.json`.
+"""
+
+import argparse
+import os
+import statistics
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import results
+from tpipe_jax.plan import Plan, PlanRequest
+from tpipe_jax.planner import find_plan
+from tpipe_jax.schedule import terapipe
+from v100 import SETTINGS, Cluster, Setting, fit, latency_table, slice_seconds
+
+Times = dict[tuple[int, int], float]  # seconds of a slice, by its first sequence and token
+NAMES = ("5", "8", "9", "10")  # of the paper's settings with most stages
+
+
+def main() -> None:
+    args = parse_args()
+    cluster = fit(SETTINGS)
+    chosen = {s.name.split()[0]: s for s in SETTINGS if " GPT3" in s.name}
+    most = max(chosen[name].num_stages for name in args.settings)
+    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={most}"
+    print(
+        f"{'':14}{'stages':>7}{'items':>7}{'formula':>10}{'measured':>10}{'ratio':>8}"
+        f"{'speed-up, formula':>20}{'measured':>10}"
+    )
+    content = {}
+    for name in args.settings:
+        setting = chosen[name]
+        found = {}
+        for label, plan in plans(setting, cluster).items():
+            times = slice_times(setting, cluster, plan)
+            found[label] = emulate(plan, times, args.slowdown, args.rounds)
+        report(setting, found)
+        content[setting.name] = {"slowdown": args.slowdown, **found}
+    results.save("emulated", {"settings": content}, args.folder)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--settings", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--slowdown", type=float, default=4.0)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=results.FOLDER, help="for the results")
+    return parser.parse_args()
+
+
+def plans(setting: Setting, cluster: Cluster) -> dict[str, Plan]:
+    """One sequence after another, whole, and as the planner finds best."""
+    shape = setting.num_stages, setting.batch_size, setting.seq_len
+    table = latency_table(setting, cluster)
+    sliced = find_plan(table, PlanRequest(*shape), [1.0] * setting.num_stages).plan
+    whole = ((setting.seq_len,),) * setting.batch_size
+    return {
+        "unsliced": Plan(setting.num_stages, (1,) * setting.batch_size, whole),
+        "sliced": sliced,
+    }
+
+
+def slice_times(setting: Setting, cluster: Cluster, plan: Plan) -> list[Times]:
+    """Seconds of a stage for each slice, forward and backward."""
+    times: list[Times] = [{}, {}]
+    for item in terapipe(plan).items:
+        both = slice_seconds(setting, cluster, item.num_rows, item.num_tokens, item.token)
+        for direction, seconds in zip(times, both, strict=True):
+            direction[item.row, item.token] = float(seconds)
+    return times
+
+
+def emulate(plan: Plan, times: list[Times], slowdown: float, rounds: int) -> dict[str, float]:
+    """Seconds of a step by the formula (equation 5, with a maximum for each direction) and as
+    measured, both without the slowdown.
+    """
+    import jax
+
+    formula = sum(sum(t.values()) + (plan.num_stages - 1) * max(t.values()) for t in times)
+    run = program(plan, times, slowdown)
+    jax.block_until_ready(run())  # the first call takes longer
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        seconds.append((time.perf_counter() - start) / slowdown)
+    return {
+        "stages": plan.num_stages,
+        "items": len(times[0]),
+        "formula_seconds": formula,
+        "measured_seconds": statistics.median(seconds),
+        "least_seconds": min(seconds),
+        "most_seconds": max(seconds),
+    }
+
+
+def program(plan: Plan, times: list[Times], slowdown: float) -> Callable[[], Any]:
+    """The sweeps of a training step, compiled, with stages that sleep."""
+    import jax
+    import jax.numpy as jnp
+    from jax.sharding import AxisType, PartitionSpec
+
+    from tpipe_jax.inplace import Position
+    from tpipe_jax.pipeline import sweep
+
+    schedule = terapipe(plan)
+
+    def sleep(value: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+        time.sleep(float(seconds))
+        return value
+
+    def sweep_of(direction: Times, table: np.ndarray, x_BTD: jax.Array, reverse: bool) -> jax.Array:
+        seconds_BT = np.zeros((plan.batch_size, plan.seq_len), np.float32)
+        for position, seconds in direction.items():
+            seconds_BT[position] = slowdown * seconds
+
+        def work(x_BLD: jax.Array, at: Position, state: tuple[()]):
+            like = jax.ShapeDtypeStruct((), x_BLD.dtype)
+            seconds = jnp.asarray(seconds_BT)[at.row, at.token]
+            return x_BLD + jax.pure_callback(sleep, like, x_BLD[0, 0, 0], seconds), state
+
+        return sweep(table, schedule.items, work, x_BTD, (), reverse=reverse)[0]
+
+    def step(x_BTD: jax.Array) -> jax.Array:
+        y_BTD = sweep_of(times[0], schedule.forward, x_BTD, reverse=False)
+        return sweep_of(times[1], schedule.backward, y_BTD, reverse=True)
+
+    devices = jax.devices()[: plan.num_stages]
+    types = (AxisType.Auto,) * 3
+    mesh = jax.make_mesh((1, plan.num_stages, 1), ("data", "pipe", "model"), types, devices=devices)
+    mapped = jax.shard_map(
+        step,
+        mesh=mesh,
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(("data", "pipe")),
+    )
+    x_BTD = jnp.zeros((plan.batch_size, plan.seq_len, 1))
+    return partial(jax.jit(mapped).lower(x_BTD).compile(), x_BTD)
+
+
+def report(setting: Setting, found: dict[str, dict[str, float]]) -> None:
+    for label, figures in found.items():
+        formula, measured = figures["formula_seconds"], figures["measured_seconds"]
+        name = setting.name if label == "unsliced" else ""
+        row = f"{name:14}{figures['stages']:7}{figures['items']:7}{formula:9.3f}s{measured:9.3f}s"
+        row += f"{measured / formula:8.3f}"
+        if label == "sliced":
+            whole = found["unsliced"]
+            row += f"{whole['formula_seconds'] / formula:19.2f}x"
+            row += f"{whole['measured_seconds'] / measured:9.2f}x"
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
