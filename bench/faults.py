@@ -18,45 +18,21 @@ import argparse
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
 
-from faulty import FAULT, HAPPENS
+from faulty_run import EVERY, Fault, Run
 from tpipe_jax import checkpoint_files
 
-PROGRAM = Path(__file__).with_name("faulty.py")
-EVERY = 5  # steps between checkpoints
 MAX_STEPS = 20  # between a start and its fault
-TIMEOUT_SECONDS = 8  # of a step
-LIMIT_SECONDS = 120  # in which a fault must have ended the run, on a slow machine too
-
-SETTINGS = [
-    "--config.model.num-layers=4",
-    "--config.model.d-model=16",
-    "--config.model.num-heads=2",
-    "--config.model.seq-len=16",
-    "--config.plan.token-slices=9,7",
-    "--config.plan.batch-slices=uniform:1",
-    "--config.train.batch-size=4",
-    "--config.train.log-every=1",
-    "--config.train.eval-every=25",
-    "--config.train.eval-batches=2",
-    "--config.train.sample-tokens=0",
-    f"--config.train.step-timeout-seconds={TIMEOUT_SECONDS}",
-    f"--config.checkpoint.every={EVERY}",
-    "--config.checkpoint.keep=3",
-]
 
 
 @dataclass(frozen=True)
@@ -96,15 +72,6 @@ EARLY = ("kill", "freeze", "terminate", "interrupt")  # which may also come befo
 
 
 @dataclass(frozen=True)
-class Fault:
-    """A fault as it will happen."""
-
-    kind: str
-    process: int
-    step: int
-
-
-@dataclass(frozen=True)
 class Outcome:
     """What a fault came to."""
 
@@ -113,78 +80,6 @@ class Outcome:
     lost_steps: int
     recovery_seconds: float | None = None
     """None if the next start was disturbed before its first step."""
-
-
-class Run:
-    """A run that has been started, and what it prints."""
-
-    def __init__(self, args: argparse.Namespace, workdir: Path, inside: Fault | None) -> None:
-        self.workdir, self.lines = workdir, list[str]()
-        self.step = 0
-        """The last one that it has logged."""
-        self.start_seconds: float | None = None
-        """From the start to its first step."""
-        self.fault_at = self._started = time.monotonic()
-        """When a process did something to itself."""
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                PROGRAM,
-                *SETTINGS,
-                f"--workdir={workdir}",
-                f"--config.data.train={args.data}",
-                f"--config.train.num-steps={args.num_steps}",
-                f"--config.mesh.pipe={args.processes}",
-                f"--local-processes={args.processes}",
-            ],
-            env=os.environ | {FAULT: json.dumps(inside and vars(inside))},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            now = time.monotonic()
-            if match := re.search(r"\] step (\d+): loss", line):
-                self.step = int(match[1])
-                self.start_seconds = self.start_seconds or now - self._started
-            if HAPPENS in line:
-                self.fault_at = now
-            self.lines.append(line)
-
-    def has_said(self, words: str) -> bool:
-        return any(words in line for line in self.lines)
-
-    def children(self) -> list[int]:
-        pid = self.process.pid
-        return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-    def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Raises `SystemExit` if the run ends before, or it takes too long."""
-        deadline = time.monotonic() + LIMIT_SECONDS
-        while not condition():
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                self.fail("it did not come to where it should be disturbed")
-            time.sleep(0.01)
-
-    def end(self, seconds: float = LIMIT_SECONDS) -> int:
-        """Waits for its end; returns the exit status."""
-        try:
-            self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            self.fail(f"it had not ended after {seconds} s")
-        self._reader.join()
-        return self.process.returncode
-
-    def fail(self, why: str) -> NoReturn:
-        if self.process.poll() is None:
-            for pid in (*self.children(), self.process.pid):
-                os.kill(pid, signal.SIGKILL)
-        sys.exit(f"{''.join(self.lines[-60:])}\nFAILED: {why}")
 
 
 def main() -> None:

@@ -1,6 +1,8 @@
 """What is saved, and that it is restored bit by bit."""
 
+import errno
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -181,6 +183,20 @@ def test_the_command_lists_them(tmp_path: Path):
     assert (status, err) == (1, "")
     assert out.splitlines()[2].endswith("damaged: step/0 has 0 bytes instead of 4")
     assert out.splitlines()[3] == "3.damaged: no checkpoint"
+
+
+def test_the_command_does_not_call_damaged_what_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fail(*_: Any) -> Any:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with open_folder(tmp_path) as checkpoints:
+        checkpoints.save(3, state_on(ONE))
+    monkeypatch.setattr(checkpoint_files, "check", fail)
+    assert not runpy.run_path(str(ROOT / "launch/checkpoints.py"))["show"](tmp_path / "3")
+    line = capsys.readouterr().out
+    assert line.endswith("cannot be read: [Errno 116] Stale file handle\n")
 
 
 def test_processes_save_together(tmp_path: Path):

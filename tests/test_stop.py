@@ -68,3 +68,4 @@ def test_a_run_may_ask_itself():
     with Stop(print) as stop:
         stop.request()
         assert stop.is_due()
+        os.kill(os.getpid(), signal.SIGTERM)  # which is the first

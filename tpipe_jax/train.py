@@ -51,6 +51,12 @@ from tpipe_jax.workdir import changed_settings, describe_in_files, locked
 PHASE_SECONDS = 3600  # that planning, compiling or restoring may take, if steps may not take more
 
 
+class Within(Protocol):
+    """Says what is done from now on, and that it may not take longer than the settings allow."""
+
+    def __call__(self, what: str, is_step: bool = True) -> None: ...
+
+
 @dataclass(frozen=True)
 class Run:
     """What a run is made of, found to fit together."""
@@ -101,7 +107,6 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
         console.say(f"changed since the last start: {change}")
     _show_hosts(run.mesh, console)  # all meet here, after the first has found the folder fit
 
-    num_steps, first_step = config.train.num_steps, 0
     with (
         out_of_memory(),
         watched() as expect,
@@ -112,47 +117,66 @@ def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console:
         ) as checkpoints,
     ):
         within = partial(_expect, config, expect)
-        try:
-            within("checking checkpoints", is_step=False)
-            first_step = checkpoints.newest_step() or 0
-            if first_step >= num_steps:
-                console.say(
-                    f"The run in {workdir} has finished its {first_step} steps: go further with "
-                    f"--config.train.num-steps={2 * first_step}, or start another with --workdir."
-                )
-                return
-            stop.check()
-            within("planning slices", is_step=False)
-            plan = _planned(run, workdir, console, stop.check)
-            within("compiling", is_step=False)
-            programs = compile_programs(run, plan, console)
-            stop.check()
-        except Stopped:
-            console.say(f"Interrupted after step {first_step}: the same command goes on.")
-            return
-        within("preparing the state", is_step=False)
-        state = _first_state(run, checkpoints, first_step, console)
-        # Read now, since a process that cannot read one later would leave the others waiting.
-        held_out = [_put_batch(run, run.held_out, i) for i in range(config.train.eval_batches)]
-        evaluate = partial(_evaluate, programs.loss, held_out, within)
-        if is_first:
-            describe_in_files(config, workdir, plan, stage_factors(config))
-        metrics = Metrics(workdir, first_step) if is_first else None
-        with closing(metrics) if metrics else nullcontext():
-            log = StepLog(config, plan, metrics, console)
-            gathered("training", "", lambda _: "")  # so that nobody's first step waits for others
-            with console.progress(first_step, num_steps):
-                step, state = _loop(
-                    *(run, programs.train_step, evaluate, state, first_step),
-                    *(checkpoints, log, stop, within),
-                )
-        if step < num_steps:
-            console.say(f"Interrupted after step {step}: the same command continues from here.")
-            return
-        if config.train.sample_tokens:
-            within("sampling", is_step=False)
-            _show_sample(run, plan, state.params, stop, console)
-    console.say(f"Trained {num_steps} steps; everything is in {workdir}.")
+        outcome = _train(run, workdir, console, checkpoints, stop, within)
+    console.say(outcome)
+
+
+def _train(
+    run: Run,
+    workdir: Path,
+    console: Console,
+    checkpoints: Checkpoints,
+    stop: Stop,
+    within: Within,
+) -> str:
+    """Plans, compiles and runs the steps that are left; returns what the run has come to."""
+    config, num_steps, first_step = run.config, run.config.train.num_steps, 0
+    try:
+        within("checking checkpoints", is_step=False)
+        first_step = checkpoints.newest_step() or 0
+        if first_step >= num_steps:
+            return (
+                f"The run in {workdir} has finished its {first_step} steps: go further with "
+                f"--config.train.num-steps={2 * first_step}, or start another with --workdir."
+            )
+        stop.check()
+        within("planning slices", is_step=False)
+        plan = _planned(run, workdir, console, stop.check)
+        within("compiling", is_step=False)
+        programs = compile_programs(run, plan, console)
+        stop.check()
+    except Stopped:
+        return f"Interrupted after step {first_step}: the same command goes on."
+    within("preparing the state", is_step=False)
+    state = _first_state(run, checkpoints, first_step, console)
+    # Read now, since a process that cannot read one later would leave the others waiting.
+    held_out = [_put_batch(run, run.held_out, i) for i in range(config.train.eval_batches)]
+    evaluate = partial(_evaluate, programs.loss, held_out, within)
+    metrics = None
+    if jax.process_index() == 0:
+        describe_in_files(config, workdir, plan, stage_factors(config))
+        metrics = Metrics(workdir, first_step)
+    with closing(metrics) if metrics else nullcontext():
+        log = StepLog(config, plan, metrics, console)
+        gathered("training", "", lambda _: "")  # so that nobody's first step waits for others
+        with console.progress(first_step, num_steps):
+            step, state = _loop(
+                run,
+                programs.train_step,
+                evaluate,
+                state,
+                first_step,
+                checkpoints,
+                log,
+                stop,
+                within,
+            )
+    if step < num_steps:
+        return f"Interrupted after step {step}: the same command continues from here."
+    if config.train.sample_tokens:
+        within("sampling", is_step=False)
+        _show_sample(run, plan, state.params, stop, console)
+    return f"Trained {num_steps} steps; everything is in {workdir}."
 
 
 def _facts(run: Run) -> dict[str, str]:
@@ -237,12 +261,6 @@ def _first_state(
     state = checkpoints.restore(first_step, like)
     console.say(f"continuing after step {first_step}")
     return state
-
-
-class Within(Protocol):
-    """Says what is done from now on, and that it may not take longer than the settings allow."""
-
-    def __call__(self, what: str, is_step: bool = True) -> None: ...
 
 
 def _expect(config: Config, expect: Expect, what: str, is_step: bool = True) -> None:
