@@ -3,7 +3,7 @@
     python -m bench --quick
     python -m bench --quick --save     # keeps the ratios, for later runs to be compared with
 
-Under five minutes on two cores. It prints ratios, which depend less on the machine than seconds do,
+About five minutes on two cores. It prints ratios, which depend less on the machine than seconds do,
 and ends with status 1 if one has fallen by more than 15% from `bench/results/quick.json`.
 """
 

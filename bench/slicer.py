@@ -3,9 +3,9 @@
     python bench/slicer.py
 
 Each setting is planned in a process of its own on one core, in units of 8 tokens, with an analytic
-latency model of a V100 cluster (`bench/v100.py`). `solves` counts the dynamic
-programmes, `search` their time with everything the search does besides, `gap` is what the best of
-all uniform batch and token slices takes longer than the plan, `peak` the memory of the process.
+latency model of a V100 cluster (`bench/v100.py`). `solves` counts the dynamic programmes, `search`
+their time with everything the search does besides, `gap` is what the best of all uniform batch and
+token slices takes longer than the plan, `peak` the memory of the process.
 """
 
 import multiprocessing

@@ -18,6 +18,8 @@ import reference
 import several
 from tpipe_jax import model
 from tpipe_jax.config import ModelConfig
+from tpipe_jax.plan import Plan
+from tpipe_jax.schedule import simulate, terapipe
 
 BENCH = several.ROOT / "bench"
 
@@ -35,6 +37,31 @@ def test_faults_lose_nothing_but_steps_since_the_last_checkpoint():
         r"^([a-z ]+?)  +1 +([\d.]+), +[\d.]+ +(\d+), +\d+ +[\d.]+$", done.stdout, re.M
     )
     assert sorted(row[0] for row in rows) == sorted(kinds), done.stdout
+
+
+def test_ratios_that_have_fallen_are_named(capsys: pytest.CaptureFixture[str]):
+    compare = runpy.run_path(str(BENCH / "__main__.py"))["compare"]
+    assert compare({"a": 0.86, "b": 2.0}, {"a": 1.0, "b": 1.0}) == 0
+    assert compare({"a": 0.84}, {"a": 1.0, "b": 1.0}) == 1
+    assert "FAILED: a has fallen by more than 15%" in capsys.readouterr().out
+
+
+def test_the_formula_of_a_paper_s_step_is_the_makespan_of_its_schedule(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Where there are no shards, whose reduction comes on top."""
+    monkeypatch.syspath_prepend(BENCH)
+    v100 = importlib.import_module("v100")
+    cluster = v100.fit(v100.SETTINGS)
+    for setting in v100.SETTINGS:
+        if setting.token_slices is None or setting.num_shards > 1:
+            continue
+        B, slices = setting.batch_size, setting.token_slices
+        schedule = terapipe(Plan(setting.num_stages, (1,) * B, (slices,) * B))
+        shapes = [(item.num_rows, item.num_tokens, item.token) for item in schedule.items]
+        times = zip(*(v100.slice_seconds(setting, cluster, *each) for each in shapes), strict=True)
+        makespan = simulate(schedule, *times).step_seconds
+        assert v100.step_seconds(setting, cluster, slices) == pytest.approx(makespan)
 
 
 @pytest.fixture(scope="module")
