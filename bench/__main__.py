@@ -23,7 +23,7 @@ import results
 ALLOWED_FALL = 0.15
 PROGRAMS = {
     "paper": ["--quick"],
-    "emulated": ["--settings", "8", "--slowdown=8", "--rounds=1"],
+    "emulated": ["--settings", "8", "--rounds=1"],
     "torch_peer": ["--cases", "1x1024", "--rounds=3"],
 }
 

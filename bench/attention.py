@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from jax import Array
 
 from tpipe_jax.attention import KVCache, blockwise
 from tpipe_jax.inplace import Position
+from tpipe_jax.mesh import prepare_cpu
 
 H, K = 4, 128
 CASES = ((1024, 0), (256, 768), (512, 3584))  # slice, context
@@ -92,6 +92,7 @@ def measure(num_queries: int, context: int) -> None:
 
 
 def main() -> None:
+    prepare_cpu(1)
     print(f"one core, {H} heads of {K}, float32, jax {jax.__version__}, milliseconds")
     names = ["products", "dense", *(f"blocks of {size}" for size in BLOCKS)]
     print("slice after           ", *(f"{name:>14}" for name in names))

@@ -1,7 +1,7 @@
 """The executor with the stages of the paper's clusters, on any two cores: it sleeps, not computes.
 
     python bench/emulated.py
-    python bench/emulated.py --settings 9 --slowdown=4
+    python bench/emulated.py --settings 9 --tick-ms=50
 
 The program is that of training: tables of the schedule, `pipeline.sweep` forward and backward, a
 branch and a ppermute in each tick. Only the stage's work, which `sweep` is given, is another: it
@@ -9,16 +9,20 @@ sleeps for the time that the model of the cluster (`bench/v100.py`) gives the sl
 stages overlap as they would on devices of their own. Measured makespans, unsliced and with the
 slices that the planner finds, are compared with the formula that the planner minimises.
 
-What the executor itself takes for a tick of 40 to 96 stages on two cores counts as well, so all
-times are slowed down by a factor, the same for both slicings of a setting. And devices of one
-process exchange results all at once, so that a tick lasts as long as its longest slice, which the
-formula does not know of.
-Writes `bench/results/emulated.json`.
+What the executor itself takes for a tick of 40 to 96 stages on two cores counts as well, some
+milliseconds, so all times of a plan are slowed down by the factor that makes its mean tick last
+100 ms, and what is measured is divided by it. Devices of one process exchange results all at once,
+so that a tick lasts as long as its longest slice, which the formula does not know of; the slices
+that are planned take nearly the same time each.
+Needs a C++ compiler, for `bench/sleep.cc`. Writes `bench/results/emulated.json`.
 """
 
 import argparse
+import ctypes
 import os
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -43,6 +47,7 @@ def main() -> None:
     chosen = {s.name.split()[0]: s for s in SETTINGS if " GPT3" in s.name}
     most = max(chosen[name].num_stages for name in args.settings)
     os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={most}"
+    load_sleep()
     print(
         f"{'':14}{'stages':>7}{'items':>7}{'formula':>10}{'measured':>10}{'ratio':>8}"
         f"{'speed-up, formula':>20}{'measured':>10}"
@@ -53,9 +58,9 @@ def main() -> None:
         found = {}
         for label, plan in plans(setting, cluster).items():
             times = slice_times(setting, cluster, plan)
-            found[label] = emulate(plan, times, args.slowdown, args.rounds)
+            found[label] = emulate(plan, times, args.tick_ms / 1e3, args.rounds)
         report(setting, found)
-        content[setting.name] = {"slowdown": args.slowdown, **found}
+        content[setting.name] = found
     results.save("emulated", {"settings": content}, args.folder)
 
 
@@ -64,7 +69,7 @@ def parse_args() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--settings", nargs="+", choices=NAMES, default=NAMES)
-    parser.add_argument("--slowdown", type=float, default=4.0)
+    parser.add_argument("--tick-ms", type=float, default=100.0, help="slow down to such a mean")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=results.FOLDER, help="for the results")
     return parser.parse_args()
@@ -92,15 +97,16 @@ def slice_times(setting: Setting, cluster: Cluster, plan: Plan) -> list[Times]:
     return times
 
 
-def emulate(plan: Plan, times: list[Times], slowdown: float, rounds: int) -> dict[str, float]:
+def emulate(plan: Plan, times: list[Times], tick_seconds: float, rounds: int) -> dict[str, float]:
     """Seconds of a step by the formula (equation 5, with a maximum for each direction) and as
     measured, both without the slowdown.
     """
     import jax
 
     formula = sum(sum(t.values()) + (plan.num_stages - 1) * max(t.values()) for t in times)
+    num_ticks = 2 * (len(times[0]) + plan.num_stages - 1)
+    slowdown = tick_seconds * num_ticks / formula
     run = program(plan, times, slowdown)
-    jax.block_until_ready(run())  # the first call takes longer
     seconds = []
     for _ in range(rounds):
         start = time.perf_counter()
@@ -109,6 +115,7 @@ def emulate(plan: Plan, times: list[Times], slowdown: float, rounds: int) -> dic
     return {
         "stages": plan.num_stages,
         "items": len(times[0]),
+        "slowdown": slowdown,
         "formula_seconds": formula,
         "measured_seconds": statistics.median(seconds),
         "least_seconds": min(seconds),
@@ -126,10 +133,7 @@ def program(plan: Plan, times: list[Times], slowdown: float) -> Callable[[], Any
     from tpipe_jax.pipeline import sweep
 
     schedule = terapipe(plan)
-
-    def sleep(value: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-        time.sleep(float(seconds))
-        return value
+    sleep = jax.ffi.ffi_call("sleep", jax.ShapeDtypeStruct((), jnp.float32))
 
     def sweep_of(direction: Times, table: np.ndarray, x_BTD: jax.Array, reverse: bool) -> jax.Array:
         seconds_BT = np.zeros((plan.batch_size, plan.seq_len), np.float32)
@@ -137,9 +141,7 @@ def program(plan: Plan, times: list[Times], slowdown: float) -> Callable[[], Any
             seconds_BT[position] = slowdown * seconds
 
         def work(x_BLD: jax.Array, at: Position, state: tuple[()]):
-            like = jax.ShapeDtypeStruct((), x_BLD.dtype)
-            seconds = jnp.asarray(seconds_BT)[at.row, at.token]
-            return x_BLD + jax.pure_callback(sleep, like, x_BLD[0, 0, 0], seconds), state
+            return x_BLD + sleep(x_BLD[0, 0, 0], jnp.asarray(seconds_BT)[at.row, at.token]), state
 
         return sweep(table, schedule.items, work, x_BTD, (), reverse=reverse)[0]
 
@@ -158,6 +160,29 @@ def program(plan: Plan, times: list[Times], slowdown: float) -> Callable[[], Any
     )
     x_BTD = jnp.zeros((plan.batch_size, plan.seq_len, 1))
     return partial(jax.jit(mapped).lower(x_BTD).compile(), x_BTD)
+
+
+def load_sleep() -> None:
+    """Makes `sleep.cc` known to XLA. A callback of Python would take 0.3 ms a stage and tick, one
+    stage after another.
+    """
+    import jax
+
+    source = Path(__file__).with_name("sleep.cc")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "sleep.so"
+        command = [
+            "c++",
+            "-std=c++17",
+            "-O2",
+            "-shared",
+            "-fPIC",
+            "-w",
+            f"-I{jax.ffi.include_dir()}",
+        ]
+        subprocess.run([*command, source, "-o", library], check=True)
+        handler = ctypes.cdll.LoadLibrary(str(library)).Sleep
+    jax.ffi.register_ffi_target("sleep", jax.ffi.pycapsule(handler), platform="cpu")
 
 
 def report(setting: Setting, found: dict[str, dict[str, float]]) -> None:

@@ -4,6 +4,7 @@
     python bench/pipeline.py --seq-len=4096 --slices=uniform:1 --slices=uniform:8 --slices=auto
     python bench/pipeline.py --batch-size=2 --batch-slices=2 --slices=uniform:4 --layouts
     python bench/pipeline.py --slices=uniform:8 --remat=none --remat=full --deferred
+    python bench/pipeline.py --cases 1x512 1x1024 4x1024
 
 One run times whole training steps (loss, gradients, AdamW) of one model on one core without
 pipeline and slices, and on two stages with each slicing; with --layouts also on two data shards and
@@ -14,9 +15,13 @@ are compiled one after another, once, which is what `compile` says.
 Efficiency is T1 / (P T2); its bound is S / (S + P - 1) with S slices on P stages, which one core
 without slices cannot beat unless slices make the work itself cheaper. For slices `auto` the stages
 are profiled before the rounds, and all predicted step times are shown next to the measured ones.
+
+With --cases, sequences x tokens, each compares an ordinary microbatch pipeline, one sequence at a
+time and unsliced, with the automatic plan, and is added to `bench/results/pipeline.json`.
 """
 
 import argparse
+import json
 import os
 import platform
 import socket
@@ -29,22 +34,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import results
 from tpipe_jax.config import Config, MemoryConfig, MeshConfig, ModelConfig, PlanConfig, TrainConfig
 from tpipe_jax.plan import Plan, read_settings
 
 NUM_STAGES = 2
+CASES = ("1x512", "1x1024", "1x2048", "1x4096", "1x8192", "2x1024", "4x1024", "8x1024")
 TWO_STAGES = MeshConfig(pipe=NUM_STAGES)
 
 
 def main() -> None:
     args = parse_args()
     if args.process_id is None:
-        sys.exit(start_workers())
+        sys.exit(measure_cases(args) if args.cases else start_workers(sys.argv[1:]))
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[args.process_id]})
-    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
-    from tpipe_jax.mesh import keep_freed_memory
+    from tpipe_jax.mesh import prepare_cpu
 
-    keep_freed_memory()
+    prepare_cpu(1)
     work(args)
 
 
@@ -67,6 +73,9 @@ def parse_args() -> argparse.Namespace:
         action="append",
         help="token slices; default uniform:1, 2, 4, 8, 16, 32 and auto",
     )
+    parser.add_argument("--cases", nargs="+", choices=CASES, help="instead of other slices")
+    parser.add_argument("--folder", type=Path, default=results.FOLDER, help="for what they give")
+    parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--process-id", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -76,7 +85,27 @@ def parse_args() -> argparse.Namespace:
     return args
 
 
-def start_workers() -> int:
+def measure_cases(args: argparse.Namespace) -> int:
+    """Runs each case, adds what it gave to the results; returns the first exit status but 0."""
+    is_begun = (args.folder / "pipeline.json").exists()
+    cases = results.load("pipeline", args.folder)["cases"] if is_begun else {}
+    for case in args.cases:
+        batch_size, seq_len = case.split("x")
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "rows.json"
+            command = [f"--batch-size={batch_size}", f"--seq-len={seq_len}", f"--json={path}"]
+            command += [f"--batch-slices={batch_size}", "--slices=uniform:1", "--slices=auto"]
+            if status := start_workers([*command, f"--rounds={args.rounds}"]):
+                return status
+            rows = json.loads(path.read_text())
+        machine = {"date": results.machine()["date"], "rounds": args.rounds}
+        cases[case] = {**machine, **rows}
+        ordered = {name: cases[name] for name in CASES if name in cases}
+        results.save("pipeline", {"cases": ordered}, args.folder)
+    return 0
+
+
+def start_workers(options: list[str]) -> int:
     """Runs this file once for each stage; returns the largest exit status."""
     if len(os.sched_getaffinity(0)) < NUM_STAGES:
         print(f"error: this needs {NUM_STAGES} cores.", file=sys.stderr)
@@ -84,7 +113,7 @@ def start_workers() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, *sys.argv, f"--port={port}"]
+    command = [sys.executable, __file__, *options, f"--port={port}"]
     workers = [subprocess.Popen([*command, f"--process-id={i}"]) for i in range(NUM_STAGES)]
     return max(abs(worker.wait()) for worker in workers)
 
@@ -228,23 +257,30 @@ def report(args: argparse.Namespace, programs: dict[str, Program], seconds) -> N
         f"{'':40} {'compile':>8} {'median':>8} {'min':>8} {'max':>8}  speed-up  efficiency / bound"
     )
     medians = {name: statistics.median(times) for name, times in seconds.items()}
-    names = list(medians)
+    one_core, first, *_ = medians.values()
+    rows = {}
     for name, times in seconds.items():
+        plan, prediction = programs[name].plan, programs[name].plan.prediction
+        figures = {"median": medians[name], "least": min(times), "most": max(times)}
         row = f"{name:40} {programs[name].compile_seconds:7.1f}s"
-        row += f" {medians[name]:7.3f}s {min(times):7.3f}s {max(times):7.3f}s"
-        if name != names[0]:
-            plan = programs[name].plan
+        row += "".join(f" {value:7.3f}s" for value in figures.values())
+        if times is not seconds["one core, no pipeline"]:
             num_slices = sum(map(len, plan.token_slices))
-            efficiency = medians[names[0]] / (2 * medians[name])
+            efficiency = one_core / (2 * medians[name])
             bound = num_slices / (num_slices + plan.num_stages - 1)
-            row += f"  {medians[names[1]] / medians[name]:7.2f}x  {efficiency:.2f} / {bound:.2f}"
+            row += f"  {first / medians[name]:7.2f}x  {efficiency:.2f} / {bound:.2f}"
             row += f" = {efficiency / bound:.2f}"
-        prediction = programs[name].plan.prediction
+            figures |= {"speedup": first / medians[name], "efficiency": efficiency, "bound": bound}
+            figures |= {"batch_slices": plan.batch_slices, "token_slices": plan.token_slices}
         if prediction:
             error = prediction.step_seconds / medians[name] - 1
             row += f"  predicted {prediction.step_seconds:.3f}s, {error:+.1%}"
+            figures |= {"predicted": prediction.step_seconds}
         print(row)
-    print("speed-up is over the first slicing of two stages")
+        rows[name] = figures
+    print("speed-up is over the first slicing of two stages", flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(rows))
 
 
 if __name__ == "__main__":

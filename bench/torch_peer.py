@@ -171,12 +171,11 @@ def report(case: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
 def work(args: argparse.Namespace) -> None:
     """What one of our two processes does: as `torch_pipeline.py`."""
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[args.process_id]})
-    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     import jax
 
-    from tpipe_jax.mesh import keep_freed_memory
+    from tpipe_jax.mesh import prepare_cpu
 
-    keep_freed_memory()
+    prepare_cpu(1)
     jax.config.update("jax_num_cpu_devices", 1)
     jax.distributed.initialize(f"127.0.0.1:{args.port}", 2, args.process_id)
     [case] = args.cases

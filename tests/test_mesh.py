@@ -1,3 +1,4 @@
+import os
 import platform
 import subprocess
 import sys
@@ -270,9 +271,9 @@ def test_freed_memory_is_kept():
     """A buffer that is freed and allocated again does not fault its pages in again."""
     program = """
         import ctypes, resource, sys
-        from tpipe_jax.mesh import keep_freed_memory
+        from tpipe_jax.mesh import prepare_cpu
         if sys.argv[1] == "keep":
-            keep_freed_memory()
+            prepare_cpu(1)
         libc, faults = ctypes.CDLL(None), []
         libc.malloc.restype = ctypes.c_void_p
         for _ in range(3):
@@ -289,3 +290,14 @@ def test_freed_memory_is_kept():
 
     assert faults("keep") < 100
     assert faults("give back") > 1000
+
+
+def test_flags_of_the_user_come_last_and_count(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=true")
+    num_cores = len(os.sched_getaffinity(0))
+    mesh.prepare_cpu(num_cores)
+    flags = os.environ["XLA_FLAGS"].split()
+    assert flags[-2:] == ["--xla_cpu_multi_thread_eigen=false", "--xla_cpu_multi_thread_eigen=true"]
+    monkeypatch.setenv("XLA_FLAGS", "")
+    mesh.prepare_cpu(num_cores - 1)
+    assert "eigen" not in os.environ["XLA_FLAGS"]

@@ -302,6 +302,21 @@ def test_what_is_saved_changes_nothing(memory: MemoryConfig) -> None:
     check_gradients(dataclasses.replace(config, memory=memory))
 
 
+@pytest.mark.parametrize(("seq_len", "token_slices"), [(12, "7,5"), (11, "7,4")])
+def test_deferred_products_go_part_by_part(
+    seq_len: int, token_slices: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 4 tokens, or of a whole sequence if they do not divide it."""
+    monkeypatch.setattr("tpipe_jax.stage.DEFERRED_TOKENS", 4)
+    config = Case(MeshConfig(pipe=2), 3, token_slices, "1,2", 3).config
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, seq_len=seq_len),
+        memory=MemoryConfig(defer_weight_grads=True),
+    )
+    check_gradients(config)
+
+
 def test_loss_alone_equals_the_loss_with_gradients() -> None:
     config = Case(MeshConfig(data=2, pipe=2), 3, "5,5,2", "1,1", 2).config
     expected, _ = unpipelined(config.model, config.train.batch_size)

@@ -45,15 +45,11 @@ MAX_CPU_DEVICES = 1024  # that a process makes; each has threads of its own
 def find_devices(config: MeshConfig, num_processes: int = 1) -> list[jax.Device]:
     """The devices of all processes; on CPUs, as many as the mesh asks for.
 
-    Call it before anything else of jax, which counts its devices only once. Devices that have no
-    core to spare run faster without threads inside their operators. Raises `UserError` if CPU
-    devices cannot be shared out evenly.
+    Call it before anything else of jax, which counts its devices only once. Raises `UserError` if
+    CPU devices cannot be shared out evenly.
     """
     num_local, rest = divmod(config.num_devices, num_processes)
-    if num_local >= len(os.sched_getaffinity(0)):
-        no_threads = "--xla_cpu_multi_thread_eigen=false"
-        os.environ["XLA_FLAGS"] = f"{no_threads} {os.environ.get('XLA_FLAGS', '')}"
-    keep_freed_memory()
+    prepare_cpu(num_local)
     jax.config.update("jax_num_cpu_devices", min(max(num_local, 1), MAX_CPU_DEVICES))
     devices = jax.devices()
     if rest and devices[0].platform == "cpu":
@@ -64,12 +60,19 @@ def find_devices(config: MeshConfig, num_processes: int = 1) -> list[jax.Device]
     return devices
 
 
-def keep_freed_memory() -> None:
-    """Has the C library keep what it frees, for CPU devices.
+def prepare_cpu(num_devices: int) -> None:
+    """Makes CPU devices of this process fast: flags of XLA, and freed memory is kept.
 
-    glibc hands large buffers back to the system, and a step that gets them anew has all of their
-    pages to fault in: a fifth of the quick start's time (docs/design.md).
+    Call it before anything else of jax. What each is worth is in docs/design.md; flags that the
+    user has set come last and count. Other platforms ignore these.
     """
+    # Sums by the compiler's own code; by the library for matrix products they are slower.
+    flags = ["--xla_cpu_experimental_ynn_fusion_type=-reduce"]
+    if num_devices >= len(os.sched_getaffinity(0)):  # no core to spare for threads in an operator
+        flags.append("--xla_cpu_multi_thread_eigen=false")
+    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
+    # glibc hands large buffers back to the system, and a step that gets them anew has all of their
+    # pages to fault in.
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(ctypes.c_int(-4), ctypes.c_int(0))  # M_MMAP_MAX: no buffer of its own mapping
