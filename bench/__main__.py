@@ -13,6 +13,7 @@ import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 from typing import Any
 
 FOLDER = Path(__file__).parent
@@ -24,8 +25,10 @@ ALLOWED_FALL = 0.15
 PROGRAMS = {
     "paper": ["--quick"],
     "emulated": ["--settings", "8", "--rounds=1"],
+    "pipeline": ["--slices=uniform:1", "--slices=uniform:8", "--rounds=5", "--json={json}"],
     "torch_peer": ["--cases", "1x1024", "--rounds=3"],
 }
+NEEDS = {"emulated": ("C++ compiler", which("c++")), "torch_peer": ("torch", find_spec("torch"))}
 
 
 def main() -> int:
@@ -36,9 +39,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         found: dict[str, float] = {}
         for name, options in PROGRAMS.items():
-            if name == "torch_peer" and not find_spec("torch"):
-                print("torch is not installed, so nothing is compared with it")
+            need, is_there = NEEDS.get(name, ("", True))
+            if not is_there:
+                print(f"{name} is left out, since there is no {need}")
                 continue
+            options = [option.format(json=Path(folder) / f"{name}.json") for option in options]
             command = [sys.executable, FOLDER / f"{name}.py", *options, f"--folder={folder}"]
             print(f"{name}:", flush=True)
             if status := subprocess.run(command, check=False).returncode:
@@ -78,6 +83,12 @@ def of_emulated(content: dict[str, Any]) -> dict[str, float]:
     }
 
 
+def of_pipeline(rows: dict[str, Any]) -> dict[str, float]:
+    """Over two stages without slices."""
+    _, _, (name, sliced) = rows.items()
+    return {f"speed-up, {name}, 1 x 1024": sliced["speedup"]}
+
+
 def of_torch_peer(content: dict[str, Any]) -> dict[str, float]:
     """How many times as fast."""
     return {
@@ -87,13 +98,20 @@ def of_torch_peer(content: dict[str, Any]) -> dict[str, float]:
     }
 
 
-RATIOS = {"paper": of_paper, "emulated": of_emulated, "torch_peer": of_torch_peer}
+RATIOS = {
+    "paper": of_paper,
+    "emulated": of_emulated,
+    "pipeline": of_pipeline,
+    "torch_peer": of_torch_peer,
+}
 
 
 def compare(found: dict[str, float], committed: dict[str, float]) -> int:
     """Prints the ratios beside the committed ones; returns 1 if one has fallen too far."""
     print(f"\n{'ratio':60}{'committed':>10}{'now':>10}")
     fallen = []
+    for name in found.keys() - committed.keys():
+        print(f"{name:60}{'-':>10}{found[name]:10.3f}")
     for name, before in committed.items():
         now = found.get(name)
         print(f"{name:60}{before:10.3f}{now if now is not None else float('nan'):10.3f}")

@@ -14,14 +14,17 @@ milliseconds, so all times of a plan are slowed down by the factor that makes it
 100 ms, and what is measured is divided by it. Devices of one process exchange results all at once,
 so that a tick lasts as long as its longest slice, which the formula does not know of; the slices
 that are planned take nearly the same time each.
-Needs a C++ compiler, for `bench/sleep.cc`. Writes `bench/results/emulated.json`.
+Needs a C++ compiler, for `bench/sleep.cc`. Writes
+`bench/results/emulated.json` and `docs/emulated.png`.
 """
 
 import argparse
 import ctypes
 import os
+import shutil
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -43,6 +46,8 @@ NAMES = ("5", "8", "9", "10")  # of the paper's settings with most stages
 
 def main() -> None:
     args = parse_args()
+    if not shutil.which("c++"):
+        sys.exit("error: this needs a C++ compiler, c++.")
     cluster = fit(SETTINGS)
     chosen = {s.name.split()[0]: s for s in SETTINGS if " GPT3" in s.name}
     most = max(chosen[name].num_stages for name in args.settings)
@@ -61,7 +66,9 @@ def main() -> None:
             found[label] = emulate(plan, times, args.tick_ms / 1e3, args.rounds)
         report(setting, found)
         content[setting.name] = found
-    results.save("emulated", {"settings": content}, args.folder)
+    order = [chosen[name].name for name in NAMES]
+    saved = results.add("emulated", "settings", content, order, args.folder)
+    draw(results.picture("emulated", args.folder), saved)
 
 
 def parse_args() -> argparse.Namespace:
@@ -196,6 +203,16 @@ def report(setting: Setting, found: dict[str, dict[str, float]]) -> None:
             row += f"{whole['formula_seconds'] / formula:19.2f}x"
             row += f"{whole['measured_seconds'] / measured:9.2f}x"
         print(row, flush=True)
+
+
+def draw(path: Path, content: dict[str, dict[str, dict[str, float]]]) -> None:
+    series = {
+        f"{label}, {kind}": [rows[label][f"{kind}_seconds"] for rows in content.values()]
+        for label in ("unsliced", "sliced")
+        for kind in ("formula", "measured")
+    }
+    groups = [f"{name}\n{rows['sliced']['stages']} stages" for name, rows in content.items()]
+    results.draw_bars(path, groups, series, "step [s]", "the executor on two cores, stages asleep")
 
 
 if __name__ == "__main__":

@@ -79,6 +79,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--process-id", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.cases and (args.slices or args.remat or args.deferred or args.layouts):
+        parser.error("--cases has slices of its own: leave --slices and what is timed as well away")
     if args.layouts and args.batch_size % 2:
         parser.error("--layouts needs an even --batch-size, half of it for each data shard")
     args.slices = args.slices or [*(f"uniform:{n}" for n in (1, 2, 4, 8, 16, 32)), "auto"]
@@ -87,8 +89,6 @@ def parse_args() -> argparse.Namespace:
 
 def measure_cases(args: argparse.Namespace) -> int:
     """Runs each case, adds what it gave to the results; returns the first exit status but 0."""
-    is_begun = (args.folder / "pipeline.json").exists()
-    cases = results.load("pipeline", args.folder)["cases"] if is_begun else {}
     for case in args.cases:
         batch_size, seq_len = case.split("x")
         with tempfile.TemporaryDirectory() as folder:
@@ -98,11 +98,24 @@ def measure_cases(args: argparse.Namespace) -> int:
             if status := start_workers([*command, f"--rounds={args.rounds}"]):
                 return status
             rows = json.loads(path.read_text())
-        machine = {"date": results.machine()["date"], "rounds": args.rounds}
-        cases[case] = {**machine, **rows}
-        ordered = {name: cases[name] for name in CASES if name in cases}
-        results.save("pipeline", {"cases": ordered}, args.folder)
+        figures = {case: {"rounds": args.rounds, "programs": rows}}
+        saved = results.add("pipeline", "cases", figures, CASES, args.folder)
+        draw(results.picture("pipeline", args.folder), saved)
     return 0
+
+
+def draw(path: Path, cases: dict[str, dict[str, Any]]) -> None:
+    """How much of the two cores each pipeline uses, over what one core alone takes."""
+    _, *names = next(iter(cases.values()))["programs"]
+    labels = dict(zip(names, ("microbatches, unsliced", "automatic slices"), strict=True))
+    programs = [case["programs"] for case in cases.values()]
+    series = {
+        f"{label}{of}": [own[name][figure] for own in programs]
+        for name, label in labels.items()
+        for figure, of in (("efficiency", ""), ("bound", ", bound"))
+    }
+    title = "two stages on two cores, sequences x tokens"
+    results.draw_bars(path, list(cases), series, "efficiency over one core", title)
 
 
 def start_workers(options: list[str]) -> int:

@@ -5,9 +5,12 @@ import json
 import os
 import platform
 import re
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).with_name("results")
 DOCS = FOLDER.parents[1] / "docs"
@@ -38,6 +41,39 @@ def save(name: str, content: dict[str, Any], folder: Path = FOLDER) -> None:
 def picture(name: str, folder: Path) -> Path:
     """Where to draw what belongs to results in the folder; docs/ shows those that are kept."""
     return (DOCS if folder == FOLDER else folder) / f"{name}.png"
+
+
+def add(
+    name: str, section: str, parts: dict[str, Any], order: Sequence[str], folder: Path = FOLDER
+) -> dict[str, Any]:
+    """Adds parts of a benchmark to what is saved of it, in the order of all parts, each with its
+    date; returns those that are saved.
+    """
+    is_begun = (folder / f"{name}.json").exists()
+    before = load(name, folder)[section] if is_begun else {}
+    date = machine()["date"]
+    parts = before | {part: {"date": date, **figures} for part, figures in parts.items()}
+    ordered = {part: parts[part] for part in order if part in parts}
+    save(name, {section: ordered}, folder)
+    return ordered
+
+
+def draw_bars(
+    path: Path, groups: Sequence[str], series: Mapping[str, Sequence[float]], label: str, title: str
+) -> None:
+    """Writes a PNG of bars, one of each series in each group, with their values."""
+    figure = Figure(figsize=(3 + 0.5 * len(groups) * len(series), 4), layout="constrained")
+    axes, width = figure.subplots(), 0.8 / len(series)
+    for i, (name, values) in enumerate(series.items()):
+        at = [group + (i + 0.5) * width - 0.4 for group in range(len(groups))]
+        bars = axes.bar(at, values, 0.9 * width, label=name)
+        axes.bar_label(bars, fmt="%.3g", fontsize=7)
+    axes.set_xticks(range(len(groups)), groups, fontsize=8)
+    axes.set_ylabel(label)
+    axes.set_title(title, fontsize=10)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8)
+    figure.savefig(path, dpi=110)
 
 
 def load(name: str, folder: Path = FOLDER) -> dict[str, Any]:

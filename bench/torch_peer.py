@@ -5,13 +5,14 @@
 
 The loss of a GPT and the gradients of all its parameters, float32, for each case (sequences x
 tokens): here in two stages with several slicings, there with every schedule of PyTorch that serves,
-and both on one core as a whole. Both pairs of processes wait on the same two cores and take turns,
-program by program, in an order that changes with the round; a ratio is one round's, its median and
-range are over the rounds. Ours is the slicing, theirs the schedule with the least median.
+and both on one core, there whole sequences, here slices of up to 1024 tokens. Both pairs of
+processes wait on the same two cores and take turns, program by program, in an order that changes
+with the round; a ratio is one round's, its median and range are over the rounds. Ours is the
+slicing, theirs the schedule with the least median.
 
 The floor is what the matrix products of the model take on one core, the three of each linear layer,
 and its causal attention in PyTorch's fused form, forward and backward.
-Needs torch. Writes `bench/results/torch_peer.json`.
+Needs torch. Writes `bench/results/torch_peer.json` and `docs/torch_peer.png`.
 """
 
 import argparse
@@ -54,8 +55,8 @@ def main() -> None:
     if len(os.sched_getaffinity(0)) < 2:
         sys.exit("error: this needs 2 cores.")
     cases = {case: measure(case, args.rounds) for case in args.cases}
-    content = {"torch": metadata.version("torch"), "rounds": args.rounds, "cases": cases}
-    results.save("torch_peer", content, args.folder)
+    saved = results.add("torch_peer", "cases", cases, CASES, args.folder)
+    draw(results.picture("torch_peer", args.folder), saved)
 
 
 def parse_args() -> argparse.Namespace:
@@ -165,7 +166,22 @@ def report(case: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
         "one core to the floor": ratio("tpipe_jax, one core", "torch, floor of one core"),
         "speed-up of two stages": ratio("tpipe_jax, one core", best("tpipe_jax")),
     }
-    return {"median_seconds": medians, "ratios": ratios}
+    rounds, torch = len(seconds["torch, one core"]), metadata.version("torch")
+    return {"torch": torch, "rounds": rounds, "median_seconds": medians, "ratios": ratios}
+
+
+def draw(path: Path, cases: dict[str, dict[str, Any]]) -> None:
+    """Steps on two cores, of the best of each, and half of the floor of one core."""
+    ratios = [case["ratios"]["two stages"] for case in cases.values()]
+    medians = [case["median_seconds"] for case in cases.values()]
+    pairs = list(zip(medians, ratios, strict=True))
+    series = {
+        "torch.distributed.pipelining": [times[ratio["to"]] for times, ratio in pairs],
+        "tpipe_jax": [times[ratio["of"]] for times, ratio in pairs],
+        "half of one core's floor": [times["torch, floor of one core"] / 2 for times in medians],
+    }
+    title = "two stages on two cores, sequences x tokens, the best of each"
+    results.draw_bars(path, list(cases), series, "loss and gradients [s]", title)
 
 
 def work(args: argparse.Namespace) -> None:
@@ -188,7 +204,9 @@ def work(args: argparse.Namespace) -> None:
             (uniform(seq_len, parts),) * (batch_size // rows),
         )
         programs[f"{batch_size // rows} x {parts} slices"] = make_program(plan)
-    whole = make_program(Plan(1, (1,) * batch_size, ((seq_len,),) * batch_size))
+    # Longer slices are slower on one core, too: the gradients of weights transpose their inputs.
+    parts = uniform(seq_len, max(1, seq_len // 1024))
+    whole = make_program(Plan(1, (1,) * batch_size, (parts,) * batch_size))
     if args.process_id == 0:  # the other has compiled it to be as late
         programs["one core"] = whole
     for run in programs.values():

@@ -7,10 +7,12 @@ from hypothesis import settings
 from jax.experimental.compilation_cache import compilation_cache
 from matplotlib.figure import Figure
 
-# Read when jax looks for devices. One process has 8 of them, so operators need no threads of their
-# own; and programs run for less time than their machine code would take to be optimised.
+# Read when jax looks for devices. As `mesh.prepare_cpu` has it: one process has 8 of them, so
+# operators need no threads of their own. And programs run for less time than their machine code
+# would take to be optimised.
 os.environ["XLA_FLAGS"] = (
-    "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0 "
+    "--xla_cpu_multi_thread_eigen=false --xla_cpu_experimental_ynn_fusion_type=-reduce "
+    "--xla_backend_optimization_level=0 "
     f"{os.environ.get('XLA_FLAGS', '')}".strip()
 )
 jax.config.update("jax_num_cpu_devices", 8)

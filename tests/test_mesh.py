@@ -292,12 +292,28 @@ def test_freed_memory_is_kept():
     assert faults("give back") > 1000
 
 
-def test_flags_of_the_user_come_last_and_count(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=true")
+def flags_after(num_devices: int, before: str) -> list[str]:
+    """XLA's flags in a process that prepares for so many devices, and that XLA takes them."""
+    program = """
+        import os, sys
+        from tpipe_jax.mesh import prepare_cpu
+        prepare_cpu(int(sys.argv[1]))
+        import jax
+        assert jax.numpy.ones(3).sum() == 3
+        print(os.environ["XLA_FLAGS"])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(num_devices)]
+    environment = os.environ | {"XLA_FLAGS": before}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return done.stdout.split()
+
+
+def test_flags_of_the_user_come_last_and_count():
     num_cores = len(os.sched_getaffinity(0))
-    mesh.prepare_cpu(num_cores)
-    flags = os.environ["XLA_FLAGS"].split()
-    assert flags[-2:] == ["--xla_cpu_multi_thread_eigen=false", "--xla_cpu_multi_thread_eigen=true"]
-    monkeypatch.setenv("XLA_FLAGS", "")
-    mesh.prepare_cpu(num_cores - 1)
-    assert "eigen" not in os.environ["XLA_FLAGS"]
+    flags = flags_after(num_cores, "--xla_cpu_multi_thread_eigen=true")
+    assert flags == [
+        "--xla_cpu_experimental_ynn_fusion_type=-reduce",
+        "--xla_cpu_multi_thread_eigen=false",
+        "--xla_cpu_multi_thread_eigen=true",
+    ]
+    assert flags_after(num_cores - 1, "") == flags[:1]

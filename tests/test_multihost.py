@@ -15,6 +15,7 @@ import pytest
 
 import reference
 import several
+import ticks
 import zarr_files
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
@@ -71,8 +72,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("num_processes", [2, 4])
 def test_losses_do_not_depend_on_the_processes(num_processes: int, alone: Path, tmp_path: Path):
-    out = run(tmp_path, f"--local-processes={num_processes}")
+    out = run(tmp_path, f"--local-processes={num_processes}", "--config.train.trace-step=5")
     check_same(tmp_path, alone)
+    ticks.check_measured(tmp_path, step=5, num_stages=2, num_slices=4)
     lines = out.splitlines()
     assert all(line.startswith("[0] ") for line in lines)  # one of them logs
     [hosts] = [line.split() for line in lines if f" 0-{num_processes - 1} " in line]

@@ -17,6 +17,7 @@ from jax.stages import Compiled
 import reference
 import stand_in
 from tpipe_jax import mesh, model
+from tpipe_jax import stage as stage_module
 from tpipe_jax.collectives import check_branches, find_collectives
 from tpipe_jax.config import (
     AttentionConfig,
@@ -302,19 +303,38 @@ def test_what_is_saved_changes_nothing(memory: MemoryConfig) -> None:
     check_gradients(dataclasses.replace(config, memory=memory))
 
 
-@pytest.mark.parametrize(("seq_len", "token_slices"), [(12, "7,5"), (11, "7,4")])
+@pytest.mark.parametrize(
+    ("mesh", "seq_len", "tokens", "part"),
+    [
+        (MeshConfig(pipe=2), 12, 4, (1, 4)),
+        (MeshConfig(pipe=2), 11, 4, (1, 11)),  # which has no divisor
+        (MeshConfig(pipe=2), 12, 36, (3, 12)),
+        (MeshConfig(pipe=2, model=2), 12, 4, (1, 4)),
+    ],
+)
 def test_deferred_products_go_part_by_part(
-    seq_len: int, token_slices: str, monkeypatch: pytest.MonkeyPatch
+    mesh: MeshConfig,
+    seq_len: int,
+    tokens: int,
+    part: tuple[int, int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of 4 tokens, or of a whole sequence if they do not divide it."""
-    monkeypatch.setattr("tpipe_jax.stage.DEFERRED_TOKENS", 4)
-    config = Case(MeshConfig(pipe=2), 3, token_slices, "1,2", 3).config
+    shapes, of_part = set(), stage_module._weight_gradients
+
+    def noted(inputs: dict[str, Array], d_outputs: dict[str, Array]) -> Params:
+        shapes.update(value.shape[:2] for value in d_outputs.values())
+        return of_part(inputs, d_outputs)
+
+    monkeypatch.setattr(stage_module, "_weight_gradients", noted)
+    monkeypatch.setattr(stage_module, "DEFERRED_TOKENS", tokens)
+    config = Case(mesh, 3, f"7,{seq_len - 7}", "1,2", 3).config
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, seq_len=seq_len),
         memory=MemoryConfig(defer_weight_grads=True),
     )
     check_gradients(config)
+    assert shapes == {part}
 
 
 def test_loss_alone_equals_the_loss_with_gradients() -> None:

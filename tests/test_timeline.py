@@ -9,7 +9,7 @@ from matplotlib.patches import Rectangle
 
 from tpipe_jax.plan import Plan
 from tpipe_jax.schedule import simulate, terapipe
-from tpipe_jax.timeline import draw_timeline, write_trace
+from tpipe_jax.timeline import draw_timeline, read_trace, trace_events, write_trace
 
 
 def test_one_box_for_each_slice_and_direction_on_each_stage(tmp_path: Path, figures: list[Figure]):
@@ -57,7 +57,9 @@ def test_sequences_are_left_out_where_slices_have_one_each(tmp_path: Path, figur
 def test_a_trace_has_an_event_for_each_slice_and_direction_on_each_stage(tmp_path: Path):
     schedule = terapipe(Plan(2, (2, 1), ((5, 3), (8,))))
     timeline = simulate(schedule, [1.0, 1.1, 1.2], [2.0, 2.2, 2.4])
-    write_trace(tmp_path / "t.json", schedule, {"predicted": timeline, "measured": timeline})
+    kinds = enumerate(("predicted", "measured"))
+    traces = [trace_events(kind, name, schedule, timeline) for kind, name in kinds]
+    write_trace(tmp_path / "t.json", sum(traces, []))  # noqa: RUF017 - there are two
     events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
     names = [event["args"]["name"] for event in events if event["ph"] == "M"]
     assert names == ["predicted", "stage 0", "stage 1", "measured", "stage 0", "stage 1"]
@@ -70,3 +72,10 @@ def test_a_trace_has_an_event_for_each_slice_and_direction_on_each_stage(tmp_pat
             assert [e["dur"] for e in own] == pytest.approx([1e6, 1.1e6, 1.2e6, 2.4e6, 2.2e6, 2e6])
     # Microseconds; stage 1 has the first slice when stage 0 has finished it.
     assert [e["ts"] for e in events if e["ph"] == "X"][:2] == [0, 1e6]
+    assert [read_trace(tmp_path / "t.json", kind) for kind in (0, 1)] == traces
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"traceEvents": [1]}'])
+def test_what_is_no_trace_has_no_events(text: str, tmp_path: Path):
+    (tmp_path / "t.json").write_text(text)
+    assert read_trace(tmp_path / "t.json", 0) == read_trace(tmp_path / "none.json", 0) == []

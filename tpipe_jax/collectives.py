@@ -65,7 +65,7 @@ class Collective(NamedTuple):
 
 def find_collectives(text: str) -> list[Collective]:
     """All collectives of a compiled program, `compiled.as_text()`, in the order of the text."""
-    computations = dict(_computations(text))
+    computations = dict(split_computations(text))
     assert computations, "this is not the text of a compiled program"
     called = {name: set(_names(_CALLED, body)) for name, body in computations.items()}
     reached: set[str] = set()
@@ -101,7 +101,8 @@ def check_branches(collectives: list[Collective], mesh: Mesh) -> None:
             )
 
 
-def _computations(text: str) -> Iterator[tuple[str, str]]:
+def split_computations(text: str) -> Iterator[tuple[str, str]]:
+    """Each computation of a compiled program: its name, and the lines of its operations."""
     name, lines = "", []
     for line in text.splitlines():
         if header := _HEADER.match(line):

@@ -137,6 +137,8 @@ class TrainConfig:
     step_timeout_seconds: Count = 1800
     """How long a step, a batch of an evaluation or a save may take; one that takes longer ends the
     run, everywhere, and tells where it hangs."""
+    trace_step: CountOrZero = 0
+    """A step whose measured ticks are added to timeline.json; 0 for none."""
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ LayerState = TypeVar("LayerState")
 
 NORMS = ("norm_1", "norm_2")
 UNDIVIDED = ("x", "middle", "out", *NORMS)  # what all devices of 'model' hold; they divide the rest
-# Of one product of deferred weight gradients: the fastest of 128 to 1024 on a CPU, with 256.
-DEFERRED_TOKENS = 512
+# About as many in each product of deferred weight gradients: enough for a device to be busy longer
+# than adding the product to its sum takes. On a CPU 256 to 1024 are alike (docs/design.md).
+DEFERRED_TOKENS = 1024
 
 
 class Saved(NamedTuple):
@@ -171,13 +172,17 @@ class Stage(NamedTuple):
         is computed again would take as much memory as if it had been saved.
         """
         B, T, _ = saved.values["x"].shape
-        size = query_block(T, DEFERRED_TOKENS)
-        size = T if T % size else size  # a length that has no such divisor stays whole
+        num_tokens = _divisor(T, DEFERRED_TOKENS)
+        num_rows = _divisor(B, max(1, DEFERRED_TOKENS // num_tokens))
 
         def add_part(i: Array, sums: Params) -> Params:
-            row, part = jnp.divmod(i, T // size)
-            at = Position(row, part * size)
-            values = {name: read(buffer, at, 1, size) for name, buffer in saved.values.items()}
+            row, token = jnp.divmod(i, T // num_tokens)
+            at = Position(row * num_rows, token * num_tokens)
+
+            def part(buffers: dict[str, Array]) -> dict[str, Array]:
+                return {n: read(b, at, num_rows, num_tokens) for n, b in buffers.items()}
+
+            values = part(saved.values)
             seen: dict[str, Array] = {}
 
             def tape(name: str, value: Array) -> Array:
@@ -186,12 +191,11 @@ class Stage(NamedTuple):
             self.block.qkv(self.params[n], values["x"], tape)
             attn_BHLK = split_heads(values["attn"], saved.cache.k.shape[1])
             self.block.finish(self.params[n], values["x"], attn_BHLK, tape)
-            d_part = {name: read(buffer, at, 1, size) for name, buffer in d_outputs.items()}
-            return jax.tree.map(jnp.add, sums, _weight_gradients(seen, d_part))
+            return jax.tree.map(jnp.add, sums, _weight_gradients(seen, part(d_outputs)))
 
         weights = {name: self.params[n][name] for name in LINEARS}
         zeros = jax.tree.map(lambda a: jnp.zeros_like(a, jnp.float32), weights)
-        return lax.fori_loop(0, B * (T // size), add_part, zeros)
+        return lax.fori_loop(0, B // num_rows * (T // num_tokens), add_part, zeros)
 
     def _each_layer(
         self,
@@ -258,6 +262,12 @@ def empty_gradients(
         Gradients(d_cache, sums(), d_outputs() if is_deferred else {})
         for d_cache in empty_caches(num_layers, shape_BHTK, jnp.dtype(jnp.float32))
     ]
+
+
+def _divisor(total: int, near: int) -> int:
+    """A divisor of the total near a size; the total if there is none."""
+    size = query_block(total, near)
+    return total if total % size else size
 
 
 def _weight_gradients(inputs: dict[str, Array], d_outputs: dict[str, Array]) -> Params:

@@ -50,6 +50,10 @@ class StepLog:
         """Logs with the next line how long checkpoints have kept training waiting."""
         self._save_seconds += seconds
 
+    def leave_out(self, seconds: float) -> None:
+        """Does not count time that no step took."""
+        self._since += seconds
+
     def finish(self, evaluate: Callable[[], float] | None = None) -> None:
         """Waits for the step that was begun, if there is one, and logs it if it is due."""
         if self._running is None:

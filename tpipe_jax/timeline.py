@@ -12,6 +12,8 @@ from matplotlib.patches import Patch, Rectangle
 
 from tpipe_jax.schedule import Schedule, Timeline
 
+EXPECTED, MEASURED = 0, 1  # kinds of timelines in a trace
+
 
 def draw_timeline(
     path: Path, schedule: Schedule, timeline: Timeline, title: str, unit: str = "s"
@@ -74,27 +76,49 @@ def draw_boxes(
     ]
 
 
-def write_trace(path: Path, schedule: Schedule, timelines: dict[str, Timeline]) -> None:
-    """Writes timelines in the trace event format, which Perfetto opens: each as a process of its
-    name, with a thread for each stage. Their seconds are the trace's.
+def trace_events(
+    kind: int, name: str, schedule: Schedule, timeline: Timeline
+) -> list[dict[str, Any]]:
+    """A timeline as events of the trace event format: a process of that number and name, with a
+    thread for each stage. Its seconds are the trace's.
     """
-    events: list[dict[str, Any]] = []
-    for pid, (name, timeline) in enumerate(timelines.items()):
-        events.append({"ph": "M", "pid": pid, "name": "process_name", "args": {"name": name}})
-        for stage in range(timeline.num_stages):
-            thread = {"ph": "M", "pid": pid, "tid": stage}
-            events.append(thread | {"name": "thread_name", "args": {"name": f"stage {stage}"}})
-        for box in timeline.boxes:
-            item = schedule.items[box.item]
-            events.append(
-                {
-                    "ph": "X",
-                    "pid": pid,
-                    "tid": box.stage,
-                    "cat": "backward" if box.is_backward else "forward",
-                    "name": f"{item.num_rows} x {item.num_tokens} at {item.row}, {item.token}",
-                    "ts": 1e6 * box.start_seconds,
-                    "dur": 1e6 * (box.stop_seconds - box.start_seconds),
-                }
-            )
+    events: list[dict[str, Any]] = [
+        {"ph": "M", "pid": kind, "name": "process_name", "args": {"name": name}}
+    ]
+    for stage in range(timeline.num_stages):
+        thread = {"ph": "M", "pid": kind, "tid": stage}
+        events.append(thread | {"name": "thread_name", "args": {"name": f"stage {stage}"}})
+    for box in timeline.boxes:
+        item = schedule.items[box.item]
+        events.append(
+            {
+                "ph": "X",
+                "pid": kind,
+                "tid": box.stage,
+                "cat": "backward" if box.is_backward else "forward",
+                "name": f"{item.num_rows} x {item.num_tokens} at {item.row}, {item.token}",
+                "ts": 1e6 * box.start_seconds,
+                "dur": 1e6 * (box.stop_seconds - box.start_seconds),
+            }
+        )
+    return events
+
+
+def write_trace(path: Path, events: list[dict[str, Any]]) -> None:
+    """Writes a file that Perfetto opens."""
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
+
+
+def read_trace(path: Path, kind: int) -> list[dict[str, Any]]:
+    """The events of one kind in such a file; none if there is no file, or not such a one."""
+    try:
+        return [
+            event for event in json.loads(path.read_text())["traceEvents"] if event["pid"] == kind
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def work_of(events: list[dict[str, Any]]) -> list[tuple[int, str, str]]:
+    """Which stage works on what in which direction, in order."""
+    return sorted((e["tid"], e["cat"], e["name"]) for e in events if e["ph"] == "X")

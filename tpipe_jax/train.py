@@ -19,7 +19,7 @@ from tpipe_jax.autoplan import as_first, plan_slices, stage_factors
 from tpipe_jax.backends import resolve_attention
 from tpipe_jax.checkpoint import Checkpoints
 from tpipe_jax.collectives import compile_checked
-from tpipe_jax.config import Config, resolved
+from tpipe_jax.config import Config, UserError, resolved
 from tpipe_jax.console import Console
 from tpipe_jax.data import Batches, open_data
 from tpipe_jax.failures import Expect, watched
@@ -44,9 +44,12 @@ from tpipe_jax.sample import sample
 from tpipe_jax.schedule import terapipe
 from tpipe_jax.step_log import StepLog
 from tpipe_jax.stop import Stop, Stopped
+from tpipe_jax.ticks import merged, to_text, traced
 from tpipe_jax.train_state import TrainState, abstract_rows, abstract_state, init_state
 from tpipe_jax.train_step import make_loss
-from tpipe_jax.workdir import changed_settings, describe_in_files, locked
+from tpipe_jax.workdir import add_measured_ticks, changed_settings, describe_in_files, locked
+
+StepResult = tuple[TrainState, dict[str, Array]]
 
 PHASE_SECONDS = 3600  # that planning, compiling or restoring may take, if steps may not take more
 
@@ -79,12 +82,27 @@ def prepare(config: Config, devices: Sequence[jax.Device]) -> Run:
     config = resolve_attention(resolve_precision(config, mesh), mesh)
     check_model(config.model, config.mesh)
     candidates(config.memory)
+    _check_trace(config)
     plan = read_settings(config)
     train_data, held_out = open_data(config)
     for batches in (train_data, held_out):
         batches.batch(0, slice(8))  # a vocabulary of another size mostly shows here
     optimizer = make_optimizer(config.optim, config.train.num_steps)
     return Run(config, mesh, plan, train_data, held_out, optimizer)
+
+
+def _check_trace(config: Config) -> None:
+    step = config.train.trace_step
+    if step > config.train.num_steps:
+        raise UserError(
+            f"config.train.trace_step={step} is never reached with "
+            f"config.train.num_steps={config.train.num_steps}: trace an earlier step."
+        )
+    if step and config.mesh.pipe == 1:
+        raise UserError(
+            f"config.train.trace_step={step} has no ticks to show with config.mesh.pipe=1: set it "
+            "to 0, or train on several stages."
+        )
 
 
 def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console: Console) -> None:
@@ -163,6 +181,7 @@ def _train(
             step, state = _loop(
                 run,
                 programs.train_step,
+                partial(_traced, run, workdir, plan, programs.train_step, console),
                 evaluate,
                 state,
                 first_step,
@@ -278,6 +297,7 @@ def _expect(config: Config, expect: Expect, what: str, is_step: bool = True) -> 
 def _loop(
     run: Run,
     train_step: Compiled,
+    trace: Callable[[int, TrainState, Array], tuple[StepResult, float]],
     evaluate: Callable[[Params], float],
     state: TrainState,
     first_step: int,
@@ -300,9 +320,14 @@ def _loop(
         log.start()
         while step < num_steps and not stop.is_due():
             within(f"step {step + 1}")
-            state, values = train_step(state, batches.take())
-            step += 1
-            log.finish()  # the step before, which this one follows without a pause
+            step, rows = step + 1, batches.take()
+            if step == config.train.trace_step:
+                log.finish()  # so that the trace has nothing of the step before
+                (state, values), extra_seconds = trace(step, state, rows)
+                log.leave_out(extra_seconds)
+            else:
+                state, values = train_step(state, rows)
+                log.finish()  # the step before, which this one follows without a pause
             log.begin(step, values)
             if step % config.train.eval_every == 0 or step == num_steps:
                 log.finish(partial(evaluate, state.params))
@@ -319,6 +344,41 @@ def _loop(
     checkpoints.wait()  # before the run says what it has come to
     batches.raise_failure()
     return step, state
+
+
+def _traced(
+    run: Run,
+    workdir: Path,
+    plan: Plan,
+    train_step: Compiled,
+    console: Console,
+    step: int,
+    state: TrainState,
+    rows: Array,
+) -> tuple[StepResult, float]:
+    """Runs a step, and adds its ticks to timeline.json; returns what the step gives, and what that
+    took beside it, seconds.
+    """
+    start, text = time.monotonic(), train_step.as_text() or ""
+
+    def report(texts: list[str]) -> str:
+        """What has come of it, as text, since nobody must wait for a process that fails."""
+        timeline = merged(texts, run.config.mesh.pipe)
+        if not timeline:
+            return "the trace does not show its ticks"
+        try:
+            add_measured_ticks(workdir, plan, step, timeline)
+        except UserError as error:
+            return str(error)
+        return (
+            f"{timeline.step_seconds:.3g} s from the first slice to the last, stages busy "
+            f"{1 - timeline.bubble:.0%} of it; timeline.json has each tick"
+        )
+
+    run_step = partial(train_step, state, rows)
+    result, boxes, seconds = traced(run_step, text, terapipe(plan), run.mesh)
+    console.say(f"step {step} was traced: {gathered('ticks', to_text(boxes), report)}")
+    return result, time.monotonic() - start - seconds
 
 
 def _put_batch(run: Run, batches: Batches, index: int) -> Array:

@@ -10,8 +10,16 @@ from pathlib import Path
 from tpipe_jax.config import Config, UserError, from_dict, to_dict
 from tpipe_jax.plan import Plan
 from tpipe_jax.planner import predicted_timeline
-from tpipe_jax.schedule import simulate, terapipe
-from tpipe_jax.timeline import draw_timeline, write_trace
+from tpipe_jax.schedule import Timeline, simulate, terapipe
+from tpipe_jax.timeline import (
+    EXPECTED,
+    MEASURED,
+    draw_timeline,
+    read_trace,
+    trace_events,
+    work_of,
+    write_trace,
+)
 
 FILES = ("plan.json", "plan.png", "timeline.png", "timeline.json", "metrics.jsonl")
 
@@ -45,8 +53,8 @@ def changed_settings(config: Config, workdir: Path) -> list[str]:
 def describe_in_files(
     config: Config, workdir: Path, plan: Plan, stage_factors: Sequence[float]
 ) -> None:
-    """Writes config.json, plan.json, timeline.png and timeline.json. Raises `UserError` if it
-    cannot.
+    """Writes config.json, plan.json, timeline.png and timeline.json, which keeps the measured ticks
+    of an earlier start with these slices. Raises `UserError` if it cannot.
     """
     schedule = terapipe(plan)
     slices = f"{len(schedule.items)} slices ({'sequences x ' * (plan.batch_size > 1)}tokens)"
@@ -63,12 +71,24 @@ def describe_in_files(
         timeline = simulate(schedule, cost, [2 * c for c in cost], stage_factors=stage_factors)
         unit, title = "GFLOP in a layer", title + "as wide as their floating-point operations"
         name = "operations: a second is a GFLOP in a layer"
+    events = trace_events(EXPECTED, name, schedule, timeline)
+    measured = read_trace(workdir / "timeline.json", MEASURED)
+    if work_of(measured) == work_of(events):
+        events += measured
     with writing_to(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
         plan.save(workdir / "plan.json")
         draw_timeline(workdir / "timeline.png", schedule, timeline, title, unit)
-        write_trace(workdir / "timeline.json", schedule, {name: timeline})
+        write_trace(workdir / "timeline.json", events)
+
+
+def add_measured_ticks(workdir: Path, plan: Plan, step: int, timeline: Timeline) -> None:
+    """Adds a step as it was to timeline.json. Raises `UserError` if it cannot."""
+    path, name = workdir / "timeline.json", f"measured, step {step}"
+    measured = trace_events(MEASURED, name, terapipe(plan), timeline)
+    with writing_to(workdir):
+        write_trace(path, read_trace(path, EXPECTED) + measured)
 
 
 @contextmanager

@@ -1,0 +1,118 @@
+"""Ticks that are read from a trace, of events that were made up and of real runs."""
+
+from pathlib import Path
+
+import jax
+import pytest
+
+import runs
+import ticks
+from tpipe_jax.config import MeshConfig, UserError
+from tpipe_jax.plan import Plan
+from tpipe_jax.schedule import Box, Timeline, terapipe
+from tpipe_jax.ticks import Event, Sweep, find_sweeps, merged, stage_boxes, to_text
+
+SCHEDULE = terapipe(Plan(2, (1,), ((5, 3),)))  # three ticks in each direction
+SWEEPS = [Sweep("back", frozenset({"t.2"})), Sweep("forth", frozenset({"t.1"}))]
+EVENTS = [
+    Event("forth", 1, 9),
+    Event("t.1", 2, 3),
+    Event("dot", 3, 5),
+    Event("t.1", 6, 6.5),
+    Event("t.1", 7, 8),
+    Event("back", 10, 20),
+    Event("t.2", 11, 12),
+    Event("t.2", 14, 15),
+    Event("t.2", 18, 19),
+]
+
+
+def test_work_lies_between_the_loop_s_start_and_the_transfers():
+    """Stage 0 idles in the last tick forward and in the first one backward."""
+    first = [Box(0, 0, False, 1, 2), Box(0, 1, False, 3, 6), Box(0, 1, True, 12, 14)]
+    assert stage_boxes(EVENTS, SWEEPS, SCHEDULE, 0) == [*first, Box(0, 0, True, 15, 18)]
+    second = [Box(1, 0, False, 3, 6), Box(1, 1, False, 6.5, 7), Box(1, 1, True, 10, 11)]
+    assert stage_boxes(EVENTS[::-1], SWEEPS, SCHEDULE, 1) == [*second, Box(1, 0, True, 12, 14)]
+
+
+@pytest.mark.parametrize(
+    ("events", "sweeps"),
+    [([], SWEEPS), (EVENTS[1:], SWEEPS), (EVENTS[:-1], SWEEPS), (EVENTS, SWEEPS[:1])],
+    ids=["no events", "no loop", "a transfer less", "one sweep"],
+)
+def test_events_that_are_not_of_a_step_give_nothing(events: list[Event], sweeps: list[Sweep]):
+    assert stage_boxes(events, sweeps, SCHEDULE, 0) == []
+
+
+TEXT = """\
+%body.1 (p: f32[]) -> f32[] {
+  %t.1 = f32[1]{0} collective-permute(%x), channel_id=1, metadata={op_name="jit/while/ppermute"}
+  ROOT %t.2 = (f32[1]) collective-permute-start(%t.1), metadata={op_name="jit/ppermute"}
+}
+
+%other (p: f32[]) -> f32[] {
+  ROOT %r = f32[1]{0} collective-permute(%x), channel_id=1, metadata={op_name="jit/reshard"}
+}
+
+ENTRY %main (p: f32[]) -> f32[] {
+  %while.3 = (f32[]) while(%p), condition=%c, body=%other
+  ROOT %while.4 = (f32[]) while(%p), condition=%c, body=%body.1, metadata={op_name="jit/while"}
+}
+"""
+
+
+def test_a_sweep_is_a_loop_that_hands_on():
+    """Not one in which XLA moves values about, as it may where operators are divided."""
+    assert find_sweeps(TEXT) == [Sweep("while.4", frozenset({"t.1", "t.2"}))]
+
+
+def test_boxes_of_all_processes_start_at_nought():
+    texts = [to_text([Box(1, 0, False, 7.5, 8)]), to_text([Box(0, 0, False, 7, 7.25)])]
+    boxes = Box(1, 0, False, 0.5, 1), Box(0, 0, False, 0, 0.25)
+    assert merged(texts, 2) == Timeline(boxes, 1, 2)
+    assert merged(texts, 3) is None  # a stage has none
+    assert merged(["[]"], 1) is None
+
+
+@pytest.mark.parametrize(
+    "sizes", [MeshConfig(pipe=2), MeshConfig(data=2, pipe=2, model=2)], ids=str
+)
+def test_a_traced_step_is_in_the_timeline(sizes: MeshConfig, tmp_path: Path):
+    """And stays there when the run goes on; losses are those of a run without."""
+    config = runs.changed(runs.small_config(tmp_path), mesh=vars(sizes), train={"num_steps": 3})
+    traced = runs.changed(config, train={"trace_step": 2})
+    said = runs.run(traced, tmp_path / "traced")
+    [line] = [line for line in said if "traced" in line]
+    assert line.startswith("step 2 was traced: ")
+    num_slices = 3 * 4 // sizes.data
+    ticks.check_measured(tmp_path / "traced", 2, 2, num_slices)
+    runs.run(config, tmp_path / "plain")
+    losses = [[line["loss"] for line in runs.metrics(tmp_path / n)] for n in ("traced", "plain")]
+    assert losses[0] == losses[1]
+    runs.run(runs.changed(traced, train={"num_steps": 4}), tmp_path / "traced")
+    ticks.check_measured(tmp_path / "traced", 2, 2, num_slices)
+    others = runs.changed(traced, train={"num_steps": 5}, plan={"token_slices": "8,8"})
+    runs.run(others, tmp_path / "traced")
+    assert "measured" not in (tmp_path / "traced" / "timeline.json").read_text()
+
+
+def test_a_trace_that_cannot_be_taken_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("Profile has already been started.")
+
+    monkeypatch.setattr(jax.profiler, "start_trace", refuse)
+    config = runs.changed(runs.small_config(tmp_path), train={"num_steps": 2, "trace_step": 1})
+    said = runs.run(config, tmp_path / "run")
+    assert "step 1 was traced: the trace does not show its ticks" in said
+    assert said[-1].startswith("Trained 2 steps")
+
+
+def test_steps_that_cannot_be_traced_are_refused(tmp_path: Path):
+    config = runs.small_config(tmp_path)
+    with pytest.raises(UserError, match=r"trace_step=7 is never reached with .*num_steps=6"):
+        runs.run(runs.changed(config, train={"trace_step": 7}), tmp_path / "run")
+    one_stage = runs.changed(config, train={"trace_step": 6}, mesh={"pipe": 1})
+    with pytest.raises(UserError, match=r"trace_step=6 has no ticks .* config.mesh.pipe=1"):
+        runs.run(one_stage, tmp_path / "run")

@@ -1,0 +1,150 @@
+"""When the stages worked in a step that was run, read from a trace of what their devices did.
+
+In each tick of a sweep a stage works, or idles, and then hands its box on, so what lies between two
+such transfers of a device is the work of a tick. The loop of a sweep and its transfers are found in
+the text of the program, and then by their names in the trace.
+"""
+
+import json
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import jax
+from jax.profiler import ProfileData
+from jax.sharding import Mesh
+
+from tpipe_jax.collectives import split_computations
+from tpipe_jax.schedule import IDLE, Box, Schedule, Timeline
+
+Result = TypeVar("Result")
+
+_TRANSFER = re.compile(
+    r'^ *(?:ROOT )?%?([\w.-]+) = .* collective-permute(?:-start)?\(.*op_name="[^"]*ppermute', re.M
+)
+_LOOP = re.compile(r"^ *(?:ROOT )?%?([\w.-]+) = .* while\(.*body=%?([\w.-]+)", re.M)
+
+
+class Event(NamedTuple):
+    """One operation on a device, seconds."""
+
+    name: str
+    start: float
+    stop: float
+
+
+class Sweep(NamedTuple):
+    """The operations of a program that are the loop over ticks, and the transfers in it."""
+
+    loop: str
+    transfers: frozenset[str]
+
+
+def traced(
+    run: Callable[[], Result], text: str, schedule: Schedule, mesh: Mesh
+) -> tuple[Result, list[Box], float]:
+    """Runs a step, to its end.
+
+    Returns its result, the work of those stages whose first device is of this process, by its
+    host's clock, and how long the step took, all in seconds. There is no work where the trace does
+    not show it, or cannot be taken: devices other than CPUs may name their operations differently.
+    """
+    events: dict[int, list[Event]] = {}
+    with _recorded(events):
+        start = time.monotonic()
+        result = jax.block_until_ready(run())
+        seconds = time.monotonic() - start
+    sweeps, boxes = find_sweeps(text), []
+    for stage, device in enumerate(mesh.devices[0, :, 0]):
+        if device.process_index == jax.process_index():
+            boxes += stage_boxes(events.get(device.local_hardware_id, []), sweeps, schedule, stage)
+    return result, boxes, seconds
+
+
+def to_text(boxes: Sequence[Box]) -> str:
+    """What processes tell each other of their boxes."""
+    return json.dumps([tuple(vars(box).values()) for box in boxes])
+
+
+def merged(texts: Sequence[str], num_stages: int) -> Timeline | None:
+    """The timeline of all processes' boxes, from the first start on; None if a stage has none."""
+    boxes = [Box(*values) for text in texts for values in json.loads(text)]
+    if len({box.stage for box in boxes}) < num_stages:
+        return None
+    begin = min(box.start_seconds for box in boxes)
+    moved = [
+        replace(box, start_seconds=box.start_seconds - begin, stop_seconds=box.stop_seconds - begin)
+        for box in boxes
+    ]
+    return Timeline(tuple(moved), max(box.stop_seconds for box in moved), num_stages)
+
+
+def find_sweeps(text: str) -> list[Sweep]:
+    """The loops of a compiled program, `compiled.as_text()`, that hand on what they have made."""
+    transfers = {name: _TRANSFER.findall(body) for name, body in split_computations(text)}
+    return [
+        Sweep(loop, frozenset(transfers[body]))
+        for loop, body in _LOOP.findall(text)
+        if transfers.get(body)
+    ]
+
+
+def stage_boxes(
+    events: Sequence[Event], sweeps: Sequence[Sweep], schedule: Schedule, stage: int
+) -> list[Box]:
+    """The work of a stage, from the events of its device; none if they are not those of a step."""
+    starts = {event.name: event.start for event in events}
+    if len(sweeps) != 2 or not all(sweep.loop in starts for sweep in sweeps):
+        return []
+    boxes = []
+    in_order = sorted(sweeps, key=lambda sweep: starts[sweep.loop])
+    for sweep, table in zip(in_order, (schedule.forward, schedule.backward), strict=True):
+        transfers = sorted(
+            (event for event in events if event.name in sweep.transfers), key=lambda e: e.start
+        )
+        if len(transfers) != len(table):
+            return []
+        start = starts[sweep.loop]
+        for item, transfer in zip(table[:, stage].tolist(), transfers, strict=True):
+            if item != IDLE:
+                is_backward = table is schedule.backward
+                boxes.append(Box(stage, item, is_backward, start, transfer.start))
+            start = transfer.stop
+    return boxes
+
+
+@contextmanager
+def _recorded(events: dict[int, list[Event]]) -> Iterator[None]:
+    """Adds what each device of this process does meanwhile, by its number there; nothing, if it
+    cannot be recorded.
+    """
+    options, folder = jax.profiler.ProfileOptions(), ""
+    options.python_tracer_level = 0
+    with ExitStack() as stack:
+        with suppress(OSError, RuntimeError):
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            jax.profiler.start_trace(folder, profiler_options=options)
+        yield
+        with suppress(OSError, RuntimeError, ValueError):
+            jax.profiler.stop_trace()
+            [path] = Path(folder).rglob("*.xplane.pb")
+            for device, event in _device_events(ProfileData.from_file(str(path))):
+                events.setdefault(device, []).append(event)
+
+
+def _device_events(profile: ProfileData) -> Iterator[tuple[int, Event]]:
+    """Each operation, with the number of its device. Raises ValueError if nothing says when."""
+    planes = list(profile.planes)
+    stats_of_planes = [dict(plane.stats) for plane in planes]
+    [begin] = [s["profile_start_time"] for s in stats_of_planes if "profile_start_time" in s]
+    for event in (event for plane in planes for line in plane.lines for event in line.events):
+        stats = dict(event.stats)
+        if "hlo_op" in stats and "device_ordinal" in stats:
+            start, stop = event.start_ns, event.start_ns + event.duration_ns
+            times = (begin + round(start)) / 1e9, (begin + round(stop)) / 1e9
+            yield stats["device_ordinal"], Event(stats["hlo_op"], *times)
