@@ -74,9 +74,9 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_losses_do_not_depend_on_the_processes(num_processes: int, alone: Path, tmp_path: Path):
     out = run(tmp_path, f"--local-processes={num_processes}", "--config.train.trace-step=5")
     check_same(tmp_path, alone)
-    ticks.check_measured(tmp_path, step=5, num_stages=2, num_slices=4)
+    ticks.check_measured(tmp_path, step=5, num_stages=2, num_slices=2)
     lines = out.splitlines()
-    assert all(line.startswith("[0] ") for line in lines)  # one of them logs
+    assert [line for line in lines if not line.startswith("[0] ")] == []  # one of them logs
     [hosts] = [line.split() for line in lines if f" 0-{num_processes - 1} " in line]
     assert hosts[2:] == [f"0-{num_processes - 1}", "4", "0-1", "0-1"]
     files = {path.name for path in tmp_path.iterdir()}

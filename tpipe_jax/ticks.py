@@ -62,7 +62,9 @@ def traced(
     sweeps, boxes = find_sweeps(text), []
     for stage, device in enumerate(mesh.devices[0, :, 0]):
         if device.process_index == jax.process_index():
-            boxes += stage_boxes(events.get(device.local_hardware_id, []), sweeps, schedule, stage)
+            # Traces number a process's devices, but CPUs by their number among all.
+            number = device.id if device.platform == "cpu" else device.local_hardware_id
+            boxes += stage_boxes(events.get(number, []), sweeps, schedule, stage)
     return result, boxes, seconds
 
 
@@ -120,8 +122,8 @@ def stage_boxes(
 
 @contextmanager
 def _recorded(events: dict[int, list[Event]]) -> Iterator[None]:
-    """Adds what each device of this process does meanwhile, by its number there; nothing, if it
-    cannot be recorded.
+    """Adds what each device of this process does meanwhile, by its number in the trace; nothing, if
+    it cannot be recorded.
     """
     options, folder = jax.profiler.ProfileOptions(), ""
     options.python_tracer_level = 0
