@@ -304,17 +304,18 @@ def test_what_is_saved_changes_nothing(memory: MemoryConfig) -> None:
 
 
 @pytest.mark.parametrize(
-    ("mesh", "seq_len", "tokens", "part"),
+    ("mesh", "seq_len", "batch_slices", "tokens", "part"),
     [
-        (MeshConfig(pipe=2), 12, 4, (1, 4)),
-        (MeshConfig(pipe=2), 11, 4, (1, 11)),  # which has no divisor
-        (MeshConfig(pipe=2), 12, 36, (3, 12)),
-        (MeshConfig(pipe=2, model=2), 12, 4, (1, 4)),
+        (MeshConfig(pipe=2), 12, "1,2", 4, (1, 4)),
+        (MeshConfig(pipe=2), 11, "1,2", 4, (1, 11)),  # which has no divisor
+        (MeshConfig(pipe=2), 12, "1,3", 24, (2, 12)),
+        (MeshConfig(pipe=2, model=2), 12, "1,2", 4, (1, 4)),
     ],
 )
 def test_deferred_products_go_part_by_part(
     mesh: MeshConfig,
     seq_len: int,
+    batch_slices: str,
     tokens: int,
     part: tuple[int, int],
     monkeypatch: pytest.MonkeyPatch,
@@ -327,7 +328,8 @@ def test_deferred_products_go_part_by_part(
 
     monkeypatch.setattr(stage_module, "_weight_gradients", noted)
     monkeypatch.setattr(stage_module, "DEFERRED_TOKENS", tokens)
-    config = Case(mesh, 3, f"7,{seq_len - 7}", "1,2", 3).config
+    batch_size = sum(map(int, batch_slices.split(",")))
+    config = Case(mesh, 3, f"7,{seq_len - 7}", batch_slices, batch_size).config
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, seq_len=seq_len),
