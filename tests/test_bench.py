@@ -3,8 +3,10 @@
 import importlib.util
 import re
 import runpy
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,6 +64,26 @@ def test_the_formula_of_a_paper_s_step_is_the_makespan_of_its_schedule(
         times = zip(*(v100.slice_seconds(setting, cluster, *each) for each in shapes), strict=True)
         makespan = simulate(schedule, *times).step_seconds
         assert v100.step_seconds(setting, cluster, slices) == pytest.approx(makespan)
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="the sleeping stages need a C++ compiler")
+def test_stages_that_sleep_take_no_less_than_their_makespan(monkeypatch: pytest.MonkeyPatch):
+    """Which a stage that does not wait for its neighbour would, or one that skips a slice."""
+    monkeypatch.syspath_prepend(BENCH)
+    emulated = importlib.import_module("emulated")
+    emulated.load_sleep()
+    plan = Plan(3, (1, 1), ((5, 3), (4, 4)))
+    schedule = terapipe(plan)
+    seconds = np.random.default_rng(0).uniform(0.05, 0.15, (2, len(schedule.items)))
+    times = [
+        {(item.row, item.token): float(t) for item, t in zip(schedule.items, own, strict=True)}
+        for own in seconds
+    ]
+    run = emulated.program(plan, times, slowdown=2)
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    measured = time.perf_counter() - start
+    assert measured >= 2 * simulate(schedule, *seconds.tolist()).step_seconds
 
 
 @pytest.fixture(scope="module")
