@@ -95,7 +95,7 @@ class Pair:
         stdout = self._processes[index].stdout
         assert stdout
         for line in stdout:
-            if not line.startswith("[Gloo] "):  # which tells of every group that it connects
+            if "connected peer ranks is" not in line:  # what Gloo tells of each group it connects
                 return json.loads(line)
         sys.exit("error: a process of the comparison has ended.")
 

@@ -39,7 +39,8 @@ if what in ("fail", "kill"):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(100)
 print("out", *sys.argv[1:], sorted(os.sched_getaffinity(0)))
-print("[Gloo] Rank 0 is connected")
+print("[Gloo] Rank [Gloo] Rank 0 is connected")
+print("0 is connected to 1 peer ranks. Expected number of connected peer ranks is : 1")
 print("err", file=sys.stderr)
 print("no end of line", end="")
 """

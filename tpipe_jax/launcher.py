@@ -199,7 +199,8 @@ def _relay(prefix: str, source: IO[str] | None, target: IO[str]) -> None:
     assert source is not None
     with source:
         for line in source:
-            if line.startswith("[Gloo] "):  # which tells of every group of processes it connects
+            # Gloo tells of every group of processes it connects, piece by piece from several threads.
+            if line.startswith("[Gloo] ") or "connected peer ranks is" in line:
                 continue
             target.write(prefix + line.rstrip("\n") + "\n")  # in one piece, so lines don't mix
             target.flush()
