@@ -95,7 +95,8 @@ class Pair:
         stdout = self._processes[index].stdout
         assert stdout
         for line in stdout:
-            if "connected peer ranks is" not in line:  # what Gloo tells of each group it connects
+            # Gloo tells of each group that it connects, and may tear its lines.
+            if line.strip() and "[Gloo] " not in line and "connected peer ranks is" not in line:
                 return json.loads(line)
         sys.exit("error: a process of the comparison has ended.")
 

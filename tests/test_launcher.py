@@ -41,6 +41,7 @@ if what in ("fail", "kill"):
 print("out", *sys.argv[1:], sorted(os.sched_getaffinity(0)))
 print("[Gloo] Rank [Gloo] Rank 0 is connected")
 print("0 is connected to 1 peer ranks. Expected number of connected peer ranks is : 1")
+print()
 print("err", file=sys.stderr)
 print("no end of line", end="")
 """

@@ -199,8 +199,9 @@ def _relay(prefix: str, source: IO[str] | None, target: IO[str]) -> None:
     assert source is not None
     with source:
         for line in source:
-            # Gloo tells of every group of processes it connects, piece by piece from several threads.
-            if line.startswith("[Gloo] ") or "connected peer ranks is" in line:
+            # Gloo tells of each group of processes that it connects, and its threads tear the lines.
+            is_gloo = line.startswith("[Gloo] ") or "connected peer ranks is" in line
+            if is_gloo or not line.strip():
                 continue
             target.write(prefix + line.rstrip("\n") + "\n")  # in one piece, so lines don't mix
             target.flush()
