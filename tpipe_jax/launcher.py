@@ -199,7 +199,7 @@ def _relay(prefix: str, source: IO[str] | None, target: IO[str]) -> None:
     assert source is not None
     with source:
         for line in source:
-            # Gloo tells of each group of processes that it connects, and its threads tear the lines.
+            # Gloo tells of each group of processes it connects, and its threads tear the lines.
             is_gloo = line.startswith("[Gloo] ") or "connected peer ranks is" in line
             if is_gloo or not line.strip():
                 continue
