@@ -48,6 +48,16 @@ def test_ratios_that_have_fallen_are_named(capsys: pytest.CaptureFixture[str]):
     assert "FAILED: a has fallen by more than 15%" in capsys.readouterr().out
 
 
+def test_results_are_added_to_those_of_other_cases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(BENCH)
+    results = importlib.import_module("results")
+    results.add("a", "cases", {"2": {"x": 1.0}, "3": {"x": 2.0}}, "123", tmp_path)
+    saved = results.add("a", "cases", {"1": {"x": 3.0}, "3": {"x": 4.0}}, "123", tmp_path)
+    assert saved == results.load("a", tmp_path)["cases"]
+    assert [(name, case["x"]) for name, case in saved.items()] == [("1", 3), ("2", 1), ("3", 4)]
+    assert all(case["date"] for case in saved.values())
+
+
 def test_the_formula_of_a_paper_s_step_is_the_makespan_of_its_schedule(
     monkeypatch: pytest.MonkeyPatch,
 ):

@@ -20,7 +20,11 @@ from jax.profiler import ProfileData
 from jax.sharding import Mesh
 
 from tpipe_jax.collectives import split_computations
+from tpipe_jax.config import Config, UserError
+from tpipe_jax.plan import Plan
+from tpipe_jax.processes import gathered
 from tpipe_jax.schedule import IDLE, Box, Schedule, Timeline
+from tpipe_jax.workdir import add_measured_ticks
 
 Result = TypeVar("Result")
 
@@ -45,6 +49,21 @@ class Sweep(NamedTuple):
     transfers: frozenset[str]
 
 
+def check_trace(config: Config) -> None:
+    """Raises `UserError` if config.train.trace_step cannot be traced."""
+    step = config.train.trace_step
+    if step > config.train.num_steps:
+        raise UserError(
+            f"config.train.trace_step={step} is never reached with "
+            f"config.train.num_steps={config.train.num_steps}: trace an earlier step."
+        )
+    if step and config.mesh.pipe == 1:
+        raise UserError(
+            f"config.train.trace_step={step} has no ticks to show with config.mesh.pipe=1: set it "
+            "to 0, or train on several stages."
+        )
+
+
 def traced(
     run: Callable[[], Result], text: str, schedule: Schedule, mesh: Mesh
 ) -> tuple[Result, list[Box], float]:
@@ -66,6 +85,26 @@ def traced(
             number = device.id if device.platform == "cpu" else device.local_hardware_id
             boxes += stage_boxes(events.get(number, []), sweeps, schedule, stage)
     return result, boxes, seconds
+
+
+def gathered_ticks(boxes: Sequence[Box], workdir: Path, plan: Plan, step: int) -> str:
+    """Adds the boxes of all processes to timeline.json, once in a run; says what has come of it."""
+
+    def report(texts: list[str]) -> str:
+        """As text, whatever happens, since nobody must wait for a process that has failed."""
+        timeline = merged(texts, plan.num_stages)
+        if not timeline:
+            return "the trace does not show its ticks"
+        try:
+            add_measured_ticks(workdir, plan, step, timeline)
+        except UserError as error:
+            return str(error)
+        return (
+            f"{timeline.step_seconds:.3g} s from the first slice to the last, stages busy "
+            f"{1 - timeline.bubble:.0%} of it; timeline.json has each tick"
+        )
+
+    return gathered("ticks", to_text(boxes), report)
 
 
 def to_text(boxes: Sequence[Box]) -> str:

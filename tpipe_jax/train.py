@@ -19,7 +19,7 @@ from tpipe_jax.autoplan import as_first, plan_slices, stage_factors
 from tpipe_jax.backends import resolve_attention
 from tpipe_jax.checkpoint import Checkpoints
 from tpipe_jax.collectives import compile_checked
-from tpipe_jax.config import Config, UserError, resolved
+from tpipe_jax.config import Config, resolved
 from tpipe_jax.console import Console
 from tpipe_jax.data import Batches, open_data
 from tpipe_jax.failures import Expect, watched
@@ -44,10 +44,10 @@ from tpipe_jax.sample import sample
 from tpipe_jax.schedule import terapipe
 from tpipe_jax.step_log import StepLog
 from tpipe_jax.stop import Stop, Stopped
-from tpipe_jax.ticks import merged, to_text, traced
+from tpipe_jax.ticks import check_trace, gathered_ticks, traced
 from tpipe_jax.train_state import TrainState, abstract_rows, abstract_state, init_state
 from tpipe_jax.train_step import make_loss
-from tpipe_jax.workdir import add_measured_ticks, changed_settings, describe_in_files, locked
+from tpipe_jax.workdir import changed_settings, describe_in_files, locked
 
 StepResult = tuple[TrainState, dict[str, Array]]
 
@@ -82,27 +82,13 @@ def prepare(config: Config, devices: Sequence[jax.Device]) -> Run:
     config = resolve_attention(resolve_precision(config, mesh), mesh)
     check_model(config.model, config.mesh)
     candidates(config.memory)
-    _check_trace(config)
+    check_trace(config)
     plan = read_settings(config)
     train_data, held_out = open_data(config)
     for batches in (train_data, held_out):
         batches.batch(0, slice(8))  # a vocabulary of another size mostly shows here
     optimizer = make_optimizer(config.optim, config.train.num_steps)
     return Run(config, mesh, plan, train_data, held_out, optimizer)
-
-
-def _check_trace(config: Config) -> None:
-    step = config.train.trace_step
-    if step > config.train.num_steps:
-        raise UserError(
-            f"config.train.trace_step={step} is never reached with "
-            f"config.train.num_steps={config.train.num_steps}: trace an earlier step."
-        )
-    if step and config.mesh.pipe == 1:
-        raise UserError(
-            f"config.train.trace_step={step} has no ticks to show with config.mesh.pipe=1: set it "
-            "to 0, or train on several stages."
-        )
 
 
 def train(config: Config, workdir: Path, devices: Sequence[jax.Device], console: Console) -> None:
@@ -181,7 +167,7 @@ def _train(
             step, state = _loop(
                 run,
                 programs.train_step,
-                partial(_traced, run, workdir, plan, programs.train_step, console),
+                partial(_trace, run, workdir, plan, programs.train_step, console),
                 evaluate,
                 state,
                 first_step,
@@ -346,7 +332,7 @@ def _loop(
     return step, state
 
 
-def _traced(
+def _trace(
     run: Run,
     workdir: Path,
     plan: Plan,
@@ -360,24 +346,9 @@ def _traced(
     took beside it, seconds.
     """
     start, text = time.monotonic(), train_step.as_text() or ""
-
-    def report(texts: list[str]) -> str:
-        """What has come of it, as text, since nobody must wait for a process that fails."""
-        timeline = merged(texts, run.config.mesh.pipe)
-        if not timeline:
-            return "the trace does not show its ticks"
-        try:
-            add_measured_ticks(workdir, plan, step, timeline)
-        except UserError as error:
-            return str(error)
-        return (
-            f"{timeline.step_seconds:.3g} s from the first slice to the last, stages busy "
-            f"{1 - timeline.bubble:.0%} of it; timeline.json has each tick"
-        )
-
     run_step = partial(train_step, state, rows)
     result, boxes, seconds = traced(run_step, text, terapipe(plan), run.mesh)
-    console.say(f"step {step} was traced: {gathered('ticks', to_text(boxes), report)}")
+    console.say(f"step {step} was traced: {gathered_ticks(boxes, workdir, plan, step)}")
     return result, time.monotonic() - start - seconds
 
 
