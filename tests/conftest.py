@@ -7,9 +7,11 @@ from hypothesis import settings
 from jax.experimental.compilation_cache import compilation_cache
 from matplotlib.figure import Figure
 
-# Read when jax looks for devices. As `mesh.prepare_cpu` has it: one process has 8 of them, so
-# operators need no threads of their own. And programs run for less time than their machine code
-# would take to be optimised.
+# Read when jax looks for devices, which are CPUs unless test_gpu.py is asked for. Flags are as
+# `mesh.prepare_cpu` has them: one process has 8 devices, so operators need no threads of their own.
+# And programs run for less time than their machine code would take to be optimised.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 os.environ["XLA_FLAGS"] = (
     "--xla_cpu_multi_thread_eigen=false --xla_cpu_experimental_ynn_fusion_type=-reduce "
     "--xla_backend_optimization_level=0 "

@@ -25,6 +25,7 @@ from tpipe_jax.config import UserError
 
 POLL_SECONDS = 0.5  # between two looks for another process's error, or at how long a step takes
 FAREWELL_SECONDS = 15  # in which all processes should have seen an error, on a busy machine too
+SERVICE_SECONDS = 3  # that process 0 stays for, after that, while the others end
 KEY = "tpipe_jax/failure"
 
 Expect = Callable[[str, float], None]
@@ -163,7 +164,9 @@ def _end(failure: Failure) -> NoReturn:
     if _client() is not None:
         with suppress(Exception):  # process 0, which tells others, may not go before all have heard
             _client().wait_at_barrier("tpipe_jax/farewell", 1000 * FAREWELL_SECONDS)
-        if failure.process not in (own, 0):
+        if own == 0:
+            time.sleep(SERVICE_SECONDS)  # jax aborts a process that it ends before
+        elif failure.process != own:
             time.sleep(POLL_SECONDS)  # so that who started them sees which was the first to end
     os._exit(failure.status)  # threads and collectives may never come to an end
 

@@ -144,7 +144,9 @@ def _wait(children: Sequence[Child]) -> int:
     if first is None:
         return 0
     code = children[first].returncode
-    if code < 0 or (len(children) > 1 and code not in FINAL):
+    # Those that end alike have told each other why, and said it.
+    is_alike = all(child.returncode == code for child in children)
+    if code < 0 or not (is_alike or code in FINAL):
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
         is_alone = len(children) == 1
         _say(f"the process {how}" if is_alone else f"process {first} {how}, before the others")

@@ -1,0 +1,140 @@
+"""What only a GPU can tell: JAX_PLATFORMS=cuda python -m pytest tests/test_gpu.py"""
+
+import json
+import os
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import reference
+import runs
+from slices import TOLERANCE, draw, expect, rounded, run
+from tpipe_jax import model
+from tpipe_jax.attention import blockwise
+from tpipe_jax.config import (
+    AttentionConfig,
+    Backend,
+    Config,
+    Format,
+    ModelConfig,
+    PlanConfig,
+    PrecisionConfig,
+    TrainConfig,
+)
+from tpipe_jax.fused import cudnn_kernel, grouped
+from tpipe_jax.inplace import Position
+from tpipe_jax.mesh import make_mesh
+from tpipe_jax.schedule import terapipe
+from tpipe_jax.train_step import make_loss_and_grads
+
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # so that a child has memory, too
+pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+
+IN_GROUPS = {group: grouped(cudnn_kernel(), group) for group in (64, 100, 256)}
+SHORT = pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+
+
+@SHORT
+@pytest.mark.parametrize("group", IN_GROUPS)
+@pytest.mark.parametrize("L", [64, 65, 130, 300])
+def test_cudnn_equals_float64_wherever_the_slice_lies(L: int, group: int, dtype: Any) -> None:
+    """cuDNN rounds weights, gradients of scores and results to 2^-9 or 2^-12."""
+    for i, context in enumerate([0, 1, 99, 100, 101, 300]):
+        s = rounded(draw(Position(i % 3, context), L, seed=i, num_heads=3), dtype)
+        got, want = run(s, IN_GROUPS[group], dtype), expect(s)
+        reference.assert_close(got.lse, want.lse, 10 * TOLERANCE)
+        reference.assert_close(got._replace(lse=want.lse), want, 2 * float(jnp.finfo(dtype).eps))
+
+
+@SHORT
+def test_cudnn_reads_nothing_that_comes_later(dtype: Any) -> None:
+    s = rounded(draw(Position(1, 200), L=130), dtype)
+    poisoned = jax.tree.map(lambda a: np.full_like(a, np.nan), s.cache)
+    for clean, other in zip(s.cache, poisoned, strict=True):
+        s.own(other)[...] = s.own(clean)
+    for a, b in zip(
+        jax.tree.leaves(run(s, IN_GROUPS[100], dtype)),
+        jax.tree.leaves(run(s._replace(cache=poisoned), IN_GROUPS[100], dtype)),
+        strict=True,
+    ):
+        reference.assert_close(b, a, float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("L", [7, 130, 300])
+def test_blocks_equal_float64(L: int) -> None:
+    """With products in float32, which GPUs round to 2^-11 unless they are told."""
+    with jax.default_matmul_precision("highest"):
+        for i, context in enumerate([0, 1, 127, 128, 300]):
+            s = draw(Position(i % 3, context), L, seed=i)
+            reference.assert_close(run(s, blockwise(128)), expect(s), TOLERANCE)
+
+
+def config_of(token_slices: str, compute: Format, backend: Backend) -> Config:
+    return Config(
+        model=ModelConfig(2, 128, 2, 256, vocab_size=50, seq_len=384),
+        plan=PlanConfig(token_slices, "2,1"),
+        train=TrainConfig(batch_size=3),
+        precision=PrecisionConfig(compute=compute),
+        attention=AttentionConfig(backend, 128),
+    )
+
+
+@cache
+def inputs() -> tuple[Any, np.ndarray]:
+    config = config_of("384", "float32", "xla")
+    rows = np.random.default_rng(0).integers(0, 50, (3, 385), np.int32)
+    return jax.device_get(model.init(config.model, jax.random.key(0))), rows
+
+
+@cache
+def expected() -> Any:
+    """Loss and gradients of the unpipelined model, in float32 on the CPU."""
+    config, (params, rows) = config_of("384", "float32", "xla"), inputs()
+    with jax.default_device(jax.devices("cpu")[0]):
+        function = jax.value_and_grad(partial(reference.loss, config.model))
+        return jax.device_get(jax.jit(function)(params, jnp.asarray(rows)))
+
+
+@pytest.mark.parametrize("token_slices", ["384", "128,100,92,64", "30,354"])
+@pytest.mark.parametrize(
+    ("compute", "backend", "tolerance"),
+    [
+        ("float32", "xla", 1e-5),
+        ("bfloat16", "xla", 2**-5),  # of the largest of each array; errors of 2^-9 add up
+        ("bfloat16", "cudnn", 2**-5),
+        ("float16", "cudnn", 2**-8),
+    ],
+)
+def test_loss_and_gradients_equal_the_unpipelined_models(
+    token_slices: str, compute: Format, backend: Backend, tolerance: float
+) -> None:
+    config, (params, rows) = config_of(token_slices, compute, backend), inputs()
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    step = make_loss_and_grads(config, mesh, terapipe(reference.plan_of(config)))
+    with jax.default_matmul_precision("highest"):
+        loss, grads = step(reference.to_stages(params, mesh), rows, 2.0**10)
+    got = loss, reference.from_stages(grads, 2, 50)
+    reference.assert_close(got, expected(), tolerance)
+
+
+def test_a_run_learns(tmp_path: Path) -> None:
+    """The quick start, on one GPU in the format that it has by default."""
+    settings = {
+        "mesh.pipe": 1,
+        "model.d-model": 256,  # heads of 64 tokens
+        "train.num-steps": 300,
+        "train.sample-tokens": 20,
+        "plan.token-slices": "64,192",
+        "plan.batch-slices": "uniform:2",
+    }
+    args = [f"--config.{name}={value}" for name, value in settings.items()]
+    child = runs.launch(*args, f"--workdir={tmp_path}")
+    out, err = child.communicate(timeout=300)
+    assert child.returncode == 0, err
+    assert json.loads((tmp_path / "config.json").read_text())["attention"]["backend"] == "cudnn"
+    assert runs.metrics(tmp_path)[-1]["eval_loss"] < 3, out  # guessing costs 5.5
