@@ -71,11 +71,15 @@ class Program:
 
     name: str
     num_slices: int
+    is_deferred: bool = False
     step: Compiled | None = None
     num_bytes: int = 0
     failure: str = ""
     """Why there is no time."""
     times: list[float] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.num_slices} slices{', deferred' if self.is_deferred else ''}"
 
     @property
     def seconds(self) -> float:
@@ -171,20 +175,26 @@ def compile_programs(args: argparse.Namespace, base: Config, mesh: Mesh) -> list
             print(f"without {backend}: {error}", flush=True)
             continue
         for remat in args.remat:
-            for num_slices in args.slices:
-                program = Program(f"{backend}, {remat}", num_slices)
-                memory = MemoryConfig(remat=remat)
+            for num_slices, is_deferred in variants(args):
+                program = Program(f"{backend}, {remat}", num_slices, is_deferred)
+                memory = MemoryConfig(remat=remat, defer_weight_grads=is_deferred)
                 start = time.perf_counter()
                 compile_into(program, replace(config, memory=memory), mesh)
                 seconds = time.perf_counter() - start
                 print(
-                    f"{program.name}, {num_slices} slices: compiled in {seconds:.0f} s "
-                    f"{program.failure}",
+                    f"{program}: compiled in {seconds:.0f} s {program.failure}",
                     file=sys.stderr,
                     flush=True,
                 )
                 programs.append(program)
     return programs
+
+
+def variants(args: argparse.Namespace) -> list[tuple[int, bool]]:
+    """Numbers of slices, and whether gradients of weights are deferred until all are done."""
+    return [
+        (n, d) for n in args.slices for d in ((False, True) if args.defer and n > 1 else (False,))
+    ]
 
 
 def compile_into(program: Program, config: Config, mesh: Mesh) -> None:
@@ -242,13 +252,13 @@ def report(config: Config, programs: list[Program], rate: float, peer: dict | No
     tokens, flops = config.train.batch_size * config.model.seq_len, step_flops(config)
     print(f"\n{config.train.batch_size} x {config.model.seq_len} tokens")
     print(
-        f"{'attention, saved':20} {'slices':>6} {'step ms':>9} {'tokens/s':>9} {'TFLOP/s':>8} "
+        f"{'attention, saved':20} {'slices':>8} {'step ms':>9} {'tokens/s':>9} {'TFLOP/s':>8} "
         f"{'MFU':>6} {'of whole':>8} {'GiB':>6}"
     )
 
-    def row(name: str, num_slices: int, own: float, of_whole: float, num_bytes: int) -> None:
+    def row(name: str, num_slices: str, own: float, of_whole: float, num_bytes: int) -> None:
         print(
-            f"{name:20} {num_slices:6} {1e3 * own:9.2f} {tokens / own:9.0f} "
+            f"{name:20} {num_slices:>8} {1e3 * own:9.2f} {tokens / own:9.0f} "
             f"{flops / own / 1e12:8.4g} {flops / own / rate:6.1%} {of_whole:8.1%} "
             f"{num_bytes / GIB:6.1f}"
         )
@@ -256,16 +266,17 @@ def report(config: Config, programs: list[Program], rate: float, peer: dict | No
     timed = [p for p in programs if p.step]
     whole = {p.name: p.seconds for p in timed if p.num_slices == 1}
     for program in programs:
+        slices = f"{program.num_slices}{' defer' if program.is_deferred else ''}"
         if program.step:
             own = program.seconds
             of_whole = whole.get(program.name, math.nan) / own
-            row(program.name, program.num_slices, own, of_whole, program.num_bytes)
+            row(program.name, slices, own, of_whole, program.num_bytes)
         else:
-            print(f"{program.name:20} {program.num_slices:6} {program.failure}")
+            print(f"{program.name:20} {slices:>8} {program.failure}")
     if peer:
         expected = num_params(config.model)
         assert peer["num_params"] == expected, f"{peer['num_params']} parameters, not {expected}"
-        row(f"PyTorch {peer['torch']}", 1, peer["seconds"], 1, peer["peak_bytes"])
+        row(f"PyTorch {peer['torch']}", "1", peer["seconds"], 1, peer["peak_bytes"])
     if whole:
         best = min(whole.values())
         print(f"unsliced, at best: MFU {flops / best / rate:.1%} (aim: 50%)", end="")
@@ -340,6 +351,9 @@ def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backend", choices=BACKENDS, action="append", help="default all")
     parser.add_argument("--block", type=int, help="config.attention.block")
     parser.add_argument("--remat", action="append", help=f"default {', '.join(POLICIES)}")
+    parser.add_argument(
+        "--defer", action="store_true", help="slices with config.memory.defer_weight_grads too"
+    )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--product", type=int, default=8192, help="size of the product for MFU")
     parser.add_argument("--no-torch", action="store_true")

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from tpipe_jax import model
 from tpipe_jax.config import Config, ModelConfig
 from tpipe_jax.loss import IGNORE
-from tpipe_jax.mesh import layer_counts
+from tpipe_jax.mesh import layer_counts, padded_vocab_size
 from tpipe_jax.plan import Plan, read_settings
 
 Params = Any  # nested dictionaries and lists of arrays
@@ -60,7 +60,8 @@ def to_stages(params: Params, mesh: Mesh) -> Params:
         for n in range(counts[0])
     ]
     table_VD = params["embed"]["tokens"]
-    fill = -table_VD.shape[0] % (num_stages * mesh.shape["model"])
+    num_rows = padded_vocab_size(ModelConfig(vocab_size=len(table_VD)), mesh)
+    fill = num_rows - len(table_VD)
     return params | {
         "embed": params["embed"] | {"tokens": jnp.pad(table_VD, ((0, fill), (0, 0)))},
         "blocks": [jax.tree.map(lambda *stages: jnp.stack(stages), *slot) for slot in slots],

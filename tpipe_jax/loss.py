@@ -21,7 +21,10 @@ from tpipe_jax.model import Params, final_norm
 from tpipe_jax.pipeline import from_stage, pmax, psum, sum_over, varying
 
 IGNORE = -1  # a target that does not count
+SCALE = 2.0**10  # of gradients of logits, so that float16 holds those of unlikely tokens
 CHUNK = 1024  # tokens of all sequences whose logits are in memory at a time, at most
+
+_dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class Head(NamedTuple):
@@ -91,7 +94,8 @@ def cross_entropy(head: Head, y_BTD: Array, targets_BT: Array, vocab_size: int) 
 
     def chunk(total: Array, here: _Chunk) -> tuple[Array, None]:
         y_BLD = from_stage(-1, _read(y_BTD, here, num_tokens))
-        return total + _chunk_loss(head, y_BLD, _targets(targets_BT, here), vocab_size), None
+        value = _chunk_loss(logits(head, y_BLD, vocab_size), _targets(targets_BT, here))
+        return total + value, None
 
     return lax.scan(chunk, varying(jnp.float32(0), ("data",)), chunks)[0]
 
@@ -105,7 +109,7 @@ def cross_entropy_and_grads(
     over 'data'. Those with respect to `y_BTD` take its place, chunk by chunk, so that there is no
     second buffer of its size.
     """
-    head = varying(head)
+    head, dtype = varying(head), head.table_VD.dtype
     num_tokens, chunks = _chunks(*targets_BT.shape)
 
     def chunk(carry: tuple[Array, Head, Array], here: _Chunk):
@@ -113,24 +117,27 @@ def cross_entropy_and_grads(
         here_BLD = _read(buffer_BTD, here, num_tokens)
         targets_BL = _targets(targets_BT, here)
 
-        def weighted(head: Head, y_BLD: Array) -> tuple[Array, Array]:
-            value = _chunk_loss(head, y_BLD, targets_BL, vocab_size)
-            return weight * value, value
-
-        gradient = jax.grad(weighted, (0, 1), has_aux=True)
-        (d_head_chunk, d_y_BLD), value = gradient(head, varying(from_stage(-1, here_BLD)))
+        y_BLD = varying(from_stage(-1, here_BLD))
+        normed_BLD, norm_vjp = jax.vjp(final_norm, head.norm, y_BLD)
+        normed_BLD = normed_BLD.astype(dtype)
+        value, d_logits_BLV = _chunk_loss_and_grads(
+            _logits(head.table_VD, normed_BLD, vocab_size), targets_BL, dtype
+        )
+        d_table_VD = _dot("blv,bld->vd", d_logits_BLV, normed_BLD)
+        d_normed_BLD = _dot("blv,vd->bld", d_logits_BLV, head.table_VD)
+        d_norm, d_y_BLD = norm_vjp(weight / SCALE * d_normed_BLD)
         # Tokens that were in the chunk before as well have their gradients already.
         d_y_BLD = jnp.where(here.is_new_L[:, None], sum_over("pipe", d_y_BLD), here_BLD)
         return (
             total + value,
-            jax.tree.map(jnp.add, d_head, d_head_chunk),
+            jax.tree.map(jnp.add, d_head, Head(d_norm, d_table_VD)),
             write(buffer_BTD, d_y_BLD, Position(0, here.token)),
         ), None
 
     no_gradients = varying(jax.tree.map(partial(jnp.zeros_like, dtype=jnp.float32), head))
     start = varying(jnp.float32(0), ("data",)), no_gradients, varying(y_BTD)
     (total, d_head, d_y_BTD), _ = lax.scan(chunk, start, chunks)
-    return total, Head(psum(d_head.norm, "pipe"), d_head.table_VD), d_y_BTD
+    return total, Head(psum(d_head.norm, "pipe"), weight / SCALE * d_head.table_VD), d_y_BTD
 
 
 def logits(head: Head, y: Array, vocab_size: int) -> Array:
@@ -138,23 +145,46 @@ def logits(head: Head, y: Array, vocab_size: int) -> Array:
 
     `y` is the same on all stages.
     """
-    num_rows = head.table_VD.shape[0]
     normed = final_norm(head.norm, y).astype(head.table_VD.dtype)
-    logits = jnp.einsum("...d,vd->...v", normed, head.table_VD, preferred_element_type=jnp.float32)
+    return _logits(head.table_VD, normed, vocab_size)
+
+
+def _logits(table_VD: Array, normed: Array, vocab_size: int) -> Array:
+    num_rows = len(table_VD)
+    logits = _dot("...d,vd->...v", normed, table_VD)
     is_token_V = lax.axis_index("pipe") * num_rows + jnp.arange(num_rows) < vocab_size
     return jnp.where(is_token_V, logits, MASKED)
 
 
-def _chunk_loss(head: Head, y_BLD: Array, targets_BL: Array, vocab_size: int) -> Array:
-    logits_BLV = logits(head, y_BLD, vocab_size)
-    top_BL = pmax(lax.stop_gradient(logits_BLV).max(-1), "pipe")
-    total_BL = psum(jnp.exp(logits_BLV - top_BL[..., None]).sum(-1), "pipe")
+def _chunk_loss(logits_BLV: Array, targets_BL: Array) -> Array:
+    return _loss_of(_log_sum_exp(logits_BLV), logits_BLV, targets_BL)
+
+
+def _chunk_loss_and_grads(logits_BLV: Array, targets_BL: Array, dtype: Any) -> tuple[Array, Array]:
+    """The loss, and the gradients of `SCALE` times it with respect to the logits, in a format for
+    products.
+    """
+    lse_BL = _log_sum_exp(logits_BLV)
+    rows_BL, is_own_BL = _find_rows(targets_BL, logits_BLV.shape[-1])
+    is_target_BLV = (jnp.arange(logits_BLV.shape[-1]) == rows_BL[..., None]) & is_own_BL[..., None]
+    d_logits_BLV = jnp.exp(logits_BLV - lse_BL[..., None]) - is_target_BLV
+    d_logits_BLV = jnp.where(targets_BL[..., None] != IGNORE, SCALE * d_logits_BLV, 0)
+    return _loss_of(lse_BL, logits_BLV, targets_BL), d_logits_BLV.astype(dtype)
+
+
+def _log_sum_exp(logits_BLV: Array) -> Array:
+    """Over the vocabulary of all stages."""
+    top_BL = pmax(logits_BLV.max(-1), "pipe")
+    return jnp.log(psum(jnp.exp(logits_BLV - top_BL[..., None]).sum(-1), "pipe")) + top_BL
+
+
+def _loss_of(lse_BL: Array, logits_BLV: Array, targets_BL: Array) -> Array:
     target_BL = _own_rows(
         targets_BL,
         logits_BLV.shape[-1],
         lambda rows: jnp.take_along_axis(logits_BLV, rows[..., None], -1)[..., 0],
     )
-    return jnp.where(targets_BL != IGNORE, jnp.log(total_BL) + top_BL - target_BL, 0).sum()
+    return jnp.where(targets_BL != IGNORE, lse_BL - target_BL, 0).sum()
 
 
 def _own_rows(ids: Array, num_rows: int, values: Callable[[Array], Array]) -> Array:

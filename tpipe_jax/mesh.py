@@ -180,9 +180,15 @@ def stage_layers(num_layers: int, num_stages: int) -> np.ndarray:
 
 
 def padded_vocab_size(config: ModelConfig, mesh: Mesh) -> int:
-    """Rows of the token embedding on the mesh: a multiple of its stages times 'model'."""
+    """Rows of the token embedding on the mesh: as many on each device of 'pipe' and 'model'.
+
+    They are aligned for products on GPUs, which take several times as long for logits of 50257
+    tokens as for 50304 (docs/gpu.md).
+    """
     parts = mesh.shape["pipe"] * mesh.shape["model"]
-    return -(-config.vocab_size // parts) * parts
+    num_rows = -(-config.vocab_size // parts)
+    multiple = 128 if num_rows > 32 * 128 else 8
+    return -(-num_rows // multiple) * multiple * parts
 
 
 def param_specs(num_blocks: int) -> Params:
