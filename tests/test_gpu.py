@@ -1,4 +1,4 @@
-"""What only a GPU can tell: JAX_PLATFORMS=cuda python -m pytest tests/test_gpu.py"""
+"""What only a GPU can tell: JAX_PLATFORMS=cuda,cpu python -m pytest tests/test_gpu.py"""
 
 import json
 import os
@@ -32,7 +32,10 @@ from tpipe_jax.mesh import make_mesh
 from tpipe_jax.schedule import terapipe
 from tpipe_jax.train_step import make_loss_and_grads
 
-os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # so that a child has memory, too
+if os.environ.get("JAX_PLATFORMS", "").startswith("cuda"):
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # so that a child has memory, too
+    # Else most of the time goes into timing kernels, to choose among them.
+    os.environ["XLA_FLAGS"] = f"--xla_gpu_autotune_level=0 {os.environ['XLA_FLAGS']}"
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 
 IN_GROUPS = {group: grouped(cudnn_kernel(), group) for group in (64, 100, 256)}

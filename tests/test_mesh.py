@@ -157,9 +157,27 @@ def test_to_stages_keeps_every_parameter_once_and_pads_with_zeros(
         return sum(np.count_nonzero(a) for a in jax.tree.leaves(tree))
 
     assert num_nonzero(staged) == num_nonzero(params)
-    assert len(staged["embed"]["tokens"]) == -(-10 // config.pipe // config.model) * (
-        config.pipe * config.model
-    )
+    num_rows, rest = divmod(len(staged["embed"]["tokens"]), config.pipe * config.model)
+    assert rest == 0
+    assert num_rows == (16 if config.pipe * config.model == 1 else 8)
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "config", "num_rows"),
+    [
+        (256, MeshConfig(pipe=2), 128),
+        (50257, MeshConfig(), 50304),
+        (50257, MeshConfig(pipe=4, model=2), 6400),
+        (50257, MeshConfig(data=2, pipe=2, model=2), 12672),
+        (257, MeshConfig(pipe=8), 40),
+    ],
+)
+def test_rows_of_the_vocabulary_are_aligned(
+    vocab_size: int, config: MeshConfig, num_rows: int
+) -> None:
+    """On each device, to 16 bytes, and to whole tiles of products where that is little more."""
+    size = mesh.padded_vocab_size(ModelConfig(vocab_size=vocab_size), open_mesh(config))
+    assert size == num_rows * config.pipe * config.model
 
 
 def test_a_stage_has_consecutive_layers() -> None:
