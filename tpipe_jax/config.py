@@ -216,8 +216,8 @@ class AttentionConfig:
     """xla runs everywhere, cudnn on GPUs from Ampere on, in float16 and bfloat16; auto means cudnn
     where it can run, else xla."""
     block: Count | None = None
-    """Tokens of the context that are read together; None means 128 for xla on CPUs and 512
-    elsewhere, 1024 for cudnn."""
+    """Tokens of the context that are read together; None means 128 for xla on CPUs, else
+    1024."""
 
 
 Scale = Annotated[float, Range(2**-24, high=2**64)]
