@@ -12,7 +12,7 @@ from tpipe_jax.fused import cudnn_kernel, cudnn_version, grouped, over_heads
 from tpipe_jax.mesh import compute_capability, oldest_device
 from tpipe_jax.precision import compute_format
 
-# Keys that are read together on GPUs and TPUs: the fastest of 256, 512 and 1024 for a whole sequence
+# Keys that are read together on GPUs and TPUs: the fastest of 256, 512 and 1024 for whole sequences
 # on an H200, and a guess (docs/gpu.md).
 XLA_BLOCK = 1024
 CUDNN_GROUP = 1024
