@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from tpipe_jax.config import OptimConfig
-from tpipe_jax.optim import learning_rate, make_optimizer
+from tpipe_jax.optim import clipped, global_norm, learning_rate, make_optimizer
 
 NUM_STEPS = 20
 
@@ -42,7 +42,7 @@ def test_adamw(grad_clip: float):
     )
     rng = np.random.default_rng(0)
     shapes = {
-        "embed": {"tokens": (5, 3)},
+        "embed": {"tokens": (6, 3), "positions": (4, 3)},
         "blocks": [{"ff_in": {"kernel": (2, 3, 4), "bias": (2, 4)}}],
         "norm": {"scale": (3,)},
     }
@@ -60,12 +60,12 @@ def test_adamw(grad_clip: float):
     first, second = ([np.zeros_like(v) for v in values] for _ in range(2))
     for step in range(4):
         grads = [rng.normal(size=v.shape) for v in values]
-        updates, state = optimizer.update(
-            jax.tree.unflatten(structure, list(map(jnp.array, grads))), state, params
-        )
+        tree = jax.tree.unflatten(structure, list(map(jnp.array, grads)))
+        norm = np.sqrt(sum((g**2).sum() for g in grads))
+        np.testing.assert_allclose(global_norm(tree), norm, rtol=1e-6)
+        updates, state = optimizer.update(clipped(config, tree, norm), state, params)
         params = optax.apply_updates(params, updates)
 
-        norm = np.sqrt(sum((g**2).sum() for g in grads))
         assert 1 < norm < 100
         rate = formula(step, config, NUM_STEPS)
         for i, g in enumerate(grads):

@@ -18,6 +18,7 @@ from tpipe_jax.config import Config
 from tpipe_jax.health import next_health
 from tpipe_jax.mesh import layer_counts, manual_part, param_specs
 from tpipe_jax.model import Params, block_functions, init_block
+from tpipe_jax.optim import clipped, global_norm
 from tpipe_jax.pipeline import from_stage, needs_sums, psum, sweep, varying
 from tpipe_jax.precision import compute_dtype, compute_format, next_loss_scale
 from tpipe_jax.remat import saved_names
@@ -51,8 +52,9 @@ def make_train_step(
     def train_step(state: TrainState, rows: Array) -> tuple[TrainState, dict[str, Array]]:
         scale = state.loss_scale
         value, grads = loss_and_grads(state.params, rows, scale.value if is_scaled else 1.0)
-        metrics = {"loss": value, "grad_norm": optax.tree.norm(grads)}
+        metrics = {"loss": value, "grad_norm": global_norm(grads)}
         is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        grads = clipped(config.optim, grads, metrics["grad_norm"])
         state = apply_gradients(optimizer, state, grads, is_finite)
         is_lowering = jnp.bool(False)  # the loss scale, which is no sign of divergence
         if is_scaled:
