@@ -244,3 +244,55 @@ def test_ids_outside_the_vocabulary_are_refused_where_read(tmp_path: Path, bad_i
         f"config.data.train={path} has token id {bad_id} at position 953, but ids are at least 0 "
         "and below config.model.vocab_size=1040: set that to the size of the data's vocabulary."
     )
+
+
+@pytest.fixture
+def two_sources(tmp_path: Path) -> str:
+    """Tokens below 1000 that count up, and others from 1000 on, with weights 3 and 1."""
+    np.save(tmp_path / "a.npy", np.arange(400))
+    np.save(tmp_path / "b.npy", np.arange(1000, 1200))
+    return f"{tmp_path / 'a.npy'}:0.75,{tmp_path / 'b.npy'}:0.25"
+
+
+def test_sources_are_mixed_by_weight(two_sources: str) -> None:
+    train, held_out = open_data(settings(two_sources, vocab_size=1200))
+    assert (train.num_tokens, held_out.num_tokens) == (360 + 180, 40 + 20)
+    for batches in (train, held_out):
+        rows = stream(batches, 400)
+        is_second = rows[:, 0] >= 1000
+        assert is_second.sum() == 100
+        assert (np.diff(rows) == 1).all()  # no window has tokens of both
+    rows = stream(train, 400)
+    assert rows[rows < 1000].max() < 360
+    assert rows.max() < 1180
+    assert len(set(rows[is_second, 0])) == 22  # several epochs of the small one
+    again = open_data(settings(two_sources, vocab_size=1200))[0]
+    np.testing.assert_array_equal(again.batch(37), train.batch(37))
+
+
+def test_weights_need_not_sum_to_one(two_sources: str) -> None:
+    train, _ = open_data(settings(two_sources, vocab_size=1200))
+    other, _ = open_data(
+        settings(two_sources.replace("0.75", "3").replace("0.25", "1"), vocab_size=1200)
+    )
+    np.testing.assert_array_equal(stream(other, 100), stream(train, 100))
+
+
+def test_eval_may_be_mixed_too(tmp_path: Path, two_sources: str) -> None:
+    np.save(tmp_path / "c.npy", np.arange(500, 600))
+    _, held_out = open_data(settings(tmp_path / "c.npy", two_sources, vocab_size=1200))
+    assert held_out.num_tokens == 600
+
+
+def test_a_colon_in_a_name_is_no_weight(tmp_path: Path) -> None:
+    path = tmp_path / "part:2"
+    path.write_text("0123456789" * 40)
+    assert open_data(settings(path))[0].num_tokens == 360
+
+
+@pytest.mark.parametrize("ending", [":0.5,B", ":0.5,B:0", ":0.5,B:-1", ":0.5,B:1e999", ":0.5,B:x"])
+def test_sources_without_weights_are_refused(tmp_path: Path, ending: str) -> None:
+    np.save(tmp_path / "a.npy", np.arange(400))
+    value = f"{tmp_path / 'a.npy'}{ending.replace('B', str(tmp_path / 'a.npy'))}"
+    with pytest.raises(UserError, match=r"without a weight: give each a positive one|not exist"):
+        open_data(settings(value, vocab_size=1200))

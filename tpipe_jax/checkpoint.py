@@ -7,9 +7,10 @@ where on a mesh, `checkpoint_files` what makes a folder a checkpoint (docs/check
 import json
 import math
 import os
+import shutil
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -48,7 +49,7 @@ class Checkpoints:
         say: Callable[[str], None],
     ) -> None:
         self._folder, self._config, self._model, self._say = folder, config, model, say
-        self._identity = {"model": asdict(model)}
+        self._identity = identity_of(model)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
         self._last_step: int | None = None  # that has been read or saved
@@ -120,28 +121,7 @@ class Checkpoints:
 
         Raises `UserError` if something of it is missing.
         """
-        folder = self._folder / str(step)
-        open_array = cache(lambda name: _open(folder / name))
-
-        def read(name: str, shape: Shape, index: Index) -> np.ndarray:
-            array = open_array(name)
-            if array.shape != shape:
-                raise ValueError(f"{name} has shape {array.shape} instead of {shape}")
-            return array[index].read().result()
-
-        leaves, structure = jax.tree.flatten_with_path(like)
-        paths, likes = zip(*leaves, strict=True)
-        try:
-            with ThreadPoolExecutor(NUM_READERS) as pool:
-                arrays = pool.map(
-                    lambda path, a: restored(self._model, path, a, read), paths, likes
-                )
-                return jax.tree.unflatten(structure, list(arrays))
-        except (ValueError, OSError) as error:  # TensorStore's for all that goes wrong
-            raise UserError(
-                f"the checkpoint in {folder} cannot be read ({_brief(error)}): move that folder "
-                "away to continue from an older one, or start another run with --workdir."
-            ) from error
+        return restore(self._folder / str(step), self._model, like)
 
     def raise_failure(self, timeout_seconds: float = math.inf) -> None:
         """Raises `UserError` if a save has failed meanwhile, and waits for one that has been under
@@ -260,6 +240,81 @@ class Checkpoints:
                 "see that the disk has space and that all hosts share it, or choose another folder "
                 "with --workdir."
             ) from error
+
+
+def restore(checkpoint: Path, model: ModelConfig, like: PyTree) -> PyTree:
+    """A state as saved, or a part of one, bitwise, in the shardings of `like`.
+
+    Raises `UserError` if something of it is missing.
+    """
+    open_array = cache(lambda name: _open(checkpoint / name))
+
+    def read(name: str, shape: Shape, index: Index) -> np.ndarray:
+        array = open_array(name)
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape} instead of {shape}")
+        return array[index].read().result()
+
+    leaves, structure = jax.tree.flatten_with_path(like)
+    paths, likes = zip(*leaves, strict=True)
+    try:
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            arrays = pool.map(lambda path, a: restored(model, path, a, read), paths, likes)
+            return jax.tree.unflatten(structure, list(arrays))
+    except (ValueError, OSError) as error:  # TensorStore's for all that goes wrong
+        raise UserError(
+            f"the checkpoint in {checkpoint} cannot be read ({_brief(error)}): move that folder "
+            "away to continue from an older one, or start another run with --workdir."
+        ) from error
+
+
+def newest_sound(workdir: Path, step: int | None = None) -> tuple[Path, ModelConfig]:
+    """The newest sound checkpoint of a run, or that of a step, and its model. Changes nothing.
+
+    Raises `UserError` if there is none.
+    """
+    folder = workdir / "checkpoints"
+    steps = files.list_steps(folder) if folder.is_dir() else []
+    if step is not None and step not in steps:
+        found = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"--step={step} is not in {folder}: it has these steps, {found}.")
+    damage = "it has none"
+    for number in steps if step is None else [step]:
+        try:
+            manifest = files.check(folder / str(number))
+            return folder / str(number), ModelConfig(**manifest.identity["model"])
+        except (DamagedError, OSError) as error:
+            damage = f"{number}: {_brief(error)}"
+    raise UserError(
+        f"--workdir={workdir} has no sound checkpoint ({damage}): name the folder of a run that "
+        "has saved one."
+    )
+
+
+def write_checkpoint(folder: Path, step: int, model: ModelConfig, parts: Iterable[Piece]) -> None:
+    """Writes a checkpoint of one process, part by part, as `Checkpoints.save` does; nothing of it
+    stays if that fails.
+    """
+    saving = folder / f"{step}{files.SAVING}"
+    saving.mkdir(parents=True)
+    try:
+        written: files.Digests = {}
+        for part in parts:
+            written |= _write(saving, [part])
+        files.finish(saving, step, identity_of(model), written)
+    except BaseException:
+        shutil.rmtree(saving, ignore_errors=True)
+        raise
+
+
+def read_array(checkpoint: Path, name: str) -> np.ndarray:
+    """An array of a checkpoint, whole, by its name in the model's layout. Raises ValueError."""
+    return _open(checkpoint / name).read().result()
+
+
+def identity_of(model: ModelConfig) -> dict[str, Any]:
+    """What a checkpoint is bound to."""
+    return {"model": asdict(model)}
 
 
 def _write(folder: Path, parts: Sequence[Piece]) -> files.Digests:

@@ -37,6 +37,7 @@ class Range:
         )
 
 
+BYTES, BYTES_NAME = 256, "bytes"  # the vocabulary of text that is read so, and its tokenizer
 MAX_INT = 2**31 - 1  # the devices count in int32
 Count = Annotated[int, Range(1)]
 CountOrZero = Annotated[int, Range(0)]
@@ -165,14 +166,17 @@ class OptimConfig:
 @dataclass(frozen=True)
 class DataConfig:
     """Where tokens come from: pydocs (the documentation inside Python), a text file, a folder of
-    text files, or a token file: .npy, or .bin of uint16 or uint32 (where vocab_size is over 65536,
-    or where every other uint16 is 0).
+    text files, a folder that launch/tokenize.py has made, or a token file: .npy, or .bin of llm.c,
+    of Megatron-LM with its .idx, or of uint16 or uint32 (where vocab_size is over 65536, or where
+    every other uint16 is 0). Several are mixed by weights, as a.bin:0.7,b.bin:0.3.
     """
 
     train: str = "pydocs"
     """Training tokens."""
     eval: str | None = None
     """Held-out tokens; None, or the same as train, means the last part of train."""
+    tokenizer: str = BYTES_NAME
+    """How text is read: as bytes, or by a tokenizer.json of Hugging Face."""
     held_out: Annotated[float, Range(0, high=0.5)] = 0.1
     """Fraction of train that is held out where eval has no source of its own."""
 
@@ -262,7 +266,7 @@ class Config:
 
     def __post_init__(self) -> None:
         for path, hint, value in _fields(self):
-            _check_field(path, hint, value)
+            check_field(path, hint, value)
         if self.model.d_model % self.model.num_heads:
             raise UserError(
                 f"config.model.num_heads={self.model.num_heads} does not divide "
@@ -312,7 +316,8 @@ def _fields(config: Config) -> Iterator[tuple[str, Any, Any]]:
             yield f"config.{section.name}.{name}", hint, getattr(values, name)
 
 
-def _check_field(path: str, hint: Any, value: Any) -> None:
+def check_field(path: str, hint: Any, value: Any) -> None:
+    """Raises `UserError` if a value has not the type, or is not in the range, of its setting."""
     if get_origin(hint) in (types.UnionType, Union):
         if value is None:
             return

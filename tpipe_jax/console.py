@@ -126,7 +126,13 @@ class Console:
         """Shows a bar while latencies are measured; yields what moves it, `(done, all)`."""
         if not self._rich.is_terminal:
             self.say("profiling ...")
-        progress = self._make_progress("profiling")
+        with self.working("profiling") as show:
+            yield show
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Shows a bar; yields what moves it, `(done, all)`."""
+        progress = self._make_progress(what)
         task = progress.add_task("", total=None, numbers="")
         with progress:
             yield lambda done, num_parts: progress.update(task, completed=done, total=num_parts)

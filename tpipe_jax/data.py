@@ -1,62 +1,37 @@
-"""Batches of training and held-out sequences from text or token files.
+"""Batches of training and held-out sequences from text or token files, `token_files`.
 
-Text is read as bytes, one token each. A folder is the text files below it, sorted by path, with
-nothing between them. Only the windows that are asked for are read.
+Several sources are mixed by weights. Only the windows that are asked for are read.
 """
 
 import bisect
-import errno
 import itertools
-import os
-import tokenize
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
 
-from tpipe_jax.config import Config, UserError
+from tpipe_jax.config import BYTES_NAME, Config, UserError
+from tpipe_jax.token_files import PYDOCS, TEXT, TEXT_SUFFIXES, TokenFile, open_files
 
-PYDOCS = "pydocs"
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-
-
-@dataclass(frozen=True)
-class TokenFile:
-    """The tokens in a file, after `offset` bytes of header."""
-
-    path: Path
-    dtype: np.dtype
-    offset: int
-    num_tokens: int
-
-    def __len__(self) -> int:
-        return self.num_tokens
-
-    def __getitem__(self, where: slice) -> np.ndarray:
-        """Raises OSError if the file does not have them any more."""
-        start, stop, _ = where.indices(self.num_tokens)
-        size = self.dtype.itemsize
-        # Not mapped, since a file that is cut short while it is ends the process; and opened each
-        # time, which takes 20 us, since a big folder has more files than may be open.
-        with self.path.open("rb") as file:
-            file.seek(self.offset + start * size)
-            content = file.read((stop - start) * size)
-        if len(content) < (stop - start) * size:
-            raise OSError(errno.EIO, "shorter than at the start", str(self.path))
-        return np.frombuffer(content, self.dtype)
+_WEIGHTED = re.compile(r":([0-9.eE+-]+)$")  # how a source of several ends
 
 
 class TokenSource:
-    """The tokens of a source, one sequence made of parts; `files` (paths) is empty for pydocs."""
+    """The tokens of a source, one sequence made of parts; `files` (paths) is empty for pydocs, and
+    `formats` are those of its files.
+    """
 
     def __init__(
         self, setting: str, vocab_size: int, parts: Sequence[TokenFile | np.ndarray]
     ) -> None:
         self.setting = setting
         self.files = {str(part.path.resolve()) for part in parts if isinstance(part, TokenFile)}
+        self.formats = sorted({p.format for p in parts if isinstance(p, TokenFile)}) or ["bytes"]
         self._vocab_size = vocab_size
         self._parts = parts
         self._bounds = [0, *itertools.accumulate(len(part) for part in parts)]
@@ -88,6 +63,14 @@ class TokenSource:
         return tokens.astype(np.int32)
 
 
+class Share(NamedTuple):
+    """A part of a source, and how often it is drawn from among others."""
+
+    source: TokenSource
+    positions: range
+    weight: float = 1.0
+
+
 @dataclass(frozen=True)
 class Windows:
     """A data source for grain: sequence i is tokens `[i*T, i*T + T + 1)` of these positions."""
@@ -111,14 +94,26 @@ class Batches:
     same in every process, and all that a resumed run has to know is its step.
     """
 
-    def __init__(self, windows: Windows, batch_size: int, shuffle_seed: int | None) -> None:
-        self.num_tokens = len(windows.positions)
+    def __init__(
+        self,
+        windows: Sequence[Windows],
+        weights: Sequence[float],
+        batch_size: int,
+        shuffle_seed: int | None,
+    ) -> None:
+        self.num_tokens = sum(len(own.positions) for own in windows)
+        self.formats = sorted({name for own in windows for name in own.source.formats})
         self._batch_size = batch_size
-        sequences = grain.MapDataset.source(windows)
-        if shuffle_seed is not None:
-            # Not shuffle(seed=...), with which epoch 1 of seed 0 would be epoch 0 of seed 1.
-            sequences = sequences.seed(shuffle_seed).shuffle()
-        self._sequences = sequences.repeat()
+
+        def endless(own: Windows) -> grain.MapDataset:
+            sequences = grain.MapDataset.source(own)
+            if shuffle_seed is not None:
+                # Not shuffle(seed=...), with which epoch 1 of seed 0 would be epoch 0 of seed 1.
+                sequences = sequences.seed(shuffle_seed).shuffle()
+            return sequences.repeat()
+
+        mixed = list(map(endless, windows))
+        self._sequences = grain.MapDataset.mix(mixed, weights) if len(mixed) > 1 else mixed[0]
 
     def batch(self, index: int, rows: slice = slice(None)) -> np.ndarray:
         """Rows of batch `index`, int32 `[rows, T + 1]`: inputs are `[:, :-1]`, targets `[:, 1:]`.
@@ -137,49 +132,51 @@ def open_data(config: Config) -> tuple[Batches, Batches]:
     Held-out tokens are those of config.data.eval or, if that is none or names the same files, the
     last part of config.data.train; none is trained on. Raises `UserError` for data it cannot use.
     """
-    data, seed = config.data, config.train.seed
-    train = _open("config.data.train", data.train, config.model.vocab_size)
-    held_out = train
-    if data.eval is not None:
-        held_out = _open("config.data.eval", data.eval, config.model.vocab_size)
-
-    if held_out.files == train.files:
-        split = len(train) - int(data.held_out * len(train))
-        by = f"by config.data.held_out={data.held_out}"
-        return (
-            _batches(config, train, range(split), f"left to train on {by}", seed),
-            _batches(config, train, range(split, len(train)), f"held out {by}", None),
-        )
-    if shared := train.files & held_out.files:
-        raise UserError(
-            f"{held_out.setting} holds {min(shared)}, and so does {train.setting}: keep their "
-            "files apart, or leave out config.data.eval to hold out the end of config.data.train."
-        )
+    train, held_out = _shares(config)
+    uses = "to train on", "held out"
+    if train[0].source is held_out[0].source:
+        by = f"by config.data.held_out={config.data.held_out}"
+        uses = f"left to train on {by}", f"held out {by}"
     return (
-        _batches(config, train, range(len(train)), "to train on", seed),
-        _batches(config, held_out, range(len(held_out)), "held out", None),
+        _batches(config, train, uses[0], config.train.seed),
+        _batches(config, held_out, uses[1], None),
     )
 
 
-def _batches(
-    config: Config, source: TokenSource, positions: range, use: str, shuffle_seed: int | None
-) -> Batches:
-    seq_len = config.model.seq_len
-    if len(positions) < seq_len + 1:
-        raise UserError(
-            f"{source.setting} has {len(source)} tokens, {len(positions)} of them {use}, but one "
-            f"sequence of config.model.seq_len={seq_len} takes {seq_len + 1}: "
-            "give longer data or lower config.model.seq_len."
-        )
-    return Batches(Windows(source, positions, seq_len), config.train.batch_size, shuffle_seed)
+def open_held_out(config: Config) -> list[Share]:
+    """The held-out tokens of `open_data`. Raises `UserError` likewise."""
+    return _shares(config)[1]
 
 
-def _open(name: str, value: str, vocab_size: int) -> TokenSource:
+def open_shares(name: str, value: str, vocab_size: int, tokenizer: str = BYTES_NAME) -> list[Share]:
+    """The sources that a setting names, as a.bin or a.bin:0.7,b.bin:0.3, whole.
+
+    Raises `UserError` if one cannot be used.
+    """
+    if not _WEIGHTED.search(value) or Path(value).exists():
+        source = open_tokens(name, value, vocab_size, tokenizer)
+        return [Share(source, range(len(source)))]
+    shares = []
+    for part in value.split(","):
+        found = _WEIGHTED.search(part)
+        if not found or not 0 < (weight := float(found[1])) < math.inf:
+            raise UserError(
+                f"{name}={value} has a source {part} without a weight: give each a positive one, "
+                "as a.bin:0.7,b.bin:0.3."
+            )
+        source = open_tokens(name, part[: found.start()], vocab_size, tokenizer)
+        shares.append(Share(source, range(len(source)), weight))
+    return shares
+
+
+def open_tokens(name: str, value: str, vocab_size: int, tokenizer: str = BYTES_NAME) -> TokenSource:
+    """The tokens that a setting names. Raises `UserError` if they cannot be used."""
     setting = f"{name}={value}"
-    if value == PYDOCS:
-        return TokenSource(setting, vocab_size, [_pydocs(setting)])
     try:
-        parts = [part for part in _open_path(setting, value, vocab_size) if len(part)]
+        files = [_pydocs(setting)] if value == PYDOCS else open_files(setting, value, vocab_size)
+        parts = [part for part in files if len(part)]
+        if tokenizer != BYTES_NAME:
+            parts = _tokenized(parts, tokenizer, vocab_size)
     except OSError as error:
         raise UserError(
             f"{setting} cannot be read ({error.strerror}: {error.filename}): "
@@ -193,6 +190,69 @@ def _open(name: str, value: str, vocab_size: int) -> TokenSource:
     return TokenSource(setting, vocab_size, parts)
 
 
+def _tokenized(
+    parts: Sequence[TokenFile | np.ndarray], value: str, vocab_size: int
+) -> list[TokenFile | np.ndarray]:
+    """Text as tokens, in memory; what are tokens already stays."""
+    from tpipe_jax.tokenizer import open_tokenizer
+
+    tokenizer = open_tokenizer("config.data.tokenizer", value)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"config.data.tokenizer={value} has {tokenizer.vocab_size} tokens, more than "
+            f"config.model.vocab_size={vocab_size}: set that to at least as many."
+        )
+
+    def tokens_of(part: TokenFile | np.ndarray) -> TokenFile | np.ndarray:
+        if isinstance(part, TokenFile) and part.format != TEXT:
+            return part
+        content = part[:] if isinstance(part, TokenFile) else part
+        return tokenizer.encode(content.tobytes().decode(errors="replace"))
+
+    return [tokens_of(part) for part in parts]
+
+
+def _shares(config: Config) -> tuple[list[Share], list[Share]]:
+    """What to train on and what is held out."""
+    data, vocab_size = config.data, config.model.vocab_size
+    train = held_out = open_shares("config.data.train", data.train, vocab_size, data.tokenizer)
+    if data.eval is not None:
+        held_out = open_shares("config.data.eval", data.eval, vocab_size, data.tokenizer)
+    files, others = (
+        {name for share in shares for name in share.source.files} for shares in (train, held_out)
+    )
+    if files == others:
+        splits = [len(own) - int(data.held_out * len(own)) for own, _, _ in train]
+        pairs = list(zip(splits, train, strict=True))
+        return (
+            [Share(own, range(n), weight) for n, (own, _, weight) in pairs],
+            [Share(own, range(n, len(own)), weight) for n, (own, _, weight) in pairs],
+        )
+    if shared := files & others:
+        raise UserError(
+            f"config.data.eval={data.eval} holds {min(shared)}, and so does "
+            f"config.data.train={data.train}: keep their files apart, or leave out "
+            "config.data.eval to hold out the end of config.data.train."
+        )
+    return train, held_out
+
+
+def _batches(
+    config: Config, shares: Sequence[Share], use: str, shuffle_seed: int | None
+) -> Batches:
+    seq_len = config.model.seq_len
+    for source, positions, _ in shares:
+        if len(positions) < seq_len + 1:
+            raise UserError(
+                f"{source.setting} has {len(source)} tokens, {len(positions)} of them {use}, but "
+                f"one sequence of config.model.seq_len={seq_len} takes {seq_len + 1}: "
+                "give longer data or lower config.model.seq_len."
+            )
+    windows = [Windows(source, positions, seq_len) for source, positions, _ in shares]
+    weights = [share.weight for share in shares]
+    return Batches(windows, weights, config.train.batch_size, shuffle_seed)
+
+
 def _pydocs(setting: str) -> np.ndarray:
     try:
         from pydoc_data.topics import topics
@@ -201,65 +261,3 @@ def _pydocs(setting: str) -> np.ndarray:
             f"{setting} needs the module pydoc_data, which this Python lacks: give a text file."
         ) from None
     return np.frombuffer("".join(topics.values()).encode(), np.uint8)
-
-
-def _open_path(setting: str, value: str, vocab_size: int) -> list[TokenFile]:
-    path = Path(os.path.expanduser(value))
-    if value and path.is_dir():  # Path("") is the current folder
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        return [_open_text(file) for file in files if file.suffix.lower() in TEXT_SUFFIXES]
-    if not path.is_file():
-        raise UserError(
-            f"{setting} does not exist: give {PYDOCS}, a text file, a folder of text files, "
-            "or a token file (.bin or .npy)."
-        )
-    if path.suffix == ".npy":
-        return [_open_npy(setting, path)]
-    if path.suffix == ".bin":
-        return [_open_bin(setting, path, vocab_size)]
-    return [_open_text(path)]
-
-
-def _open_text(path: Path) -> TokenFile:
-    return TokenFile(path, np.dtype(np.uint8), 0, _num_bytes(path))
-
-
-def _open_bin(setting: str, path: Path, vocab_size: int) -> TokenFile:
-    is_long = vocab_size > 2**16 or _looks_like_uint32(path)
-    dtype = np.dtype("<u4" if is_long else "<u2")
-    num_tokens, rest = divmod(_num_bytes(path), dtype.itemsize)
-    if rest:
-        raise UserError(
-            f"{setting} has {_num_bytes(path)} bytes, not a multiple of the {dtype.itemsize} of a "
-            f"token: write {dtype.name}, which config.model.vocab_size={vocab_size} asks for."
-        )
-    return TokenFile(path, dtype, 0, num_tokens)
-
-
-def _looks_like_uint32(path: Path) -> bool:
-    """Whether the upper halves of what would be uint32 are zero and the lower ones are not."""
-    with path.open("rb") as file:
-        head = np.frombuffer(file.read(2**16), np.uint8)
-    pairs = head[: len(head) // 4 * 4].view("<u2").reshape(-1, 2)
-    return bool(pairs[:, 0].any() and not pairs[:, 1].any())
-
-
-def _open_npy(setting: str, path: Path) -> TokenFile:
-    try:
-        tokens = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, tokenize.TokenError) as error:  # TokenError: a damaged header
-        raise UserError(
-            f"{setting} is not a whole .npy array ({error}): write it with numpy.save."
-        ) from None
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise UserError(
-            f"{setting} has shape {tokens.shape} and type {tokens.dtype}: "
-            "save tokens as a one-dimensional array of integers."
-        )
-    return TokenFile(path, tokens.dtype, tokens.offset, len(tokens))
-
-
-def _num_bytes(path: Path) -> int:
-    # Opened rather than only looked up, since a file's size does not show that it may be read.
-    with path.open("rb") as file:
-        return os.fstat(file.fileno()).st_size

@@ -1,16 +1,28 @@
 """The command line: a config file, then flags that override its fields."""
 
 import importlib.util
+import json
 import math
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 
-from tpipe_jax.config import Config, Count, CountOrZero, UserError
+from tpipe_jax.config import (
+    Config,
+    Count,
+    CountOrZero,
+    MeshConfig,
+    NonNegative,
+    Range,
+    UserError,
+    check_field,
+    from_dict,
+)
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -80,6 +92,89 @@ class CheckpointsFlags:
     """The run's folder."""
 
 
+@dataclass(frozen=True)
+class ImportFlags:
+    """Makes a workdir with the weights of a Hugging Face folder of GPT-2 as its step 0."""
+
+    source: Annotated[Path, tyro.conf.arg(name="from")]
+    """The folder, with config.json and model.safetensors, in one file or several."""
+    workdir: Path
+    """A folder for a new run."""
+
+
+@dataclass(frozen=True)
+class ExportFlags:
+    """Writes the weights of a run as a Hugging Face folder of GPT-2."""
+
+    workdir: Path
+    """The run's folder."""
+    to: Path
+    """A folder that does not exist yet."""
+    step: CountOrZero | None = None
+    """Of the checkpoint; the newest if left out."""
+
+
+@dataclass(frozen=True)
+class GenerateFlags:
+    """Continues a text with the model of a run."""
+
+    workdir: Path
+    """The run's folder."""
+    prompt: str | None = None
+    """The text, for a model whose tokens are bytes."""
+    prompt_ids: str | None = None
+    """Its tokens instead, as 464,3290."""
+    max_tokens: Count = 200
+    """How many tokens follow."""
+    temperature: NonNegative = 0.7
+    """What logits are divided by before a token is drawn; 0 takes the most likely one always."""
+    top_p: Annotated[float, Range(0, high=1)] = 1.0
+    """Draws from the most likely tokens that together have this probability."""
+    seed: CountOrZero = 0
+    """Of the draws."""
+    step: CountOrZero | None = None
+    """Of the checkpoint; the newest if left out."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """The devices that share the work."""
+
+
+@dataclass(frozen=True)
+class EvaluateFlags:
+    """Measures the loss of a run's model on data."""
+
+    workdir: Path
+    """The run's folder."""
+    data: str | None = None
+    """What config.data.train may name; what the run holds out if left out."""
+    batch_size: Count = 8
+    """Sequences that a data shard works on together."""
+    step: CountOrZero | None = None
+    """Of the checkpoint; the newest if left out."""
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    """The devices that share the work."""
+
+
+@dataclass(frozen=True)
+class TokenizeFlags:
+    """Turns text into token shards to train on."""
+
+    inputs: tyro.conf.Positional[tuple[Path, ...]]
+    """Text files, files of JSON lines (.jsonl), and folders of them."""
+    out: Path
+    """A folder that does not exist yet."""
+    tokenizer: str = "bytes"
+    """bytes, or the tokenizer.json of a Hugging Face model."""
+    train_bpe: Count | None = None
+    """Makes a tokenizer of so many tokens first, from the same text, and keeps it as
+    OUT.tokenizer.json, from where the same command takes it."""
+    num_workers: Count = field(default_factory=lambda: len(os.sched_getaffinity(0)))
+    """Processes that work at the same time."""
+    field: str = "text"
+    """Where a line of JSON has its document."""
+
+
+AfterFlags = TypeVar("AfterFlags", GenerateFlags, EvaluateFlags)
+
 _CONSTRUCTORS = tyro.constructors.ConstructorRegistry()
 
 
@@ -111,6 +206,47 @@ def exit_status(program: Callable[[], int | None]) -> int:
         print("stopped", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(130)  # a save may be under way in a thread, for which Python would wait
+
+
+def parse_convert(args: list[str], program: str) -> ImportFlags | ExportFlags:
+    """Reads the command line of either."""
+    return tyro.extras.subcommand_cli_from_dict(
+        {"import": ImportFlags, "export": ExportFlags},
+        description="Weights from and to the folders of Hugging Face's GPT-2.",
+        args=args,
+        prog=program,
+    )
+
+
+def parse_tokenize(args: list[str], program: str) -> TokenizeFlags:
+    """Reads the command line of `TokenizeFlags`. Raises `UserError` for what does not fit."""
+    flags = tyro.cli(TokenizeFlags, args=args, prog=program)
+    _check_fields("--", flags)
+    if not flags.inputs:
+        raise UserError("there is nothing to tokenize: name files or folders.")
+    if flags.train_bpe is not None and flags.tokenizer != "bytes":
+        raise UserError(
+            f"--train-bpe={flags.train_bpe} makes a tokenizer, and --tokenizer={flags.tokenizer} "
+            "is one: give either."
+        )
+    return flags
+
+
+def _check_fields(prefix: str, fields: Any) -> None:
+    for name, hint in get_type_hints(type(fields), include_extras=True).items():
+        if "Range" in repr(hint):
+            check_field(f"{prefix}{name.replace('_', '-')}", hint, getattr(fields, name))
+
+
+def parse_after(kind: type[AfterFlags], args: list[str], program: str) -> AfterFlags:
+    """Reads the command line of what comes after training. Raises `UserError` for a value out of
+    its range.
+    """
+    with _CONSTRUCTORS:
+        flags = tyro.cli(kind, args=args, prog=program, config=(tyro.conf.FlagConversionOff,))
+    _check_fields("--", flags)
+    _check_fields("--mesh.", flags.mesh)
+    return flags
 
 
 def parse_file_plan(args: list[str], program: str) -> FilePlanFlags:
@@ -152,13 +288,22 @@ def parse(args: list[str], program: str) -> Flags:
 
 
 def load_config(path: Path) -> Config:
-    """Runs `get_config()` of a config file, which is code. Raises `UserError` if it has none."""
+    """The settings in the config.json of a run, or those that `get_config()` of a Python file
+    returns, which is run. Raises `UserError` if there are none.
+    """
     if not path.is_file():
         known = ", ".join(sorted(os.path.relpath(p) for p in CONFIGS.glob("*.py")))
         raise UserError(f"--config={path} is no file: give a config file, such as {known}.")
+    if path.suffix == ".json":
+        try:
+            return from_dict(json.loads(path.read_text()))
+        except (UserError, ValueError, AttributeError) as error:
+            raise UserError(f"--config={path} is not the config.json of a run ({error}).") from None
     spec = importlib.util.spec_from_file_location(path.stem, path)
     if spec is None or spec.loader is None:
-        raise UserError(f"--config={path} is not a Python file: its name must end in .py.")
+        raise UserError(
+            f"--config={path} is not a Python file: its name must end in .py, or .json."
+        )
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)

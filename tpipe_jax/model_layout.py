@@ -35,6 +35,14 @@ class Piece(NamedTuple):
     data: np.ndarray
 
 
+def arrays(config: ModelConfig, state: Any) -> Iterator[tuple[str, Shape, np.dtype]]:
+    """Name, shape and type of all arrays of a state, which may be abstract."""
+    for path, array in jax.tree.leaves_with_path(state):
+        whole = tuple(slice(0, n) for n in array.shape)
+        for name, shape, _, _ in _Leaf(config, path, array.shape).parts(whole):
+            yield name, shape, array.dtype
+
+
 def pieces(config: ModelConfig, state: Any) -> Iterator[Piece]:
     """All parts of a state that this process has, copied; all processes together have each part
     once.

@@ -46,7 +46,7 @@ from tpipe_jax.train_step import (
 
 MAX_TICKS = 32
 REPEATS = 7  # for medians
-MIN_SECONDS = 0.02  # of the busy ticks of one measurement
+MIN_SECONDS = 0.02  # of the busy ticks of one measurement, and not less than idle sweeps take
 LONG_SECONDS = 2.0  # of measurements after which three are enough
 
 OnPart = Callable[[], None]  # called after each part of the work
@@ -147,11 +147,14 @@ class Profiler:
         self._inputs = params, put_rows(mesh, x_BTD)
         # A whole sequence tells how many ticks others need, and how the machine's speed drifts.
         self._whole = Shape(1, self._seq_len, (0,))
-        self._seconds_per_token = np.full(2, np.inf)
+        self._seconds_per_token, self._least_seconds = np.full(2, np.inf), MIN_SECONDS
         self._programs: dict[Shape, Program] = {}
         program = self._compile([self._whole], _nothing)[self._whole]
-        whole_seconds = self._slice_seconds(program, [self._turn(self._whole, program)])
+        turn = self._turn(self._whole, program)
+        whole_seconds = self._slice_seconds(program, [turn])
         self._seconds_per_token = whole_seconds[0] / self._whole.size
+        # What idle sweeps take is subtracted, so no slice is measured against noise in it.
+        self._least_seconds = max(MIN_SECONDS, float(_agree(np.array(turn[0]))))
         self._programs.clear()  # now that the number of ticks is known
 
     def profile(self, on_progress: Callable[[int, int], None]) -> Profile:
@@ -198,7 +201,7 @@ class Profiler:
         def program(shape: Shape) -> Program:
             items = [Item(0, context, *shape[:2]) for context in shape.contexts]
             work = make_stage_work(self._config, self._mesh, items)
-            ticks = np.ceil(MIN_SECONDS / (self._seconds_per_token * shape.size))
+            ticks = np.ceil(self._least_seconds / (self._seconds_per_token * shape.size))
             forward, backward = np.clip(ticks, 1, MAX_TICKS).astype(int).tolist()
             tables = self._table(IDLE, forward), self._table(IDLE, backward)
             compiled = compile_checked(work, self._mesh, *self._inputs, *tables)

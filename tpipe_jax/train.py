@@ -19,10 +19,11 @@ from tpipe_jax.autoplan import as_first, plan_slices, stage_factors
 from tpipe_jax.backends import resolve_attention
 from tpipe_jax.checkpoint import Checkpoints
 from tpipe_jax.collectives import compile_checked
-from tpipe_jax.config import Config, resolved
+from tpipe_jax.config import BYTES, Config, resolved
 from tpipe_jax.console import Console
 from tpipe_jax.data import Batches, open_data
 from tpipe_jax.failures import Expect, watched
+from tpipe_jax.generate import Generator, chooser
 from tpipe_jax.memory import budget, fitting_step, limit_bytes, out_of_memory, program_bytes
 from tpipe_jax.mesh import (
     check_model,
@@ -40,7 +41,6 @@ from tpipe_jax.precision import is_slow, resolve_precision
 from tpipe_jax.processes import gathered, host_names
 from tpipe_jax.read_ahead import ReadAhead
 from tpipe_jax.remat import candidates
-from tpipe_jax.sample import sample
 from tpipe_jax.schedule import terapipe
 from tpipe_jax.step_log import StepLog
 from tpipe_jax.stop import Stop, Stopped
@@ -51,6 +51,7 @@ from tpipe_jax.workdir import changed_settings, describe_in_files, locked
 
 StepResult = tuple[TrainState, dict[str, Array]]
 
+TEMPERATURE = 0.7  # of the sample at the end
 PHASE_SECONDS = 3600  # that planning, compiling or restoring may take, if steps may not take more
 
 
@@ -137,7 +138,8 @@ def _train(
     config, num_steps, first_step = run.config, run.config.train.num_steps, 0
     try:
         within("checking checkpoints", is_step=False)
-        first_step = checkpoints.newest_step() or 0
+        saved_step = checkpoints.newest_step()
+        first_step = saved_step or 0
         if first_step >= num_steps:
             return (
                 f"The run in {workdir} has finished its {first_step} steps: go further with "
@@ -152,7 +154,7 @@ def _train(
     except Stopped:
         return f"Interrupted after step {first_step}: the same command goes on."
     within("preparing the state", is_step=False)
-    state = _first_state(run, checkpoints, first_step, console)
+    state = _first_state(run, checkpoints, saved_step, console)
     # Read now, since a process that cannot read one later would leave the others waiting.
     held_out = [_put_batch(run, run.held_out, i) for i in range(config.train.eval_batches)]
     evaluate = partial(_evaluate, programs.loss, held_out, within)
@@ -180,7 +182,7 @@ def _train(
         return f"Interrupted after step {step}: the same command continues from here."
     if config.train.sample_tokens:
         within("sampling", is_step=False)
-        _show_sample(run, plan, state.params, stop, console)
+        _show_sample(run, state.params, stop, console)
     return f"Trained {num_steps} steps; everything is in {workdir}."
 
 
@@ -196,7 +198,7 @@ def _facts(run: Run) -> dict[str, str]:
         "mesh": f"data {mesh.data} x pipe {mesh.pipe} x model {mesh.model} = {mesh.num_devices} "
         f"devices ({run.mesh.devices.flat[0].device_kind}), {per_stage} layers a stage",
         "data": f"{run.train_data.num_tokens:,} tokens to train on, "
-        f"{run.held_out.num_tokens:,} held out",
+        f"{run.held_out.num_tokens:,} held out ({', '.join(run.train_data.formats)})",
         "step": f"{config.train.batch_size} sequences of {model.seq_len} tokens, "
         f"{run.plan.batch_size} a data shard",
     }
@@ -257,14 +259,15 @@ def compile_programs(run: Run, plan: Plan, console: Console) -> Programs:
 
 
 def _first_state(
-    run: Run, checkpoints: Checkpoints, first_step: int, console: Console
+    run: Run, checkpoints: Checkpoints, saved_step: int | None, console: Console
 ) -> TrainState:
     """That of the checkpoint, if there is one, or a fresh one."""
-    if not first_step:
+    if saved_step is None:
         return init_state(run.config, run.mesh, run.optimizer)
     like = abstract_state(run.config, run.mesh, run.optimizer)
-    state = checkpoints.restore(first_step, like)
-    console.say(f"continuing after step {first_step}")
+    state = checkpoints.restore(saved_step, like)
+    after = f"continuing after step {saved_step}"
+    console.say(after if saved_step else "starting from imported weights")
     return state
 
 
@@ -372,18 +375,22 @@ def _evaluate(
     return float(np.mean(losses))
 
 
-def _show_sample(run: Run, plan: Plan, params: Params, stop: Stop, console: Console) -> None:
+def _show_sample(run: Run, params: Params, stop: Stop, console: Console) -> None:
     """How the model continues a held-out text."""
     config = run.config
     prompt = run.held_out.batch(0)[-1, : config.model.seq_len // 2]
     num_tokens = config.train.sample_tokens
-    tokens = sample(config, run.mesh, plan, params, prompt, num_tokens, stop.is_due)
-    console.show_sample(*(_as_text(config, part) for part in (prompt, tokens)))
+    choose = chooser(TEMPERATURE, seed=config.train.seed)
+    following = Generator(config, run.mesh, params).tokens_after(prompt, choose)
+    tokens = [next(following)]
+    while len(tokens) < num_tokens and not stop.is_due():
+        tokens.append(next(following))
+    console.show_sample(*(_as_text(config, part) for part in (prompt, np.array(tokens))))
 
 
 def _as_text(config: Config, tokens: np.ndarray) -> str:
     """Byte tokens as the text they are, without control characters; others as numbers."""
-    if config.model.vocab_size == 256:
+    if config.model.vocab_size == BYTES:
         text = tokens.astype(np.uint8).tobytes().decode(errors="replace")
         return "".join(
             c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text

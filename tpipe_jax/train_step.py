@@ -1,4 +1,4 @@
-"""The compiled programs: a training step, its loss and gradients alone, evaluation, next token."""
+"""The compiled programs: a training step, its loss and gradients alone, evaluation, decoding."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -16,13 +17,14 @@ from tpipe_jax.attention import KVCache
 from tpipe_jax.backends import make_attention
 from tpipe_jax.config import Config
 from tpipe_jax.health import next_health
+from tpipe_jax.inplace import Position
 from tpipe_jax.mesh import layer_counts, manual_part, param_specs
 from tpipe_jax.model import Params, block_functions, init_block
 from tpipe_jax.optim import clipped, global_norm
 from tpipe_jax.pipeline import from_stage, needs_sums, psum, sweep, varying
 from tpipe_jax.precision import compute_dtype, compute_format, next_loss_scale
 from tpipe_jax.remat import saved_names
-from tpipe_jax.schedule import Item, Schedule
+from tpipe_jax.schedule import IDLE, Item, Schedule
 from tpipe_jax.stage import (
     UNDIVIDED,
     Gradients,
@@ -141,20 +143,65 @@ def make_loss(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapped:
     return _over_mesh(config, mesh, local, lambda _: PartitionSpec())
 
 
-def make_next_token_logits(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapped:
-    """`(params, tokens [B, T], index)` to the logits `[B, V]` of the token after that index, on all
-    devices.
+def make_decode(config: Config, mesh: Mesh) -> Wrapped:
+    """`(params, caches, tokens [B, L], first, index)` to the logits `[B, V]` of the token after
+    `tokens[:, index]`, on all devices, and the caches, which are donated, with these tokens.
+
+    The tokens are those from position `first` on of sequences whose earlier ones are in the caches.
     """
 
-    def local(params: Params, tokens_BT: Array, index: Array) -> Array:
+    def local(
+        params: Params, caches: list[KVCache], tokens_BL: Array, first: Array, index: Array
+    ) -> tuple[Array, list[KVCache]]:
+        num_stages, (B, L) = lax.axis_size("pipe"), tokens_BL.shape
         params = _for_compute(config, mesh, params)
-        head = _make_head(config, mesh, params)
-        y_BTD = _infer(config, mesh, schedule, params, tokens_BT)
-        y_BD = from_stage(-1, y_BTD[:, index])
-        return loss.logits(head, y_BD, config.model.vocab_size)
+        stage, head = _make_stage(config, mesh, params), _make_head(config, mesh, params)
+        positions_LD = lax.dynamic_slice_in_dim(params["embed"]["positions"], first, L)
+        embed = params["embed"] | {"positions": positions_LD}
 
-    mapped = _over_mesh(config, mesh, local, lambda _: PartitionSpec("data", "pipe"), num_scalars=1)
-    return jax.jit(mapped, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        def work(x_BLD: Array, at: Position, caches: list[KVCache]) -> tuple[Array, list[KVCache]]:
+            return stage.infer(x_BLD, Position(at.row, first), caches)
+
+        y_BLD, caches = sweep(
+            np.where(np.eye(num_stages, dtype=bool), 0, IDLE),  # one item, from stage to stage
+            [Item(0, 0, B, L)],
+            work,
+            loss.embed(embed, tokens_BL, compute_dtype(config.precision, mesh)),
+            jax.tree.map(lambda a: a[0], caches),
+        )
+        y_BD = from_stage(-1, y_BLD[:, index])
+        logits_BV = loss.logits(head, y_BD, config.model.vocab_size)
+        return logits_BV, jax.tree.map(lambda a: a[None], caches)
+
+    specs = manual_part(param_specs(_layers_per_stage(config, mesh)))
+    caches = PartitionSpec("pipe", "data")
+    mapped = jax.shard_map(
+        local,
+        mesh=mesh,
+        axis_names={"data", "pipe"},
+        in_specs=(specs, caches, PartitionSpec("data"), PartitionSpec(), PartitionSpec()),
+        out_specs=(PartitionSpec("data", "pipe"), caches),
+        check_vma=needs_sums(mesh),
+    )
+    out_shardings = NamedSharding(mesh, PartitionSpec()), _decode_sharding(mesh)
+    return jax.jit(mapped, donate_argnums=1, out_shardings=out_shardings)
+
+
+def empty_decode_caches(config: Config, mesh: Mesh) -> list[KVCache]:
+    """Caches for `make_decode`, with one sequence a data shard, `[P, B, H, T, K]`."""
+    _, *shape_HTK = _cache_shape(config, mesh)
+    shape = mesh.shape["data"], *shape_HTK
+    dtype, num_layers = compute_dtype(config.precision, mesh), _layers_per_stage(config, mesh)
+
+    @partial(jax.jit, out_shardings=_decode_sharding(mesh))
+    def empty() -> list[KVCache]:
+        return empty_caches(num_layers, (mesh.shape["pipe"], *shape), dtype)
+
+    return empty()
+
+
+def _decode_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec("pipe", "data", "model"))
 
 
 def make_stage_work(config: Config, mesh: Mesh, items: Sequence[Item]) -> Wrapped:

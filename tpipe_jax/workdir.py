@@ -77,10 +77,15 @@ def describe_in_files(
         events += measured
     with writing_to(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+        write_config(config, workdir)
         plan.save(workdir / "plan.json")
         draw_timeline(workdir / "timeline.png", schedule, timeline, title, unit)
         write_trace(workdir / "timeline.json", events)
+
+
+def write_config(config: Config, workdir: Path) -> None:
+    """Writes config.json. Raises OSError."""
+    (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
 
 
 def add_measured_ticks(workdir: Path, plan: Plan, step: int, timeline: Timeline) -> None:

@@ -1,0 +1,39 @@
+"""The loss of a run's model on data: all of it, or what the run holds out.
+
+python launch/evaluate.py --workdir=runs/quickstart
+python launch/evaluate.py --workdir=runs/quickstart --data=text.txt --mesh.pipe=2
+"""
+
+import sys
+from dataclasses import replace
+
+from tpipe_jax.config import Config
+from tpipe_jax.flags import EvaluateFlags, exit_status, load_config, parse_after
+
+
+def main() -> None:
+    flags = parse_after(EvaluateFlags, sys.argv[1:], "python launch/evaluate.py")
+    from tpipe_jax.console import Console
+    from tpipe_jax.data import open_held_out, open_shares
+    from tpipe_jax.evaluate import evaluate
+    from tpipe_jax.mesh import find_devices
+    from tpipe_jax.trained import load
+
+    config = load_config(flags.workdir / "config.json") if flags.data is None else Config()
+    train = replace(config.train, batch_size=flags.batch_size * flags.mesh.data)
+    config, devices = replace(config, mesh=flags.mesh, train=train), find_devices(flags.mesh)
+    trained = load(flags.workdir, flags.step, config, devices)
+    if flags.data is None:
+        shares = open_held_out(trained.config)
+    else:
+        shares = open_shares("--data", flags.data, trained.config.model.vocab_size)
+    with Console().working("evaluating") as on_progress:
+        result = evaluate(trained, shares, on_progress)
+    text = f"loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.4g}"
+    if result.bits_per_byte is not None:
+        text += f", {result.bits_per_byte:.4f} bits per byte"
+    print(f"{text}, of {result.num_tokens:,} tokens after step {trained.step}")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status(main))

@@ -1,0 +1,64 @@
+"""Turns text into token shards to train on, in parallel; the same command goes on if it is stopped.
+
+    python launch/tokenize.py --out=shards --tokenizer=tokenizer.json texts/ more.jsonl
+    python launch/tokenize.py --out=shards --train-bpe=32000 texts/
+    python launch/multihost.py --config.data.train=shards --config.model.vocab-size=32000
+
+A text file is a document, and so is each line of a .jsonl file, in its field --field. Documents end
+with the tokenizer's <|endoftext|> if it has that. Nothing is read from the network.
+"""
+
+import sys
+
+if __name__ == "tokenize":
+    # Python's own module of this name is looked for in this folder first, by each script of it.
+    from importlib.util import module_from_spec, spec_from_file_location
+    from sysconfig import get_path
+
+    spec = spec_from_file_location("tokenize", f"{get_path('stdlib')}/tokenize.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["tokenize"] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["tokenize"])
+
+
+def main() -> None:
+    from pathlib import Path
+
+    from tpipe_jax.config import UserError
+    from tpipe_jax.console import Console
+    from tpipe_jax.flags import parse_tokenize
+    from tpipe_jax.shards import cut, documents, find_files, make_shards
+    from tpipe_jax.tokenizer import train_bpe
+
+    flags = parse_tokenize(sys.argv[1:], "python launch/tokenize.py")
+    console, tokenizer = Console(), flags.tokenizer
+    if flags.out.exists():
+        raise UserError(f"--out={flags.out} is there already: choose another folder, or remove it.")
+    if flags.train_bpe is not None:
+        path = Path(f"{flags.out}.tokenizer.json")
+        if not path.exists():
+            texts = (
+                t for part in cut(find_files(flags.inputs)) for t in documents(part, flags.field)
+            )
+            made = train_bpe(texts, flags.train_bpe)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            made.save(str(path))
+            console.say(f"a tokenizer of {made.get_vocab_size()} tokens is in {path}")
+        tokenizer = str(path)
+    with console.working("tokenizing") as on_progress:
+        results = make_shards(
+            flags.inputs, flags.out, tokenizer, flags.field, flags.num_workers, on_progress
+        )
+    num_documents = sum(result.num_documents for result in results)
+    num_tokens = sum(result.num_tokens for result in results)
+    console.say(
+        f"{flags.out} has {num_tokens:,} tokens of {num_documents:,} documents in {len(results)} "
+        f"shards; train on it with --config.data.train={flags.out}"
+    )
+
+
+if __name__ == "__main__":
+    from tpipe_jax.flags import exit_status
+
+    sys.exit(exit_status(main))

@@ -1,0 +1,104 @@
+"""The loss of a model on data, against the plain model on each window."""
+
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import reference
+import runs
+from tpipe_jax import model
+from tpipe_jax.config import BYTES, Config, MeshConfig, ModelConfig
+from tpipe_jax.data import Share, open_shares
+from tpipe_jax.evaluate import evaluate
+from tpipe_jax.mesh import make_mesh, param_specs, shardings
+from tpipe_jax.trained import Trained
+
+MODEL = ModelConfig(num_layers=3, d_model=16, num_heads=2, vocab_size=29, seq_len=8)
+MESHES = [MeshConfig(), MeshConfig(pipe=2), MeshConfig(data=2, pipe=2)]
+
+
+@pytest.mark.parametrize("num_tokens", [2, 9, 10, 60])
+@pytest.mark.parametrize("mesh_config", MESHES, ids=str)
+def test_every_token_but_the_first_counts_once(
+    tmp_path: Path, num_tokens: int, mesh_config: MeshConfig
+):
+    """In windows that begin anew; the last one and the last batch may be short."""
+    tokens = np.random.default_rng(0).integers(0, 29, num_tokens + 3, np.uint16)
+    tokens.tofile(tmp_path / "tokens.bin")
+    config = runs.changed(Config(model=MODEL, mesh=mesh_config), train={"batch_size": 4})
+    params = model.init(MODEL, jax.random.key(1))
+    params["embed"] = jax.tree.map(lambda a: 20 * a, params["embed"])
+    mesh = make_mesh(mesh_config, jax.devices()[: mesh_config.num_devices])
+    staged = reference.to_stages(params, mesh)
+    on_mesh = jax.device_put(staged, shardings(mesh, param_specs(len(staged["blocks"]))))
+    trained = Trained(config, mesh, on_mesh, 3)
+    [(source, _, _)] = open_shares("--data", str(tmp_path / "tokens.bin"), 29)
+    steps: list[tuple[int, int]] = []
+    got = evaluate(
+        trained,
+        [Share(source, range(2, num_tokens + 2))],
+        lambda done, total: steps.append((done, total)),
+    )
+
+    own = tokens[2 : num_tokens + 2].astype(np.int32)
+    losses = [
+        (len(part) - 1) * float(reference.loss(MODEL, params, jnp.asarray(part[None])))
+        for part in (own[i : i + 9] for i in range(0, num_tokens - 1, 8))
+    ]
+    assert got.num_tokens == num_tokens - 1
+    assert got.loss == pytest.approx(sum(losses) / (num_tokens - 1), rel=1e-5)
+    assert got.perplexity == pytest.approx(math.exp(got.loss))
+    assert got.bits_per_byte is None
+    assert steps[-1] == (len(losses), len(losses))
+
+
+def test_what_a_run_holds_out(tmp_path: Path):
+    """As the run has evaluated it, if it does so on all of it; and bytes have bits."""
+    config = runs.small_config(tmp_path)
+    text = Path(config.data.train).read_bytes()
+    held_out = len(text) - int(0.1 * len(text))
+    batches = (len(text) - held_out - 1) // 16 // 4  # whole batches of whole windows
+    config = runs.changed(config, train={"eval_batches": batches, "eval_every": 6})
+    assert config.model.vocab_size == BYTES
+    runs.run(config, tmp_path / "run")
+    expected = runs.metrics(tmp_path / "run")[-1]["eval_loss"]
+
+    part = tmp_path / "part.txt"
+    part.write_bytes(text[held_out : held_out + batches * 64 + 1])
+    command = [sys.executable, "launch/evaluate.py", f"--workdir={tmp_path / 'run'}"]
+    args = [f"--data={part}", "--mesh.pipe=2", "--batch-size=3"]
+    done = subprocess.run([*command, *args], cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    line = done.stdout.splitlines()[-1]
+    loss, perplexity, bits = map(float, re.findall(r"\d+\.\d+", line))
+    assert loss == pytest.approx(expected, abs=2e-4)
+    assert perplexity == pytest.approx(math.exp(loss), rel=1e-3)
+    assert bits == pytest.approx(loss / math.log(2), abs=2e-4)
+    assert line.endswith(f"of {batches * 64} tokens after step 6")
+
+    done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"of {len(text) - held_out - 1} tokens after step 6" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--data=nowhere"], "error: --data=nowhere does not exist"),
+        (["--batch-size=0"], "error: --batch-size=0 must be at least 1"),
+    ],
+)
+def test_mistakes_are_answered(tmp_path: Path, args: list[str], sentence: str):
+    runs.run(runs.changed(runs.small_config(tmp_path), train={"num_steps": 1}), tmp_path / "run")
+    command = [sys.executable, "launch/evaluate.py", f"--workdir={tmp_path / 'run'}", *args]
+    done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert sentence in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -1,0 +1,271 @@
+"""Tokenizes documents into a folder of token shards, in parallel, and goes on where it stopped.
+
+    OUT/00000.bin, OUT/00000.idx    tokens, each document by itself, as Megatron-LM has them
+    OUT/index.json                  the shards, in order, and the tokenizer
+    OUT/tokenizer.json              the tokenizer, unless tokens are bytes
+
+The inputs are cut into parts, each of which becomes a shard, so what is done does not depend on how
+many work at it. Until all shards are there the folder is called OUT.partial.
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tpipe_jax.config import BYTES_NAME, UserError
+from tpipe_jax.token_files import INDEX, MEGATRON, TEXT_SUFFIXES
+from tpipe_jax.tokenizer import Tokenizer, open_tokenizer
+
+JSON_LINES = ".jsonl"
+PARTIAL = ".partial"
+PART_BYTES = 64 * 2**20  # of input for one shard, if no document is longer
+TOKENIZER = "tokenizer.json"
+LARGEST = 2**16  # vocabulary of 16-bit tokens
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some of the documents: text files, one each, or lines of a file of JSON lines."""
+
+    files: tuple[tuple[str, int, int], ...]
+    """Path, size and time of change in ns."""
+    start: int
+    """Where the lines begin in the one file."""
+    stop: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a shard holds."""
+
+    name: str
+    num_documents: int
+    num_tokens: int
+
+
+def make_shards(
+    inputs: Sequence[Path],
+    out: Path,
+    tokenizer: str,
+    field: str,
+    num_workers: int,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Result]:
+    """Tokenizes all documents; returns the shards. Parts that an earlier call has left behind are
+    taken over if nothing of them has changed.
+
+    Raises `UserError` for what cannot be read, a document without text, or an `out` that is there.
+    """
+    if out.exists():
+        raise UserError(f"--out={out} is there already: choose another folder, or remove it.")
+    parts = cut(find_files(inputs))
+    partial = out.with_name(out.name + PARTIAL)
+    name = tokenizer
+    vocab_size = open_tokenizer("--tokenizer", tokenizer).vocab_size
+    content = b"" if tokenizer == BYTES_NAME else Path(tokenizer).read_bytes()
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        if content:
+            _drop_others(partial, content)
+            (partial / TOKENIZER).write_bytes(content)
+            name = TOKENIZER
+        results = _results(parts, partial, tokenizer, field, num_workers, on_progress)
+        about = {
+            "format": 1,
+            "tokenizer": name,
+            "vocab_size": vocab_size,
+            "shards": [asdict(result) for result in results],
+        }
+        (partial / INDEX).write_text(json.dumps(about, indent=1) + "\n")
+        for path in partial.glob("*.json"):
+            if path.name not in (INDEX, TOKENIZER):
+                path.unlink()
+        partial.rename(out)
+    except OSError as error:
+        raise UserError(
+            f"cannot write --out={out} ({error.strerror}: {error.filename}): make room, or choose "
+            "another folder; the same command goes on."
+        ) from None
+    return results
+
+
+def find_files(inputs: Sequence[Path]) -> list[Path]:
+    """The files named, and those below the folders named, in order. Raises `UserError` if there
+    are none.
+    """
+    found: list[Path] = []
+    for path in inputs:
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.is_file())
+            found += [f for f in files if f.suffix.lower() in (*TEXT_SUFFIXES, JSON_LINES)]
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UserError(f"{path} is neither a file nor a folder: name text to tokenize.")
+    if not found:
+        raise UserError(
+            f"{', '.join(map(str, inputs))} has no file that ends in "
+            f"{', '.join((*TEXT_SUFFIXES, JSON_LINES))}: name text to tokenize."
+        )
+    return found
+
+
+def cut(files: Sequence[Path]) -> list[Part]:
+    """Parts of about equal size: some text files, or some lines."""
+    parts: list[Part] = []
+    texts: list[tuple[str, int, int]] = []
+
+    def close() -> None:
+        if texts:
+            parts.append(Part(tuple(texts), 0, 0))
+            texts.clear()
+
+    for path in files:
+        stat = path.stat()
+        file = str(path.resolve()), stat.st_size, stat.st_mtime_ns
+        if path.suffix.lower() == JSON_LINES:
+            close()
+            bounds = [*_line_starts(path, stat.st_size), stat.st_size]
+            parts += [Part((file,), a, b) for a, b in itertools.pairwise(bounds) if a < b]
+        else:
+            if texts and sum(size for _, size, _ in texts) + stat.st_size > PART_BYTES:
+                close()
+            texts.append(file)
+    close()
+    return parts
+
+
+def documents(part: Part, field: str) -> Iterator[str]:
+    """The texts of a part. Raises `UserError` for one that is empty or cannot be read."""
+    for name, _, _ in part.files:
+        path = Path(name)
+        if path.suffix.lower() == JSON_LINES:
+            with path.open("rb") as file:
+                file.seek(part.start)
+                while file.tell() < part.stop:
+                    where = f"{path} at byte {file.tell()}"
+                    if line := file.readline().strip():
+                        yield _document(where, line, field)
+        else:
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise UserError(f"{path} cannot be read as UTF-8 ({error}): mend it.") from None
+            if not text:
+                raise UserError(f"{path} is an empty document: remove it, or write something.")
+            yield text
+
+
+def _document(where: str, line: bytes, field: str) -> str:
+    try:
+        text = json.loads(line)[field]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{where} has no text ({type(error).__name__}: {error}): each line must be a JSON "
+            f"object with the field {field}, or name another with --field."
+        ) from None
+    if not isinstance(text, str) or not text:
+        raise UserError(
+            f"{where} has {json.dumps(text)[:40]} as its {field}: a document is text and not empty."
+        )
+    return text
+
+
+def _results(
+    parts: Sequence[Part],
+    folder: Path,
+    tokenizer: str,
+    field: str,
+    num_workers: int,
+    on_progress: Callable[[int, int], None],
+) -> list[Result]:
+    results: list[Result | None] = [_left_behind(folder, i, p, field) for i, p in enumerate(parts)]
+    todo = [i for i, result in enumerate(results) if result is None]
+    done = len(parts) - len(todo)
+    on_progress(done, len(parts))
+    # Not forked, since threads of the libraries that are imported here may hold locks.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(
+        max(min(num_workers, len(todo)), 1), context, _open_in_worker, (tokenizer,)
+    ) as pool:
+        tasks = {pool.submit(_write_shard, folder, i, parts[i], field): i for i in todo}
+        try:
+            for task in as_completed(tasks):
+                results[tasks[task]] = task.result()
+                done += 1
+                on_progress(done, len(parts))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [result for result in results if result is not None]
+
+
+_tokenizer: Tokenizer | None = None  # of a worker
+
+
+def _open_in_worker(value: str) -> None:
+    global _tokenizer
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are
+    _tokenizer = open_tokenizer("--tokenizer", value)
+
+
+def _write_shard(folder: Path, index: int, part: Part, field: str) -> Result:
+    """Writes a shard, and what it was made of last."""
+    assert _tokenizer is not None
+    is_short = _tokenizer.vocab_size <= LARGEST
+    dtype, code = (np.dtype("<u2"), 8) if is_short else (np.dtype("<i4"), 4)
+    name, lengths = f"{index:05}", []
+    end = [] if _tokenizer.end is None else [_tokenizer.end]
+    with (folder / f"{name}.bin").open("wb") as file:
+        for text in documents(part, field):
+            tokens = np.concatenate([_tokenizer.encode(text), end]).astype(dtype)
+            lengths.append(len(tokens))
+            file.write(tokens.tobytes())
+    sizes = np.array(lengths, "<i4")
+    starts = (np.cumsum(sizes, dtype=np.int64) - sizes) * dtype.itemsize
+    index_content = MEGATRON + struct.pack("<QBQQ", 1, code, len(sizes), len(sizes) + 1)
+    bounds = np.arange(len(sizes) + 1, dtype="<i8")
+    index_content += sizes.tobytes() + starts.astype("<i8").tobytes() + bounds.tobytes()
+    (folder / f"{name}.idx").write_bytes(index_content)
+    result = Result(name, len(lengths), int(sizes.sum()))
+    made_of = json.dumps({"part": asdict(part), "field": field, "result": asdict(result)})
+    (folder / f"{name}.json.new").write_text(made_of)
+    (folder / f"{name}.json.new").rename(folder / f"{name}.json")
+    return result
+
+
+def _left_behind(folder: Path, index: int, part: Part, field: str) -> Result | None:
+    """What an earlier call has made of the same part."""
+    try:
+        known = json.loads((folder / f"{index:05}.json").read_text())
+        if known["field"] != field or known["part"] != json.loads(json.dumps(asdict(part))):
+            return None
+        return Result(**known["result"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _drop_others(folder: Path, content: bytes) -> None:
+    """Removes what was made with another tokenizer."""
+    path = folder / TOKENIZER
+    if not path.exists() or path.read_bytes() != content:
+        for old in folder.glob("*.json"):
+            old.unlink()
+
+
+def _line_starts(path: Path, size: int) -> Iterator[int]:
+    """Where parts begin: at the first line after each multiple of their size."""
+    yield 0
+    with path.open("rb") as file:
+        for at in range(PART_BYTES, size, PART_BYTES):
+            file.seek(at - 1)
+            file.readline()
+            yield min(file.tell(), size)

@@ -1,0 +1,92 @@
+"""Text to tokens and back: bytes, or a Hugging Face `tokenizer.json`. No network."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from tpipe_jax.config import BYTES, BYTES_NAME, UserError
+
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's, between documents
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Turns text into tokens and back."""
+
+    vocab_size: int
+    end: int | None
+    """The token between documents, if there is one."""
+    encode: Callable[[str], np.ndarray]
+    """Text to tokens `[n]`, int32."""
+    decode: Callable[[Sequence[int]], str]
+    """Tokens to text, with replacements where they are none."""
+
+    def stream(self, tokens: Iterable[int]) -> Iterator[str]:
+        """The text that each token adds, once all of its characters are there."""
+        pending: list[int] = []
+        for token in tokens:
+            pending.append(token)
+            text = self.decode(pending)
+            # A character of UTF-8 has at most four bytes, and so tokens.
+            is_whole = not text.endswith("\N{REPLACEMENT CHARACTER}") or len(pending) == 4
+            yield text if is_whole else ""
+            if is_whole:
+                pending.clear()
+        if pending:
+            yield self.decode(pending)
+
+
+def open_tokenizer(name: str, value: str) -> Tokenizer:
+    """The tokenizer that a setting names. Raises `UserError` if it is none."""
+    if value == BYTES_NAME:
+        return Tokenizer(BYTES, None, _to_bytes, _from_bytes)
+    try:
+        made = tokenizers.Tokenizer.from_file(value)
+    except Exception as error:  # the library raises plain ones
+        raise UserError(
+            f"{name}={value} cannot be read ({error}): give bytes, or the tokenizer.json of a "
+            "Hugging Face model."
+        ) from None
+
+    def encode(text: str) -> np.ndarray:
+        return np.array(made.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(tokens: Sequence[int]) -> str:
+        return made.decode(list(tokens), skip_special_tokens=False)
+
+    return Tokenizer(made.get_vocab_size(), made.token_to_id(END_OF_TEXT), encode, decode)
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """A byte-pair encoding of bytes (Radford et al. 2019) learnt from documents, at most so large.
+
+    Raises `UserError` if that is smaller than what it begins with.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size <= len(alphabet) + 1:
+        raise UserError(
+            f"--train-bpe={vocab_size} is too small: {len(alphabet)} bytes and {END_OF_TEXT} are "
+            "tokens in any case, so give more than as many."
+        )
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    made.train_from_iterator(documents, trainer)
+    return made
+
+
+def _to_bytes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+
+def _from_bytes(tokens: Sequence[int]) -> str:
+    return bytes(tokens).decode(errors="replace")

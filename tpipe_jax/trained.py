@@ -1,0 +1,43 @@
+"""The model of a run's checkpoint, on a mesh, for what comes after training."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from tpipe_jax.backends import resolve_attention
+from tpipe_jax.checkpoint import newest_sound, restore
+from tpipe_jax.config import Config, resolved
+from tpipe_jax.mesh import check_model, make_mesh
+from tpipe_jax.model import Params
+from tpipe_jax.optim import make_optimizer
+from tpipe_jax.precision import resolve_precision
+from tpipe_jax.train_state import abstract_state
+
+
+class Trained(NamedTuple):
+    """A model with its parameters."""
+
+    config: Config
+    mesh: Mesh
+    params: Params
+    step: int
+
+
+def load(workdir: Path, step: int | None, config: Config, devices: Sequence[jax.Device]) -> Trained:
+    """The newest sound checkpoint of a run, or that of a step, on the mesh of the config, whose
+    model does not matter, and on the first of the devices.
+
+    Raises `UserError` if there is none, or if it does not fit the mesh.
+    """
+    checkpoint, model = newest_sound(workdir, step)
+    config = resolved(replace(config, model=model))
+    check_model(config.model, config.mesh)
+    mesh = make_mesh(config.mesh, devices[: config.mesh.num_devices])
+    config = resolve_attention(resolve_precision(config, mesh), mesh)
+    like = abstract_state(config, mesh, make_optimizer(config.optim, config.train.num_steps))
+    params = restore(checkpoint, config.model, {"params": like.params})["params"]
+    return Trained(config, mesh, params, int(checkpoint.name))
