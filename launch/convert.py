@@ -26,7 +26,7 @@ def main() -> None:
             f"{flags.workdir} has a model of {model.num_layers} layers, width {model.d_model}, "
             f"{model.num_heads} heads, vocabulary {model.vocab_size}, as step 0; train it with\n"
             f"    python launch/multihost.py --config={flags.workdir}/config.json "
-            f"--workdir={flags.workdir}"
+            f"--workdir={flags.workdir} --config.data.train=TOKENS"
         )
     else:
         step = convert.export_gpt2(flags.workdir, flags.to, flags.step)

@@ -7,7 +7,7 @@ python launch/evaluate.py --workdir=runs/quickstart --data=text.txt --mesh.pipe=
 import sys
 from dataclasses import replace
 
-from tpipe_jax.config import Config
+from tpipe_jax.config import Config, DataConfig, TrainConfig
 from tpipe_jax.flags import EvaluateFlags, exit_status, load_config, parse_after
 
 
@@ -19,14 +19,18 @@ def main() -> None:
     from tpipe_jax.mesh import find_devices
     from tpipe_jax.trained import load
 
-    config = load_config(flags.workdir / "config.json") if flags.data is None else Config()
-    train = replace(config.train, batch_size=flags.batch_size * flags.mesh.data)
-    config, devices = replace(config, mesh=flags.mesh, train=train), find_devices(flags.mesh)
+    path = flags.workdir / "config.json"
+    data = load_config(path).data if path.exists() else DataConfig()
+    if flags.tokenizer is not None:
+        data = replace(data, tokenizer=flags.tokenizer)
+    train = TrainConfig(batch_size=flags.batch_size * flags.mesh.data)
+    config, devices = Config(mesh=flags.mesh, train=train, data=data), find_devices(flags.mesh)
     trained = load(flags.workdir, flags.step, config, devices)
     if flags.data is None:
         shares = open_held_out(trained.config)
     else:
-        shares = open_shares("--data", flags.data, trained.config.model.vocab_size)
+        vocab_size = trained.config.model.vocab_size
+        shares = open_shares("--data", flags.data, vocab_size, data.tokenizer)
     with Console().working("evaluating") as on_progress:
         result = evaluate(trained, shares, on_progress)
     text = f"loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.4g}"

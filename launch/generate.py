@@ -1,19 +1,19 @@
 """Continues a text with the model of a run.
 
     python launch/generate.py --workdir=runs/quickstart --prompt="The for statement"
+    python launch/generate.py --workdir=runs/mine --tokenizer=shards/tokenizer.json --prompt="Once"
     python launch/generate.py --workdir=runs/gpt2 --prompt-ids=464,3290 --temperature=0
 
-Bytes are text, other tokens are numbers. On one device, or on as many as --mesh.pipe, --mesh.data
-and --mesh.model ask for. A text longer than the model's seq_len is continued from its second half.
+On one device, or on as many as --mesh.pipe, --mesh.data and --mesh.model ask for. A text longer
+than the model's seq_len is continued from its second half.
 """
 
-import codecs
 import itertools
 import sys
-from collections.abc import Callable, Iterable
 
-from tpipe_jax.config import BYTES, Config, ModelConfig, UserError
-from tpipe_jax.flags import GenerateFlags, exit_status, parse_after
+from tpipe_jax.config import BYTES, BYTES_NAME, Config, ModelConfig, UserError
+from tpipe_jax.flags import GenerateFlags, exit_status, load_config, parse_after
+from tpipe_jax.tokenizer import Tokenizer, open_tokenizer
 
 
 def main() -> None:
@@ -22,34 +22,40 @@ def main() -> None:
     from tpipe_jax.mesh import find_devices
     from tpipe_jax.trained import load
 
+    if (flags.prompt is None) == (flags.prompt_ids is None):
+        raise UserError("give a text to continue, with either --prompt or --prompt-ids.")
+    tokenizer = None if flags.prompt_ids else open_tokenizer("--tokenizer", tokenizer_of(flags))
     devices = find_devices(flags.mesh)
     config, mesh, params, _ = load(flags.workdir, flags.step, Config(mesh=flags.mesh), devices)
-    prompt = read_prompt(flags, config.model)
+    prompt = read_prompt(flags, tokenizer, config.model)
     following = Generator(config, mesh, params).tokens_after(
         prompt, chooser(flags.temperature, flags.top_p, flags.seed)
     )
     tokens = itertools.islice(following, flags.max_tokens)
-    if flags.prompt is None:
-        print(*prompt, end="", flush=True)
-        show(tokens, lambda token: f" {token}")
-    else:
-        print(flags.prompt, end="", flush=True)
-        decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        show(tokens, lambda token: decoder.decode(bytes([token])))
+    print(flags.prompt or " ".join(map(str, prompt)), end="", flush=True)
+    for text in tokenizer.stream(tokens) if tokenizer else map(" {}".format, tokens):
+        print(text, end="", flush=True)
+    print()
 
 
-def read_prompt(flags: GenerateFlags, model: ModelConfig) -> list[int]:
+def tokenizer_of(flags: GenerateFlags) -> str:
+    """The one that is asked for, or that the run has read its text with."""
+    path = flags.workdir / "config.json"
+    if flags.tokenizer is not None or not path.exists():
+        return flags.tokenizer or BYTES_NAME
+    return load_config(path).data.tokenizer
+
+
+def read_prompt(flags: GenerateFlags, tokenizer: Tokenizer | None, model: ModelConfig) -> list[int]:
     """The tokens of the prompt. Raises `UserError` if the model has none of them."""
-    if (flags.prompt is None) == (flags.prompt_ids is None):
-        raise UserError("there is nothing to continue: give --prompt, or --prompt-ids.")
-    if flags.prompt_ids is not None:
-        name, tokens = "--prompt-ids", parse_ids(flags.prompt_ids)
+    if tokenizer is None:
+        name, tokens = "--prompt-ids", parse_ids(flags.prompt_ids or "")
     else:
-        name, tokens = "--prompt", list((flags.prompt or "").encode())
-        if model.vocab_size != BYTES:
+        name, tokens = "--prompt", tokenizer.encode(flags.prompt or "").tolist()
+        if not is_of(tokenizer, model):
             raise UserError(
-                f"--prompt is text, but the model has a vocabulary of {model.vocab_size} tokens "
-                "rather than bytes: give numbers with --prompt-ids."
+                f"--prompt is text of a tokenizer of {tokenizer.vocab_size} tokens, but the model "
+                f"has {model.vocab_size}: give its own with --tokenizer, or --prompt-ids."
             )
     outside = [token for token in tokens if not 0 <= token < model.vocab_size]
     if outside or not tokens:
@@ -72,11 +78,10 @@ def parse_ids(text: str) -> list[int]:
         raise UserError(f"--prompt-ids={text} is no list of numbers, as 464,3290.") from None
 
 
-def show(tokens: Iterable[int], to_text: Callable[[int], str]) -> None:
-    """Prints each token as it comes."""
-    for token in tokens:
-        print(to_text(token), end="", flush=True)
-    print()
+def is_of(tokenizer: Tokenizer, model: ModelConfig) -> bool:
+    """Whether tokens of the model are text; a vocabulary may be filled up to a rounder number."""
+    is_shorter = BYTES != tokenizer.vocab_size < model.vocab_size
+    return is_shorter or tokenizer.vocab_size == model.vocab_size
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ def main() -> None:
     from tpipe_jax.flags import parse_tokenize
     from tpipe_jax.shards import cut, documents, find_files, make_shards
     from tpipe_jax.tokenizer import train_bpe
+    from tpipe_jax.workdir import writing_to
 
     flags = parse_tokenize(sys.argv[1:], "python launch/tokenize.py")
     console, tokenizer = Console(), flags.tokenizer
@@ -37,14 +38,13 @@ def main() -> None:
         raise UserError(f"--out={flags.out} is there already: choose another folder, or remove it.")
     if flags.train_bpe is not None:
         path = Path(f"{flags.out}.tokenizer.json")
-        if not path.exists():
-            texts = (
-                t for part in cut(find_files(flags.inputs)) for t in documents(part, flags.field)
-            )
-            made = train_bpe(texts, flags.train_bpe)
+        parts = cut(find_files(flags.inputs))
+        texts = (text for part in parts for text in documents(part, flags.field))
+        made = train_bpe(texts, flags.train_bpe)
+        with writing_to(path.parent, "--out"):
             path.parent.mkdir(parents=True, exist_ok=True)
-            made.save(str(path))
-            console.say(f"a tokenizer of {made.get_vocab_size()} tokens is in {path}")
+            path.write_text(made.to_str(pretty=True))
+        console.say(f"a tokenizer of {made.get_vocab_size()} tokens is in {path}")
         tokenizer = str(path)
     with console.working("tokenizing") as on_progress:
         results = make_shards(

@@ -4,6 +4,8 @@ import json
 import re
 import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -278,3 +280,25 @@ def test_a_full_disk_leaves_nothing(folder: Path, tmp_path: Path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "run"]
+
+
+def test_the_command(folder: Path, tmp_path: Path):
+    """There and back; a mistake is one sentence."""
+    run, back = tmp_path / "run", tmp_path / "back"
+
+    def convert_by(*args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "launch/convert.py", *args]
+        return subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+
+    done = convert_by("import", f"--from={folder}", f"--workdir={run}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "3 layers, width 24, 3 heads, vocabulary 53, as step 0" in done.stdout
+    assert f"--config={run}/config.json --workdir={run} --config.data.train=TOKENS" in done.stdout
+    assert load_config(run / "config.json").model == MODEL
+    done = convert_by("export", f"--workdir={run}", f"--to={back}", "--step=0")
+    assert (done.returncode, done.stdout) == (0, f"{back} has the weights of step 0\n")
+    before, after = (load_file(f / "model.safetensors") for f in (folder, back))
+    chex.assert_trees_all_equal(after, before)
+    done = convert_by("export", f"--workdir={run}", f"--to={back}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: --to={back} is not empty: choose a folder that is new.\n"

@@ -284,6 +284,21 @@ def test_eval_may_be_mixed_too(tmp_path: Path, two_sources: str) -> None:
     assert held_out.num_tokens == 600
 
 
+def test_what_is_trained_on_is_not_held_out(two_sources: str, tmp_path: Path) -> None:
+    """Also where it has no file."""
+    text = write_text(tmp_path / "text")
+    for train, held_out in ((f"pydocs:1,{text}:1", "pydocs"), (str(text), f"pydocs:1,{text}:1")):
+        with pytest.raises(UserError, match=r"config.data.eval=.* holds .*, and so does"):
+            open_data(settings(train, held_out))
+
+
+def test_a_folder_with_another_index_is_text(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text('{"name": "something"}')
+    write_text(tmp_path / "text")
+    train, held_out = open_data(settings(tmp_path))
+    assert train.num_tokens + held_out.num_tokens == len(TEXT)
+
+
 def test_a_colon_in_a_name_is_no_weight(tmp_path: Path) -> None:
     path = tmp_path / "part:2"
     path.write_text("0123456789" * 40)

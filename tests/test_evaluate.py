@@ -93,10 +93,14 @@ def test_what_a_run_holds_out(tmp_path: Path):
     [
         (["--data=nowhere"], "error: --data=nowhere does not exist"),
         (["--batch-size=0"], "error: --batch-size=0 must be at least 1"),
+        (["--data={one}"], "has a single token: give two at least"),
+        (["--tokenizer=nowhere.json"], "=nowhere.json cannot be read"),
     ],
 )
 def test_mistakes_are_answered(tmp_path: Path, args: list[str], sentence: str):
     runs.run(runs.changed(runs.small_config(tmp_path), train={"num_steps": 1}), tmp_path / "run")
+    (tmp_path / "one.txt").write_text("1")
+    args = [arg.format(one=tmp_path / "one.txt") for arg in args]
     command = [sys.executable, "launch/evaluate.py", f"--workdir={tmp_path / 'run'}", *args]
     done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")

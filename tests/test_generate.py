@@ -14,10 +14,12 @@ import pytest
 import reference
 import runs
 from tpipe_jax import convert, model
+from tpipe_jax import gpt2 as gpt2_files
 from tpipe_jax.config import Config, MeshConfig, ModelConfig, PrecisionConfig, UserError
 from tpipe_jax.generate import Generator, chooser
 from tpipe_jax.mesh import make_mesh, param_specs, shardings
 from tpipe_jax.model import num_params
+from tpipe_jax.tokenizer import open_tokenizer, train_bpe
 from tpipe_jax.trained import load
 
 MODEL = ModelConfig(num_layers=3, d_model=16, num_heads=2, vocab_size=29, seq_len=8)
@@ -77,6 +79,8 @@ def test_a_prompt_of_several_parts():
 def test_choices():
     logits = np.log([0.5, 0.3, 0.15, 0.05])
     assert {chooser(0)(logits) for _ in range(20)} == {0}
+    least = chooser(1, top_p=0, seed=1)
+    assert {least(logits[::-1]) for _ in range(50)} == {3}
     half = chooser(1, top_p=0.5, seed=1)
     assert {half(logits) for _ in range(50)} == {0}
     most = chooser(1, top_p=0.79, seed=1)
@@ -135,11 +139,38 @@ def test_bytes_are_printed_as_text(gpt2: tuple[Any, Path]):
     assert text.rstrip("\n") == expected.rstrip("\n")
 
 
+def test_text_of_a_tokenizer(tmp_path: Path):
+    """That the model has more tokens than its tokenizer does not matter."""
+    path, source, workdir = tmp_path / "tokenizer.json", tmp_path / "made", tmp_path / "run"
+    train_bpe(["Grüße, world! " * 9, "the quick brown fox"], 300).save(str(path))
+    config = ModelConfig(num_layers=2, d_model=16, num_heads=2, vocab_size=304, seq_len=40)
+    params = params_of(config)
+    values = {
+        jax.tree_util.keystr(where, simple=True, separator="/"): np.array(value)
+        for where, value in jax.tree.leaves_with_path(params)
+    }
+    source.mkdir()
+    gpt2_files.write_model(source, config, values.__getitem__, gpt2_files.SHARD_BYTES)
+    convert.import_gpt2(source, workdir)
+    tokenizer = open_tokenizer("--tokenizer", str(path))
+    prompt = tokenizer.encode("Grüße").tolist()
+    ids = run_launcher(workdir, "--prompt-ids=" + ",".join(map(str, prompt)), "--max-tokens=20")
+    text = run_launcher(workdir, f"--tokenizer={path}", "--prompt=Grüße", "--max-tokens=20")
+    assert text.startswith("Grüße")
+    expected = "".join(tokenizer.stream(map(int, ids.split())))
+    assert text.rstrip("\n") == expected.rstrip("\n")
+
+    command = [sys.executable, "launch/generate.py", f"--workdir={workdir}", "--prompt=x"]
+    done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "of a tokenizer of 256 tokens, but the model has 304: give its own" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
         (["--prompt="], "error: --prompt is empty: give at least one token, from 0 to 255."),
-        ([], "error: there is nothing to continue: give --prompt, or --prompt-ids."),
+        ([], "error: give a text to continue, with either --prompt or --prompt-ids."),
         (["--prompt-ids=3,x"], "error: --prompt-ids=3,x is no list of numbers, as 464,3290."),
         (["--prompt-ids=256"], "error: --prompt-ids has 256, which is no token: give at least"),
         (

@@ -1,17 +1,21 @@
 """Tokenizers, and text turned into token shards."""
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import runs
 from tpipe_jax import shards
 from tpipe_jax.config import Config, DataConfig, ModelConfig, TrainConfig, UserError
-from tpipe_jax.data import open_data, open_tokens
+from tpipe_jax.data import open_data, open_held_out, open_tokens
 from tpipe_jax.shards import cut, documents, find_files, make_shards
 from tpipe_jax.tokenizer import END_OF_TEXT, open_tokenizer, train_bpe
 
@@ -142,6 +146,59 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path):
     assert not partial.exists()
 
 
+def test_what_was_made_otherwise_is_made_again(tmp_path: Path, bpe: Path):
+    """By another tokenizer, which was stopped."""
+    write_inputs(tmp_path)
+    (tmp_path / "in" / "e.jsonl").write_text("{}")
+    for tokenizer in (str(bpe), "bytes"):
+        with pytest.raises(UserError, match=r"e.jsonl at byte 0 has no text"):
+            make_shards([tmp_path / "in"], tmp_path / "out", tokenizer, "text", 1)
+    (tmp_path / "in" / "e.jsonl").write_text('{"text": "mended"}')
+    make_shards([tmp_path / "in"], tmp_path / "out", "bytes", "text", 1)
+    names = sorted(path.name for path in (tmp_path / "out").glob("*.bin"))
+    assert [text_of(tmp_path / "out" / name) for name in names] == [
+        TEXTS[0],
+        "".join(TEXTS[2:]),
+        TEXTS[1],
+        "mended",
+    ]
+    assert not (tmp_path / "out" / "tokenizer.json").exists()
+
+
+def test_two_commands_do_not_share_a_folder(tmp_path: Path):
+    write_inputs(tmp_path)
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    descriptor = os.open(partial, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(UserError, match=r"another command is at work on --out=.*/out: wait"):
+            make_shards([tmp_path / "in"], tmp_path / "out", "bytes", "text", 1)
+    finally:
+        os.close(descriptor)
+
+
+def test_truncation_and_padding_are_not_applied(tmp_path: Path, bpe: Path):
+    made = tokenizers.Tokenizer.from_file(str(bpe))
+    made.enable_truncation(5)
+    made.enable_padding(length=50)
+    made.save(str(tmp_path / "t.json"))
+    plain, other = (open_tokenizer("--tokenizer", str(p)) for p in (bpe, tmp_path / "t.json"))
+    np.testing.assert_array_equal(other.encode(TEXTS[0]), plain.encode(TEXTS[0]))
+
+
+def test_spaces_of_words_are_streamed(tmp_path: Path):
+    """Where they belong to the word that follows, and are dropped at the start of a text."""
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer, made.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    made.train_from_iterator(["once upon a time"] * 9, trainers.BpeTrainer(show_progress=False))
+    made.save(str(tmp_path / "t.json"))
+    tokenizer = open_tokenizer("--tokenizer", str(tmp_path / "t.json"))
+    tokens = tokenizer.encode("once upon a time").tolist()
+    assert len(tokens) == 4
+    assert list(tokenizer.stream(tokens)) == ["once", " upon", " a", " time"]
+
+
 def test_a_tokenizer_is_made_and_trained_with(tmp_path: Path):
     write_inputs(tmp_path)
     out = tmp_path / "out"
@@ -165,6 +222,11 @@ def test_text_is_read_by_a_tokenizer(tmp_path: Path, bpe: Path):
     source = open_tokens("--data", str(tmp_path / "text.txt"), 400, str(bpe))
     tokenizer = open_tokenizer("--tokenizer", str(bpe))
     np.testing.assert_array_equal(source.read(0, len(source)), tokenizer.encode(TEXTS[3]))
+    (tmp_path / "eval.txt").write_text(TEXTS[4])
+    data = DataConfig(str(tmp_path / "text.txt"), str(tmp_path / "eval.txt"), str(bpe))
+    config = Config(model=ModelConfig(vocab_size=400, seq_len=4), data=data)
+    [(held_out, positions, _)] = open_held_out(config)
+    np.testing.assert_array_equal(held_out.read(0, len(positions)), tokenizer.encode(TEXTS[4]))
     with pytest.raises(UserError, match=r"has \d+ tokens, more than config.model.vocab_size=299"):
         open_tokens("--data", str(tmp_path / "text.txt"), 299, str(bpe))
 
@@ -184,6 +246,10 @@ MISTAKES = {
     "no field": (
         lambda f: [*spoilt(f, "a.jsonl", b'{"text": "x"}'), "--field=body"],
         "each line must be a JSON object with the field body, or name another with --field",
+    ),
+    "half a character": (
+        lambda f: spoilt(f, "a.jsonl", b'{"text": "a\\ud800b"}'),
+        "a.jsonl at byte 0 has a text that is no UTF-8",
     ),
     "a number": (lambda f: spoilt(f, "a.jsonl", b'{"text": 3}'), "has 3 as its text"),
     "no tokenizer": (

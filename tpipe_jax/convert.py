@@ -58,6 +58,7 @@ def export_gpt2(workdir: Path, target: Path, step: int | None) -> int:
     checkpoint, model = newest_sound(workdir, step)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--to={target} is not empty: choose a folder that is new.")
+    target = target.absolute()
     saving = target.with_name(target.name + files.SAVING)
     try:
         saving.mkdir(parents=True)
@@ -68,6 +69,11 @@ def export_gpt2(workdir: Path, target: Path, step: int | None) -> int:
             saving.replace(target)
         finally:
             shutil.rmtree(saving, ignore_errors=True)
+    except ValueError as error:  # TensorStore's
+        raise UserError(
+            f"the checkpoint in {checkpoint} cannot be read any more ({error}): a run may have "
+            "removed it meanwhile; the same command takes a newer one."
+        ) from None
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"cannot write --to={target} ({error}): make room, remove what is in the way, or "

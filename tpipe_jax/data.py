@@ -7,7 +7,7 @@ import bisect
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,20 +18,23 @@ import numpy as np
 from tpipe_jax.config import BYTES_NAME, Config, UserError
 from tpipe_jax.token_files import PYDOCS, TEXT, TEXT_SUFFIXES, TokenFile, open_files
 
-_WEIGHTED = re.compile(r":([0-9.eE+-]+)$")  # how a source of several ends
+_WEIGHTED = re.compile(r":(\d*\.?\d+(?:[eE][+-]?\d+)?)$")  # how a source of several ends
 
 
 class TokenSource:
-    """The tokens of a source, one sequence made of parts; `files` (paths) is empty for pydocs, and
-    `formats` are those of its files.
+    """The tokens of a source, one sequence made of parts, and the files, paths, and formats that
+    they are read from.
     """
 
     def __init__(
-        self, setting: str, vocab_size: int, parts: Sequence[TokenFile | np.ndarray]
+        self,
+        setting: str,
+        vocab_size: int,
+        parts: Sequence[TokenFile | np.ndarray],
+        files: Set[str] = frozenset(),
+        formats: Sequence[str] = (),
     ) -> None:
-        self.setting = setting
-        self.files = {str(part.path.resolve()) for part in parts if isinstance(part, TokenFile)}
-        self.formats = sorted({p.format for p in parts if isinstance(p, TokenFile)}) or ["bytes"]
+        self.setting, self.files, self.formats = setting, files, formats
         self._vocab_size = vocab_size
         self._parts = parts
         self._bounds = [0, *itertools.accumulate(len(part) for part in parts)]
@@ -173,8 +176,10 @@ def open_tokens(name: str, value: str, vocab_size: int, tokenizer: str = BYTES_N
     """The tokens that a setting names. Raises `UserError` if they cannot be used."""
     setting = f"{name}={value}"
     try:
-        files = [_pydocs(setting)] if value == PYDOCS else open_files(setting, value, vocab_size)
-        parts = [part for part in files if len(part)]
+        found = [_pydocs(setting)] if value == PYDOCS else open_files(setting, value, vocab_size)
+        parts = [part for part in found if len(part)]
+        files = {str(part.path.resolve()) for part in parts if isinstance(part, TokenFile)}
+        formats = {part.format if isinstance(part, TokenFile) else TEXT for part in parts}
         if tokenizer != BYTES_NAME:
             parts = _tokenized(parts, tokenizer, vocab_size)
     except OSError as error:
@@ -187,7 +192,7 @@ def open_tokens(name: str, value: str, vocab_size: int, tokenizer: str = BYTES_N
             f"{setting} is empty: give a file that is not, or a folder with such files "
             f"that end in {', '.join(TEXT_SUFFIXES)}."
         )
-    return TokenSource(setting, vocab_size, parts)
+    return TokenSource(setting, vocab_size, parts, files or {PYDOCS}, sorted(formats))
 
 
 def _tokenized(

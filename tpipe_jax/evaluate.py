@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tpipe_jax.collectives import compile_checked
-from tpipe_jax.config import BYTES, PlanConfig
+from tpipe_jax.config import BYTES, PlanConfig, UserError
 from tpipe_jax.data import Share
 from tpipe_jax.loss import IGNORE
 from tpipe_jax.mesh import put_rows
@@ -31,7 +31,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return float(np.exp(self.loss))
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -55,6 +55,8 @@ def evaluate(
         for start in range(positions.start, positions.stop - 1, seq_len)
     ]
     num_targets = sum(stop - start - 1 for _, start, stop in windows)
+    if not num_targets:
+        raise UserError(f"{shares[0].source.setting} has a single token: give two at least.")
     loss = compile_checked(
         make_loss(config, mesh, terapipe(_plan(trained))), mesh, params, abstract_rows(config, mesh)
     )

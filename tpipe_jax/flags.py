@@ -121,7 +121,9 @@ class GenerateFlags:
     workdir: Path
     """The run's folder."""
     prompt: str | None = None
-    """The text, for a model whose tokens are bytes."""
+    """The text."""
+    tokenizer: str | None = None
+    """Of the text: bytes or a tokenizer.json; config.data.tokenizer of the run if left out."""
     prompt_ids: str | None = None
     """Its tokens instead, as 464,3290."""
     max_tokens: Count = 200
@@ -146,6 +148,8 @@ class EvaluateFlags:
     """The run's folder."""
     data: str | None = None
     """What config.data.train may name; what the run holds out if left out."""
+    tokenizer: str | None = None
+    """Of text: bytes or a tokenizer.json; config.data.tokenizer of the run if left out."""
     batch_size: Count = 8
     """Sequences that a data shard works on together."""
     step: CountOrZero | None = None
@@ -165,8 +169,7 @@ class TokenizeFlags:
     tokenizer: str = "bytes"
     """bytes, or the tokenizer.json of a Hugging Face model."""
     train_bpe: Count | None = None
-    """Makes a tokenizer of so many tokens first, from the same text, and keeps it as
-    OUT.tokenizer.json, from where the same command takes it."""
+    """Makes a tokenizer of so many tokens first, from the same text, as OUT.tokenizer.json."""
     num_workers: Count = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     """Processes that work at the same time."""
     field: str = "text"

@@ -33,7 +33,8 @@ def chooser(temperature: float, top_p: float = 1.0, seed: int = 0) -> Choose:
             order = np.argsort(-scaled_V, kind="stable")
             probability = np.exp(scaled_V[order] - scaled_V[order[0]])
             before = np.cumsum(probability) - probability
-            scaled_V[order[before >= top_p * probability.sum()]] = -np.inf
+            is_out = before >= top_p * probability.sum()
+            scaled_V[order[1:][is_out[1:]]] = -np.inf
         # The largest of logits plus Gumbel noise is a draw from their softmax.
         return int(np.argmax(scaled_V + random.gumbel(size=scaled_V.shape)))
 

@@ -8,13 +8,19 @@ The inputs are cut into parts, each of which becomes a shard, so what is done do
 many work at it. Until all shards are there the folder is called OUT.partial.
 """
 
+import fcntl
+import hashlib
 import itertools
 import json
 import multiprocessing
 import os
+import signal
 import struct
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -67,20 +73,21 @@ def make_shards(
     if out.exists():
         raise UserError(f"--out={out} is there already: choose another folder, or remove it.")
     parts = cut(find_files(inputs))
+    out = out.absolute()
     partial = out.with_name(out.name + PARTIAL)
-    name = tokenizer
     vocab_size = open_tokenizer("--tokenizer", tokenizer).vocab_size
     content = b"" if tokenizer == BYTES_NAME else Path(tokenizer).read_bytes()
+    how = {"field": field, "tokenizer": hashlib.sha256(content).hexdigest()}
     try:
         partial.mkdir(parents=True, exist_ok=True)
+        with _alone(partial, out):
+            results = _results(parts, partial, tokenizer, how, num_workers, on_progress)
+        (partial / TOKENIZER).unlink(missing_ok=True)
         if content:
-            _drop_others(partial, content)
             (partial / TOKENIZER).write_bytes(content)
-            name = TOKENIZER
-        results = _results(parts, partial, tokenizer, field, num_workers, on_progress)
         about = {
             "format": 1,
-            "tokenizer": name,
+            "tokenizer": TOKENIZER if content else BYTES_NAME,
             "vocab_size": vocab_size,
             "shards": [asdict(result) for result in results],
         }
@@ -128,16 +135,19 @@ def cut(files: Sequence[Path]) -> list[Part]:
             parts.append(Part(tuple(texts), 0, 0))
             texts.clear()
 
+    num_bytes = 0
     for path in files:
-        stat = path.stat()
+        stat = _stat(path)
         file = str(path.resolve()), stat.st_size, stat.st_mtime_ns
         if path.suffix.lower() == JSON_LINES:
             close()
             bounds = [*_line_starts(path, stat.st_size), stat.st_size]
             parts += [Part((file,), a, b) for a, b in itertools.pairwise(bounds) if a < b]
         else:
-            if texts and sum(size for _, size, _ in texts) + stat.st_size > PART_BYTES:
+            num_bytes += stat.st_size
+            if texts and num_bytes > PART_BYTES:
                 close()
+                num_bytes = stat.st_size
             texts.append(file)
     close()
     return parts
@@ -148,12 +158,8 @@ def documents(part: Part, field: str) -> Iterator[str]:
     for name, _, _ in part.files:
         path = Path(name)
         if path.suffix.lower() == JSON_LINES:
-            with path.open("rb") as file:
-                file.seek(part.start)
-                while file.tell() < part.stop:
-                    where = f"{path} at byte {file.tell()}"
-                    if line := file.readline().strip():
-                        yield _document(where, line, field)
+            for where, line in _lines(path, part):
+                yield _document(where, line, field)
         else:
             try:
                 text = path.read_text(encoding="utf-8")
@@ -162,6 +168,34 @@ def documents(part: Part, field: str) -> Iterator[str]:
             if not text:
                 raise UserError(f"{path} is an empty document: remove it, or write something.")
             yield text
+
+
+def _lines(path: Path, part: Part) -> Iterator[tuple[str, bytes]]:
+    """The lines of a part that are not empty, and where each is."""
+    try:
+        with path.open("rb") as file:
+            file.seek(part.start)
+            while file.tell() < part.stop:
+                where = f"{path} at byte {file.tell()}"
+                if line := file.readline().strip():
+                    yield where, line
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _stat(path: Path) -> os.stat_result:
+    """Raises `UserError` where the file cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return os.fstat(file.fileno())
+    except OSError as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"{path} cannot be read ({error.strerror}): see that you may, or leave it out."
+    )
 
 
 def _document(where: str, line: bytes, field: str) -> str:
@@ -176,6 +210,10 @@ def _document(where: str, line: bytes, field: str) -> str:
         raise UserError(
             f"{where} has {json.dumps(text)[:40]} as its {field}: a document is text and not empty."
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where} has a {field} that is no UTF-8 ({error}): mend it.") from None
     return text
 
 
@@ -183,11 +221,11 @@ def _results(
     parts: Sequence[Part],
     folder: Path,
     tokenizer: str,
-    field: str,
+    how: dict[str, str],
     num_workers: int,
     on_progress: Callable[[int, int], None],
 ) -> list[Result]:
-    results: list[Result | None] = [_left_behind(folder, i, p, field) for i, p in enumerate(parts)]
+    results: list[Result | None] = [_left_behind(folder, i, p, how) for i, p in enumerate(parts)]
     todo = [i for i, result in enumerate(results) if result is None]
     done = len(parts) - len(todo)
     on_progress(done, len(parts))
@@ -196,12 +234,17 @@ def _results(
     with ProcessPoolExecutor(
         max(min(num_workers, len(todo)), 1), context, _open_in_worker, (tokenizer,)
     ) as pool:
-        tasks = {pool.submit(_write_shard, folder, i, parts[i], field): i for i in todo}
+        tasks = {pool.submit(_write_shard, folder, i, parts[i], how): i for i in todo}
         try:
             for task in as_completed(tasks):
                 results[tasks[task]] = task.result()
                 done += 1
                 on_progress(done, len(parts))
+        except BrokenProcessPool:
+            raise UserError(
+                "a process that tokenizes was ended, perhaps for lack of memory: the same command "
+                "goes on, and needs less with a smaller --num-workers."
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -213,11 +256,21 @@ _tokenizer: Tokenizer | None = None  # of a worker
 
 def _open_in_worker(value: str) -> None:
     global _tokenizer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and ends this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are
     _tokenizer = open_tokenizer("--tokenizer", value)
 
 
-def _write_shard(folder: Path, index: int, part: Part, field: str) -> Result:
+def _end_with_parent() -> None:
+    """So that none is at work beside those of the next start."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _write_shard(folder: Path, index: int, part: Part, how: dict[str, str]) -> Result:
     """Writes a shard, and what it was made of last."""
     assert _tokenizer is not None
     is_short = _tokenizer.vocab_size <= LARGEST
@@ -225,7 +278,7 @@ def _write_shard(folder: Path, index: int, part: Part, field: str) -> Result:
     name, lengths = f"{index:05}", []
     end = [] if _tokenizer.end is None else [_tokenizer.end]
     with (folder / f"{name}.bin").open("wb") as file:
-        for text in documents(part, field):
+        for text in documents(part, how["field"]):
             tokens = np.concatenate([_tokenizer.encode(text), end]).astype(dtype)
             lengths.append(len(tokens))
             file.write(tokens.tobytes())
@@ -236,29 +289,36 @@ def _write_shard(folder: Path, index: int, part: Part, field: str) -> Result:
     index_content += sizes.tobytes() + starts.astype("<i8").tobytes() + bounds.tobytes()
     (folder / f"{name}.idx").write_bytes(index_content)
     result = Result(name, len(lengths), int(sizes.sum()))
-    made_of = json.dumps({"part": asdict(part), "field": field, "result": asdict(result)})
+    made_of = json.dumps({"part": asdict(part), "how": how, "result": asdict(result)})
     (folder / f"{name}.json.new").write_text(made_of)
     (folder / f"{name}.json.new").rename(folder / f"{name}.json")
     return result
 
 
-def _left_behind(folder: Path, index: int, part: Part, field: str) -> Result | None:
-    """What an earlier call has made of the same part."""
+def _left_behind(folder: Path, index: int, part: Part, how: dict[str, str]) -> Result | None:
+    """What an earlier call has made of the same part in the same way."""
     try:
         known = json.loads((folder / f"{index:05}.json").read_text())
-        if known["field"] != field or known["part"] != json.loads(json.dumps(asdict(part))):
+        if known["how"] != how or known["part"] != json.loads(json.dumps(asdict(part))):
             return None
         return Result(**known["result"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def _drop_others(folder: Path, content: bytes) -> None:
-    """Removes what was made with another tokenizer."""
-    path = folder / TOKENIZER
-    if not path.exists() or path.read_bytes() != content:
-        for old in folder.glob("*.json"):
-            old.unlink()
+@contextmanager
+def _alone(folder: Path, out: Path) -> Iterator[None]:
+    """Raises `UserError` if another command is at work in the folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise UserError(
+            f"another command is at work on --out={out}: wait for its end, or stop it."
+        ) from None
+    finally:
+        os.close(descriptor)
 
 
 def _line_starts(path: Path, size: int) -> Iterator[int]:

@@ -11,6 +11,7 @@ import struct
 import tokenize
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -63,8 +64,8 @@ class TokenFile:
 def open_files(setting: str, value: str, vocab_size: int) -> list[TokenFile]:
     """The files of a path. Raises `UserError` if they hold no tokens, or OSError."""
     path = Path(os.path.expanduser(value))
-    if value and (path / INDEX).is_file():
-        return _open_shards(setting, path, vocab_size)
+    if value and (about := _about_shards(path)):
+        return _open_shards(setting, path, about, vocab_size)
     if value and path.is_dir():  # Path("") is the current folder
         files = sorted(file for file in path.rglob("*") if file.is_file())
         return [_open_text(file) for file in files if file.suffix.lower() in TEXT_SUFFIXES]
@@ -87,9 +88,21 @@ def open_files(setting: str, value: str, vocab_size: int) -> list[TokenFile]:
     return [_open_text(path)]
 
 
-def _open_shards(setting: str, folder: Path, vocab_size: int) -> list[TokenFile]:
+def _about_shards(folder: Path) -> dict[str, Any] | None:
+    """What `shards` has left in a folder; None if it is another."""
+    if not (folder / INDEX).is_file():
+        return None
     try:
         about = json.loads((folder / INDEX).read_text())
+    except (OSError, ValueError):
+        return None
+    return about if isinstance(about, dict) and "shards" in about else None
+
+
+def _open_shards(
+    setting: str, folder: Path, about: dict[str, Any], vocab_size: int
+) -> list[TokenFile]:
+    try:
         names, size = [str(shard["name"]) for shard in about["shards"]], int(about["vocab_size"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
@@ -141,17 +154,20 @@ def _open_megatron(setting: str, path: Path) -> TokenFile:
                 f"{setting} has a file {index.name} beside it that is not an index of Megatron-LM: "
                 "move it away, or write both again."
             )
-        _, version, code, num_sequences, _ = MEGATRON_HEADER.unpack(content)
+        _, version, code, num_sequences, num_documents = MEGATRON_HEADER.unpack(content)
         if version != 1 or code not in MEGATRON_TYPES:
             raise UserError(
                 f"{setting} has an index {index.name} of version {version} with numbers of type "
                 f"{code}: only version 1 and integers can be read."
             )
+        expected = MEGATRON_HEADER.size + 12 * num_sequences + 8 * num_documents
+        is_whole = _num_bytes(index) >= expected  # there may be more, of how documents are mixed
+        num_sequences *= is_whole
         lengths = np.frombuffer(file.read(4 * num_sequences), "<i4")
         starts = np.frombuffer(file.read(8 * num_sequences), "<i8")
     dtype = np.dtype(MEGATRON_TYPES[code])
     sizes = lengths.astype(np.int64) * dtype.itemsize
-    is_whole = len(lengths) == len(starts) == num_sequences and sizes.sum() == _num_bytes(path)
+    is_whole = is_whole and sizes.sum() == _num_bytes(path)
     if not is_whole or (starts != np.cumsum(sizes) - sizes).any():
         raise UserError(
             f"{setting} and its index {index.name} do not belong together, or one is cut short: "

@@ -9,6 +9,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tpipe_jax.config import BYTES, BYTES_NAME, UserError
 
+MAX_PENDING = 8  # tokens that may wait for the rest of a character
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's, between documents
 
 
@@ -26,17 +27,18 @@ class Tokenizer:
 
     def stream(self, tokens: Iterable[int]) -> Iterator[str]:
         """The text that each token adds, once all of its characters are there."""
-        pending: list[int] = []
+        seen: list[int] = []
+        first = shown = 0  # what has been shown last is read again, since spaces depend on it
         for token in tokens:
-            pending.append(token)
-            text = self.decode(pending)
-            # A character of UTF-8 has at most four bytes, and so tokens.
-            is_whole = not text.endswith("\N{REPLACEMENT CHARACTER}") or len(pending) == 4
-            yield text if is_whole else ""
-            if is_whole:
-                pending.clear()
-        if pending:
-            yield self.decode(pending)
+            seen.append(token)
+            text = self.decode(seen[first:])
+            if text.endswith("\N{REPLACEMENT CHARACTER}") and len(seen) - shown < MAX_PENDING:
+                yield ""
+                continue
+            yield text[len(self.decode(seen[first:shown])) :]
+            first, shown = shown, len(seen)
+        if shown < len(seen):
+            yield self.decode(seen[first:])[len(self.decode(seen[first:shown])) :]
 
 
 def open_tokenizer(name: str, value: str) -> Tokenizer:
@@ -45,6 +47,8 @@ def open_tokenizer(name: str, value: str) -> Tokenizer:
         return Tokenizer(BYTES, None, _to_bytes, _from_bytes)
     try:
         made = tokenizers.Tokenizer.from_file(value)
+        made.no_truncation()
+        made.no_padding()
     except Exception as error:  # the library raises plain ones
         raise UserError(
             f"{name}={value} cannot be read ({error}): give bytes, or the tokenizer.json of a "
@@ -57,7 +61,8 @@ def open_tokenizer(name: str, value: str) -> Tokenizer:
     def decode(tokens: Sequence[int]) -> str:
         return made.decode(list(tokens), skip_special_tokens=False)
 
-    return Tokenizer(made.get_vocab_size(), made.token_to_id(END_OF_TEXT), encode, decode)
+    vocab_size = max(made.get_vocab().values()) + 1  # there may be gaps
+    return Tokenizer(vocab_size, made.token_to_id(END_OF_TEXT), encode, decode)
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:

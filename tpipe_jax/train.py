@@ -19,7 +19,7 @@ from tpipe_jax.autoplan import as_first, plan_slices, stage_factors
 from tpipe_jax.backends import resolve_attention
 from tpipe_jax.checkpoint import Checkpoints
 from tpipe_jax.collectives import compile_checked
-from tpipe_jax.config import BYTES, Config, resolved
+from tpipe_jax.config import BYTES, BYTES_NAME, Config, resolved
 from tpipe_jax.console import Console
 from tpipe_jax.data import Batches, open_data
 from tpipe_jax.failures import Expect, watched
@@ -45,6 +45,7 @@ from tpipe_jax.schedule import terapipe
 from tpipe_jax.step_log import StepLog
 from tpipe_jax.stop import Stop, Stopped
 from tpipe_jax.ticks import check_trace, gathered_ticks, traced
+from tpipe_jax.tokenizer import open_tokenizer
 from tpipe_jax.train_state import TrainState, abstract_rows, abstract_state, init_state
 from tpipe_jax.train_step import make_loss
 from tpipe_jax.workdir import changed_settings, describe_in_files, locked
@@ -378,7 +379,7 @@ def _evaluate(
 def _show_sample(run: Run, params: Params, stop: Stop, console: Console) -> None:
     """How the model continues a held-out text."""
     config = run.config
-    prompt = run.held_out.batch(0)[-1, : config.model.seq_len // 2]
+    prompt = run.held_out.batch(0)[-1, : max(1, config.model.seq_len // 2)]
     num_tokens = config.train.sample_tokens
     choose = chooser(TEMPERATURE, seed=config.train.seed)
     following = Generator(config, run.mesh, params).tokens_after(prompt, choose)
@@ -389,9 +390,10 @@ def _show_sample(run: Run, params: Params, stop: Stop, console: Console) -> None
 
 
 def _as_text(config: Config, tokens: np.ndarray) -> str:
-    """Byte tokens as the text they are, without control characters; others as numbers."""
-    if config.model.vocab_size == BYTES:
-        text = tokens.astype(np.uint8).tobytes().decode(errors="replace")
+    """As the text that they are, without control characters; as numbers where that is unknown."""
+    name = config.data.tokenizer
+    if name != BYTES_NAME or config.model.vocab_size == BYTES:
+        text = open_tokenizer("config.data.tokenizer", name).decode(tokens.tolist())
         return "".join(
             c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text
         )

@@ -120,12 +120,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def writing_to(workdir: Path) -> Iterator[None]:
+def writing_to(workdir: Path, option: str = "--workdir") -> Iterator[None]:
     """Answers a file or folder that cannot be written with a `UserError`."""
     try:
         yield
     except OSError as error:
         raise UserError(
-            f"cannot write to --workdir={workdir} ({error.strerror}: {error.filename}): make it "
+            f"cannot write to {option}={workdir} ({error.strerror}: {error.filename}): make it "
             "writable, or choose another folder."
         ) from error
