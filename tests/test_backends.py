@@ -125,7 +125,7 @@ def test_blocks_are_as_set():
         for block in (None, 96)
         for mesh in (CPU, V100)
     }
-    assert sizes == {128, 512, 96}
+    assert sizes == {128, 1024, 96}
     assert make_attention(config("auto"), A100).key_block == 1024
     assert make_attention(config("auto", block=100), A100).key_block == 100
 

@@ -77,7 +77,9 @@ def config_on(mesh_config: MeshConfig) -> Config:
 def unpipelined() -> tuple[float, Params, Params]:
     """Loss and gradients of the first step, and the parameters after all of them."""
     config = config_on(MeshConfig())
-    params, tx = draw_params(MODEL), make_optimizer(config.optim, TRAIN.num_steps)
+    clip = optax.clip_by_global_norm(config.optim.grad_clip)
+    tx = optax.chain(clip, make_optimizer(config.optim, TRAIN.num_steps))
+    params = draw_params(MODEL)
     opt_state = tx.init(params)
     loss_and_grads = jax.jit(jax.value_and_grad(partial(reference.loss, MODEL)))
     first = loss_and_grads(params, rows(0))

@@ -58,6 +58,7 @@ WORDS = {  # good and bad ones of single fields, where those of their types don'
     "plan.file": (["plan.json", "None"], ["garbage.npy", "folder", "none", ""]),
     "data.train": FILES,
     "data.eval": ([*FILES[0], "None"], FILES[1]),
+    "data.tokenizer": (["bytes"], ["x", "", "text.txt"]),
     "memory.remat": (["auto", "none", "dots", "full", "attn", "attn,hidden"], ["x", "", "attn,,"]),
     "memory.limit_gib": (["1", "None"], ["0", "1e-9", "nan", "inf", "x"]),
     # More of these only takes longer.
