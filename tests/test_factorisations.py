@@ -139,7 +139,9 @@ def test_steps_equal_those_of_the_plain_model(mesh_config: MeshConfig) -> None:
             reference.assert_close(values["loss"], expected_loss, TOLERANCE)
             kept = state.opt_state[0].gradients
             reference.assert_close(whole(kept), expected_grads, TOLERANCE)
-    reference.assert_close(without_key_biases(whole(state.params)), expected_params, 1e-4)
+    # AdamW blows up rounding errors where a gradient is nearly 0: 1.7e-4 is seen. Its steps are
+    # several times as large as this tolerance.
+    reference.assert_close(without_key_biases(whole(state.params)), expected_params, 3e-4)
 
 
 @pytest.mark.parametrize("mesh_config", MESHES, ids=str)

@@ -157,34 +157,36 @@ def _logits(table_VD: Array, normed: Array, vocab_size: int) -> Array:
 
 
 def _chunk_loss(logits_BLV: Array, targets_BL: Array) -> Array:
-    return _loss_of(_log_sum_exp(logits_BLV), logits_BLV, targets_BL)
+    return _loss_of(*_top_and_total(logits_BLV), logits_BLV, targets_BL)
 
 
 def _chunk_loss_and_grads(logits_BLV: Array, targets_BL: Array, dtype: Any) -> tuple[Array, Array]:
     """The loss, and the gradients of `SCALE` times it with respect to the logits, in a format for
     products.
     """
-    lse_BL = _log_sum_exp(logits_BLV)
+    top_BL, total_BL = _top_and_total(logits_BLV)
     rows_BL, is_own_BL = _find_rows(targets_BL, logits_BLV.shape[-1])
     is_target_BLV = (jnp.arange(logits_BLV.shape[-1]) == rows_BL[..., None]) & is_own_BL[..., None]
-    d_logits_BLV = jnp.exp(logits_BLV - lse_BL[..., None]) - is_target_BLV
+    # Divided, since the exponential of a difference to the log-sum-exp would not sum to 1.
+    softmax_BLV = jnp.exp(logits_BLV - top_BL[..., None]) / total_BL[..., None]
+    d_logits_BLV = softmax_BLV - is_target_BLV
     d_logits_BLV = jnp.where(targets_BL[..., None] != IGNORE, SCALE * d_logits_BLV, 0)
-    return _loss_of(lse_BL, logits_BLV, targets_BL), d_logits_BLV.astype(dtype)
+    return _loss_of(top_BL, total_BL, logits_BLV, targets_BL), d_logits_BLV.astype(dtype)
 
 
-def _log_sum_exp(logits_BLV: Array) -> Array:
-    """Over the vocabulary of all stages."""
+def _top_and_total(logits_BLV: Array) -> tuple[Array, Array]:
+    """The largest logit of all stages, and the sum of all exponentials relative to it."""
     top_BL = pmax(logits_BLV.max(-1), "pipe")
-    return jnp.log(psum(jnp.exp(logits_BLV - top_BL[..., None]).sum(-1), "pipe")) + top_BL
+    return top_BL, psum(jnp.exp(logits_BLV - top_BL[..., None]).sum(-1), "pipe")
 
 
-def _loss_of(lse_BL: Array, logits_BLV: Array, targets_BL: Array) -> Array:
+def _loss_of(top_BL: Array, total_BL: Array, logits_BLV: Array, targets_BL: Array) -> Array:
     target_BL = _own_rows(
         targets_BL,
         logits_BLV.shape[-1],
         lambda rows: jnp.take_along_axis(logits_BLV, rows[..., None], -1)[..., 0],
     )
-    return jnp.where(targets_BL != IGNORE, lse_BL - target_BL, 0).sum()
+    return jnp.where(targets_BL != IGNORE, jnp.log(total_BL) + top_BL - target_BL, 0).sum()
 
 
 def _own_rows(ids: Array, num_rows: int, values: Callable[[Array], Array]) -> Array:
