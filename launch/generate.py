@@ -24,7 +24,8 @@ def main() -> None:
 
     if (flags.prompt is None) == (flags.prompt_ids is None):
         raise UserError("give a text to continue, with either --prompt or --prompt-ids.")
-    tokenizer = None if flags.prompt_ids else open_tokenizer("--tokenizer", tokenizer_of(flags))
+    is_text = flags.prompt is not None
+    tokenizer = open_tokenizer("--tokenizer", tokenizer_of(flags)) if is_text else None
     devices = find_devices(flags.mesh)
     config, mesh, params, _ = load(flags.workdir, flags.step, Config(mesh=flags.mesh), devices)
     prompt = read_prompt(flags, tokenizer, config.model)

@@ -35,6 +35,8 @@ if index == 1 and what == "fail":
     sys.exit(7)
 if index == 1 and what == "kill":
     os.kill(os.getpid(), signal.SIGKILL)
+if what == "together":
+    sys.exit(7)
 if what in ("fail", "kill"):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     time.sleep(100)
@@ -109,6 +111,11 @@ def test_the_first_failure_ends_all_and_is_the_status(
         f"{message}, before the others",
         *(f"process {i} did not end by itself and was killed: {reason}" for i in (0, 2, 3)),
     ]
+
+
+def test_those_that_end_alike_have_said_why(program: str, capsys: pytest.CaptureFixture[str]):
+    assert supervise([program, "what=together"], flags(4)) == 7
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(

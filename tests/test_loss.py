@@ -109,6 +109,29 @@ def test_cross_entropy_equals_plain_jax(config: MeshConfig, vocab_size: int) -> 
     check_loss(config, vocab_size)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_gradients_in_short_formats(dtype: Any) -> None:
+    """Those of a head whose products are short, by rounding what goes into them: 2^-9 or 2^-12 of
+    each, and tokens of a probability of 1e-7 count in float16 too.
+    """
+    head, y, targets = draw(37)
+    table = jnp.concatenate([head.table_VD, 1e-3 * head.table_VD])
+    head = head._replace(table_VD=jnp.asarray(table, dtype).astype(jnp.float32))
+    head.norm["bias"] = jnp.zeros(D)
+    want = jax.grad(reference_loss, (0, 1))(head, y, targets)
+
+    def local(head: Head, y: Array, targets: Array) -> tuple[Head, Array]:
+        short = head._replace(table_VD=head.table_VD.astype(dtype))
+        _, d_head, d_y = loss.cross_entropy_and_grads(short, y, targets, 74, WEIGHT)
+        return lax.psum(d_head, "data"), d_y
+
+    specs = HEAD_SPECS, PartitionSpec(("data", "pipe"))
+    got = over(open_mesh(MeshConfig()), local, (HEAD_SPECS, DATA, DATA), specs)(head, y, targets)
+    assert got[0].table_VD.dtype == jnp.float32
+    got = jax.tree.map(lambda g: g / WEIGHT, got)
+    reference.assert_close(got, want, 4 * float(jnp.finfo(dtype).eps))
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 8, 36])
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """One chunk or many, some with nothing that counts, some that don't divide the tokens."""

@@ -85,7 +85,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     def compile_(self: Profiler, shapes: list[Shape], advance: Any) -> dict[Shape, Program]:
         programs = {}
         for shape in shapes:
-            ticks = np.ceil(MIN_SECONDS / (self._seconds_per_token * shape.size))
             analysis = SimpleNamespace(
                 temp_size_in_bytes=5000 + 70 * shape.size,
                 argument_size_in_bytes=0,
@@ -93,8 +92,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
                 alias_size_in_bytes=0,
             )
             run: Any = SimpleNamespace(shape=shape, memory_analysis=lambda a=analysis: a)
-            forward, backward = np.clip(ticks, 1, MAX_TICKS).astype(int).tolist()
-            programs[shape] = Program(run, (forward, backward))
+            programs[shape] = Program(run, self._num_ticks(shape))
             advance()
         return programs
 
@@ -116,6 +114,21 @@ CONFIG = Config(
 @pytest.fixture
 def mesh() -> Mesh:
     return make_mesh(CONFIG.mesh, jax.devices()[:2])
+
+
+def test_slices_are_timed_for_as_long_as_idle_sweeps_take(clock: Clock, mesh: Mesh):
+    """Or for as many ticks as there may be, since the difference of both is what is measured."""
+    profiler_ = Profiler(CONFIG, mesh)
+    run: Any = SimpleNamespace(shape=Shape(1, 64, (0,)))
+    table = np.full((1, 2), IDLE)
+    idle_seconds = min(clock.read(profiler_, run, table, table) for _ in range(2))
+    assert idle_seconds > MIN_SECONDS
+    for num_tokens in (64, 16, 8):
+        shape = Shape(1, num_tokens, (0,))
+        for ticks, per_token in zip(
+            profiler_._num_ticks(shape), profiler_._seconds_per_token, strict=True
+        ):
+            assert ticks == MAX_TICKS or ticks * per_token * num_tokens >= idle_seconds
 
 
 def test_a_slice_takes_what_busy_ticks_take_longer(clock: Clock, mesh: Mesh):

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import tyro
 
@@ -172,7 +172,7 @@ class TokenizeFlags:
     """Makes a tokenizer of so many tokens first, from the same text, as OUT.tokenizer.json."""
     num_workers: Count = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     """Processes that work at the same time."""
-    field: str = "text"
+    field: str = "text"  # the last one, since it hides the function of that name
     """Where a line of JSON has its document."""
 
 
@@ -236,8 +236,10 @@ def parse_tokenize(args: list[str], program: str) -> TokenizeFlags:
 
 
 def _check_fields(prefix: str, fields: Any) -> None:
+    """Raises `UserError` for a value out of its range."""
     for name, hint in get_type_hints(type(fields), include_extras=True).items():
-        if "Range" in repr(hint):
+        options = (hint, *get_args(hint))  # what may be None is a union
+        if any(isinstance(note, Range) for o in options for note in getattr(o, "__metadata__", ())):
             check_field(f"{prefix}{name.replace('_', '-')}", hint, getattr(fields, name))
 
 

@@ -68,9 +68,8 @@ class Weight(NamedTuple):
 
 def weights_of(model: ModelConfig) -> list[Weight]:
     """All parameters of the model."""
-    V, T, D, F, H = (
-        *(model.vocab_size, model.seq_len, model.d_model, model.ff_width, model.num_heads),
-    )
+    V, T, H = model.vocab_size, model.seq_len, model.num_heads
+    D, F = model.d_model, model.ff_width
 
     def norm(name: str, there: str) -> list[Weight]:
         parts = {"scale": "weight", "bias": "bias"}

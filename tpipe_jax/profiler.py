@@ -201,8 +201,7 @@ class Profiler:
         def program(shape: Shape) -> Program:
             items = [Item(0, context, *shape[:2]) for context in shape.contexts]
             work = make_stage_work(self._config, self._mesh, items)
-            ticks = np.ceil(self._least_seconds / (self._seconds_per_token * shape.size))
-            forward, backward = np.clip(ticks, 1, MAX_TICKS).astype(int).tolist()
+            forward, backward = self._num_ticks(shape)
             tables = self._table(IDLE, forward), self._table(IDLE, backward)
             compiled = compile_checked(work, self._mesh, *self._inputs, *tables)
             advance()
@@ -212,6 +211,12 @@ class Profiler:
         with ThreadPoolExecutor(num_threads) as pool:
             self._programs |= zip(new, pool.map(program, new), strict=True)
         return {shape: self._programs[shape] for shape in shapes}
+
+    def _num_ticks(self, shape: Shape) -> tuple[int, int]:
+        """Of the forward and of the backward sweep that times a slice."""
+        ticks = np.ceil(self._least_seconds / (self._seconds_per_token * shape.size))
+        forward, backward = np.clip(ticks, 1, MAX_TICKS).astype(int).tolist()
+        return forward, backward
 
     def _time(self, programs: dict[Shape, Program], advance: OnPart) -> list[np.ndarray]:
         """For each shape the seconds `[context, direction]` of a slice.
