@@ -27,10 +27,9 @@ MESHES = [MeshConfig(), MeshConfig(data=2, pipe=2), MeshConfig(pipe=3, model=2)]
 
 
 def params_of(config: ModelConfig) -> Any:
-    """Larger embeddings, so that the model matters in the draws."""
+    """Large enough for what came earlier to matter in the draws, which a test below sees to."""
     params = model.init(config, jax.random.key(1))
-    params["embed"] = jax.tree.map(lambda a: 20 * a, params["embed"])
-    return params
+    return jax.tree.map(lambda a: 25 * a if a.ndim > 1 else a, params)
 
 
 def generator(mesh_config: MeshConfig, config: ModelConfig = MODEL) -> Generator:
@@ -54,6 +53,13 @@ def plainly(prompt: list[int], num_tokens: int, choose: Any, config: ModelConfig
         if len(seen) > seq_len:
             seen = seen[-(seq_len // 2) :]
     return chosen
+
+
+def test_what_came_earlier_matters():
+    """The same last tokens at the same positions after another one."""
+    params = params_of(MODEL)
+    one, other = (model.logits(MODEL, params, np.array([[t, 3, 1, 4]]))[0, -1] for t in (2, 9))
+    assert np.abs(one - other).max() > 0.3 * np.abs(one).max()
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
