@@ -2,7 +2,7 @@
 
     python launch/multihost.py
 
-It learns the documentation that ships inside Python. Expect two and a half minutes and a held-out
+It learns the documentation that ships inside Python. Expect three to five minutes and a held-out
 loss near 2.0 nats per byte at the end; guessing costs 5.5.
 """
 
