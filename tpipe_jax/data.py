@@ -17,6 +17,7 @@ import numpy as np
 
 from tpipe_jax.config import BYTES_NAME, Config, UserError
 from tpipe_jax.token_files import PYDOCS, TEXT, TEXT_SUFFIXES, TokenFile, open_files
+from tpipe_jax.tokenizer import open_tokenizer
 
 _WEIGHTED = re.compile(r":(\d*\.?\d+(?:[eE][+-]?\d+)?)$")  # how a source of several ends
 
@@ -199,8 +200,6 @@ def _tokenized(
     parts: Sequence[TokenFile | np.ndarray], value: str, vocab_size: int
 ) -> list[TokenFile | np.ndarray]:
     """Text as tokens, in memory; what are tokens already stays."""
-    from tpipe_jax.tokenizer import open_tokenizer
-
     tokenizer = open_tokenizer("config.data.tokenizer", value)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
