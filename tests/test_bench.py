@@ -144,10 +144,10 @@ def test_programs_that_fail_leave_the_others_their_rows(
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory\nand more")
 
     programs = [
-        gpu.Program("a", 1, lambda state, rows: (state, {}), num_bytes=2**30),
-        gpu.Program("b", 1, fail),
+        gpu.Program("a", 1, step=lambda state, rows: (state, {}), num_bytes=2**30),
+        gpu.Program("b", 1, step=fail),
         gpu.Program("c", 1, failure="does not fit: 99.0 GiB"),
-        gpu.Program("a", 2, lambda state, rows: (state, {})),
+        gpu.Program("a", 2, step=lambda state, rows: (state, {})),
     ]
     gpu.take_turns(args, config, mesh, programs)
     assert [len(p.times) for p in programs] == [2, 0, 0, 2]
