@@ -35,8 +35,8 @@ from typing import Any
 import numpy as np
 
 import results
-from tpipe_jax.plan import Plan, PlanRequest
 from tpipe_jax.planner import find_plan
+from tpipe_jax.plans import Plan, PlanRequest
 from tpipe_jax.schedule import terapipe
 from v100 import SETTINGS, Cluster, Setting, fit, latency_table, slice_seconds
 

@@ -68,7 +68,7 @@ def prepare(kind: str, step: int) -> None:
 
 
 def work(*args: Any) -> None:
-    from tpipe_jax.train import train
+    from tpipe_jax.training import train
 
     train(*args)
 

@@ -48,11 +48,12 @@ from tpipe_jax.config import (
     resolved,
 )
 from tpipe_jax.flags import exit_status
+from tpipe_jax.flops import step_flops
 from tpipe_jax.memory import GIB, limit_bytes, program_bytes
 from tpipe_jax.mesh import make_mesh, put_rows
 from tpipe_jax.model import num_params
 from tpipe_jax.optim import make_optimizer
-from tpipe_jax.plan import Plan, read_settings
+from tpipe_jax.plans import Plan, read_settings
 from tpipe_jax.precision import compute_dtype, resolve_precision
 from tpipe_jax.profiler import Profiler
 from tpipe_jax.remat import POLICIES, saved_names
@@ -288,14 +289,6 @@ def report(config: Config, programs: list[Program], rate: float, peer: dict | No
     if "peak_bytes_in_use" in statistics:
         peak = statistics["peak_bytes_in_use"] / GIB
         print(f"at most {peak:.1f} GiB have been in use, of all programs so far", flush=True)
-
-
-def step_flops(config: Config) -> float:
-    """Of a training step: layers and head forward, and twice that backward."""
-    model = config.model
-    layers = model.num_layers * model.forward_flops(model.seq_len, 0)
-    head = 2 * model.seq_len * model.d_model * model.vocab_size
-    return 3.0 * config.train.batch_size * (layers + head)
 
 
 def fit_error(args: argparse.Namespace, seq_len: int, mesh: Mesh) -> str:

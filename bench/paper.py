@@ -18,8 +18,8 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 import results
-from tpipe_jax.plan import Plan, PlanRequest, uniform
 from tpipe_jax.planner import find_plan
+from tpipe_jax.plans import Plan, PlanRequest, uniform
 from v100 import (
     SETTINGS,
     UNIFORM,

@@ -36,7 +36,7 @@ from typing import Any
 
 import results
 from tpipe_jax.config import Config, MemoryConfig, MeshConfig, ModelConfig, PlanConfig, TrainConfig
-from tpipe_jax.plan import Plan, read_settings
+from tpipe_jax.plans import Plan, read_settings
 
 NUM_STAGES = 2
 CASES = ("1x512", "1x1024", "1x2048", "1x4096", "1x8192", "2x1024", "4x1024", "8x1024")

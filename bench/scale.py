@@ -29,10 +29,11 @@ from tpipe_jax.flags import CONFIGS, exit_status, load_config
 from tpipe_jax.mesh import make_mesh
 from tpipe_jax.model import num_params
 from tpipe_jax.optim import make_optimizer
-from tpipe_jax.plan import Plan, read_settings
+from tpipe_jax.plans import Plan, read_settings
 from tpipe_jax.schedule import terapipe
+from tpipe_jax.stage_setup import cache_bytes_per_token, saved_bytes_per_token
 from tpipe_jax.train_state import abstract_rows, abstract_state, state_bytes
-from tpipe_jax.train_step import cache_bytes_per_token, make_train_step, saved_bytes_per_token
+from tpipe_jax.train_step import make_train_step
 
 GIB = 2**30
 # Found by the paper for its setting 9.

@@ -31,7 +31,7 @@ from typing import Any
 
 import results
 from tpipe_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
-from tpipe_jax.plan import Plan, uniform
+from tpipe_jax.plans import Plan, uniform
 
 TORCH_PIPELINE = Path(__file__).with_name("torch_pipeline.py")
 VOCAB_SIZE = 256
@@ -230,7 +230,7 @@ def make_program(plan: Plan) -> Callable[[], object]:
     from tpipe_jax.train_state import init_state
     from tpipe_jax.train_step import make_loss_and_grads
 
-    sizes = {name.replace("-", "_"): value for name, value in MODEL.items()}
+    sizes: dict[str, Any] = {name.replace("-", "_"): value for name, value in MODEL.items()}
     config = Config(
         model=ModelConfig(**sizes, vocab_size=VOCAB_SIZE, seq_len=plan.seq_len),
         mesh=MeshConfig(pipe=plan.num_stages),

@@ -14,9 +14,10 @@ from tpipe_jax.flags import EvaluateFlags, exit_status, load_config, parse_after
 def main() -> None:
     flags = parse_after(EvaluateFlags, sys.argv[1:], "python launch/evaluate.py")
     from tpipe_jax.console import Console
-    from tpipe_jax.data import open_held_out, open_shares
+    from tpipe_jax.data import open_held_out, with_packing
     from tpipe_jax.evaluate import evaluate
     from tpipe_jax.mesh import find_devices
+    from tpipe_jax.sources import open_shares
     from tpipe_jax.trained import load
 
     path = flags.workdir / "config.json"
@@ -30,7 +31,8 @@ def main() -> None:
         shares = open_held_out(trained.config)
     else:
         vocab_size = trained.config.model.vocab_size
-        shares = open_shares("--data", flags.data, vocab_size, data.tokenizer)
+        shares = open_shares("--data", flags.data, vocab_size, data)
+    trained = trained._replace(config=with_packing(trained.config, shares))
     with Console().working("evaluating") as on_progress:
         result = evaluate(trained, shares, on_progress)
     text = f"loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.4g}"

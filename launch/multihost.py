@@ -8,20 +8,23 @@ Several processes are started by Slurm, Open MPI or Kubernetes (docs/clusters.md
 """
 
 import sys
+from functools import partial
 from typing import Any
 
-from tpipe_jax.flags import exit_status, parse
+from tpipe_jax.flags import Flags, exit_status, parse
 from tpipe_jax.launcher import launch
 
 
 def main() -> int:
-    return launch(parse(sys.argv[1:], program="python launch/multihost.py"), work)
+    flags = parse(sys.argv[1:], program="python launch/multihost.py")
+    return launch(flags, partial(work, flags))
 
 
-def work(*args: Any) -> None:
-    from tpipe_jax.train import train
+def work(flags: Flags, *args: Any) -> None:
+    from tpipe_jax.profiled import parse_steps
+    from tpipe_jax.training import train
 
-    train(*args)
+    train(*args, profiled=parse_steps(flags.profile, flags.config.train))
 
 
 if __name__ == "__main__":

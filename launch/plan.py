@@ -29,9 +29,9 @@ def plan_from_file(flags: FilePlanFlags) -> None:
     """Plans without a device and without jax."""
     from tpipe_jax.console import Console
     from tpipe_jax.latency import load_table
-    from tpipe_jax.plan import PlanRequest
     from tpipe_jax.plan_files import write_plan
     from tpipe_jax.planner import GIB, find_plan
+    from tpipe_jax.plans import PlanRequest
 
     request = PlanRequest(flags.num_stages, flags.batch_size, flags.seq_len)
     factors = flags.stage_factors or (1.0,) * flags.num_stages

@@ -4,8 +4,9 @@
     python launch/tokenize.py --out=shards --train-bpe=32000 texts/
     python launch/multihost.py --config.data.train=shards --config.model.vocab-size=32000
 
-A text file is a document, and so is each line of a .jsonl file, in its field --field. Documents end
-with the tokenizer's <|endoftext|> if it has that. Nothing is read from the network.
+A text file is a document, and so is each record of a .jsonl or .parquet file, in its field --field,
+and of an .array_record file. Documents end with the tokenizer's <|endoftext|> if it has that.
+Nothing is read from the network.
 """
 
 import sys
@@ -28,7 +29,7 @@ def main() -> None:
     from tpipe_jax.config import UserError
     from tpipe_jax.console import Console
     from tpipe_jax.flags import parse_tokenize
-    from tpipe_jax.shards import cut, documents, find_files, make_shards
+    from tpipe_jax.shards import cut, find_files, make_shards, texts
     from tpipe_jax.tokenizer import train_bpe
     from tpipe_jax.workdir import writing_to
 
@@ -39,8 +40,8 @@ def main() -> None:
     if flags.train_bpe is not None:
         path = Path(f"{flags.out}.tokenizer.json")
         parts = cut(find_files(flags.inputs))
-        texts = (text for part in parts for text in documents(part, flags.field))
-        made = train_bpe(texts, flags.train_bpe)
+        documents = (text for part in parts for text in texts(part, flags.field))
+        made = train_bpe(documents, flags.train_bpe)
         with writing_to(path.parent, "--out"):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(made.to_str(pretty=True))

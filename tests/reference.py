@@ -13,7 +13,7 @@ from tpipe_jax import model
 from tpipe_jax.config import Config, ModelConfig
 from tpipe_jax.loss import IGNORE
 from tpipe_jax.mesh import layer_counts, padded_vocab_size
-from tpipe_jax.plan import Plan, read_settings
+from tpipe_jax.plans import Plan, read_settings
 
 Params = Any  # nested dictionaries and lists of arrays
 

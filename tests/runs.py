@@ -20,7 +20,7 @@ from tpipe_jax.config import (
     TrainConfig,
 )
 from tpipe_jax.console import Console
-from tpipe_jax.train import train
+from tpipe_jax.training import train
 
 ROOT = Path(__file__).parents[1]
 

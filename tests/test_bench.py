@@ -20,7 +20,7 @@ import reference
 import several
 from tpipe_jax import model
 from tpipe_jax.config import ModelConfig
-from tpipe_jax.plan import Plan
+from tpipe_jax.plans import Plan
 from tpipe_jax.schedule import simulate, terapipe
 
 BENCH = several.ROOT / "bench"

@@ -6,8 +6,8 @@ import pytest
 
 from tpipe_jax.console import Console, milliseconds
 from tpipe_jax.mesh import HostPart
-from tpipe_jax.plan import Plan, Prediction
 from tpipe_jax.planner import Alternative, Planning
+from tpipe_jax.plans import Plan, Prediction
 
 # Four batch slices, of which two are alike; 14 ms and 28 ms of work on each of 2 stages.
 FORWARD = ((0.001, 0.002), (0.001, 0.002), (0.003,), (0.005,))

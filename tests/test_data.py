@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tpipe_jax.config import Config, DataConfig, ModelConfig, TrainConfig, UserError
-from tpipe_jax.data import Batches, TokenSource, open_data
+from tpipe_jax.data import Batches, open_data
+from tpipe_jax.sources import Documents, TokenSource
 
 T = 8
 B = 4
@@ -181,7 +182,8 @@ def test_pydocs_are_the_documentation_inside_python() -> None:
 @given(st.lists(st.integers(0, 5), min_size=1), st.data())
 def test_read_joins_the_parts(lengths: list[int], data: st.DataObject) -> None:
     tokens = np.arange(sum(lengths) + 1)
-    parts = np.split(tokens, np.cumsum(lengths))
+    pieces = np.split(tokens, np.cumsum(lengths))
+    parts = [Documents(piece, np.zeros(1, np.int64), "test") for piece in pieces]
     start = data.draw(st.integers(0, len(tokens) - 1))
     stop = data.draw(st.integers(start + 1, len(tokens)))
     read = TokenSource("tokens", len(tokens), parts).read(start, stop)

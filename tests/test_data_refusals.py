@@ -24,8 +24,9 @@ def test_missing_path(tmp_path: Path, name: str) -> None:
     config = settings(path) if name == "train" else settings("pydocs", path)
     assert_refused(
         config,
-        f"config.data.{name}={path} does not exist: give pydocs, a text file, a folder of text "
-        "files, or a token file (.bin or .npy).",
+        f"config.data.{name}={path} does not exist: give pydocs, a text file, one of "
+        "records (.jsonl, .parquet, .array_record), a folder of such files, or a token file "
+        "(.bin or .npy).",
     )
 
 
@@ -48,7 +49,7 @@ def test_empty_data(tmp_path: Path, name: str) -> None:
     assert_refused(
         settings(path),
         f"config.data.train={path} is empty: give a file that is not, or a folder with such files "
-        "that end in .txt, .md, .rst, .py.",
+        "that end in .txt, .md, .rst, .py, .jsonl, .parquet, .array_record.",
     )
 
 

@@ -15,9 +15,9 @@ import reference
 import runs
 from tpipe_jax import model
 from tpipe_jax.config import BYTES, Config, MeshConfig, ModelConfig
-from tpipe_jax.data import Share, open_shares
 from tpipe_jax.evaluate import evaluate
 from tpipe_jax.mesh import make_mesh, param_specs, shardings
+from tpipe_jax.sources import Share, open_shares
 from tpipe_jax.trained import Trained
 
 MODEL = ModelConfig(num_layers=3, d_model=16, num_heads=2, vocab_size=29, seq_len=8)
@@ -37,9 +37,9 @@ def test_every_token_but_the_first_counts_once(
     params["embed"] = jax.tree.map(lambda a: 20 * a, params["embed"])
     mesh = make_mesh(mesh_config, jax.devices()[: mesh_config.num_devices])
     staged = reference.to_stages(params, mesh)
-    on_mesh = jax.device_put(staged, shardings(mesh, param_specs(len(staged["blocks"]))))
+    on_mesh = jax.device_put(staged, shardings(mesh, param_specs(MODEL, len(staged["blocks"]))))
     trained = Trained(config, mesh, on_mesh, 3)
-    [(source, _, _)] = open_shares("--data", str(tmp_path / "tokens.bin"), 29)
+    [(source, _, _)] = open_shares("--data", str(tmp_path / "tokens.bin"), 29, config.data)
     steps: list[tuple[int, int]] = []
     got = evaluate(
         trained,

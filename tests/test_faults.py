@@ -16,7 +16,7 @@ from jax.errors import JaxRuntimeError
 
 from runs import Lines, changed, metrics, run, saved_arrays, small_config
 from tpipe_jax import autoplan, checkpoint, loss, read_ahead
-from tpipe_jax import train as train_module
+from tpipe_jax import training as train_module
 from tpipe_jax.config import Config, UserError
 from tpipe_jax.data import open_data
 from tpipe_jax.optim import learning_rate

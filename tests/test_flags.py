@@ -56,7 +56,7 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]):
         for field in dataclasses.fields(section.default_factory()):  # pyrefly: ignore
             name = field.name.rstrip("_").replace("_", "-")  # a word of Python has one more
             assert f"--config.{section.name}.{name} " in text
-    processes = ("workdir", *(field.name for field in dataclasses.fields(ProcessFlags)))
+    processes = ("workdir", "profile", *(field.name for field in dataclasses.fields(ProcessFlags)))
     for name in processes:
         assert f"--{name.replace('_', '-')} " in text
     assert text.count("(default: ") == text.count("--config.") + len(processes)

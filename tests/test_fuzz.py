@@ -31,9 +31,9 @@ from tpipe_jax.data import open_data
 from tpipe_jax.flags import parse
 from tpipe_jax.latency import load_table
 from tpipe_jax.metrics import Metrics
-from tpipe_jax.plan import Plan, PlanRequest, Prediction, load_plan
 from tpipe_jax.planner import find_plan
-from tpipe_jax.train import train
+from tpipe_jax.plans import Plan, PlanRequest, Prediction, load_plan
+from tpipe_jax.training import train
 from tpipe_jax.workdir import changed_settings
 
 EXAMPLES = settings.default.max_examples if settings.default else 100

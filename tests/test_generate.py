@@ -36,7 +36,7 @@ def generator(mesh_config: MeshConfig, config: ModelConfig = MODEL) -> Generator
     whole = Config(model=config, mesh=mesh_config, precision=PrecisionConfig("float32"))
     mesh = make_mesh(mesh_config, jax.devices()[: mesh_config.num_devices])
     staged = reference.to_stages(params_of(config), mesh)
-    specs = param_specs(len(staged["blocks"]))
+    specs = param_specs(MODEL, len(staged["blocks"]))
     return Generator(whole, mesh, jax.device_put(staged, shardings(mesh, specs)))
 
 

@@ -24,7 +24,7 @@ from tpipe_jax.config import (
 from tpipe_jax.memory import GIB, budget, fitting_policy, fitting_step, limit_bytes, program_bytes
 from tpipe_jax.mesh import make_mesh
 from tpipe_jax.optim import make_optimizer
-from tpipe_jax.plan import PlanRequest
+from tpipe_jax.plans import PlanRequest
 
 # Activations outweigh all else; a vocabulary large enough for its logits to count.
 CONFIG = Config(

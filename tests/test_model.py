@@ -12,7 +12,9 @@ import pytest
 from jax import Array
 
 from tpipe_jax import model
+from tpipe_jax.block import no_tape
 from tpipe_jax.config import ModelConfig
+from tpipe_jax.layer import block_functions, forward_flops
 
 Params = Any  # nested dictionaries and lists of arrays
 
@@ -60,7 +62,7 @@ def from_gpt2(values: Mapping[str, np.ndarray], config: ModelConfig) -> Params:
 
     def heads_first(x: np.ndarray) -> np.ndarray:
         """Orders outputs by head, then query, key and value; GPT-2's are ordered the other way."""
-        parts = x.reshape(*x.shape[:-1], 3, config.num_heads, config.head_width)
+        parts = x.reshape(*x.shape[:-1], 3, config.num_heads, config.d_model // config.num_heads)
         return parts.swapaxes(-3, -2).reshape(x.shape)
 
     def block(name: str) -> Params:
@@ -273,7 +275,7 @@ def test_self_attention_has_the_value_and_gradient_of_dense_attention(num_tokens
         out, pull_back = jax.vjp(attention, qkv)
         return out, *pull_back(d_out)
 
-    ours = value_and_gradient(model.self_attention, qkv, d_out)
+    ours = value_and_gradient(lambda qkv: model.self_attention(*qkv), qkv, d_out)
     expected = value_and_gradient(dense_attention, qkv, d_out)
     # both sum in float32, in different orders: some dozen roundings of values up to 15
     chex.assert_trees_all_close(ours, expected, rtol=0, atol=5e-5)
@@ -282,20 +284,20 @@ def test_self_attention_has_the_value_and_gradient_of_dense_attention(num_tokens
 def test_flops_of_one_token_are_those_that_xla_counts() -> None:
     config = ModelConfig(num_layers=1, d_model=128, num_heads=2, d_ff=200)
     context = 900  # its attention then costs more than the matrices of the block
-    block = model.block_functions(config, jnp.float32)
+    block = block_functions(config, jnp.float32)
 
     def layer(params: Params, x_BLD: Array, cache_kvBHCK: Array) -> Array:
-        q, *kv = block.qkv(params, x_BLD, lambda _, x: x)
+        q, *kv = block.qkv(params, x_BLD, jnp.array([[context]]), no_tape)
         k, v = (jnp.concatenate(pair, axis=2) for pair in zip(cache_kvBHCK, kv, strict=True))
         weight = jax.nn.softmax(jnp.einsum("bhqe,bhke->bhqk", q, k))
-        return block.finish(params, x_BLD, jnp.einsum("bhqk,bhke->bhqe", weight, v), lambda _, x: x)
+        return block.finish(params, x_BLD, jnp.einsum("bhqk,bhke->bhqe", weight, v), no_tape)
 
     params = jax.eval_shape(partial(model.init, config), jax.random.key(0))["blocks"][0]
     x = jax.ShapeDtypeStruct((1, 1, 128), jnp.float32)
     cache = jax.ShapeDtypeStruct((2, 1, 2, context, 64), jnp.float32)
     cost = jax.jit(layer).lower(params, x, cache).compile().cost_analysis()
     assert cost is not None
-    expected = config.forward_flops(1, context)
+    expected = forward_flops(config, 1, context)
     # XLA counts the norms, biases, GELU and softmax too, here 1.8%
     assert expected < cost["flops"] < 1.05 * expected
 
@@ -303,5 +305,5 @@ def test_flops_of_one_token_are_those_that_xla_counts() -> None:
 def test_flops_of_a_slice_are_those_of_its_tokens() -> None:
     config = ModelConfig(num_layers=1, d_model=24, num_heads=2, d_ff=50)
     for num_tokens, context in [(1, 0), (7, 0), (7, 3), (130, 64)]:
-        one_by_one = [config.forward_flops(1, context + i) for i in range(num_tokens)]
-        assert config.forward_flops(num_tokens, context) == sum(one_by_one)
+        one_by_one = [forward_flops(config, 1, context + i) for i in range(num_tokens)]
+        assert forward_flops(config, num_tokens, context) == sum(one_by_one)

@@ -32,9 +32,10 @@ from tpipe_jax.config import (
 from tpipe_jax.inplace import Position
 from tpipe_jax.loss import IGNORE
 from tpipe_jax.pipeline import sweep
-from tpipe_jax.plan import Plan
+from tpipe_jax.plans import Plan
 from tpipe_jax.schedule import IDLE, Item, terapipe
-from tpipe_jax.train_step import make_loss, make_loss_and_grads, saved_bytes_per_token
+from tpipe_jax.stage_setup import saved_bytes_per_token
+from tpipe_jax.train_step import make_loss, make_loss_and_grads
 
 Params = Any  # nested dictionaries and lists of arrays
 
@@ -190,7 +191,7 @@ def compile_step(config: Config, make: Any = make_loss_and_grads) -> Compiled:
         lambda: reference.to_stages(model.init(config.model, jax.random.key(0)), devices)
     )
     rows = jax.ShapeDtypeStruct((config.train.batch_size, config.model.seq_len + 1), jnp.int32)
-    specs = mesh.param_specs(len(params["blocks"])), PartitionSpec("data")
+    specs = mesh.param_specs(config.model, len(params["blocks"])), PartitionSpec("data")
     args = jax.tree.map(
         lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place),
         (params, rows),
@@ -204,7 +205,7 @@ def run_step(config: Config, make: Any = make_loss_and_grads) -> Any:
     """What the compiled step makes of the parameters and rows drawn above."""
     devices, step = open_mesh(config.mesh), compile_step(config, make)
     params = jax.device_get(reference.to_stages(draw_params(config.model), devices))
-    places = mesh.shardings(devices, mesh.param_specs(len(params["blocks"])))
+    places = mesh.shardings(devices, mesh.param_specs(config.model, len(params["blocks"])))
     rows = mesh.put_rows(devices, draw_rows(config))
     return jax.device_get(step(jax.device_put(params, places), rows))
 

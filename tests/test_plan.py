@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 import reference
 from tpipe_jax.config import Config, MeshConfig, ModelConfig, PlanConfig, TrainConfig, UserError
-from tpipe_jax.plan import Plan, PlanRequest, parse_slices, read_settings
-from tpipe_jax.plan import unit_tokens as unit_tokens_of
+from tpipe_jax.plans import Plan, PlanRequest, parse_slices, read_settings
+from tpipe_jax.plans import unit_tokens as unit_tokens_of
 
 
 def parse(text: str, total: int) -> tuple[int, ...] | None:

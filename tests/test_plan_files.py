@@ -7,9 +7,9 @@ from matplotlib.figure import Figure
 
 from test_latency import profile
 from tpipe_jax.latency import LatencyTable
-from tpipe_jax.plan import PlanRequest
 from tpipe_jax.plan_files import write_plan
 from tpipe_jax.planner import find_plan
+from tpipe_jax.plans import PlanRequest
 
 
 def test_points_curves_errors_and_timeline(tmp_path: Path, figures: list[Figure]):

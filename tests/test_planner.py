@@ -10,8 +10,8 @@ import pytest
 from test_latency import profile
 from tpipe_jax.config import UserError
 from tpipe_jax.latency import LatencyTable
-from tpipe_jax.plan import Plan, PlanRequest, load_plan, uniform
 from tpipe_jax.planner import GIB, find_plan, predicted_timeline
+from tpipe_jax.plans import Plan, PlanRequest, load_plan, uniform
 
 UNIT, NUM_UNITS, BATCH = 4, 8, 3
 

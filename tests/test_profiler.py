@@ -12,7 +12,8 @@ import pytest
 from jax.sharding import Mesh
 
 import reference
-from tpipe_jax import model, profiler, train_step
+from tpipe_jax import model, profiler, stage_setup, train_step
+from tpipe_jax.block import no_tape
 from tpipe_jax.config import (
     AttentionConfig,
     Config,
@@ -22,8 +23,9 @@ from tpipe_jax.config import (
     PrecisionConfig,
     TrainConfig,
 )
+from tpipe_jax.layer import block_functions
 from tpipe_jax.mesh import make_mesh, put_rows
-from tpipe_jax.model import block_functions, no_tape, self_attention
+from tpipe_jax.model import self_attention
 from tpipe_jax.profiler import MAX_TICKS, MIN_SECONDS, Profiler, Program, Shape, shapes_to_time
 from tpipe_jax.schedule import IDLE, Item
 
@@ -214,8 +216,8 @@ def test_saved_bytes_are_those_of_the_buffers(mesh: Mesh):
     """x, middle, q, k, v, attention and the gradients of k and v: 8 D; hidden: F; lse: H."""
     D, F, H, layers = 16, 64, 2, 1
     expected = 4 * layers * (8 * D + F + H)
-    assert train_step.saved_bytes_per_token(CONFIG, mesh) == expected
-    assert train_step.cache_bytes_per_token(CONFIG, mesh) == 4 * layers * 4 * D
+    assert stage_setup.saved_bytes_per_token(CONFIG, mesh) == expected
+    assert stage_setup.cache_bytes_per_token(CONFIG, mesh) == 4 * layers * 4 * D
 
 
 @pytest.mark.parametrize(
@@ -236,7 +238,7 @@ def test_policies_save_what_they_name(mesh: Mesh, memory: MemoryConfig, numbers:
     config = dataclasses.replace(CONFIG, memory=memory)
     sizes = {"hidden": 64, "gelu": 64, "lse": 2}
     expected = 4 * (2 * 16 + sum(sizes.get(name, 16) for name in numbers.split()))
-    assert train_step.saved_bytes_per_token(config, mesh) == expected
+    assert stage_setup.saved_bytes_per_token(config, mesh) == expected
 
 
 def test_devices_of_an_operator_divide_what_is_saved_but_for_x_and_middle():
@@ -244,11 +246,11 @@ def test_devices_of_an_operator_divide_what_is_saved_but_for_x_and_middle():
     mesh = make_mesh(config.mesh, jax.devices()[:4])
     D, F, H, layers = 16, 64, 2, 1
     expected = 4 * layers * (2 * D + (6 * D + F + H) // 2)
-    assert train_step.saved_bytes_per_token(config, mesh) == expected
+    assert stage_setup.saved_bytes_per_token(config, mesh) == expected
     # Nor the outputs of norms, nor gradients with respect to middle and to what leaves the layer.
     config = dataclasses.replace(config, memory=MemoryConfig(remat="none", defer_weight_grads=True))
     expected += 4 * layers * (4 * D + (F + 3 * D + F) // 2)
-    assert train_step.saved_bytes_per_token(config, mesh) == expected
+    assert stage_setup.saved_bytes_per_token(config, mesh) == expected
 
 
 def test_stages_work_on_the_slices_that_the_tables_name(mesh: Mesh):
@@ -268,7 +270,7 @@ def test_stages_work_on_the_slices_that_the_tables_name(mesh: Mesh):
     block, y = block_functions(CONFIG.model, np.dtype("float32")), x[1:3, :32]
     expected = 4 * x.sum(dtype=np.float64) - 2 * y.sum(dtype=np.float64)
     for own in params["blocks"]:
-        attn = self_attention(block.qkv(own, y, no_tape))
+        attn = self_attention(*block.qkv(own, y, np.arange(32)[None], no_tape))
         y = block.finish(own, y, attn, no_tape)
         expected += float(np.asarray(y, np.float64).sum())
     assert float(got) == pytest.approx(expected, rel=1e-4)
@@ -288,7 +290,7 @@ def test_a_step_without_slices_sets_up_their_buffers(mesh: Mesh):
     """XLA could see that no slice is due, and leave out what a real step spends time on."""
     config = dataclasses.replace(CONFIG, train=TrainConfig(batch_size=64))
     _, _, step_bytes = profiler._time_outside(config, mesh)
-    assert step_bytes > train_step.saved_bytes_per_token(config, mesh) * 64 * 64
+    assert step_bytes > stage_setup.saved_bytes_per_token(config, mesh) * 64 * 64
 
 
 def test_a_real_profile_is_of_this_machine(mesh: Mesh):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpipe_jax.plan import Plan
+from tpipe_jax.plans import Plan
 from tpipe_jax.schedule import IDLE, Item, simulate, terapipe
 
 plans = st.builds(

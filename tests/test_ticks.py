@@ -8,7 +8,7 @@ import pytest
 import runs
 import ticks
 from tpipe_jax.config import MeshConfig, UserError
-from tpipe_jax.plan import Plan
+from tpipe_jax.plans import Plan
 from tpipe_jax.schedule import Box, Timeline, terapipe
 from tpipe_jax.ticks import Event, Sweep, find_sweeps, merged, stage_boxes, to_text
 

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from tpipe_jax.plan import Plan
+from tpipe_jax.plans import Plan
 from tpipe_jax.schedule import simulate, terapipe
 from tpipe_jax.timeline import draw_timeline, read_trace, trace_events, write_trace
 

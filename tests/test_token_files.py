@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tpipe_jax.config import UserError
-from tpipe_jax.data import open_tokens
+from tpipe_jax.config import DataConfig, UserError
+from tpipe_jax.sources import open_source
 
 TOKENS = np.arange(3, 1003) % 700
 
@@ -55,7 +55,7 @@ FORMATS = {
 
 @pytest.mark.parametrize(("name", "write"), FORMATS.items(), ids=FORMATS)
 def test_formats_are_told_apart_and_read(tmp_path: Path, name: str, write) -> None:
-    source = open_tokens("--data", str(write(tmp_path / "tokens.bin")), 700)
+    source = open_source("--data", str(write(tmp_path / "tokens.bin")), 700, DataConfig())
     assert source.formats == [name]
     assert len(source) == 1000
     np.testing.assert_array_equal(source.read(0, 1000), TOKENS)
@@ -118,4 +118,4 @@ BROKEN = {
 @pytest.mark.parametrize(("write", "sentence"), BROKEN.values(), ids=BROKEN)
 def test_what_is_broken_is_named(tmp_path: Path, write, sentence: str) -> None:
     with pytest.raises(UserError, match=rf"--data=.*/tokens.bin .*{sentence}"):
-        open_tokens("--data", str(write(tmp_path / "tokens.bin")), 700)
+        open_source("--data", str(write(tmp_path / "tokens.bin")), 700, DataConfig())

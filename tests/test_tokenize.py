@@ -15,8 +15,9 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 import runs
 from tpipe_jax import shards
 from tpipe_jax.config import Config, DataConfig, ModelConfig, TrainConfig, UserError
-from tpipe_jax.data import open_data, open_held_out, open_tokens
-from tpipe_jax.shards import cut, documents, find_files, make_shards
+from tpipe_jax.data import open_data, open_held_out
+from tpipe_jax.shards import cut, find_files, make_shards, texts
+from tpipe_jax.sources import open_source
 from tpipe_jax.tokenizer import END_OF_TEXT, open_tokenizer, train_bpe
 
 TEXTS = [f"Document {i}: schöne Grüße, 世界 🌍, {i * i} times." for i in range(40)]
@@ -72,21 +73,21 @@ def test_parts_have_every_document_once(
     tmp_path: Path, part_bytes: int, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(shards, "PART_BYTES", part_bytes)
-    expected = [text for texts in write_inputs(tmp_path) for text in texts]
+    expected = [text for own in write_inputs(tmp_path) for text in own]
     parts = cut(find_files([tmp_path / "in"]))
     assert len(parts) >= {2**20: 3, 300: 8, 1: 40}[part_bytes]
-    assert [text for part in parts for text in documents(part, "text")] == expected
+    assert [text for part in parts for text in texts(part, "text")] == expected
 
 
 def test_shards_hold_each_document_by_itself(tmp_path: Path, bpe: Path):
     """In the command's own processes; read as a run reads them, and as Megatron-LM has them."""
-    texts = [text for texts in write_inputs(tmp_path) for text in texts]
+    documents = [text for own in write_inputs(tmp_path) for text in own]
     out = tmp_path / "out"
     args = [f"--out={out}", f"--tokenizer={bpe}", "--num-workers=2", str(tmp_path / "in")]
     done = run_tokenize(*args)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     tokenizer = open_tokenizer("--tokenizer", str(bpe))
-    expected = [[*tokenizer.encode(text), tokenizer.end] for text in texts]
+    expected = [[*tokenizer.encode(text), tokenizer.end] for text in documents]
     num_tokens = sum(map(len, expected))
     assert f"has {num_tokens:,} tokens of 40 documents in 3 shards" in done.stdout
     assert sorted(path.name for path in out.iterdir()) == [
@@ -94,13 +95,13 @@ def test_shards_hold_each_document_by_itself(tmp_path: Path, bpe: Path):
         "index.json",
         "tokenizer.json",
     ]
-    source = open_tokens("--data", str(out), 400)
+    source = open_source("--data", str(out), 400, DataConfig())
     np.testing.assert_array_equal(source.read(0, len(source)), np.concatenate(expected))
     index = (out / "00001.idx").read_bytes()
     lengths = np.frombuffer(index[34:], "<i4", count=38)
     np.testing.assert_array_equal(lengths, [len(tokens) for tokens in expected[1:39]])
     with pytest.raises(UserError, match=r"a tokenizer of \d+ tokens, more than .*vocab_size=256"):
-        open_tokens("--data", str(out), 256)
+        open_source("--data", str(out), 256, DataConfig())
     again = run_tokenize(*args)
     assert (again.returncode, again.stdout) == (2, "")
     assert again.stderr.startswith(f"error: --out={out} is there already")
@@ -219,7 +220,7 @@ def test_a_tokenizer_is_made_and_trained_with(tmp_path: Path):
 
 def test_text_is_read_by_a_tokenizer(tmp_path: Path, bpe: Path):
     (tmp_path / "text.txt").write_text(TEXTS[3])
-    source = open_tokens("--data", str(tmp_path / "text.txt"), 400, str(bpe))
+    source = open_source("--data", str(tmp_path / "text.txt"), 400, DataConfig(tokenizer=str(bpe)))
     tokenizer = open_tokenizer("--tokenizer", str(bpe))
     np.testing.assert_array_equal(source.read(0, len(source)), tokenizer.encode(TEXTS[3]))
     (tmp_path / "eval.txt").write_text(TEXTS[4])
@@ -228,7 +229,7 @@ def test_text_is_read_by_a_tokenizer(tmp_path: Path, bpe: Path):
     [(held_out, positions, _)] = open_held_out(config)
     np.testing.assert_array_equal(held_out.read(0, len(positions)), tokenizer.encode(TEXTS[4]))
     with pytest.raises(UserError, match=r"has \d+ tokens, more than config.model.vocab_size=299"):
-        open_tokens("--data", str(tmp_path / "text.txt"), 299, str(bpe))
+        open_source("--data", str(tmp_path / "text.txt"), 299, DataConfig(tokenizer=str(bpe)))
 
 
 def spoilt(folder: Path, name: str, content: bytes) -> list[str]:
@@ -245,7 +246,7 @@ MISTAKES = {
     "not JSON": (lambda f: spoilt(f, "a.jsonl", b"{}\n{x"), "a.jsonl at byte 0 has no text"),
     "no field": (
         lambda f: [*spoilt(f, "a.jsonl", b'{"text": "x"}'), "--field=body"],
-        "each line must be a JSON object with the field body, or name another with --field",
+        "each record must be an object with the field body, or with prompt and completion, or name",
     ),
     "half a character": (
         lambda f: spoilt(f, "a.jsonl", b'{"text": "a\\ud800b"}'),

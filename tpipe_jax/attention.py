@@ -30,7 +30,9 @@ _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the sequences, `[B, H, T, K]` each, or their gradients."""
+    """Keys and values of the sequences, `[B, H, T, K]` each, or their gradients. Each head serves
+    as many heads of queries as lie side by side, which are G H.
+    """
 
     k: Array
     v: Array
@@ -39,10 +41,11 @@ class KVCache(NamedTuple):
 class Attention(NamedTuple):
     """A way to compute attention, forward and backward."""
 
-    forward: Callable[[Array, KVCache, Position], tuple[Array, Array]]
+    forward: Callable[[Array, KVCache, Position, Array | None], tuple[Array, Array]]
     """As `attend`."""
     backward: Callable[
-        [Array, KVCache, Position, Array, Array, Array, KVCache], tuple[Array, KVCache]
+        [Array, KVCache, Position, Array, Array, Array, KVCache, Array | None],
+        tuple[Array, KVCache],
     ]
     """As `attend_backward`."""
     key_block: int
@@ -54,25 +57,34 @@ def blockwise(block: int) -> Attention:
     return Attention(partial(attend, block=block), partial(attend_backward, block=block), block)
 
 
-def attend(q_BHLK: Array, cache: KVCache, at: Position, block: int = BLOCK) -> tuple[Array, Array]:
+def attend(
+    q_BNLK: Array,
+    cache: KVCache,
+    at: Position,
+    starts_BL1: Array | None = None,
+    block: int = BLOCK,
+) -> tuple[Array, Array]:
     """Attention of the slice at a position, whose keys and values are in the cache already.
 
-    Returns the output, `[B, H, L, K]` in the dtype of q, and the log-sum-exp of each row of scores,
-    `[B, H, L, 1]` float32.
+    Where `starts` are given, each token sees the sequence from there on only. Returns the output,
+    `[B, G H, L, K]` in the dtype of q, and the log-sum-exp of each row of scores, `[B, G H, L, 1]`
+    float32.
     """
-    B, H, L, K = q_BHLK.shape
+    (B, N, L, K), (_, H, T, _) = q_BNLK.shape, cache.k.shape
     chex.assert_shape(cache, (None, H, None, K))
-    key_block = min(block, cache.k.shape[2])
+    key_block = min(block, T)
 
     def one_block(start: Array | int, size: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        q = read(q_BHLK, Position(0, start), B, size) * K**-0.5
-        context = at.token + start
+        here, context = Position(0, start), at.token + start
+        q = _to_keys(read(q_BNLK, here, B, size), H) * K**-0.5
+        is_visible, lowest = _visibility(starts_BL1, here, context, q_BNLK, size, H)
 
         def fold(
             state: tuple[Array, Array, Array], first_key: Array | int, num_keys: int, visible: Array
         ):
             top, total, out = state
             k, v = (read(c, Position(at.row, first_key), B, num_keys) for c in cache)
+            visible = is_visible(first_key, visible)
             score = jnp.where(visible, _dot("bhqe,bhke->bhqk", q, k), MASKED)
             new_top = jnp.maximum(top, score.max(-1, keepdims=True))
             weight, rescale = jnp.exp(score - new_top), jnp.exp(top - new_top)
@@ -81,23 +93,27 @@ def attend(q_BHLK: Array, cache: KVCache, at: Position, block: int = BLOCK) -> t
 
         zeros = jnp.zeros_like(q, jnp.float32)
         nothing = zeros[..., :1] + MASKED, zeros[..., :1], zeros
-        state = fold(nothing, context, size, _causal(size))
-        top, total, out = over_context(context, key_block, _masked(fold, key_block), state)
-        here = Position(0, start)
-        return write(carry[0], out / total, here), write(carry[1], top + jnp.log(total), here)
+        state = fold(nothing, context, size, _causal(size, N // H))
+        state = over_context(context, key_block, _masked(fold, key_block), state, lowest)
+        top, total, out = state
+        return (
+            write(carry[0], _to_queries(out / total, N), here),
+            write(carry[1], _to_queries(top + jnp.log(total), N), here),
+        )
 
-    empty = jnp.zeros_like(q_BHLK), jnp.zeros_like(q_BHLK[..., :1], jnp.float32)
+    empty = jnp.zeros_like(q_BNLK), jnp.zeros_like(q_BNLK[..., :1], jnp.float32)
     return _over_queries(L, block, one_block, empty)
 
 
 def attend_backward(
-    q_BHLK: Array,
+    q_BNLK: Array,
     cache: KVCache,
     at: Position,
-    out_BHLK: Array,
-    lse_BHL1: Array,
-    d_out_BHLK: Array,
+    out_BNLK: Array,
+    lse_BNL1: Array,
+    d_out_BNLK: Array,
     d_cache: KVCache,
+    starts_BL1: Array | None = None,
     block: int = BLOCK,
 ) -> tuple[Array, KVCache]:
     """Gradients of `attend`, given its results and the gradient with respect to its output.
@@ -106,19 +122,21 @@ def attend_backward(
     the sums of a slice are complete once all later slices and the slice itself have been here.
     Returns the gradient with respect to q and the new `d_cache`.
     """
-    B, _, L, K = q_BHLK.shape
-    key_block = min(block, cache.k.shape[2])
-    delta_BHL1 = (d_out_BHLK.astype(jnp.float32) * out_BHLK.astype(jnp.float32)).sum(
+    (B, N, L, K), (_, H, T, _) = q_BNLK.shape, cache.k.shape
+    key_block = min(block, T)
+    delta_BNL1 = (d_out_BNLK.astype(jnp.float32) * out_BNLK.astype(jnp.float32)).sum(
         -1, keepdims=True
     )
 
     def one_block(
         start: Array | int, size: int, carry: tuple[Array, KVCache]
     ) -> tuple[Array, KVCache]:
-        here = Position(0, start)
-        q = read(q_BHLK, here, B, size) * K**-0.5
-        d_out, lse, delta = (read(a, here, B, size) for a in (d_out_BHLK, lse_BHL1, delta_BHL1))
-        context = at.token + start
+        here, context = Position(0, start), at.token + start
+        q = _to_keys(read(q_BNLK, here, B, size), H) * K**-0.5
+        d_out, lse, delta = (
+            _to_keys(read(a, here, B, size), H) for a in (d_out_BNLK, lse_BNL1, delta_BNL1)
+        )
+        is_visible, lowest = _visibility(starts_BL1, here, context, q_BNLK, size, H)
 
         def fold(
             state: tuple[Array, KVCache], first_key: Array | int, num_keys: int, visible: Array
@@ -126,6 +144,7 @@ def attend_backward(
             d_q, d_cache = state
             keys = Position(at.row, first_key)
             k, v = (read(c, keys, B, num_keys) for c in cache)
+            visible = is_visible(first_key, visible)
             weight = jnp.where(visible, jnp.exp(_dot("bhqe,bhke->bhqk", q, k) - lse), 0)
             d_weight = _dot("bhqe,bhke->bhqk", d_out, v)
             d_score = (weight * (d_weight - delta)).astype(q.dtype)
@@ -137,19 +156,25 @@ def attend_backward(
             )
             return d_q + _dot("bhqk,bhke->bhqe", d_score, k), d_cache
 
-        d_q_BHLK, d_cache = carry
-        state = fold((jnp.zeros_like(q, jnp.float32), d_cache), context, size, _causal(size))
-        d_q, d_cache = over_context(context, key_block, _masked(fold, key_block), state)
-        return write(d_q_BHLK, d_q * K**-0.5, here), d_cache
+        d_q_BNLK, d_cache = carry
+        nothing = jnp.zeros_like(q, jnp.float32), d_cache
+        state = fold(nothing, context, size, _causal(size, N // H))
+        state = over_context(context, key_block, _masked(fold, key_block), state, lowest)
+        d_q, d_cache = state
+        return write(d_q_BNLK, _to_queries(d_q * K**-0.5, N), here), d_cache
 
-    return _over_queries(L, block, one_block, (jnp.zeros_like(q_BHLK), d_cache))
+    return _over_queries(L, block, one_block, (jnp.zeros_like(q_BNLK), d_cache))
 
 
 def over_context(
-    context: Array | int, block: int, fold: Callable[[Any, Array, Array], Any], state: Any
+    context: Array | int,
+    block: int,
+    fold: Callable[[Any, Array, Array], Any],
+    state: Any,
+    lowest: Array | int = 0,
 ) -> Any:
-    """Folds the tokens before `context` into the state, block by block, the last block first:
-    `fold(state, first_key, num_visible)`.
+    """Folds the tokens before `context` into the state, block by block, the last block first, until
+    `lowest` has been seen: `fold(state, first_key, num_visible)`.
 
     The blocks end at `context`, so the one at the start of the sequence may be short: it is read in
     full all the same, and only the first `num_visible` of its keys count.
@@ -160,7 +185,7 @@ def over_context(
         first = jnp.maximum(stop - block, 0)
         return fold(state, first, stop - first)
 
-    return lax.fori_loop(0, (context + block - 1) // block, one_block, state)
+    return lax.fori_loop(0, (context - lowest + block - 1) // block, one_block, state)
 
 
 def _masked(fold: Callable[..., Any], block: int) -> Callable[[Any, Array, Array], Any]:
@@ -185,5 +210,42 @@ def _over_queries(
     return work(num_full * size, rest, carry) if rest else carry
 
 
-def _causal(size: int) -> Array:
-    return jnp.arange(size)[:, None] >= jnp.arange(size)[None, :]
+def _causal(size: int, group: int) -> Array:
+    """The mask of a block of queries over itself, for each of so many heads."""
+    return jnp.tile(jnp.arange(size)[:, None] >= jnp.arange(size)[None, :], (group, 1))
+
+
+def _to_keys(a_BNLK: Array, num_keys: int) -> Array:
+    """The queries that share a head of keys as one longer slice, `[B, H, G L, K]`."""
+    B, _, _, K = a_BNLK.shape
+    return a_BNLK.reshape(B, num_keys, -1, K)
+
+
+def _to_queries(a_BHLK: Array, num_queries: int) -> Array:
+    """The inverse of `_to_keys`."""
+    B, _, _, K = a_BHLK.shape
+    return a_BHLK.reshape(B, num_queries, -1, K)
+
+
+def _visibility(
+    starts_BL1: Array | None,
+    at: Position,
+    context: Array | int,
+    q_BNLK: Array,
+    size: int,
+    num_keys: int,
+) -> tuple[Callable[[Array | int, Array], Array], Array | int]:
+    """What a block of queries sees: a function of the first key of a block and its mask that adds
+    to this what lies before the starts; and where the first key of all lies, which is in the
+    context if anything is.
+    """
+    if starts_BL1 is None:
+        return lambda first_key, visible: visible, 0
+    B, N, _, _ = q_BNLK.shape
+    starts_BL1 = read(starts_BL1, at, B, size)
+    starts_B1Q1 = jnp.tile(starts_BL1, (1, N // num_keys, 1))[:, None]
+
+    def is_visible(first_key: Array | int, visible: Array) -> Array:
+        return visible & (first_key + jnp.arange(visible.shape[-1]) >= starts_B1Q1)
+
+    return is_visible, jnp.minimum(starts_BL1.min(), context)

@@ -20,9 +20,9 @@ from tpipe_jax.latency import LatencyTable, Profile, load_table, read_profile
 from tpipe_jax.memory import fitting_policy, limit_bytes
 from tpipe_jax.mesh import check_model, layer_counts, make_mesh
 from tpipe_jax.optim import make_optimizer
-from tpipe_jax.plan import Plan, PlanRequest, read_plan, read_settings, unit_tokens
 from tpipe_jax.plan_files import write_plan
 from tpipe_jax.planner import Planning, find_plan
+from tpipe_jax.plans import Plan, PlanRequest, read_plan, read_settings, unit_tokens
 from tpipe_jax.precision import resolve_precision
 from tpipe_jax.processes import from_first
 from tpipe_jax.profiler import Profiler, profile_key

@@ -9,6 +9,7 @@ from tpipe_jax.attention import Attention, blockwise
 from tpipe_jax.blocks import BLOCK
 from tpipe_jax.config import Backend, Config, UserError
 from tpipe_jax.fused import cudnn_kernel, cudnn_version, grouped, over_heads
+from tpipe_jax.layer import heads
 from tpipe_jax.mesh import compute_capability, oldest_device
 from tpipe_jax.precision import compute_format
 
@@ -73,7 +74,12 @@ def _obstacle(backend: Backend, config: Config, mesh: Mesh) -> str | None:
             "be changed"
         )
     # The backward pass in "Support Matrix", docs.nvidia.com/cudnn, "Attention".
-    width, widest = config.model.head_width, 256 if capability[0] == 9 else 128
+    if not config.data.cross_document_attention:
+        return "does not know where documents begin, as cross_document_attention=false needs"
+    num_queries, num_keys, width = heads(config.model)
+    if num_queries != num_keys:
+        return f"is not tried where {num_queries} heads share the keys of {num_keys}"
+    widest = 256 if capability[0] == 9 else 128
     if width % 8 or width > widest:
         return (
             f"needs heads whose width is a multiple of 8 and at most {widest}, not "

@@ -1,7 +1,7 @@
 """All settings of a run as frozen dataclasses: each field has a default, a meaning and a range.
 
 Rules that join several settings (slices that sum to the sequence, a mesh that fits the devices)
-live in `plan.py` and `mesh.py`.
+live in `plans.py` and `mesh.py`.
 """
 
 import dataclasses
@@ -37,7 +37,9 @@ class Range:
         )
 
 
+GPT2 = "gpt2"  # the block that is built in
 BYTES, BYTES_NAME = 256, "bytes"  # the vocabulary of text that is read so, and its tokenizer
+IGNORE = -1  # a target that does not count
 MAX_INT = 2**31 - 1  # the devices count in int32
 Count = Annotated[int, Range(1)]
 CountOrZero = Annotated[int, Range(0)]
@@ -61,21 +63,13 @@ class ModelConfig:
     """Number of token ids; 256 reads text as bytes."""
     seq_len: Count = 256
     """Tokens of a training sequence."""
+    block: str = GPT2
+    """What each layer is: gpt2, or a class of your own derived from tpipe_jax.Block, by its file
+    and name, as my_block.py:MyBlock."""
 
     @property
     def ff_width(self) -> int:
         return self.d_ff or 4 * self.d_model
-
-    @property
-    def head_width(self) -> int:
-        return self.d_model // self.num_heads
-
-    def forward_flops(self, num_tokens: int, context: int) -> int:
-        """Floating-point operations of one layer for one slice after `context` tokens, forward."""
-        D, F = self.d_model, self.ff_width
-        matrices = 2 * num_tokens * (4 * D * D + 2 * D * F)
-        visible_pairs = num_tokens * context + num_tokens * (num_tokens + 1) // 2
-        return matrices + 4 * D * visible_pairs
 
 
 @dataclass(frozen=True)
@@ -165,10 +159,11 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where tokens come from: pydocs (the documentation inside Python), a text file, a folder of
-    text files, a folder that launch/tokenize.py has made, or a token file: .npy, or .bin of llm.c,
-    of Megatron-LM with its .idx, or of uint16 or uint32 (where vocab_size is over 65536, or where
-    every other uint16 is 0). Several are mixed by weights, as a.bin:0.7,b.bin:0.3.
+    """Where tokens come from: pydocs (the documentation inside Python), a text file, documents as
+    records of a .jsonl, .parquet or .array_record file, a folder of such files, a folder that
+    launch/tokenize.py has made, or a token file: .npy, or .bin of llm.c, of Megatron-LM with its
+    .idx, or of uint16 or uint32 (where vocab_size is over 65536, or where every other uint16 is 0).
+    Several are mixed by weights, as a.bin:0.7,b.bin:0.3.
     """
 
     train: str = "pydocs"
@@ -179,6 +174,21 @@ class DataConfig:
     """How text is read: as bytes, or by a tokenizer.json of Hugging Face."""
     held_out: Annotated[float, Range(0, high=0.5)] = 0.1
     """Fraction of train that is held out where eval has no source of its own."""
+    field: str = "text"
+    """The field of a record that has its text; records without it have prompt and completion, of
+    which only the latter is learnt."""
+    packing: Literal["auto", "cut", "whole"] = "auto"
+    """How documents become sequences: one after another, cut wherever a sequence ends, or as many
+    whole ones as fit; auto means whole where there are prompts."""
+    cross_document_attention: bool = True
+    """Whether tokens see earlier documents of their sequence; else positions begin anew in each."""
+    separator: CountOrZero | None = None
+    """The token between documents, in token files that don't say where documents begin."""
+
+    @property
+    def marks_documents(self) -> bool:
+        """Whether rows say which document a token is of, and what is learnt."""
+        return self.packing == "whole" or not self.cross_document_attention
 
 
 @dataclass(frozen=True)
@@ -250,6 +260,17 @@ class PrecisionConfig:
 
 
 @dataclass(frozen=True)
+class MetricsConfig:
+    """The numbers of a run, beside metrics.jsonl and TensorBoard's files."""
+
+    wandb: str | None = None
+    """A project of Weights & Biases that gets them too; needs pip install tpipe_jax[wandb]."""
+    peak_tflops: Annotated[float, Range(0)] | None = None
+    """What a device could do, TFLOP/s, for the share of it that is used (MFU); None means what the
+    maker of a known GPU or TPU says, in float16 and bfloat16."""
+
+
+@dataclass(frozen=True)
 class Config:
     """A run. Raises `UserError` where a field has the wrong type or lies outside its range."""
 
@@ -263,6 +284,7 @@ class Config:
     precision: PrecisionConfig = field(default_factory=PrecisionConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
     def __post_init__(self) -> None:
         for path, hint, value in _fields(self):

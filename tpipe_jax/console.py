@@ -8,8 +8,8 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tpipe_jax.plan import Plan
 from tpipe_jax.planner import Alternative, Planning, predicted_timeline
+from tpipe_jax.plans import Plan
 
 if TYPE_CHECKING:
     from tpipe_jax.mesh import HostPart

@@ -1,94 +1,52 @@
-"""Batches of training and held-out sequences from text or token files, `token_files`.
+"""Batches of training and held-out sequences of the tokens of `sources`.
 
-Several sources are mixed by weights. Only the windows that are asked for are read.
+Only what is asked for is read. A sequence is a window of the tokens, or as many whole documents as
+fit. Where it matters which document a token belongs to, a row says so.
 """
 
-import bisect
-import itertools
-import math
-import re
-from collections.abc import Sequence, Set
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import grain
 import numpy as np
 
-from tpipe_jax.config import BYTES_NAME, Config, UserError
-from tpipe_jax.token_files import PYDOCS, TEXT, TEXT_SUFFIXES, TokenFile, open_files
-from tpipe_jax.tokenizer import open_tokenizer
-
-_WEIGHTED = re.compile(r":(\d*\.?\d+(?:[eE][+-]?\d+)?)$")  # how a source of several ends
-
-
-class TokenSource:
-    """The tokens of a source, one sequence made of parts, and the files, paths, and formats that
-    they are read from.
-    """
-
-    def __init__(
-        self,
-        setting: str,
-        vocab_size: int,
-        parts: Sequence[TokenFile | np.ndarray],
-        files: Set[str] = frozenset(),
-        formats: Sequence[str] = (),
-    ) -> None:
-        self.setting, self.files, self.formats = setting, files, formats
-        self._vocab_size = vocab_size
-        self._parts = parts
-        self._bounds = [0, *itertools.accumulate(len(part) for part in parts)]
-
-    def __len__(self) -> int:
-        return self._bounds[-1]
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens `[start, stop)`, int32. Raises `UserError` for an id outside the vocabulary, and
-        for a file that cannot be read any more.
-        """
-        first = bisect.bisect_right(self._bounds, start) - 1
-        end = bisect.bisect_left(self._bounds, stop)
-        pairs = zip(self._parts[first:end], self._bounds[first:end], strict=True)
-        try:
-            tokens = np.concatenate([part[max(start - at, 0) : stop - at] for part, at in pairs])
-        except OSError as error:
-            raise UserError(
-                f"{self.setting} cannot be read any more ({error.strerror}: {error.filename}): "
-                "bring it back as it was, and the same command continues."
-            ) from error
-        outside = np.flatnonzero((tokens < 0) | (tokens >= self._vocab_size))
-        if outside.size:
-            raise UserError(
-                f"{self.setting} has token id {tokens[outside[0]]} at position "
-                f"{start + outside[0]}, but ids are at least 0 and below config.model.vocab_size="
-                f"{self._vocab_size}: set that to the size of the data's vocabulary."
-            )
-        return tokens.astype(np.int32)
-
-
-class Share(NamedTuple):
-    """A part of a source, and how often it is drawn from among others."""
-
-    source: TokenSource
-    positions: range
-    weight: float = 1.0
+from tpipe_jax.config import IGNORE, Config, UserError
+from tpipe_jax.packing import Piece, best_fit
+from tpipe_jax.sources import Share, TokenSource, open_shares
 
 
 @dataclass(frozen=True)
-class Windows:
-    """A data source for grain: sequence i is tokens `[i*T, i*T + T + 1)` of these positions."""
+class Sequences:
+    """A data source for grain: sequence i is made of some pieces of a source."""
 
+    config: Config
     source: TokenSource
-    positions: range
-    seq_len: int
+    pieces: "list[list[Piece]] | _Windows"
 
     def __len__(self) -> int:
-        return (len(self.positions) - 1) // self.seq_len
+        return len(self.pieces)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        start = self.positions.start + index * self.seq_len
-        return self.source.read(start, start + self.seq_len + 1)
+        return make_row(self.config, self.source, self.pieces[index])
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Piece i is tokens `[i*T, i*T + T + 1)` of the positions, by itself."""
+
+    positions: range
+    seq_len: int
+    is_whole: bool
+    """Without a shorter one at the end."""
+
+    def __len__(self) -> int:
+        num_targets = len(self.positions) - 1
+        return num_targets // self.seq_len if self.is_whole else -(-num_targets // self.seq_len)
+
+    def __getitem__(self, index: int) -> list[Piece]:
+        start = self.positions.start + range(len(self))[index] * self.seq_len
+        return [(start, min(start + self.seq_len + 1, self.positions.stop))]
 
 
 class Batches:
@@ -100,32 +58,33 @@ class Batches:
 
     def __init__(
         self,
-        windows: Sequence[Windows],
-        weights: Sequence[float],
-        batch_size: int,
+        config: Config,
+        shares: Sequence[Share],
+        sequences: Sequence[Sequences],
         shuffle_seed: int | None,
     ) -> None:
-        self.num_tokens = sum(len(own.positions) for own in windows)
-        self.formats = sorted({name for own in windows for name in own.source.formats})
-        self._batch_size = batch_size
+        self.num_tokens = sum(len(share.positions) for share in shares)
+        self.formats = sorted({name for share in shares for name in share.source.formats})
+        self.config = config
+        """With what its data makes of config.data.packing."""
 
-        def endless(own: Windows) -> grain.MapDataset:
-            sequences = grain.MapDataset.source(own)
+        def endless(own: Sequences) -> grain.MapDataset:
+            dataset = grain.MapDataset.source(own)
             if shuffle_seed is not None:
                 # Not shuffle(seed=...), with which epoch 1 of seed 0 would be epoch 0 of seed 1.
-                sequences = sequences.seed(shuffle_seed).shuffle()
-            return sequences.repeat()
+                dataset = dataset.seed(shuffle_seed).shuffle()
+            return dataset.repeat()
 
-        mixed = list(map(endless, windows))
+        mixed, weights = list(map(endless, sequences)), [share.weight for share in shares]
         self._sequences = grain.MapDataset.mix(mixed, weights) if len(mixed) > 1 else mixed[0]
 
     def batch(self, index: int, rows: slice = slice(None)) -> np.ndarray:
-        """Rows of batch `index`, int32 `[rows, T + 1]`: inputs are `[:, :-1]`, targets `[:, 1:]`.
+        """Rows of batch `index`, as `make_row` makes them, `[rows, ...]`.
 
         Reads these rows only. Raises `UserError` if a token id lies outside the vocabulary.
         """
-        first = index * self._batch_size
-        numbers = range(first, first + self._batch_size)[rows]
+        batch_size = self.config.train.batch_size
+        numbers = range(index * batch_size, (index + 1) * batch_size)[rows]
         sequences: list[Any] = [self._sequences[number] for number in numbers]  # none filtered out
         return np.stack(sequences)
 
@@ -141,6 +100,7 @@ def open_data(config: Config) -> tuple[Batches, Batches]:
     if train[0].source is held_out[0].source:
         by = f"by config.data.held_out={config.data.held_out}"
         uses = f"left to train on {by}", f"held out {by}"
+    config = with_packing(config, [*train, *held_out])
     return (
         _batches(config, train, uses[0], config.train.seed),
         _batches(config, held_out, uses[1], None),
@@ -152,76 +112,90 @@ def open_held_out(config: Config) -> list[Share]:
     return _shares(config)[1]
 
 
-def open_shares(name: str, value: str, vocab_size: int, tokenizer: str = BYTES_NAME) -> list[Share]:
-    """The sources that a setting names, as a.bin or a.bin:0.7,b.bin:0.3, whole.
+def with_packing(config: Config, shares: Sequence[Share]) -> Config:
+    """The config with config.data.packing as these sources have it.
 
-    Raises `UserError` if one cannot be used.
+    Raises `UserError` where they cannot have it, or don't say where documents begin.
     """
-    if not _WEIGHTED.search(value) or Path(value).exists():
-        source = open_tokens(name, value, vocab_size, tokenizer)
-        return [Share(source, range(len(source)))]
-    shares = []
-    for part in value.split(","):
-        found = _WEIGHTED.search(part)
-        if not found or not 0 < (weight := float(found[1])) < math.inf:
+    packing, sources = config.data.packing, [share.source for share in shares]
+    prompts = [source for source in sources if source.has_prompts]
+    if packing == "cut" and prompts:
+        raise UserError(
+            f"config.data.packing=cut would part the prompts of {prompts[0].setting} from what "
+            "follows them: set it to whole, or auto."
+        )
+    if packing == "auto":
+        packing = "whole" if prompts else "cut"
+    config = replace(config, data=replace(config.data, packing=packing))
+    if config.data.marks_documents:
+        for source in sources:
+            source.check_documents()
+    return config
+
+
+def make_sequences(config: Config, share: Share, is_whole: bool = True) -> Sequences:
+    """The sequences of a share of a source; without one at the end that is shorter, if `is_whole`
+    and windows are cut. Raises `UserError` for documents that do not fit.
+    """
+    source, positions, _ = share
+    if config.data.packing == "whole":
+        pieces = best_fit(_pieces(config, source, positions), config.model.seq_len + 1)
+    else:
+        pieces = _Windows(positions, config.model.seq_len, is_whole)
+    return Sequences(config, source, pieces)
+
+
+def make_row(config: Config, source: TokenSource, pieces: Sequence[Piece]) -> np.ndarray:
+    """A sequence of these pieces of a source, int32.
+
+    `[T + 1]`: inputs are all but the last, targets all but the first. Where the config marks
+    documents `[3, T]`: inputs, targets, and where in the sequence the document of each input
+    begins. What does not count, as padding, is `IGNORE` as a target.
+    """
+    size = config.model.seq_len + 1
+    if not config.data.marks_documents:
+        [(start, stop)] = pieces
+        return np.pad(source.read(start, stop), (0, size - stop + start), constant_values=IGNORE)
+    tokens, is_target = np.zeros(size, np.int32), np.zeros(size, bool)
+    starts = np.arange(size, dtype=np.int32)  # padding is alone
+    at = 0
+    for start, stop in pieces:
+        own = slice(at, at + stop - start)
+        tokens[own], is_target[own] = source.read(start, stop), source.is_learnt(start, stop)
+        begins = source.begins(start, tokens[own])
+        begins[0] = True
+        starts[own] = np.maximum.accumulate(np.where(begins, starts[own], 0))
+        at = own.stop
+    if not config.data.cross_document_attention:
+        is_target &= starts < np.arange(size)  # nothing comes before the first of a document
+    return np.stack([tokens[:-1], np.where(is_target, tokens, IGNORE)[1:], starts[:-1]])
+
+
+def _pieces(config: Config, source: TokenSource, positions: range) -> list[Piece]:
+    """The documents that begin at these positions; one too long for a sequence in several, each
+    from the last token of the one before on.
+    """
+    seq_len, starts = config.model.seq_len, source.document_starts
+    bounds = np.append(starts, len(source))
+    low, high = np.searchsorted(starts, (positions.start, positions.stop))
+    pieces: list[Piece] = []
+    for start, stop in zip(bounds[low:high].tolist(), bounds[low + 1 :].tolist(), strict=False):
+        if stop - start > seq_len + 1 and not source.is_learnt(start, stop).all():
             raise UserError(
-                f"{name}={value} has a source {part} without a weight: give each a positive one, "
-                "as a.bin:0.7,b.bin:0.3."
+                f"{source.setting} has a prompt and completion of {stop - start} tokens, more than "
+                f"config.model.seq_len={seq_len} and one: raise that, or shorten them."
             )
-        source = open_tokens(name, part[: found.start()], vocab_size, tokenizer)
-        shares.append(Share(source, range(len(source)), weight))
-    return shares
-
-
-def open_tokens(name: str, value: str, vocab_size: int, tokenizer: str = BYTES_NAME) -> TokenSource:
-    """The tokens that a setting names. Raises `UserError` if they cannot be used."""
-    setting = f"{name}={value}"
-    try:
-        found = [_pydocs(setting)] if value == PYDOCS else open_files(setting, value, vocab_size)
-        parts = [part for part in found if len(part)]
-        files = {str(part.path.resolve()) for part in parts if isinstance(part, TokenFile)}
-        formats = {part.format if isinstance(part, TokenFile) else TEXT for part in parts}
-        if tokenizer != BYTES_NAME:
-            parts = _tokenized(parts, tokenizer, vocab_size)
-    except OSError as error:
-        raise UserError(
-            f"{setting} cannot be read ({error.strerror}: {error.filename}): "
-            "name data that you have permission to read."
-        ) from None
-    if not parts:
-        raise UserError(
-            f"{setting} is empty: give a file that is not, or a folder with such files "
-            f"that end in {', '.join(TEXT_SUFFIXES)}."
-        )
-    return TokenSource(setting, vocab_size, parts, files or {PYDOCS}, sorted(formats))
-
-
-def _tokenized(
-    parts: Sequence[TokenFile | np.ndarray], value: str, vocab_size: int
-) -> list[TokenFile | np.ndarray]:
-    """Text as tokens, in memory; what are tokens already stays."""
-    tokenizer = open_tokenizer("config.data.tokenizer", value)
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"config.data.tokenizer={value} has {tokenizer.vocab_size} tokens, more than "
-            f"config.model.vocab_size={vocab_size}: set that to at least as many."
-        )
-
-    def tokens_of(part: TokenFile | np.ndarray) -> TokenFile | np.ndarray:
-        if isinstance(part, TokenFile) and part.format != TEXT:
-            return part
-        content = part[:] if isinstance(part, TokenFile) else part
-        return tokenizer.encode(content.tobytes().decode(errors="replace"))
-
-    return [tokens_of(part) for part in parts]
+        for first in range(start, stop - 1, seq_len):
+            pieces.append((first, min(first + seq_len + 1, stop)))
+    return pieces
 
 
 def _shares(config: Config) -> tuple[list[Share], list[Share]]:
     """What to train on and what is held out."""
     data, vocab_size = config.data, config.model.vocab_size
-    train = held_out = open_shares("config.data.train", data.train, vocab_size, data.tokenizer)
+    train = held_out = open_shares("config.data.train", data.train, vocab_size, data)
     if data.eval is not None:
-        held_out = open_shares("config.data.eval", data.eval, vocab_size, data.tokenizer)
+        held_out = open_shares("config.data.eval", data.eval, vocab_size, data)
     files, others = (
         {name for share in shares for name in share.source.files} for shares in (train, held_out)
     )
@@ -244,24 +218,16 @@ def _shares(config: Config) -> tuple[list[Share], list[Share]]:
 def _batches(
     config: Config, shares: Sequence[Share], use: str, shuffle_seed: int | None
 ) -> Batches:
-    seq_len = config.model.seq_len
-    for source, positions, _ in shares:
-        if len(positions) < seq_len + 1:
+    seq_len, all_sequences = config.model.seq_len, []
+    for share in shares:
+        source, positions, _ = share
+        sequences = make_sequences(config, share)
+        if not sequences:
+            needed = "two" if config.data.packing == "whole" else str(seq_len + 1)
             raise UserError(
                 f"{source.setting} has {len(source)} tokens, {len(positions)} of them {use}, but "
-                f"one sequence of config.model.seq_len={seq_len} takes {seq_len + 1}: "
+                f"one sequence of config.model.seq_len={seq_len} takes {needed}: "
                 "give longer data or lower config.model.seq_len."
             )
-    windows = [Windows(source, positions, seq_len) for source, positions, _ in shares]
-    weights = [share.weight for share in shares]
-    return Batches(windows, weights, config.train.batch_size, shuffle_seed)
-
-
-def _pydocs(setting: str) -> np.ndarray:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:
-        raise UserError(
-            f"{setting} needs the module pydoc_data, which this Python lacks: give a text file."
-        ) from None
-    return np.frombuffer("".join(topics.values()).encode(), np.uint8)
+        all_sequences.append(sequences)
+    return Batches(config, shares, all_sequences, shuffle_seed)

@@ -1,5 +1,6 @@
 """The loss of a model on all of some data, through the pipeline."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -7,12 +8,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from tpipe_jax.collectives import compile_checked
-from tpipe_jax.config import BYTES, PlanConfig, UserError
-from tpipe_jax.data import Share
-from tpipe_jax.loss import IGNORE
+from tpipe_jax.config import BYTES, BYTES_NAME, IGNORE, Config, PlanConfig, UserError
+from tpipe_jax.data import make_sequences
 from tpipe_jax.mesh import put_rows
-from tpipe_jax.plan import Plan, read_settings
+from tpipe_jax.plans import Plan, read_settings
 from tpipe_jax.schedule import terapipe
+from tpipe_jax.sources import Share
+from tpipe_jax.tokenizer import open_tokenizer
 from tpipe_jax.train_state import abstract_rows
 from tpipe_jax.train_step import make_loss
 from tpipe_jax.trained import Trained
@@ -26,8 +28,8 @@ class Evaluation:
     """Those that are predicted, each once."""
     loss: float
     """Nats per token."""
-    is_bytes: bool
-    """Whether a token is a byte."""
+    num_bytes: int | None
+    """Of the text of these tokens; None where it is not known."""
 
     @property
     def perplexity(self) -> float:
@@ -35,8 +37,10 @@ class Evaluation:
 
     @property
     def bits_per_byte(self) -> float | None:
-        """None where it is not known how many bytes a token is."""
-        return self.loss / math.log(2) if self.is_bytes else None
+        """None where the number of bytes is not known."""
+        if not self.num_bytes:
+            return None
+        return self.loss / math.log(2) * self.num_tokens / self.num_bytes
 
 
 def evaluate(
@@ -44,32 +48,43 @@ def evaluate(
     shares: Sequence[Share],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """The mean loss of every token of these shares but the first of each, in windows of `seq_len`
-    tokens that begin anew, as in training; weights don't count.
+    """The mean loss of every token of these shares that is a target in training, in sequences as
+    there, of which the last may be shorter; weights don't count. Raises `UserError` if there is
+    none.
     """
     config, mesh, params, _ = trained
-    batch_size, seq_len = config.train.batch_size, config.model.seq_len
-    windows = [
-        (source, start, min(start + seq_len + 1, positions.stop))
-        for source, positions, _ in shares
-        for start in range(positions.start, positions.stop - 1, seq_len)
-    ]
-    num_targets = sum(stop - start - 1 for _, start, stop in windows)
-    if not num_targets:
+    batch_size = config.train.batch_size
+    sequences = [make_sequences(config, share, is_whole=False) for share in shares]
+    rows_of_all = itertools.chain.from_iterable(map(iter, sequences))
+    num_sequences = sum(map(len, sequences))
+    if not num_sequences:
         raise UserError(f"{shares[0].source.setting} has a single token: give two at least.")
-    loss = compile_checked(
-        make_loss(config, mesh, terapipe(_plan(trained))), mesh, params, abstract_rows(config, mesh)
-    )
-    total = 0.0
-    for first in range(0, len(windows), batch_size):
-        own = windows[first : first + batch_size]
-        rows = np.full((batch_size, seq_len + 1), IGNORE, np.int32)
-        for row, (source, start, stop) in zip(rows, own, strict=False):
-            row[: stop - start] = source.read(start, stop)
-        num_counted = sum(stop - start - 1 for _, start, stop in own)
-        total += num_counted * float(loss(params, put_rows(mesh, rows)))
-        on_progress(first + len(own), len(windows))
-    return Evaluation(num_targets, total / num_targets, config.model.vocab_size == BYTES)
+    like = abstract_rows(config, mesh)
+    loss = compile_checked(make_loss(config, mesh, terapipe(_plan(trained))), mesh, params, like)
+    count_bytes = _byte_counter(config)
+    total, num_targets, num_bytes = 0.0, 0, 0
+    for done in range(0, num_sequences, batch_size):
+        rows = np.full(like.shape, IGNORE, np.int32)
+        for n, row in enumerate(itertools.islice(rows_of_all, batch_size)):
+            rows[n] = row
+        targets = rows[:, 1] if config.data.marks_documents else rows[:, 1:]
+        targets = targets[targets != IGNORE]
+        total += targets.size * float(loss(params, put_rows(mesh, rows)))
+        num_targets += targets.size
+        num_bytes += count_bytes(targets) if count_bytes else 0
+        on_progress(min(done + batch_size, num_sequences), num_sequences)
+    if not num_targets:
+        raise UserError(
+            f"{shares[0].source.setting} has nothing to predict: give longer documents."
+        )
+    return Evaluation(num_targets, total / num_targets, num_bytes if count_bytes else None)
+
+
+def _byte_counter(config: Config) -> Callable[[np.ndarray], int] | None:
+    """Counts the bytes that tokens stand for; None where they are of an unknown tokenizer."""
+    if config.data.tokenizer == BYTES_NAME and config.model.vocab_size != BYTES:
+        return None
+    return open_tokenizer("config.data.tokenizer", config.data.tokenizer).num_bytes
 
 
 def _plan(trained: Trained) -> Plan:

@@ -49,9 +49,15 @@ def grouped(kernel: Kernel, group: int) -> Attention:
 
 
 def _forward(
-    kernel: Kernel, group: int, q_BHLK: Array, cache: KVCache, at: Position
+    kernel: Kernel,
+    group: int,
+    q_BHLK: Array,
+    cache: KVCache,
+    at: Position,
+    starts_BL1: Array | None = None,
 ) -> tuple[Array, Array]:
-    """As `attend`."""
+    """As `attend`, without starts."""
+    assert starts_BL1 is None
     B, _, L, _ = q_BHLK.shape
     if kernel.min_tokens > L:
         return attend(q_BHLK, cache, at)
@@ -79,8 +85,10 @@ def _backward(
     lse_BHL1: Array,
     d_out_BHLK: Array,
     d_cache: KVCache,
+    starts_BL1: Array | None = None,
 ) -> tuple[Array, KVCache]:
-    """As `attend_backward`."""
+    """As `attend_backward`, without starts."""
+    assert starts_BL1 is None
     B, _, L, _ = q_BHLK.shape
     results = out_BHLK, lse_BHL1, d_out_BHLK
     if kernel.min_tokens > L:
@@ -134,8 +142,8 @@ def over_heads(attention: Attention) -> Attention:
     heads, whole = PartitionSpec(None, "model"), PartitionSpec()
 
     def divided(function: Callable, num_heads_args: int) -> Callable:
-        """Of arguments q, cache and position, and so many more with heads."""
-        in_specs = (heads, heads, whole, *(heads,) * num_heads_args)
+        """Of arguments q, cache and position, so many more with heads, and starts."""
+        in_specs = (heads, heads, whole, *(heads,) * num_heads_args, whole)
         return jax.shard_map(function, axis_names={"model"}, in_specs=in_specs, out_specs=heads)
 
     return attention._replace(

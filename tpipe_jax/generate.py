@@ -7,10 +7,10 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
+from tpipe_jax.block import Params
 from tpipe_jax.collectives import compile_checked
 from tpipe_jax.config import Config
 from tpipe_jax.mesh import put_rows
-from tpipe_jax.model import Params
 from tpipe_jax.train_step import empty_decode_caches, make_decode
 
 PART = 64  # tokens of a prompt that are read at a time

@@ -23,7 +23,7 @@ import numpy as np
 
 from tpipe_jax.blocks import context_read
 from tpipe_jax.config import UserError
-from tpipe_jax.plan import MAX_SECONDS
+from tpipe_jax.plans import MAX_SECONDS
 
 
 class Sample(NamedTuple):

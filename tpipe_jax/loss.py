@@ -16,11 +16,12 @@ import numpy as np
 from jax import Array, lax
 
 from tpipe_jax.attention import MASKED
+from tpipe_jax.block import Params
+from tpipe_jax.config import IGNORE
 from tpipe_jax.inplace import Position, write
-from tpipe_jax.model import Params, final_norm
+from tpipe_jax.model import final_norm
 from tpipe_jax.pipeline import from_stage, pmax, psum, sum_over, varying
 
-IGNORE = -1  # a target that does not count
 SCALE = 2.0**10  # of gradients of logits, so that float16 holds those of unlikely tokens
 CHUNK = 1024  # tokens of all sequences whose logits are in memory at a time, at most
 
@@ -35,8 +36,9 @@ class Head(NamedTuple):
     """This stage's rows of the token embedding."""
 
 
-def embed(params: Params, tokens_BT: Array, dtype: Any) -> Array:
-    """Token plus position embeddings `[B, T, D]`, the same on all stages.
+def embed(params: Params, tokens_BT: Array, dtype: Any, starts_BT1: Array | None = None) -> Array:
+    """Token plus position embeddings `[B, T, D]`, the same on all stages; positions are counted
+    from the starts of documents, if these are given.
 
     Summed in float32, as the parameters are, and rounded to `dtype`.
     """
@@ -47,14 +49,19 @@ def embed(params: Params, tokens_BT: Array, dtype: Any) -> Array:
         found_BLD = _own_rows(
             _read(tokens_BT, here, num_tokens), len(table_VD), lambda rows: table_VD[rows]
         )
-        positions_LD = lax.dynamic_slice_in_dim(params["positions"], here.token, num_tokens)
-        return write(x_BTD, found_BLD + positions_LD, Position(0, here.token)), None
+        if starts_BT1 is None:
+            added = lax.dynamic_slice_in_dim(params["positions"], here.token, num_tokens)
+        else:
+            added = params["positions"][_positions(starts_BT1, here, num_tokens)]
+        return write(x_BTD, found_BLD + added, Position(0, here.token)), None
 
     empty = varying(jnp.zeros((B, T, table_VD.shape[-1]), dtype), ("data",))
     return lax.scan(chunk, empty, chunks)[0]
 
 
-def embed_grads(params: Params, tokens_BT: Array, d_x_BTD: Array) -> Params:
+def embed_grads(
+    params: Params, tokens_BT: Array, d_x_BTD: Array, starts_BT1: Array | None = None
+) -> Params:
     """Gradients of `embed` with respect to the parameters, from those of the first stage with
     respect to its result; float32, and each stage has its own rows of the table.
 
@@ -69,13 +76,16 @@ def embed_grads(params: Params, tokens_BT: Array, d_x_BTD: Array) -> Params:
         rows_BL, is_own_BL = _find_rows(_read(tokens_BT, here, num_tokens), num_rows)
         d_own_BLD = jnp.where(is_own_BL[..., None], d_x_BLD, 0)
         d_positions = d_params["positions"]
-        before_LD = lax.dynamic_slice_in_dim(d_positions, here.token, num_tokens)
-        return {
-            "tokens": d_params["tokens"].at[rows_BL].add(d_own_BLD),
-            "positions": lax.dynamic_update_slice_in_dim(
+        if starts_BT1 is None:
+            before_LD = lax.dynamic_slice_in_dim(d_positions, here.token, num_tokens)
+            d_positions = lax.dynamic_update_slice_in_dim(
                 d_positions, before_LD + d_x_BLD.sum(0), here.token, 0
-            ),
-        }, None
+            )
+        else:
+            where_BL = _positions(starts_BT1, here, num_tokens)
+            d_positions = d_positions.at[where_BL].add(d_x_BLD)
+        d_tokens = d_params["tokens"].at[rows_BL].add(d_own_BLD)
+        return {"tokens": d_tokens, "positions": d_positions}, None
 
     zeros = jax.tree.map(partial(jnp.zeros_like, dtype=jnp.float32), params)
     start = {
@@ -230,6 +240,11 @@ def _chunks(batch_size: int, seq_len: int) -> tuple[int, _Chunk]:
 def _read(buffer: Array, chunk: _Chunk, num_tokens: int) -> Array:
     """The chunk's part of a `[B, T]` or `[B, T, D]`."""
     return lax.dynamic_slice_in_dim(buffer, chunk.token, num_tokens, 1)
+
+
+def _positions(starts_BT1: Array, chunk: _Chunk, num_tokens: int) -> Array:
+    """Of the chunk's tokens in their documents, `[B, L]`."""
+    return chunk.token + jnp.arange(num_tokens) - _read(starts_BT1, chunk, num_tokens)[..., 0]
 
 
 def _targets(targets_BT: Array, chunk: _Chunk) -> Array:

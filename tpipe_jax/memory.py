@@ -18,13 +18,14 @@ from tpipe_jax.collectives import compile_checked
 from tpipe_jax.config import Config, UserError
 from tpipe_jax.loss import chunk_tokens
 from tpipe_jax.mesh import padded_vocab_size
-from tpipe_jax.plan import Plan, PlanRequest, uniform, unit_tokens
+from tpipe_jax.plans import Plan, PlanRequest, uniform, unit_tokens
 from tpipe_jax.precision import compute_dtype
 from tpipe_jax.processes import host_names
 from tpipe_jax.remat import candidates
 from tpipe_jax.schedule import terapipe
+from tpipe_jax.stage_setup import cache_bytes_per_token, saved_bytes_per_token
 from tpipe_jax.train_state import abstract_rows, abstract_state, state_bytes
-from tpipe_jax.train_step import cache_bytes_per_token, make_train_step, saved_bytes_per_token
+from tpipe_jax.train_step import make_train_step
 
 GIB = 2**30
 

@@ -12,29 +12,18 @@ import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from tpipe_jax.config import MeshConfig, ModelConfig, UserError
-from tpipe_jax.model import Params
+from tpipe_jax.block import Params
+from tpipe_jax.config import GPT2, MeshConfig, ModelConfig, UserError
+from tpipe_jax.gpt2_block import NORM_SPECS
+from tpipe_jax.layer import block_class, heads, param_shapes
 
 AXES = ("data", "pipe", "model")
 
 # How the parameters are divided: the vocabulary over all stages and 'model', blocks over the stages
-# (`param_specs`) and within each over 'model', by attention heads and by feed-forward width
-# (Megatron-LM, Shoeybi et al. 2019). What names no axis is on all devices.
-_WHOLE = PartitionSpec()
-_NORM = {"scale": _WHOLE, "bias": _WHOLE}
-_COLUMNS = {"kernel": PartitionSpec(None, "model"), "bias": PartitionSpec("model")}
-_ROWS = {"kernel": PartitionSpec("model"), "bias": _WHOLE}
-_BLOCK = {
-    "norm_1": _NORM,
-    "attn_in": _COLUMNS,
-    "attn_out": _ROWS,
-    "norm_2": _NORM,
-    "ff_in": _COLUMNS,
-    "ff_out": _ROWS,
-}
+# and within each as `Block.specs` says. What names no axis is on all devices.
 _OTHERS = {
-    "embed": {"tokens": PartitionSpec(("pipe", "model")), "positions": _WHOLE},
-    "norm": _NORM,
+    "embed": {"tokens": PartitionSpec(("pipe", "model")), "positions": PartitionSpec()},
+    "norm": NORM_SPECS,
 }
 
 
@@ -157,16 +146,23 @@ def oldest_device(mesh: Mesh) -> Any:
 
 
 def check_model(config: ModelConfig, mesh: MeshConfig) -> None:
-    """Raises `UserError` where 'model' does not divide the operators, or for too many layers."""
+    """Raises `UserError` where 'model' does not divide the operators, for too many layers, and for
+    a block that does not do.
+    """
     if config.num_layers > MAX_LAYERS:
         raise UserError(
             f"config.model.num_layers={config.num_layers} is more than the {MAX_LAYERS} that can "
             "be compiled, each as a part of the program: give fewer."
         )
-    for name, value in (("num_heads", config.num_heads), ("d_ff", config.ff_width)):
+    if config.block == GPT2:
+        divided = {"config.model.num_heads": config.num_heads, "config.model.d_ff": config.ff_width}
+    else:
+        divided = {f"the keys' heads of config.model.block={config.block},": heads(config).num_keys}
+    for name, value in divided.items():
         if value % mesh.model:
+            sign = "=" if config.block == GPT2 else " "
             raise UserError(
-                f"config.mesh.model={mesh.model} does not divide config.model.{name}={value}: "
+                f"config.mesh.model={mesh.model} does not divide {name}{sign}{value}: "
                 "pick a divisor."
             )
 
@@ -195,14 +191,17 @@ def padded_vocab_size(config: ModelConfig, mesh: Mesh) -> int:
     return -(-num_rows // multiple) * multiple * parts
 
 
-def param_specs(num_blocks: int) -> Params:
+def param_specs(config: ModelConfig, num_blocks: int) -> Params:
     """Where the parameters lie on the mesh, as a tree of their structure.
 
     Block n of the tree stacks the nth block of every stage, `[P, ...]`, zeros where a stage has no
     nth block: an array for each layer of a stage rather than one for all, since a slice of a stack
     may be copied for each use. The token embedding has `padded_vocab_size` rows.
     """
-    block = jax.tree.map(lambda spec: PartitionSpec("pipe", *spec), _BLOCK, is_leaf=_is_spec)
+    specs = block_class(config).specs
+    if specs is None:
+        specs = jax.tree.map(lambda _: PartitionSpec(), param_shapes(config))
+    block = jax.tree.map(lambda spec: PartitionSpec("pipe", *spec), specs, is_leaf=_is_spec)
     return _OTHERS | {"blocks": [block] * num_blocks}
 
 

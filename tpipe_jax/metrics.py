@@ -12,12 +12,13 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyrefly: ignore[missing-module-attribute]
 from tensorboard.compat.proto.summary_pb2 import Summary  # pyrefly: ignore[missing-module-attribute]
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-from tpipe_jax.config import UserError
+from tpipe_jax.config import Config, UserError, to_dict
 
 
 class Metrics:
@@ -26,11 +27,13 @@ class Metrics:
     What an interrupted run logged beyond its last checkpoint, the resumed run logs again: lines of
     steps after `first_step` are dropped, and TensorBoard is told to drop its own.
 
-    Raises `UserError`, as `write` and `close` do, if a file cannot be written.
+    With a config that names a project of Weights & Biases it gets the numbers too. Raises
+    `UserError`, as `write` and `close` do, if a file cannot be written.
     """
 
-    def __init__(self, workdir: Path, first_step: int) -> None:
+    def __init__(self, workdir: Path, first_step: int, config: Config | None = None) -> None:
         self._path = workdir / "metrics.jsonl"
+        self._tracker: Any = _tracker(config, workdir) if config and config.metrics.wandb else None
         events = workdir / "tensorboard"
         with self._writing():
             events.mkdir(parents=True, exist_ok=True)
@@ -50,11 +53,15 @@ class Metrics:
             self._lines.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
             self._lines.flush()
             self._write_event(Event(step=step, summary=Summary(value=scalars)))
+        if self._tracker:
+            self._tracker.log(values, step=step)
 
     def close(self) -> None:
         """Closes the files."""
         with self._writing(), contextlib.closing(self._events):
             self._lines.close()
+        if self._tracker:
+            self._tracker.finish()
 
     def _write_event(self, event: Event) -> None:
         event.wall_time = time.time()
@@ -70,6 +77,35 @@ class Metrics:
                 f"cannot write {error.filename or self._path} ({error.strerror}): make it writable "
                 "and see that the disk has space, or choose another folder with --workdir."
             ) from error
+
+
+def _tracker(config: Config, workdir: Path) -> Any:
+    """A run of Weights & Biases, the same one whenever the run of the workdir goes on."""
+    try:
+        import wandb  # pyrefly: ignore[missing-import]
+    except ImportError:
+        raise UserError(
+            f"config.metrics.wandb={config.metrics.wandb} needs the package wandb: install it with "
+            "pip install tpipe_jax[wandb], or leave it out."
+        ) from None
+    kept = workdir / "wandb.id"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not kept.exists():
+            kept.write_text(wandb.util.generate_id())
+        return wandb.init(
+            project=config.metrics.wandb,
+            id=kept.read_text(),
+            resume="allow",
+            dir=workdir,
+            name=workdir.name,
+            config=to_dict(config),
+        )
+    except Exception as error:  # wandb's own, and those of the network
+        raise UserError(
+            f"config.metrics.wandb={config.metrics.wandb} cannot be written to ({error}): log in "
+            "with wandb login, set WANDB_MODE=offline, or leave it out."
+        ) from error
 
 
 def _drop_after(last_step: int, path: Path) -> None:

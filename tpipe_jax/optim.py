@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from tpipe_jax.block import Params
 from tpipe_jax.config import OptimConfig
-from tpipe_jax.model import Params
 
 FINAL_FRACTION = 0.1  # of the peak learning rate, at the end of the run, as GPT-3
 

@@ -10,8 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from tpipe_jax.latency import LatencyTable, Profile, Sample
-from tpipe_jax.plan import Plan
 from tpipe_jax.planner import predicted_timeline
+from tpipe_jax.plans import Plan
 from tpipe_jax.schedule import terapipe
 from tpipe_jax.timeline import draw_boxes
 from tpipe_jax.workdir import writing_to

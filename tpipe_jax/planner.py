@@ -9,8 +9,8 @@ import numpy as np
 
 from tpipe_jax.config import UserError
 from tpipe_jax.latency import LatencyTable, Memory
-from tpipe_jax.plan import Nested, Plan, PlanRequest, Prediction
-from tpipe_jax.plan import uniform as uniform_parts
+from tpipe_jax.plans import Nested, Plan, PlanRequest, Prediction
+from tpipe_jax.plans import uniform as uniform_parts
 from tpipe_jax.schedule import Timeline, simulate, slice_order, terapipe
 from tpipe_jax.slicer import ROUNDING, Slicing, fastest_slicing, least_longest
 

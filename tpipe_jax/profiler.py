@@ -25,24 +25,20 @@ from jax.stages import Compiled
 
 import tpipe_jax
 from tpipe_jax.backends import attention_backend, make_attention
+from tpipe_jax.block import Params
 from tpipe_jax.collectives import compile_checked
 from tpipe_jax.config import Config, to_dict
 from tpipe_jax.latency import Memory, Profile, Sample
 from tpipe_jax.memory import program_bytes
 from tpipe_jax.mesh import put_rows
-from tpipe_jax.model import Params
 from tpipe_jax.optim import make_optimizer
-from tpipe_jax.plan import unit_tokens
+from tpipe_jax.plans import unit_tokens
 from tpipe_jax.precision import compute_format
 from tpipe_jax.remat import saved_names
 from tpipe_jax.schedule import IDLE, Item, Schedule
+from tpipe_jax.stage_setup import saved_bytes_per_token
 from tpipe_jax.train_state import init_state
-from tpipe_jax.train_step import (
-    make_stage_work,
-    make_train_step,
-    make_transfer,
-    saved_bytes_per_token,
-)
+from tpipe_jax.train_step import make_stage_work, make_train_step, make_transfer
 
 MAX_TICKS = 32
 REPEATS = 7  # for medians

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tpipe_jax.plan import Plan
+from tpipe_jax.plans import Plan
 
 IDLE = -1
 

@@ -27,10 +27,16 @@ from pathlib import Path
 import numpy as np
 
 from tpipe_jax.config import BYTES_NAME, UserError
-from tpipe_jax.token_files import INDEX, MEGATRON, TEXT_SUFFIXES
+from tpipe_jax.documents import (
+    JSON_LINES,
+    RECORD_SUFFIXES,
+    TEXT_SUFFIXES,
+    file_stat,
+    read_documents,
+)
+from tpipe_jax.token_files import INDEX, MEGATRON
 from tpipe_jax.tokenizer import Tokenizer, open_tokenizer
 
-JSON_LINES = ".jsonl"
 PARTIAL = ".partial"
 PART_BYTES = 64 * 2**20  # of input for one shard, if no document is longer
 TOKENIZER = "tokenizer.json"
@@ -39,12 +45,12 @@ LARGEST = 2**16  # vocabulary of 16-bit tokens
 
 @dataclass(frozen=True)
 class Part:
-    """Some of the documents: text files, one each, or lines of a file of JSON lines."""
+    """Some of the documents: text files, one each, or records of a file, of JSON lines some."""
 
     files: tuple[tuple[str, int, int], ...]
     """Path, size and time of change in ns."""
     start: int
-    """Where the lines begin in the one file."""
+    """Where the records begin in the one file, bytes."""
     stop: int
 
 
@@ -112,7 +118,7 @@ def find_files(inputs: Sequence[Path]) -> list[Path]:
     for path in inputs:
         if path.is_dir():
             files = sorted(file for file in path.rglob("*") if file.is_file())
-            found += [f for f in files if f.suffix.lower() in (*TEXT_SUFFIXES, JSON_LINES)]
+            found += [f for f in files if f.suffix.lower() in (*TEXT_SUFFIXES, *RECORD_SUFFIXES)]
         elif path.is_file():
             found.append(path)
         else:
@@ -120,101 +126,53 @@ def find_files(inputs: Sequence[Path]) -> list[Path]:
     if not found:
         raise UserError(
             f"{', '.join(map(str, inputs))} has no file that ends in "
-            f"{', '.join((*TEXT_SUFFIXES, JSON_LINES))}: name text to tokenize."
+            f"{', '.join((*TEXT_SUFFIXES, *RECORD_SUFFIXES))}: name text to tokenize."
         )
     return found
 
 
 def cut(files: Sequence[Path]) -> list[Part]:
-    """Parts of about equal size: some text files, or some lines."""
+    """Parts of about equal size: some text files, or some lines; other files of records whole."""
     parts: list[Part] = []
-    texts: list[tuple[str, int, int]] = []
+    files_of_part: list[tuple[str, int, int]] = []
 
     def close() -> None:
-        if texts:
-            parts.append(Part(tuple(texts), 0, 0))
-            texts.clear()
+        if files_of_part:
+            parts.append(Part(tuple(files_of_part), 0, 0))
+            files_of_part.clear()
 
     num_bytes = 0
     for path in files:
-        stat = _stat(path)
+        stat = file_stat(path)
         file = str(path.resolve()), stat.st_size, stat.st_mtime_ns
-        if path.suffix.lower() == JSON_LINES:
+        if path.suffix.lower() in RECORD_SUFFIXES:
             close()
-            bounds = [*_line_starts(path, stat.st_size), stat.st_size]
+            is_cut = path.suffix.lower() == JSON_LINES
+            bounds = [*(_line_starts(path, stat.st_size) if is_cut else [0]), stat.st_size]
             parts += [Part((file,), a, b) for a, b in itertools.pairwise(bounds) if a < b]
         else:
             num_bytes += stat.st_size
-            if texts and num_bytes > PART_BYTES:
+            if files_of_part and num_bytes > PART_BYTES:
                 close()
                 num_bytes = stat.st_size
-            texts.append(file)
+            files_of_part.append(file)
     close()
     return parts
 
 
-def documents(part: Part, field: str) -> Iterator[str]:
-    """The texts of a part. Raises `UserError` for one that is empty or cannot be read."""
+def texts(part: Part, field: str) -> Iterator[str]:
+    """The documents of a part. Raises `UserError` for one that is empty, cannot be read, or has a
+    prompt, which would be learnt too.
+    """
     for name, _, _ in part.files:
-        path = Path(name)
-        if path.suffix.lower() == JSON_LINES:
-            for where, line in _lines(path, part):
-                yield _document(where, line, field)
-        else:
-            try:
-                text = path.read_text(encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"{path} cannot be read as UTF-8 ({error}): mend it.") from None
-            if not text:
-                raise UserError(f"{path} is an empty document: remove it, or write something.")
-            yield text
-
-
-def _lines(path: Path, part: Part) -> Iterator[tuple[str, bytes]]:
-    """The lines of a part that are not empty, and where each is."""
-    try:
-        with path.open("rb") as file:
-            file.seek(part.start)
-            while file.tell() < part.stop:
-                where = f"{path} at byte {file.tell()}"
-                if line := file.readline().strip():
-                    yield where, line
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _stat(path: Path) -> os.stat_result:
-    """Raises `UserError` where the file cannot be read."""
-    try:
-        with path.open("rb") as file:
-            return os.fstat(file.fileno())
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f"{path} cannot be read ({error.strerror}): see that you may, or leave it out."
-    )
-
-
-def _document(where: str, line: bytes, field: str) -> str:
-    try:
-        text = json.loads(line)[field]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{where} has no text ({type(error).__name__}: {error}): each line must be a JSON "
-            f"object with the field {field}, or name another with --field."
-        ) from None
-    if not isinstance(text, str) or not text:
-        raise UserError(
-            f"{where} has {json.dumps(text)[:40]} as its {field}: a document is text and not empty."
-        )
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where} has a {field} that is no UTF-8 ({error}): mend it.") from None
-    return text
+        stop = part.stop or None
+        for document in read_documents(Path(name), field, part.start, stop):
+            if document.prompt:
+                raise UserError(
+                    f"{name} has prompts, which tokens cannot tell from what is to be learnt: "
+                    f"train on the file itself, with config.data.train={name}."
+                )
+            yield document.text
 
 
 def _results(
@@ -278,7 +236,7 @@ def _write_shard(folder: Path, index: int, part: Part, how: dict[str, str]) -> R
     name, lengths = f"{index:05}", []
     end = [] if _tokenizer.end is None else [_tokenizer.end]
     with (folder / f"{name}.bin").open("wb") as file:
-        for text in documents(part, how["field"]):
+        for text in texts(part, how["field"]):
             tokens = np.concatenate([_tokenizer.encode(text), end]).astype(dtype)
             lengths.append(len(tokens))
             file.write(tokens.tobytes())

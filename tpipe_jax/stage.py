@@ -5,23 +5,29 @@ the backward pass, which returns the saved value and routes the gradient to the 
 that XLA drops the computation.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from tpipe_jax.attention import Attention, KVCache
+from tpipe_jax.block import Params, merge_heads, split_heads
 from tpipe_jax.blocks import query_block
 from tpipe_jax.inplace import Position, read, run_if, write
-from tpipe_jax.model import LINEARS, BlockFunctions, Params, split_heads
+from tpipe_jax.layer import BlockFunctions
 
 LayerState = TypeVar("LayerState")
 
-NORMS = ("norm_1", "norm_2")
-UNDIVIDED = ("x", "middle", "out", *NORMS)  # what all devices of 'model' hold; they divide the rest
+UNDIVIDED = (
+    "x",
+    "middle",
+    "out",
+    "norm_1",
+    "norm_2",
+)  # what all devices of 'model' hold; they divide the rest
 # About as many in each product of deferred weight gradients: enough for a device to be busy longer
 # than adding the product to its sum takes. On a CPU 256 to 1024 are alike (docs/design.md).
 DEFERRED_TOKENS = 1024
@@ -32,8 +38,8 @@ class Saved(NamedTuple):
 
     cache: KVCache
     values: dict[str, Array]
-    """The input x `[B, T, D]`, and by name what is not computed again: q `[B, H, T, K]`, attn
-    `[B, T, D]` with its lse `[B, H, T, 1]`, other values of the block `[B, T, D or F]`."""
+    """The input x `[B, T, D]`, and by name what is not computed again: q `[B, G H, T, K]`, attn
+    `[B, T, G H K]` with its lse `[B, G H, T, 1]`, other values of the block `[B, T, width]`."""
 
 
 class Gradients(NamedTuple):
@@ -42,10 +48,10 @@ class Gradients(NamedTuple):
     cache: KVCache
     """Sums, float32."""
     params: Params
-    """Sums, float32; of norms only, if the weights' are deferred."""
+    """Sums, float32; without those of linear layers, if these are deferred."""
     d_outputs: dict[str, Array]
-    """With respect to the outputs of linear layers, `[B, T, ...]`, if the weights' are deferred;
-    else empty."""
+    """With respect to the outputs of linear layers, `[B, T, ...]`, if these are deferred; else
+    empty."""
 
 
 class Stage(NamedTuple):
@@ -58,6 +64,9 @@ class Stage(NamedTuple):
     """How many of `params` are layers of this stage, a run-time scalar; the others are padding."""
     min_active: int
     """The least `num_active` of all stages: these layers need no condition."""
+    starts_BT1: Array | None = None
+    """Where the document of each token begins in its sequence, `[B, T, 1]` int32, where documents
+    do not see each other; None where they do."""
 
     def infer(
         self, x_BLD: Array, at: Position, caches: list[KVCache]
@@ -107,64 +116,80 @@ class Stage(NamedTuple):
         def record(name: str, value: Array) -> Array:
             return values.setdefault(name, value)
 
-        q, k, v = self.block.qkv(self.params[n], x_BLD, record)
+        B, L, _ = x_BLD.shape
+        starts_BL1 = self._starts(at, B, L)
+        q, k, v = self.block.qkv(self.params[n], x_BLD, _positions(at, L, starts_BL1), record)
         cache = KVCache(write(cache.k, k, at), write(cache.v, v, at))
-        attn, lse = self.attention.forward(q, cache, at)
+        attn, lse = self.attention.forward(q, cache, at, starts_BL1)
         y_BLD = self.block.finish(self.params[n], x_BLD, attn, record)
-        return y_BLD, cache, values | {"q": q, "lse": lse}
+        return y_BLD, cache, values | {"q": q, "attn": merge_heads(attn), "lse": lse}
 
     def _layer_backward(
         self, n: int, saved: Saved, d_y_BLD: Array, gradients: Gradients, at: Position
     ) -> tuple[Array, Gradients]:
         B, L, _ = d_y_BLD.shape
         params, cache, (d_cache, d_params, d_outputs) = self.params[n], saved.cache, gradients
+        linears, starts_BL1 = self.block.linears, self._starts(at, B, L)
         values = {name: read(buffer, at, B, L) for name, buffer in saved.values.items()}
-        x_BLD, norms = values["x"], {name: params[name] for name in NORMS}
+        x_BLD, others = values["x"], {name: params[name] for name in params if name not in linears}
         taps = {
             name: jnp.broadcast_to(x_BLD[..., :1], (B, L, params[layer]["kernel"].shape[-1]))
-            for layer, (_, name) in LINEARS.items()
+            for layer, (_, name) in linears.items()
         }
 
-        def replay(function: Callable[..., Array]) -> Callable[..., tuple[Array, dict[str, Array]]]:
-            """The function of norms, taps and inputs; returns what the tape has seen as well."""
+        def replay(function: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Array]]]:
+            """The function of other parameters, taps and inputs; returns what the tape has seen as
+            well.
+            """
 
-            def run(norms: Params, taps: dict[str, Array], *inputs: Array):
+            def run(others: Params, taps: dict[str, Array], *inputs: Array):
                 seen: dict[str, Array] = {}
 
                 def tape(name: str, value: Array) -> Array:
                     seen[name] = _substitute(value, values[name]) if name in values else value
                     return _tap(seen[name], taps[name]) if name in taps else seen[name]
 
-                return function(params | norms, *inputs, tape), seen
+                return function(params | others, *inputs, tape), seen
 
             return run
 
         q, attn, lse = self._attention_again(n, values, cache, at)
         _, finish_vjp, seen = jax.vjp(
-            replay(self.block.finish), norms, taps, x_BLD, attn, has_aux=True
+            replay(self.block.finish), others, taps, x_BLD, attn, has_aux=True
         )
-        d_norms, d_taps, d_x_BLD, d_attn_BHLK = finish_vjp(d_y_BLD)
-        d_q, d_cache = self.attention.backward(q, cache, at, attn, lse, d_attn_BHLK, d_cache)
-        d_qkv = jnp.stack([d_q, *(read(d, at, B, L).astype(d_q.dtype) for d in d_cache)])
-        _, qkv_vjp, seen_before = jax.vjp(replay(self.block.qkv), norms, taps, x_BLD, has_aux=True)
-        # Each norm and each tap has its gradient from one of the two.
-        d_norms, d_taps, d_x_BLD = jax.tree.map(jnp.add, (d_norms, d_taps, d_x_BLD), qkv_vjp(d_qkv))
+        d_others, d_taps, d_x_BLD, d_attn_BHLK = finish_vjp(d_y_BLD)
+        d_q, d_cache = self.attention.backward(
+            q, cache, at, attn, lse, d_attn_BHLK, d_cache, starts_BL1
+        )
+        d_qkv = d_q, *(read(d, at, B, L).astype(d_q.dtype) for d in d_cache)
+        positions = _positions(at, L, starts_BL1)
+        _, qkv_vjp, seen_before = jax.vjp(
+            replay(lambda params, x, tape: self.block.qkv(params, x, positions, tape)),
+            *(others, taps, x_BLD),
+            has_aux=True,
+        )
+        # Each tap has its gradient from one of the two.
+        d_others, d_taps, d_x_BLD = jax.tree.map(
+            jnp.add, (d_others, d_taps, d_x_BLD), qkv_vjp(d_qkv)
+        )
         if d_outputs:
             d_outputs = {name: write(d_outputs[name], d_taps[name], at) for name in d_outputs}
         else:
-            d_norms |= _weight_gradients(seen_before | seen, d_taps)
-        d_params = jax.tree.map(jnp.add, d_params, d_norms)
+            d_others |= _weight_gradients(linears, seen_before | seen, d_taps)
+        d_params = jax.tree.map(jnp.add, d_params, d_others)
         return d_x_BLD, Gradients(d_cache, d_params, d_outputs)
 
     def _attention_again(
         self, n: int, values: dict[str, Array], cache: KVCache, at: Position
     ) -> tuple[Array, Array, Array]:
         """Queries, output and log-sum-exp of a slice's attention, as saved or computed again."""
-        q = values.get("q")
+        x_BLD, q = values["x"], values.get("q")
+        starts_BL1 = self._starts(at, *x_BLD.shape[:2])
         if q is None:
-            q = self.block.query(self.params[n], values["x"], values.get)
+            positions = _positions(at, x_BLD.shape[1], starts_BL1)
+            q = self.block.query(self.params[n], x_BLD, positions, values.get)
         if "attn" not in values:
-            return q, *self.attention.forward(q, cache, at)
+            return q, *self.attention.forward(q, cache, at, starts_BL1)
         return q, split_heads(values["attn"], q.shape[1]), values["lse"]
 
     def _deferred(self, n: int, saved: Saved, d_outputs: dict[str, Array]) -> Params:
@@ -188,14 +213,22 @@ class Stage(NamedTuple):
             def tape(name: str, value: Array) -> Array:
                 return seen.setdefault(name, values.get(name, value))
 
-            self.block.qkv(self.params[n], values["x"], tape)
-            attn_BHLK = split_heads(values["attn"], saved.cache.k.shape[1])
+            positions = _positions(at, num_tokens, self._starts(at, num_rows, num_tokens))
+            q, _, _ = self.block.qkv(self.params[n], values["x"], positions, tape)
+            attn_BHLK = split_heads(values["attn"], q.shape[1])
             self.block.finish(self.params[n], values["x"], attn_BHLK, tape)
-            return jax.tree.map(jnp.add, sums, _weight_gradients(seen, part(d_outputs)))
+            more = _weight_gradients(self.block.linears, seen, part(d_outputs))
+            return jax.tree.map(jnp.add, sums, more)
 
-        weights = {name: self.params[n][name] for name in LINEARS}
+        weights = {name: self.params[n][name] for name in self.block.linears}
         zeros = jax.tree.map(lambda a: jnp.zeros_like(a, jnp.float32), weights)
         return lax.fori_loop(0, B // num_rows * (T // num_tokens), add_part, zeros)
+
+    def _starts(self, at: Position, num_rows: int, num_tokens: int) -> Array | None:
+        """Where the documents of a slice's tokens begin, `[B, L, 1]`."""
+        if self.starts_BT1 is None:
+            return None
+        return read(self.starts_BT1, at, num_rows, num_tokens)
 
     def _each_layer(
         self,
@@ -223,45 +256,53 @@ def empty_caches(num_layers: int, shape_BHTK: tuple[int, ...], dtype: jnp.dtype)
 
 
 def empty_saved(
-    num_layers: int,
-    shape_BHTK: tuple[int, ...],
-    ff_width: int,
-    names: Sequence[str],
-    dtype: jnp.dtype,
+    caches: list[KVCache], widths: Mapping[str, int], num_queries: int, names: Sequence[str]
 ) -> list[Saved]:
-    """Zeroed buffers of every layer for its input and the named values."""
-    B, H, T, K = shape_BHTK
+    """Zeroed buffers of every layer for its input and those of the named values that it has.
 
-    def values() -> dict[str, Array]:
-        wide = {"hidden": (B, T, ff_width), "gelu": (B, T, ff_width), "q": shape_BHTK}
-        own = {name: jnp.zeros(wide.get(name, (B, T, H * K)), dtype) for name in ("x", *names)}
-        return own | ({"lse": jnp.zeros((B, H, T, 1))} if "attn" in names else {})
+    `widths` are those of the input x and of the block's own values, and `num_queries` the heads.
+    """
 
-    return [Saved(cache, values()) for cache in empty_caches(num_layers, shape_BHTK, dtype)]
+    def values(cache: KVCache) -> dict[str, Array]:
+        B, _, T, K = cache.k.shape
+        shapes = {name: (B, T, width) for name, width in widths.items()}
+        shapes |= {"attn": (B, T, num_queries * K), "q": (B, num_queries, T, K)}
+        kept = [name for name in ("x", *names) if name in shapes]
+        own = {name: jnp.zeros(shapes[name], cache.k.dtype) for name in kept}
+        return own | ({"lse": jnp.zeros((B, num_queries, T, 1))} if "attn" in kept else {})
+
+    return [Saved(cache, values(cache)) for cache in caches]
 
 
 def empty_gradients(
-    num_layers: int,
-    shape_BHTK: tuple[int, ...],
+    d_caches: list[KVCache],
     block_shapes: Params,
+    linears: Mapping[str, tuple[str, str]],
     is_deferred: bool,
     dtype: jnp.dtype,
 ) -> list[Gradients]:
     """Zeroed sums and buffers of every layer; `block_shapes` is a tree of what has a shape."""
-    B, _, T, _ = shape_BHTK
 
     def sums() -> Params:
-        summed = {name: block_shapes[name] for name in (NORMS if is_deferred else block_shapes)}
+        summed = {
+            name: shapes
+            for name, shapes in block_shapes.items()
+            if not (is_deferred and name in linears)
+        }
         return jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), summed)
 
-    def d_outputs() -> dict[str, Array]:
-        widths = {name: block_shapes[n]["kernel"].shape[-1] for n, (_, name) in LINEARS.items()}
+    def d_outputs(d_cache: KVCache) -> dict[str, Array]:
+        B, _, T, _ = d_cache.k.shape
+        widths = {name: block_shapes[n]["kernel"].shape[-1] for n, (_, name) in linears.items()}
         return {name: jnp.zeros((B, T, width), dtype) for name, width in widths.items()}
 
-    return [
-        Gradients(d_cache, sums(), d_outputs() if is_deferred else {})
-        for d_cache in empty_caches(num_layers, shape_BHTK, jnp.dtype(jnp.float32))
-    ]
+    return [Gradients(d, sums(), d_outputs(d) if is_deferred else {}) for d in d_caches]
+
+
+def _positions(at: Position, num_tokens: int, starts_BL1: Array | None) -> Array:
+    """Of a slice's tokens in their documents, `[B, L]`, or `[1, L]` where a sequence is one."""
+    positions_1L = (at.token + jnp.arange(num_tokens))[None]
+    return positions_1L if starts_BL1 is None else positions_1L - starts_BL1[..., 0]
 
 
 def _divisor(total: int, near: int) -> int:
@@ -270,7 +311,11 @@ def _divisor(total: int, near: int) -> int:
     return total if total % size else size
 
 
-def _weight_gradients(inputs: dict[str, Array], d_outputs: dict[str, Array]) -> Params:
+def _weight_gradients(
+    linears: Mapping[str, tuple[str, str]],
+    inputs: dict[str, Array],
+    d_outputs: dict[str, Array],
+) -> Params:
     """Gradients of a block's linear layers, float32, from what they were given and those with
     respect to what they gave, `[B, L, ...]`.
     """
@@ -280,7 +325,7 @@ def _weight_gradients(inputs: dict[str, Array], d_outputs: dict[str, Array]) -> 
         kernel = jnp.einsum("bli,blo->io", x, d_y, preferred_element_type=jnp.float32)
         return {"kernel": kernel, "bias": d_y.astype(jnp.float32).sum((0, 1))}
 
-    return {name: of(*ends) for name, ends in LINEARS.items()}
+    return {name: of(*ends) for name, ends in linears.items()}
 
 
 @jax.custom_vjp

@@ -1,18 +1,25 @@
 """What is measured of the steps of a run, when it is logged, and when a run has diverged."""
 
 import math
+import resource
+import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 
+from tpipe_jax.autoplan import stage_factors
 from tpipe_jax.config import Config, UserError
 from tpipe_jax.console import Console
+from tpipe_jax.flops import peak_flops, step_flops
 from tpipe_jax.metrics import Metrics
 from tpipe_jax.optim import learning_rate
-from tpipe_jax.plan import Plan
+from tpipe_jax.planner import predicted_timeline
+from tpipe_jax.plans import Plan
 
 COMPARED_STEPS = 20  # until prediction and measurement are compared
 STEP_METRICS = ("loss", "grad_norm", "loss_scale", "skipped_steps", "loss_spikes")
@@ -26,7 +33,7 @@ class StepLog:
     """
 
     def __init__(
-        self, config: Config, plan: Plan, metrics: Metrics | None, console: Console
+        self, config: Config, plan: Plan, mesh: Mesh, metrics: Metrics | None, console: Console
     ) -> None:
         self._train, self._metrics, self._console = config.train, metrics, console
         self._precision, self._optim = config.precision, config.optim
@@ -34,6 +41,13 @@ class StepLog:
         self._num_allowed = self._train.max_consecutive_skips if may_skip else 0
         self._prediction, self._compared = plan.prediction, (0, 0.0)
         self._is_warming_up, self._save_seconds = True, 0.0
+        self._measured_bubble: float | None = None
+        self._flops, self._num_devices = step_flops(config), mesh.size
+        self._device = mesh.local_devices[0]
+        self._peak_flops = peak_flops(config, self._device)
+        self._bubble = None
+        if plan.prediction:
+            self._bubble = predicted_timeline(plan, stage_factors(config)).bubble
         self._tokens_per_step = config.train.batch_size * config.model.seq_len
         self._learning_rate = learning_rate(config.optim, config.train.num_steps)
         self._running: tuple[int, dict[str, Array]] | None = None
@@ -41,7 +55,7 @@ class StepLog:
 
     def start(self) -> None:
         """Counts time from now on."""
-        self._num_timed, self._since = 0, time.monotonic()
+        self._num_timed, self._since, self._wait_seconds = 0, time.monotonic(), 0.0
 
     def begin(self, step: int, values: dict[str, Array]) -> None:
         self._running = step, values
@@ -49,6 +63,14 @@ class StepLog:
     def add_save(self, seconds: float) -> None:
         """Logs with the next line how long checkpoints have kept training waiting."""
         self._save_seconds += seconds
+
+    def add_wait(self, seconds: float) -> None:
+        """Logs with the next line how long a step has waited for its batch."""
+        self._wait_seconds += seconds
+
+    def add_bubble(self, share: float | None) -> None:
+        """Logs with the next line in what share of a traced step the stages were idle."""
+        self._measured_bubble = share
 
     def leave_out(self, seconds: float) -> None:
         """Does not count time that no step took."""
@@ -80,8 +102,14 @@ class StepLog:
         line |= {
             "learning_rate": np.asarray(self._learning_rate(num_updates)).item(),
             "step_seconds": step_seconds,
-            "tokens_per_second": self._tokens_per_step / step_seconds,
+            **self._speed(step_seconds),
+            "data_wait_seconds": self._wait_seconds / self._num_timed,
+            "peak_memory_gib": _peak_bytes(self._device) / 2**30,
         }
+        if self._bubble is not None:
+            line["bubble_predicted"] = self._bubble
+        if self._measured_bubble is not None:
+            line["bubble_measured"], self._measured_bubble = self._measured_bubble, None
         if self._save_seconds:
             line["checkpoint_stall_seconds"], self._save_seconds = self._save_seconds, 0.0
         if evaluate and not has_diverged:
@@ -93,6 +121,17 @@ class StepLog:
             raise UserError(self._divergence(step, num_bad))
         self._compare(step, step_seconds)
         self.start()
+
+    def _speed(self, step_seconds: float) -> dict[str, float]:
+        tokens, flops = (n / step_seconds for n in (self._tokens_per_step, self._flops))
+        speed = {
+            "tokens_per_second": tokens,
+            "tokens_per_second_per_device": tokens / self._num_devices,
+            "tflops_per_device": flops / self._num_devices / 1e12,
+        }
+        if self._peak_flops:
+            speed["mfu"] = flops / self._num_devices / self._peak_flops
+        return speed
 
     def _divergence(self, step: int, num_bad: int) -> str:
         scale = self._precision.loss_scale_min
@@ -120,3 +159,14 @@ class StepLog:
             measured = self._compared[1] / self._compared[0]
             self._console.show_agreement(self._prediction.step_seconds, measured)
             self._prediction = None
+
+
+def _peak_bytes(device: Any) -> int:
+    """The most that has been in use, of a device's memory, or where it does not tell of the
+    process's.
+    """
+    reported = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    if reported is not None:
+        return reported
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

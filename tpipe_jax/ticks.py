@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from tpipe_jax.collectives import split_computations
 from tpipe_jax.config import Config, UserError
-from tpipe_jax.plan import Plan
+from tpipe_jax.plans import Plan
 from tpipe_jax.processes import gathered
 from tpipe_jax.schedule import IDLE, Box, Schedule, Timeline
 from tpipe_jax.workdir import add_measured_ticks
@@ -87,14 +87,21 @@ def traced(
     return result, boxes, seconds
 
 
-def gathered_ticks(boxes: Sequence[Box], workdir: Path, plan: Plan, step: int) -> str:
-    """Adds the boxes of all processes to timeline.json, once in a run; says what has come of it."""
+def gathered_ticks(
+    boxes: Sequence[Box], workdir: Path, plan: Plan, step: int
+) -> tuple[str, float | None]:
+    """Adds the boxes of all processes to timeline.json, once in a run; says what has come of it,
+    and to process 0 the share of time in which stages idle, if it is known.
+    """
+    bubble = None
 
     def report(texts: list[str]) -> str:
         """As text, whatever happens, since nobody must wait for a process that has failed."""
+        nonlocal bubble
         timeline = merged(texts, plan.num_stages)
         if not timeline:
             return "the trace does not show its ticks"
+        bubble = timeline.bubble
         try:
             add_measured_ticks(workdir, plan, step, timeline)
         except UserError as error:
@@ -104,7 +111,8 @@ def gathered_ticks(boxes: Sequence[Box], workdir: Path, plan: Plan, step: int) -
             f"{1 - timeline.bubble:.0%} of it; timeline.json has each tick"
         )
 
-    return gathered("ticks", to_text(boxes), report)
+    outcome = gathered("ticks", to_text(boxes), report)
+    return outcome, bubble
 
 
 def to_text(boxes: Sequence[Box]) -> str:

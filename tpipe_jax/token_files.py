@@ -1,7 +1,8 @@
 """Files of tokens, and what they are like: text, .npy, and what others write as .bin.
 
-A format is told from a file's name and its first bytes. Text is read as bytes, one token each. A
-folder is the text files below it, sorted by path, with nothing between them.
+A format is told from a file's name and its first bytes. Text is read as bytes, one token each, as
+are records, which `sources` reads again as such. A folder is the text files and records below it,
+sorted by path, with nothing between them.
 """
 
 import errno
@@ -16,11 +17,19 @@ from typing import Any
 import numpy as np
 
 from tpipe_jax.config import UserError
+from tpipe_jax.documents import (
+    ARRAY_RECORD,
+    JSON_LINES,
+    PARQUET,
+    RECORD_SUFFIXES,
+    TEXT_SUFFIXES,
+)
 
 PYDOCS = "pydocs"
 INDEX = "index.json"  # of a folder of token shards, `shards`
 TEXT = "bytes of text"  # a format
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+RECORDS = {JSON_LINES: "JSON lines", PARQUET: "Parquet", ARRAY_RECORD: "ArrayRecord"}  # too
+LLM_C_FORMAT = "llm.c"
 
 # What the files of karpathy's llm.c begin with: 256 int32, of which the first three say what it is,
 # in which version, and how many tokens follow.
@@ -33,7 +42,7 @@ MEGATRON_HEADER = struct.Struct("<9sQBQQ")
 MEGATRON_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TokenFile:
     """The tokens in a file, after `offset` bytes of header."""
 
@@ -43,6 +52,8 @@ class TokenFile:
     num_tokens: int
     format: str
     """In a few words."""
+    starts: np.ndarray | None = None
+    """Where each document begins; None if the file does not say."""
 
     def __len__(self) -> int:
         return self.num_tokens
@@ -68,11 +79,13 @@ def open_files(setting: str, value: str, vocab_size: int) -> list[TokenFile]:
         return _open_shards(setting, path, about, vocab_size)
     if value and path.is_dir():  # Path("") is the current folder
         files = sorted(file for file in path.rglob("*") if file.is_file())
-        return [_open_text(file) for file in files if file.suffix.lower() in TEXT_SUFFIXES]
+        suffixes = (*TEXT_SUFFIXES, *RECORD_SUFFIXES)
+        return [_open_text(file) for file in files if file.suffix.lower() in suffixes]
     if not path.is_file():
         raise UserError(
-            f"{setting} does not exist: give {PYDOCS}, a text file, a folder of text files, "
-            "or a token file (.bin or .npy)."
+            f"{setting} does not exist: give {PYDOCS}, a text file, one of records "
+            f"({', '.join(RECORD_SUFFIXES)}), a folder of such files, or a token file "
+            "(.bin or .npy)."
         )
     if path.suffix == ".npy":
         return [_open_npy(setting, path)]
@@ -117,7 +130,8 @@ def _open_shards(
 
 
 def _open_text(path: Path) -> TokenFile:
-    return TokenFile(path, np.dtype(np.uint8), 0, _num_bytes(path), TEXT)
+    format, start = RECORDS.get(path.suffix.lower(), TEXT), np.zeros(1, np.int64)
+    return TokenFile(path, np.dtype(np.uint8), 0, _num_bytes(path), format, start)
 
 
 def _open_raw(setting: str, path: Path, vocab_size: int) -> TokenFile:
@@ -141,7 +155,7 @@ def _open_llm_c(setting: str, path: Path, header: np.ndarray) -> TokenFile:
             f"{setting} is a file of llm.c for {num_tokens} tokens, {expected} bytes, but has "
             f"{_num_bytes(path)}: write it again."
         )
-    return TokenFile(path, dtype, LLM_C_HEADER, num_tokens, f"llm.c, {dtype.name}")
+    return TokenFile(path, dtype, LLM_C_HEADER, num_tokens, f"{LLM_C_FORMAT}, {dtype.name}")
 
 
 def _open_megatron(setting: str, path: Path) -> TokenFile:
@@ -165,6 +179,7 @@ def _open_megatron(setting: str, path: Path) -> TokenFile:
         num_sequences *= is_whole
         lengths = np.frombuffer(file.read(4 * num_sequences), "<i4")
         starts = np.frombuffer(file.read(8 * num_sequences), "<i8")
+        documents = np.frombuffer(file.read(8 * num_documents * is_whole), "<i8")
     dtype = np.dtype(MEGATRON_TYPES[code])
     sizes = lengths.astype(np.int64) * dtype.itemsize
     is_whole = is_whole and sizes.sum() == _num_bytes(path)
@@ -173,7 +188,12 @@ def _open_megatron(setting: str, path: Path) -> TokenFile:
             f"{setting} and its index {index.name} do not belong together, or one is cut short: "
             "write both again."
         )
-    return TokenFile(path, dtype, 0, int(lengths.sum()), f"Megatron-LM, {dtype.name}")
+    # A document may be several sequences; the last number is that of all sequences.
+    is_first = documents[(documents >= 0) & (documents < num_sequences)]
+    return TokenFile(
+        *(path, dtype, 0, int(lengths.sum()), f"Megatron-LM, {dtype.name}"),
+        starts=starts[np.unique(is_first)] // dtype.itemsize,
+    )
 
 
 def _looks_like_uint32(path: Path) -> bool:

@@ -24,6 +24,8 @@ class Tokenizer:
     """Text to tokens `[n]`, int32."""
     decode: Callable[[Sequence[int]], str]
     """Tokens to text, with replacements where they are none."""
+    num_bytes: Callable[[Sequence[int] | np.ndarray], int]
+    """Of the text of tokens; special tokens have none."""
 
     def stream(self, tokens: Iterable[int]) -> Iterator[str]:
         """The text that each token adds, once all of its characters are there."""
@@ -44,7 +46,7 @@ class Tokenizer:
 def open_tokenizer(name: str, value: str) -> Tokenizer:
     """The tokenizer that a setting names. Raises `UserError` if it is none."""
     if value == BYTES_NAME:
-        return Tokenizer(BYTES, None, _to_bytes, _from_bytes)
+        return Tokenizer(BYTES, None, _to_bytes, _from_bytes, len)
     try:
         made = tokenizers.Tokenizer.from_file(value)
         made.no_truncation()
@@ -62,7 +64,8 @@ def open_tokenizer(name: str, value: str) -> Tokenizer:
         return made.decode(list(tokens), skip_special_tokens=False)
 
     vocab_size = max(made.get_vocab().values()) + 1  # there may be gaps
-    return Tokenizer(vocab_size, made.token_to_id(END_OF_TEXT), encode, decode)
+    end = made.token_to_id(END_OF_TEXT)
+    return Tokenizer(vocab_size, end, encode, decode, _byte_counter(made, vocab_size))
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
@@ -87,6 +90,20 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer
     )
     made.train_from_iterator(documents, trainer)
     return made
+
+
+def _byte_counter(
+    made: tokenizers.Tokenizer, vocab_size: int
+) -> Callable[[Sequence[int] | np.ndarray], int]:
+    if not isinstance(made.decoder, decoders.ByteLevel):
+        return lambda tokens: len(made.decode(list(map(int, tokens))).encode())
+    # A token is written with a character for each byte, which part of a letter could not be.
+    sizes = np.zeros(vocab_size, np.int64)
+    for token, number in made.get_vocab().items():
+        sizes[number] = len(token)
+    for number, token in made.get_added_tokens_decoder().items():
+        sizes[number] = 0 if token.special else len(token.content.encode())
+    return lambda tokens: int(sizes[np.asarray(tokens)].sum())
 
 
 def _to_bytes(text: str) -> np.ndarray:

@@ -13,8 +13,10 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 
+from tpipe_jax.block import Params
 from tpipe_jax.config import Config, resolved
 from tpipe_jax.health import Health, new_health
+from tpipe_jax.layer import init_block
 from tpipe_jax.mesh import (
     over_data,
     padded_vocab_size,
@@ -22,7 +24,7 @@ from tpipe_jax.mesh import (
     shardings,
     stage_layers,
 )
-from tpipe_jax.model import Params, block_keys, init, init_block
+from tpipe_jax.model import block_keys, init
 from tpipe_jax.precision import LossScale, new_loss_scale
 
 
@@ -42,7 +44,7 @@ def abstract_state(
     """Shapes, dtypes and shardings of a state, without its arrays."""
     is_divided = resolved(config).optim.shard_state
     shapes = jax.eval_shape(partial(_new_state, config, mesh, optimizer))
-    specs = param_specs(len(shapes.params["blocks"]))
+    specs = param_specs(config.model, len(shapes.params["blocks"]))
     chex.assert_trees_all_equal_structs(shapes.params, specs)
     opt_specs = optax.tree_map_params(
         optimizer.init,
@@ -59,8 +61,9 @@ def abstract_state(
 
 
 def abstract_rows(config: Config, mesh: Mesh) -> jax.ShapeDtypeStruct:
-    """What `mesh.put_rows` makes of a batch of tokens and their targets, without its array."""
-    shape = config.train.batch_size, config.model.seq_len + 1
+    """What `mesh.put_rows` makes of a batch of rows (`data.make_row`), without its array."""
+    B, T = config.train.batch_size, config.model.seq_len
+    shape = (B, 3, T) if config.data.marks_documents else (B, T + 1)
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
 

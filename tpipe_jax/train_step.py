@@ -14,25 +14,24 @@ from jax.stages import Wrapped
 
 from tpipe_jax import loss
 from tpipe_jax.attention import KVCache
-from tpipe_jax.backends import make_attention
-from tpipe_jax.config import Config
+from tpipe_jax.block import Params
+from tpipe_jax.config import IGNORE, Config
 from tpipe_jax.health import next_health
 from tpipe_jax.inplace import Position
-from tpipe_jax.mesh import layer_counts, manual_part, param_specs
-from tpipe_jax.model import Params, block_functions, init_block
+from tpipe_jax.mesh import manual_part, param_specs
 from tpipe_jax.optim import clipped, global_norm
-from tpipe_jax.pipeline import from_stage, needs_sums, psum, sweep, varying
+from tpipe_jax.pipeline import from_stage, needs_sums, psum, sweep
 from tpipe_jax.precision import compute_dtype, compute_format, next_loss_scale
-from tpipe_jax.remat import saved_names
 from tpipe_jax.schedule import IDLE, Item, Schedule
-from tpipe_jax.stage import (
-    UNDIVIDED,
-    Gradients,
-    Saved,
-    Stage,
-    empty_caches,
-    empty_gradients,
-    empty_saved,
+from tpipe_jax.stage import empty_caches
+from tpipe_jax.stage_setup import (
+    cache_shape,
+    empty_gradients_of,
+    empty_saved_of,
+    for_compute,
+    layers_per_stage,
+    make_head,
+    make_stage,
 )
 from tpipe_jax.train_state import TrainState, abstract_state
 
@@ -40,7 +39,7 @@ from tpipe_jax.train_state import TrainState, abstract_state
 def make_train_step(
     config: Config, mesh: Mesh, schedule: Schedule, optimizer: optax.GradientTransformation
 ) -> Wrapped:
-    """`(state, rows [B, T + 1])` to the next state and `loss`, `grad_norm`, for float16 also
+    """`(state, rows)` (`data.make_row`) to the next state and `loss`, `grad_norm`, for float16 also
     `loss_scale`, and the counts of `Health` as they are then.
 
     Where loss or gradients are not finite on any device, all keep their parameters and optimiser
@@ -84,22 +83,22 @@ def apply_gradients(
 
 
 def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapped:
-    """`(params, rows [B, T + 1], scale=1)` to the mean loss in nats per token and its float32
-    gradients, which are computed as those of `scale` times the loss.
+    """`(params, rows, scale=1)` (`data.make_row`) to the mean loss in nats per token and its
+    float32 gradients, which are computed as those of `scale` times the loss.
     """
     dtype = compute_dtype(config.precision, mesh)
 
     def local(params: Params, rows: Array, scale: Array) -> tuple[Array, Params]:
-        tokens_BT, targets_BT = rows[:, :-1], rows[:, 1:]
-        params, count = _for_compute(config, mesh, params), _count(targets_BT)
-        stage = _make_stage(config, mesh, params)
+        tokens_BT, targets_BT, starts_BT1 = _split(config, rows)
+        params, count = for_compute(config, mesh, params), _count(targets_BT)
+        stage = make_stage(config, mesh, params, starts_BT1)
 
-        x_BTD = loss.embed(params["embed"], tokens_BT, dtype)
+        x_BTD = loss.embed(params["embed"], tokens_BT, dtype, starts_BT1)
         y_BTD, saved = sweep(
-            schedule.forward, schedule.items, stage.forward, x_BTD, _empty_saved(config, mesh)
+            schedule.forward, schedule.items, stage.forward, x_BTD, empty_saved_of(config, mesh)
         )
 
-        head = _make_head(config, mesh, params)
+        head = make_head(config, mesh, params)
         total, d_head, d_y_BTD = loss.cross_entropy_and_grads(
             head, y_BTD, targets_BT, config.model.vocab_size, scale / count
         )
@@ -110,12 +109,12 @@ def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapp
             schedule.items,
             backward,
             d_y_BTD,
-            _empty_gradients(config, mesh),
+            empty_gradients_of(config, mesh),
             reverse=True,
         )
         d_blocks = stage.param_gradients(saved, gradients)
 
-        d_embed = loss.embed_grads(params["embed"], tokens_BT, d_x_BTD)
+        d_embed = loss.embed_grads(params["embed"], tokens_BT, d_x_BTD, starts_BT1)
         d_embed["tokens"] = d_embed["tokens"] + d_head.table_VD
         grads = {
             "embed": d_embed,
@@ -130,13 +129,13 @@ def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapp
 
 
 def make_loss(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapped:
-    """`(params, rows [B, T + 1])` to the mean loss in nats per token."""
+    """`(params, rows)` (`data.make_row`) to the mean loss in nats per token."""
 
     def local(params: Params, rows: Array) -> Array:
-        tokens_BT, targets_BT = rows[:, :-1], rows[:, 1:]
-        params = _for_compute(config, mesh, params)
-        head = _make_head(config, mesh, params)
-        y_BTD = _infer(config, mesh, schedule, params, tokens_BT)
+        tokens_BT, targets_BT, starts_BT1 = _split(config, rows)
+        params = for_compute(config, mesh, params)
+        head = make_head(config, mesh, params)
+        y_BTD = _infer(config, mesh, schedule, params, tokens_BT, starts_BT1)
         total = loss.cross_entropy(head, y_BTD, targets_BT, config.model.vocab_size)
         return psum(total, "data") / _count(targets_BT)
 
@@ -154,8 +153,8 @@ def make_decode(config: Config, mesh: Mesh) -> Wrapped:
         params: Params, caches: list[KVCache], tokens_BL: Array, first: Array, index: Array
     ) -> tuple[Array, list[KVCache]]:
         num_stages, (B, L) = lax.axis_size("pipe"), tokens_BL.shape
-        params = _for_compute(config, mesh, params)
-        stage, head = _make_stage(config, mesh, params), _make_head(config, mesh, params)
+        params = for_compute(config, mesh, params)
+        stage, head = make_stage(config, mesh, params), make_head(config, mesh, params)
         positions_LD = lax.dynamic_slice_in_dim(params["embed"]["positions"], first, L)
         embed = params["embed"] | {"positions": positions_LD}
 
@@ -173,7 +172,7 @@ def make_decode(config: Config, mesh: Mesh) -> Wrapped:
         logits_BV = loss.logits(head, y_BD, config.model.vocab_size)
         return logits_BV, jax.tree.map(lambda a: a[None], caches)
 
-    specs = manual_part(param_specs(_layers_per_stage(config, mesh)))
+    specs = manual_part(param_specs(config.model, layers_per_stage(config, mesh)))
     caches = PartitionSpec("pipe", "data")
     mapped = jax.shard_map(
         local,
@@ -189,9 +188,9 @@ def make_decode(config: Config, mesh: Mesh) -> Wrapped:
 
 def empty_decode_caches(config: Config, mesh: Mesh) -> list[KVCache]:
     """Caches for `make_decode`, with one sequence a data shard, `[P, B, H, T, K]`."""
-    _, *shape_HTK = _cache_shape(config, mesh)
+    _, *shape_HTK = cache_shape(config, mesh)
     shape = mesh.shape["data"], *shape_HTK
-    dtype, num_layers = compute_dtype(config.precision, mesh), _layers_per_stage(config, mesh)
+    dtype, num_layers = compute_dtype(config.precision, mesh), layers_per_stage(config, mesh)
 
     @partial(jax.jit, out_shardings=_decode_sharding(mesh))
     def empty() -> list[KVCache]:
@@ -213,15 +212,15 @@ def make_stage_work(config: Config, mesh: Mesh, items: Sequence[Item]) -> Wrappe
     dtype = compute_dtype(config.precision, mesh)
 
     def local(params: Params, x_BTD: Array, forward: Array, backward: Array) -> Array:
-        stage = _make_stage(config, mesh, _for_compute(config, mesh, params))
+        stage = make_stage(config, mesh, for_compute(config, mesh, params))
         x_BTD = x_BTD.astype(dtype)
-        y_BTD, saved = sweep(forward, items, stage.forward, x_BTD, _empty_saved(config, mesh))
+        y_BTD, saved = sweep(forward, items, stage.forward, x_BTD, empty_saved_of(config, mesh))
         d_x_BTD, gradients = sweep(
             backward,
             items,
             partial(stage.backward, saved),
             x_BTD,
-            _empty_gradients(config, mesh),
+            empty_gradients_of(config, mesh),
             reverse=True,
         )
         total = sum(
@@ -244,46 +243,23 @@ def make_transfer(config: Config, mesh: Mesh, item: Item) -> Wrapped:
     return _over_mesh(config, mesh, local, lambda _: PartitionSpec(), num_scalars=1)
 
 
-def saved_bytes_per_token(config: Config, mesh: Mesh) -> int:
-    """What the forward sweep keeps for the backward sweep, and what that gathers for each token."""
-    saved = partial(_empty_saved, config, mesh)
-
-    def gathered() -> Any:
-        return [(d.cache, d.d_outputs) for d in _empty_gradients(config, mesh)]
-
-    return sum(_bytes_per_token(config, mesh, buffers) for buffers in (saved, gathered))
-
-
-def cache_bytes_per_token(config: Config, mesh: Mesh) -> int:
-    """Of `saved_bytes_per_token`, what are keys, values and their gradients."""
-    return sum(
-        _bytes_per_token(config, mesh, partial(_empty_caches, config, mesh, dtype))
-        for dtype in (compute_dtype(config.precision, mesh), jnp.dtype(jnp.float32))
-    )
-
-
-def _bytes_per_token(config: Config, mesh: Mesh, buffers: Callable[[], Any]) -> int:
-    """Bytes of buffers as long as the batch of a data shard, for one token on one device."""
-    num_bytes = 0
-    for path, a in jax.tree.leaves_with_path(jax.eval_shape(buffers)):
-        is_whole = path[-1] in map(jax.tree_util.DictKey, UNDIVIDED)
-        num_bytes += a.size * a.dtype.itemsize // (1 if is_whole else mesh.shape["model"])
-    batch_size, _, seq_len, _ = _cache_shape(config, mesh)
-    return num_bytes // (batch_size * seq_len)
-
-
 def _infer(
-    config: Config, mesh: Mesh, schedule: Schedule, params: Params, tokens_BT: Array
+    config: Config,
+    mesh: Mesh,
+    schedule: Schedule,
+    params: Params,
+    tokens_BT: Array,
+    starts_BT1: Array | None,
 ) -> Array:
-    stage = _make_stage(config, mesh, params)
+    stage = make_stage(config, mesh, params, starts_BT1)
     dtype = compute_dtype(config.precision, mesh)
-    shape_BHTK = (tokens_BT.shape[0], *_cache_shape(config, mesh)[1:])
+    shape_BHTK = (tokens_BT.shape[0], *cache_shape(config, mesh)[1:])
     caches = empty_caches(len(stage.params), shape_BHTK, dtype)
     y_BTD, _ = sweep(
         schedule.forward,
         schedule.items,
         stage.infer,
-        loss.embed(params["embed"], tokens_BT, dtype),
+        loss.embed(params["embed"], tokens_BT, dtype, starts_BT1),
         caches,
     )
     return y_BTD
@@ -297,7 +273,7 @@ def _over_mesh(
     num_scalars: int = 0,
 ) -> Wrapped:
     """Compiles code of one device, with 'data' and 'pipe' manual and 'model' left to GSPMD."""
-    specs = manual_part(param_specs(_layers_per_stage(config, mesh)))
+    specs = manual_part(param_specs(config.model, layers_per_stage(config, mesh)))
     in_specs = specs, PartitionSpec("data"), *(PartitionSpec(),) * num_scalars
     mapped = jax.shard_map(
         local,
@@ -310,73 +286,17 @@ def _over_mesh(
     return jax.jit(mapped)
 
 
-def _for_compute(config: Config, mesh: Mesh, params: Params) -> Params:
-    """Parameters of this device, with the matrices of blocks in the format of matrix products.
-
-    They are marked as different on the data shards, so that gradients are summed over those once,
-    at the end, and not where they arise.
+def _split(config: Config, rows: Array) -> tuple[Array, Array, Array | None]:
+    """Inputs and targets `[B, T]` of rows (`data.make_row`), and the starts of documents, `[B, T,
+    1]`, where these do not see each other.
     """
-    dtype = compute_dtype(config.precision, mesh)
-
-    def own(a: Array) -> Array:
-        return a[0].astype(dtype) if a.ndim > 2 else a[0]  # the first axis is that of the stages
-
-    blocks = [jax.tree.map(own, block) for block in params["blocks"]]
-    return varying(params | {"blocks": blocks}, ("data",))
-
-
-def _make_head(config: Config, mesh: Mesh, params: Params) -> loss.Head:
-    table_VD = params["embed"]["tokens"].astype(compute_dtype(config.precision, mesh))
-    return loss.Head(params["norm"], table_VD)
-
-
-def _make_stage(config: Config, mesh: Mesh, params: Params) -> Stage:
-    counts = layer_counts(config.model.num_layers, lax.axis_size("pipe"))
-    block = block_functions(config.model, compute_dtype(config.precision, mesh))
-    return Stage(
-        block,
-        make_attention(config, mesh),
-        params["blocks"],
-        jnp.array(counts)[lax.axis_index("pipe")],
-        min(counts),
-    )
+    if not config.data.marks_documents:
+        return rows[:, :-1], rows[:, 1:], None
+    tokens_BT, targets_BT, starts_BT = rows.swapaxes(0, 1)
+    see_others = config.data.cross_document_attention
+    return tokens_BT, targets_BT, None if see_others else starts_BT[..., None]
 
 
 def _count(targets_BT: Array) -> Array:
-    return psum((targets_BT != loss.IGNORE).sum(), "data")
-
-
-def _empty_saved(config: Config, mesh: Mesh) -> list[Saved]:
-    return empty_saved(
-        _layers_per_stage(config, mesh),
-        _cache_shape(config, mesh),
-        config.model.ff_width,
-        saved_names(config.memory.remat),
-        compute_dtype(config.precision, mesh),
-    )
-
-
-def _empty_caches(config: Config, mesh: Mesh, dtype: Any) -> list[KVCache]:
-    return empty_caches(_layers_per_stage(config, mesh), _cache_shape(config, mesh), dtype)
-
-
-def _empty_gradients(config: Config, mesh: Mesh) -> list[Gradients]:
-    block = jax.eval_shape(partial(init_block, config.model), jax.random.key(0))
-    return empty_gradients(
-        _layers_per_stage(config, mesh),
-        _cache_shape(config, mesh),
-        block,
-        config.memory.defer_weight_grads,
-        compute_dtype(config.precision, mesh),
-    )
-
-
-def _layers_per_stage(config: Config, mesh: Mesh) -> int:
-    """Of the stage that has most."""
-    return max(layer_counts(config.model.num_layers, mesh.shape["pipe"]))
-
-
-def _cache_shape(config: Config, mesh: Mesh) -> tuple[int, int, int, int]:
-    model = config.model
-    batch_size = config.train.batch_size // mesh.shape["data"]
-    return batch_size, model.num_heads, model.seq_len, model.head_width
+    """Targets of all data shards; 1 where there are none, whose loss is 0."""
+    return jnp.maximum(psum((targets_BT != IGNORE).sum(), "data"), 1)

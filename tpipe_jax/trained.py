@@ -9,10 +9,10 @@ import jax
 from jax.sharding import Mesh
 
 from tpipe_jax.backends import resolve_attention
+from tpipe_jax.block import Params
 from tpipe_jax.checkpoint import newest_sound, restore
 from tpipe_jax.config import Config, resolved
 from tpipe_jax.mesh import check_model, make_mesh
-from tpipe_jax.model import Params
 from tpipe_jax.optim import make_optimizer
 from tpipe_jax.precision import resolve_precision
 from tpipe_jax.train_state import abstract_state

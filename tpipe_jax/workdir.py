@@ -8,8 +8,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tpipe_jax.config import Config, UserError, from_dict, to_dict
-from tpipe_jax.plan import Plan
+from tpipe_jax.layer import forward_flops
 from tpipe_jax.planner import predicted_timeline
+from tpipe_jax.plans import Plan
 from tpipe_jax.schedule import Timeline, simulate, terapipe
 from tpipe_jax.timeline import (
     EXPECTED,
@@ -64,7 +65,7 @@ def describe_in_files(
         title += "as wide as the time that they should take"
     else:
         cost = [
-            item.num_rows * config.model.forward_flops(item.num_tokens, item.token) / 1e9
+            item.num_rows * forward_flops(config.model, item.num_tokens, item.token) / 1e9
             for item in schedule.items
         ]
         # A backward pass takes about twice the operations of a forward pass.

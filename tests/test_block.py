@@ -1,0 +1,277 @@
+"""The pipeline around another block than GPT-2's, and with documents that do not see each other.
+
+What it is compared with is written without caches, slices and the package's own attention.
+"""
+
+import re
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+
+import reference
+from runs import ROOT
+from tpipe_jax import model
+from tpipe_jax.config import (
+    GPT2,
+    IGNORE,
+    AttentionConfig,
+    Config,
+    DataConfig,
+    MemoryConfig,
+    MeshConfig,
+    ModelConfig,
+    PlanConfig,
+    PrecisionConfig,
+    TrainConfig,
+    UserError,
+)
+from tpipe_jax.generate import Generator, chooser
+from tpipe_jax.layer import block_functions, forward_flops, heads
+from tpipe_jax.mesh import check_model, make_mesh, param_specs, shardings
+from tpipe_jax.schedule import terapipe
+from tpipe_jax.train_step import make_loss, make_loss_and_grads
+
+Params = Any
+
+LLAMA = f"{ROOT / 'examples/own_block.py'}:LlamaBlock"
+T, B = 24, 2
+TOLERANCE = 1e-5
+
+MESHES = [MeshConfig(), MeshConfig(pipe=2), MeshConfig(data=2, pipe=2, model=2)]
+
+
+def make_config(block: str, mesh: MeshConfig, is_apart: bool = False, **more: Any) -> Config:
+    """Blocks of 4 keys; 2 layers and slices of one shape, so that programs are small."""
+    return Config(
+        ModelConfig(num_layers=2, d_model=16, num_heads=4, vocab_size=29, seq_len=T, block=block),
+        mesh,
+        PlanConfig("uniform:3", f"uniform:{B // mesh.data}"),
+        TrainConfig(batch_size=B),
+        data=DataConfig(cross_document_attention=not is_apart),
+        attention=AttentionConfig(block=4),
+        **more,
+    )
+
+
+def llama_layer(params: Params, x_TD: Array, num_heads: int) -> Array:
+    """One layer on one document, token by token and head by head where that is simplest."""
+
+    def norm(name: str, x: Array) -> Array:
+        return x / jnp.sqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * params[name]["scale"]
+
+    def linear(name: str, x: Array) -> Array:
+        return x @ params[name]["kernel"]
+
+    num_tokens, D = x_TD.shape
+    K = D // num_heads
+    # A rotation of pairs of numbers is a product with a complex number.
+    angles = np.arange(num_tokens)[:, None] * 10000.0 ** (-np.arange(0, K, 2) / K)
+    turn = jnp.exp(1j * angles)
+
+    def rotated(a_TK: Array) -> Array:
+        turned = (a_TK[:, : K // 2] + 1j * a_TK[:, K // 2 :]) * turn
+        return jnp.concatenate([turned.real, turned.imag], -1)
+
+    normed = norm("norm_1", x_TD)
+    q, k, v = (linear(name, normed) for name in "qkv")
+    outs = []
+    for head in range(num_heads):
+        own, shared = (slice(h * K, h * K + K) for h in (head, head // 2))
+        score = rotated(q[:, own]) @ rotated(k[:, shared]).T / np.sqrt(K)
+        score = jnp.where(np.tri(num_tokens, dtype=bool), score, -jnp.inf)
+        outs.append(jax.nn.softmax(score) @ v[:, shared])
+    middle = x_TD + linear("o", jnp.concatenate(outs, -1))
+    normed = norm("norm_2", middle)
+    gate = linear("gate", normed)
+    return middle + linear("down", gate * jax.nn.sigmoid(gate) * linear("up", normed))
+
+
+def document_logits(config: ModelConfig, params: Params, tokens_T: Array) -> Array:
+    """The model on one document."""
+    if config.block == GPT2:
+        return model.logits(config, params, tokens_T[None])[0]
+    x = params["embed"]["tokens"][tokens_T] + params["embed"]["positions"][: len(tokens_T)]
+    for layer in params["blocks"]:
+        x = llama_layer(layer, x, config.num_heads)
+    return model.final_norm(params["norm"], x) @ params["embed"]["tokens"].T
+
+
+def expected_loss(config: ModelConfig, rows_B3T: np.ndarray, params: Params) -> Array:
+    """The mean over the targets that count, each document by itself."""
+    total, count = jnp.float32(0), 0
+    for tokens, targets, starts in rows_B3T:
+        for start in np.unique(starts):
+            own = np.flatnonzero(starts == start)
+            wanted, counts = targets[own], targets[own] != IGNORE
+            log_probs = jax.nn.log_softmax(document_logits(config, params, jnp.array(tokens[own])))
+            total -= log_probs[np.arange(len(own)), np.where(counts, wanted, 0)] @ counts
+            count += int(counts.sum())
+    return total / count
+
+
+def draw_rows(is_apart: bool) -> np.ndarray:
+    """Rows `[B, 3, T]`: documents that end within slices and blocks, or where they do, and of one
+    token; some targets don't count.
+    """
+    random = np.random.default_rng(0)
+    bounds = [[0, 5, 9, 10], [0, 17]]
+    starts = np.zeros((B, T), np.int32)
+    for row, own in zip(starts, bounds, strict=True):
+        for start in own if is_apart else []:
+            row[start:] = start
+    tokens, targets = random.integers(0, 29, (2, B, T))
+    if is_apart:
+        targets[random.random((B, T)) < 0.2] = IGNORE
+    else:  # as a window of tokens has them
+        targets[:, :-1] = tokens[:, 1:]
+    return np.stack([tokens, targets, starts], 1).astype(np.int32)
+
+
+def drawn_params(config: ModelConfig) -> Params:
+    """Larger than at the start of training, so that attention attends to something."""
+    params = model.init(config, jax.random.key(1))
+    params["embed"] = jax.tree.map(lambda a: 20 * a, params["embed"])
+    if config.block == GPT2:
+        params["blocks"] = jax.tree.map(lambda a: 4 * a, params["blocks"])
+    return params
+
+
+@cache
+def expected_loss_and_grads(block: str, is_apart: bool) -> tuple[Array, Params]:
+    config, rows = make_config(block, MeshConfig()).model, draw_rows(is_apart)
+    value_and_grad = jax.jit(jax.value_and_grad(partial(expected_loss, config, rows)))
+    return value_and_grad(drawn_params(config))
+
+
+def on_mesh(config: Config, mesh: Any, params: Params) -> Params:
+    staged = reference.to_stages(params, mesh)
+    specs = param_specs(config.model, len(staged["blocks"]))
+    return jax.device_put(staged, shardings(mesh, specs))
+
+
+def loss_and_grads(config: Config, rows: np.ndarray) -> tuple[float, float, Params]:
+    """The loss alone, with gradients, and these as the model has them."""
+    mesh = make_mesh(config.mesh, jax.devices()[: config.mesh.num_devices])
+    schedule = terapipe(reference.plan_of(config))
+    params = on_mesh(config, mesh, drawn_params(config.model))
+    value, grads = make_loss_and_grads(config, mesh, schedule)(params, rows)
+    alone = make_loss(config, mesh, schedule)(params, rows)
+    grads = jax.tree.map(np.asarray, grads)
+    return float(alone), float(value), reference.from_stages(grads, 2, 29)
+
+
+@pytest.mark.parametrize(
+    ("block", "is_apart"),
+    [(GPT2, True), (LLAMA, True), (LLAMA, False)],
+    ids=["gpt2, documents", "llama, documents", "llama"],
+)
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_is_the_same_as_without_a_pipeline(block: str, mesh: MeshConfig, is_apart: bool):
+    config = make_config(block, mesh, is_apart)
+    rows = draw_rows(is_apart)
+    plain = np.concatenate([rows[:, 0], rows[:, 1, -1:]], 1)
+    expected = expected_loss_and_grads(block, is_apart)
+    alone, value, grads = loss_and_grads(config, rows if is_apart else plain)
+    assert value == pytest.approx(float(expected[0]), rel=1e-6)
+    assert alone == pytest.approx(value, rel=1e-6)
+    reference.assert_close(grads, expected[1], TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("block", "memory"),
+    [
+        (LLAMA, MemoryConfig(remat="full")),
+        (LLAMA, MemoryConfig(remat="none")),
+        (GPT2, MemoryConfig(remat="full")),
+        (GPT2, MemoryConfig(remat="dots", defer_weight_grads=True)),
+    ],
+    ids=["llama-full", "llama-none", "gpt2-full", "gpt2-deferred"],
+)
+def test_whatever_is_saved_gives_the_same_gradients(block: str, memory: MemoryConfig):
+    config = make_config(block, MeshConfig(pipe=2), is_apart=True, memory=memory)
+    _, value, grads = loss_and_grads(config, draw_rows(is_apart=True))
+    expected = expected_loss_and_grads(block, is_apart=True)
+    assert value == pytest.approx(float(expected[0]), rel=1e-6)
+    reference.assert_close(grads, expected[1], TOLERANCE)
+
+
+def test_a_short_format_is_near():
+    """Gradients of parameters that are no `linears` are rounded to bfloat16 (2^-9) for each slice."""
+    short = PrecisionConfig(compute="bfloat16")
+    config = make_config(LLAMA, MeshConfig(pipe=2), is_apart=True, precision=short)
+    _, value, grads = loss_and_grads(config, draw_rows(is_apart=True))
+    expected = expected_loss_and_grads(LLAMA, is_apart=True)
+    assert value == pytest.approx(float(expected[0]), rel=0.01)
+    reference.assert_close(grads, expected[1], 0.1)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(pipe=2)], ids=str)
+def test_greedy_text_is_that_of_the_whole_model(mesh: MeshConfig):
+    config = make_config(LLAMA, mesh)
+    devices = make_mesh(mesh, jax.devices()[: mesh.num_devices])
+    params = drawn_params(config.model)
+    generator = Generator(config, devices, on_mesh(config, devices, params))
+    tokens = [3, 1, 4, 1, 5]
+    following = generator.tokens_after([*tokens], chooser(0))
+    for _ in range(8):
+        logits = document_logits(config.model, params, jnp.array(tokens))
+        tokens.append(int(logits[-1].argmax()))
+        assert next(following) == tokens[-1]
+
+
+def test_shapes_and_operations_of_a_block():
+    config = make_config(LLAMA, MeshConfig()).model
+    assert heads(config) == (4, 2, 4)
+    D, F, pairs = 16, 64, 5 * 7 + 5 * 6 // 2
+    matrices = 2 * D * D + 2 * D * D // 2 + 3 * D * F
+    assert forward_flops(config, 5, 7) == 2 * 5 * matrices + 4 * D * pairs
+    assert block_functions(config, jnp.dtype(jnp.float32)).linears == {}
+
+
+BROKEN = {
+    "none": ("", "names no Python file"),
+    "no class": ("x.py:Missing", "is no class derived from tpipe_jax.Block"),
+    "other class": ("x.py:Other", "is no class derived from tpipe_jax.Block"),
+    "not finished": ("x.py:Empty", r"cannot be run \(NotImplementedError"),
+    "other output": ("x.py:Wide", r"makes \(2, 3, 8\) of \(2, 3, 16\)"),
+    "other heads": ("x.py:Heads", "make them .B, G H, L, K. and twice"),
+    "does not load": ("y.py:Block", r"cannot be used \(ZeroDivisionError"),
+}
+
+
+@pytest.mark.parametrize(("name", "sentence"), BROKEN.values(), ids=BROKEN)
+def test_mistakes_are_answered(tmp_path: Path, name: str, sentence: str):
+    (tmp_path / "y.py").write_text("1 / 0\n")
+    (tmp_path / "x.py").write_text(
+        """
+import jax.numpy as jnp
+from tpipe_jax import Block
+class Other: pass
+class Empty(Block): pass
+class Wide(Block):
+    def __init__(self, config, dtype, rngs): pass
+    def qkv(self, x, positions, tape): return (x.reshape(2, 3, 4, 4).swapaxes(1, 2),) * 3
+    def finish(self, x, attn, tape): return x[..., :8]
+class Heads(Wide):
+    def qkv(self, x, positions, tape):
+        q, k, v = super().qkv(x, positions, tape)
+        return q, k[:, :3], v[:, :3]
+    def finish(self, x, attn, tape): return x
+"""
+    )
+    setting = f"{tmp_path}/{name}" if name else "gpt3"
+    config = make_config(setting, MeshConfig()).model
+    with pytest.raises(UserError, match=rf"config\.model\.block={re.escape(setting)} .*{sentence}"):
+        check_model(config, MeshConfig())
+
+
+def test_keys_that_model_does_not_divide():
+    config = make_config(LLAMA, MeshConfig()).model
+    with pytest.raises(UserError, match=r"mesh\.model=4 does not divide the keys' heads of .* 2:"):
+        check_model(config, MeshConfig(model=4))

@@ -1,0 +1,130 @@
+"""The library: plans, steps and runs in a Python program of your own. See `examples/`.
+
+All functions take a `Config` with the settings of the command line, and the devices to work on;
+without these they take those that jax has, of which CPUs become as many as the mesh asks for if jax
+has not been used before. What does not fit raises `UserError`, one sentence that says what to do.
+"""
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from tpipe_jax import training
+from tpipe_jax.autoplan import plan_slices, stage_factors
+from tpipe_jax.backends import resolve_attention
+from tpipe_jax.config import Config, MeshConfig, UserError, resolved
+from tpipe_jax.console import Console
+from tpipe_jax.latency import LatencyTable
+from tpipe_jax.memory import fitting_step
+from tpipe_jax.mesh import check_model, find_devices, make_mesh, put_rows
+from tpipe_jax.optim import make_optimizer
+from tpipe_jax.planner import find_plan
+from tpipe_jax.plans import Plan, read_settings
+from tpipe_jax.precision import resolve_precision
+from tpipe_jax.train_state import TrainState, abstract_rows, init_state
+from tpipe_jax.trained import Trained
+from tpipe_jax.trained import load as load_trained
+
+Devices = Sequence[jax.Device]
+
+
+def plan(
+    config: Config,
+    latencies: LatencyTable | None = None,
+    workdir: Path | None = None,
+    devices: Devices | None = None,
+) -> Plan:
+    """How a run of this config would slice its batch and sequences.
+
+    Where its settings leave that open the slices follow from the latencies; these are measured if
+    they are not given, which needs the devices and takes minutes on CPUs. What was measured is kept
+    in the workdir, if there is one, and taken from there the next time.
+    """
+    request = read_settings(config)
+    if isinstance(request, Plan):
+        return request
+    if latencies is not None:
+        return find_plan(latencies, request, stage_factors(config)).plan
+    config, mesh = _on_mesh(config, devices)
+    with tempfile.TemporaryDirectory() as folder:
+        where = workdir or Path(folder)
+        return plan_slices(config, request, mesh, where, Console(is_quiet=True))[1].plan
+
+
+class TrainStep:
+    """A compiled training step on its mesh: `state, metrics = step(state, rows)`."""
+
+    def __init__(self, config: Config, plan: Plan, mesh: Mesh) -> None:
+        self.plan, self.mesh = plan, mesh
+        self._optimizer = make_optimizer(config.optim, config.train.num_steps)
+        self.config, self._step = fitting_step(config, mesh, plan, self._optimizer)
+
+    def init(self) -> TrainState:
+        """Fresh parameters and optimiser state, drawn with config.train.seed."""
+        return init_state(self.config, self.mesh, self._optimizer)
+
+    def __call__(
+        self, state: TrainState, rows: np.ndarray | Array
+    ) -> tuple[TrainState, dict[str, Array]]:
+        """The next state, and `loss` (nats per token), `grad_norm` and others as scalars.
+
+        Rows are tokens `[B, T + 1]`, inputs and targets in one, int32 below the vocabulary's size
+        or `config.IGNORE` as a target; where the config marks documents, `[B, 3, T]` as
+        `data.make_row` makes them. The old state is donated, so it can be used no more.
+        """
+        expected = abstract_rows(self.config, self.mesh).shape
+        if rows.shape != expected:
+            raise UserError(f"rows of shape {rows.shape} must be of {expected}, as the config is.")
+        if isinstance(rows, np.ndarray):
+            rows = put_rows(self.mesh, rows.astype(np.int32))
+        return self._step(state, rows)
+
+
+def make_train_step(
+    config: Config, slices: Plan | None = None, devices: Devices | None = None
+) -> TrainStep:
+    """Compiles the training step of a plan; without one, of `plan(config)`."""
+    slices = slices or plan(config, devices=devices)
+    config, mesh = _on_mesh(config, devices)
+    return TrainStep(config, slices, mesh)
+
+
+def train(config: Config, workdir: Path | str, devices: Devices | None = None) -> None:
+    """What `python launch/multihost.py` does in one process: plans, trains, evaluates and saves,
+    and goes on where an earlier call has stopped.
+    """
+    training.train(config, Path(workdir), devices or _devices(config.mesh), Console())
+
+
+def load(
+    workdir: Path | str,
+    step: int | None = None,
+    config: Config | None = None,
+    devices: Devices | None = None,
+) -> Trained:
+    """The model of a run's newest sound checkpoint, or of a step, on a mesh: its config, the mesh
+    and the parameters, for `generate.Generator` and `evaluate.evaluate`.
+
+    The config says how it is laid out, as `mesh` and `precision`; its model does not matter.
+    """
+    config = config or Config()
+    return load_trained(Path(workdir), step, config, devices or _devices(config.mesh))
+
+
+def _on_mesh(config: Config, devices: Devices | None) -> tuple[Config, Mesh]:
+    """The config with what it leaves to the devices filled in, and their mesh."""
+    mesh = make_mesh(config.mesh, devices or _devices(config.mesh))
+    check_model(config.model, config.mesh)
+    return resolve_attention(resolve_precision(resolved(config), mesh), mesh), mesh
+
+
+def _devices(mesh: MeshConfig) -> Devices:
+    try:
+        return find_devices(mesh)[: mesh.num_devices]
+    except RuntimeError:  # jax has been used before, and its devices are what they are
+        return jax.devices()[: mesh.num_devices]

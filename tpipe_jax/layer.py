@@ -1,0 +1,153 @@
+"""The block that a config names, GPT-2's or another, as pure functions of its parameters."""
+
+import importlib.util
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from tpipe_jax.block import Block, Params, Tape
+from tpipe_jax.config import GPT2, ModelConfig, UserError
+from tpipe_jax.gpt2_block import GPT2Block
+
+
+class BlockFunctions(NamedTuple):
+    """A block as pure functions of its parameters."""
+
+    qkv: Callable[[Params, Array, Array, Tape], tuple[Array, Array, Array]]
+    """`(params, x, positions, tape)`, as `Block.qkv`."""
+    query: Callable[[Params, Array, Array, Tape], Array]
+    """`(params, x, positions, tape)`, as `Block.query`."""
+    finish: Callable[[Params, Array, Array, Tape], Array]
+    """`(params, x, attention, tape)`, as `Block.finish`."""
+    linears: Mapping[str, tuple[str, str]]
+    """As `Block.linears`."""
+
+
+class Heads(NamedTuple):
+    """Of the attention of a block."""
+
+    num_queries: int
+    num_keys: int
+    width: int
+
+
+def block_functions(config: ModelConfig, dtype: jnp.dtype) -> BlockFunctions:
+    """The pure functions of one block, computing in `dtype`."""
+    own = block_class(config)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: own(config, dtype, nnx.Rngs(0))))
+    return BlockFunctions(
+        qkv=lambda params, x, at, tape: nnx.merge(graph, params).qkv(x, at, tape),
+        query=lambda params, x, at, tape: nnx.merge(graph, params).query(x, at, tape),
+        finish=lambda params, x, attn, tape: nnx.merge(graph, params).finish(x, attn, tape),
+        linears=own.linears,
+    )
+
+
+def init_block(config: ModelConfig, key: Array) -> Params:
+    """Fresh float32 parameters of one layer."""
+    block = block_class(config)(config, jnp.dtype(jnp.float32), nnx.Rngs(key))
+    return nnx.to_pure_dict(nnx.state(block, nnx.Param))
+
+
+@cache
+def param_shapes(config: ModelConfig) -> Params:
+    """The parameters of one layer without their values."""
+    return jax.eval_shape(lambda: init_block(config, jax.random.key(0)))
+
+
+@cache
+def value_widths(config: ModelConfig) -> dict[str, int]:
+    """The last axis of each value `[B, L, width]` that a block hands to the tape, by name."""
+    return {name: a.shape[-1] for name, a in _shapes(config)[1].items()}
+
+
+@cache
+def heads(config: ModelConfig) -> Heads:
+    """How many a block has, and how wide. Raises `UserError` where they don't fit together."""
+    (q, k, v), _ = _shapes(config)
+    (*_, width), num_keys = q.shape, k.shape[1]
+    expected = (2, num_keys, 3, width)
+    if k.shape != expected or v.shape != expected or q.shape[1] % num_keys:
+        raise UserError(
+            f"config.model.block={config.block} makes queries, keys and values of shapes {q.shape},"
+            f" {k.shape} and {v.shape}: make them [B, G H, L, K] and twice [B, H, L, K]."
+        )
+    return Heads(q.shape[1], num_keys, width)
+
+
+def forward_flops(config: ModelConfig, num_tokens: int, context: int) -> int:
+    """Floating-point operations of one layer for one slice after `context` tokens, forward: those
+    of its products with matrices, and of its attention.
+    """
+    matrices = sum(math.prod(a.shape) for a in jax.tree.leaves(param_shapes(config)) if a.ndim > 1)
+    visible_pairs = num_tokens * context + num_tokens * (num_tokens + 1) // 2
+    num_queries, _, width = heads(config)
+    return 2 * num_tokens * matrices + 4 * num_queries * width * visible_pairs
+
+
+def block_class(config: ModelConfig) -> type[Block]:
+    """The class that config.model.block names. Raises `UserError` if there is none."""
+    if config.block == GPT2:
+        return GPT2Block
+    return _load(config.block)
+
+
+@cache
+def _load(setting: str) -> type[Block]:
+    file, _, name = setting.rpartition(":")
+    path = Path(file)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise UserError(
+            f"config.model.block={setting} names no Python file: give {GPT2}, or a file and a "
+            "class, as my_block.py:MyBlock."
+        )
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the file's code raises is for its author to mend
+        raise UserError(
+            f"config.model.block={setting} cannot be used ({type(error).__name__}: {error})."
+        ) from error
+    own = getattr(module, name, None)
+    if not inspect.isclass(own) or not issubclass(own, Block):
+        raise UserError(
+            f"config.model.block={setting} is no class derived from tpipe_jax.Block: make it one."
+        )
+    return own
+
+
+@cache
+def _shapes(config: ModelConfig) -> tuple[tuple[Any, Any, Any], dict[str, Any]]:
+    """What a block makes of some tokens: queries, keys and values, and what it tells the tape."""
+
+    def run(params: Params, x_BLD: Array) -> Any:
+        block = block_functions(config, jnp.dtype(jnp.float32))
+        values: dict[str, Array] = {}
+        q, k, v = block.qkv(params, x_BLD, jnp.arange(3)[None], values.setdefault)
+        return (q, k, v), values, block.finish(params, x_BLD, jnp.zeros_like(q), values.setdefault)
+
+    x_BLD = jax.ShapeDtypeStruct((2, 3, config.d_model), jnp.float32)
+    try:
+        qkv, values, y_BLD = jax.eval_shape(run, param_shapes(config), x_BLD)
+    except Exception as error:  # whatever a block's code raises is for its author to mend
+        if config.block == GPT2:
+            raise
+        raise UserError(
+            f"config.model.block={config.block} cannot be run ({type(error).__name__}: {error}): "
+            "see tpipe_jax.Block for what it takes and gives."
+        ) from error
+    if y_BLD.shape != x_BLD.shape:
+        raise UserError(
+            f"config.model.block={config.block} makes {y_BLD.shape} of {x_BLD.shape}: "
+            "its output must be of the shape of its input."
+        )
+    return qkv, values

@@ -1,0 +1,142 @@
+"""The steps of a run, one after another, with what is due between them."""
+
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from jax import Array
+
+from tpipe_jax.checkpoint import Checkpoints
+from tpipe_jax.config import Config
+from tpipe_jax.console import Console
+from tpipe_jax.data import Batches
+from tpipe_jax.failures import Expect
+from tpipe_jax.mesh import put_read_rows
+from tpipe_jax.plans import Plan
+from tpipe_jax.profiled import ProfiledSteps
+from tpipe_jax.read_ahead import ReadAhead
+from tpipe_jax.run import Programs, Run
+from tpipe_jax.schedule import terapipe
+from tpipe_jax.step_log import StepLog
+from tpipe_jax.stop import Stop
+from tpipe_jax.ticks import gathered_ticks, traced
+from tpipe_jax.train_state import TrainState, abstract_rows
+
+StepResult = tuple[TrainState, dict[str, Array]]
+
+PHASE_SECONDS = 3600  # that planning, compiling or restoring may take, if steps may not take more
+
+
+class Within(Protocol):
+    """Says what is done from now on, and that it may not take longer than the settings allow."""
+
+    def __call__(self, what: str, is_step: bool = True) -> None: ...
+
+
+def expect_within(config: Config, expect: Expect, what: str, is_step: bool = True) -> None:
+    """A `Within`, of its config and of who notices what takes too long."""
+    seconds = config.train.step_timeout_seconds
+    if not is_step:
+        seconds = max(seconds, PHASE_SECONDS)
+    expect(
+        f"error: {what} has taken longer than {seconds} s: a device, a disk or another process "
+        "hangs, or config.train.step_timeout_seconds is too short for it; the same command "
+        "continues from the last checkpoint.",
+        seconds,
+    )
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The steps of a run with this plan, and whom it tells of them."""
+
+    run: Run
+    plan: Plan
+    programs: Programs
+    workdir: Path
+    checkpoints: Checkpoints
+    log: StepLog
+    stop: Stop
+    within: Within
+    console: Console
+    profiled: ProfiledSteps
+
+    def steps(
+        self, state: TrainState, first_step: int, held_out: Sequence[Array]
+    ) -> tuple[int, TrainState]:
+        """Runs the steps that are left; returns how many are done, and saved, and the state.
+
+        Where data cannot be read the steps before it are done, and saved if all processes can be
+        told in time. Raises `UserError` then.
+        """
+        config, num_steps = self.run.config, self.run.config.train.num_steps
+        log, checkpoints, within = self.log, self.checkpoints, self.within
+        read = partial(put_batch, self.run, self.run.train_data)
+        batches = ReadAhead(read, first_step, num_steps, self.stop.request)
+
+        step = first_step
+        with closing(batches), closing(self.profiled):
+            log.start()
+            while step < num_steps and not self.stop.is_due():
+                within(f"step {step + 1}")
+                start = time.monotonic()
+                step, rows = step + 1, batches.take()
+                log.add_wait(time.monotonic() - start)
+                if step == config.train.trace_step:
+                    log.finish()  # so that the trace has nothing of the step before
+                    state, values = self._traced(step, state, rows)
+                else:
+                    if self.profiled.is_first(step):
+                        log.finish()
+                        self.profiled.start()
+                    state, values = self.programs.train_step(state, rows)
+                    log.finish()  # the step before, which this one follows without a pause
+                log.begin(step, values)
+                if self.profiled.is_last(step):
+                    log.finish()
+                    self.console.say(self.profiled.stop())
+                if step % config.train.eval_every == 0 or step == num_steps:
+                    log.finish(partial(self._evaluate, state, held_out))
+                if step % config.checkpoint.every == 0:
+                    log.finish()  # logged before it is saved, so that no kill loses its line
+                    within(f"saving step {step}")
+                    log.add_save(checkpoints.save(step, state))
+                checkpoints.raise_failure(config.train.step_timeout_seconds)
+            within(f"step {step}")
+            log.finish()
+        within(f"saving step {step}")
+        if step > first_step:
+            checkpoints.save(step, state)
+        checkpoints.wait()  # before the run says what it has come to
+        batches.raise_failure()
+        return step, state
+
+    def _traced(self, step: int, state: TrainState, rows: Array) -> StepResult:
+        """Runs a step and adds its ticks to timeline.json; what that takes is not logged."""
+        start, train_step = time.monotonic(), self.programs.train_step
+        run_step, text = partial(train_step, state, rows), train_step.as_text() or ""
+        result, boxes, seconds = traced(run_step, text, terapipe(self.plan), self.run.mesh)
+        outcome, bubble = gathered_ticks(boxes, self.workdir, self.plan, step)
+        self.console.say(f"step {step} was traced: {outcome}")
+        self.log.add_bubble(bubble)
+        self.log.leave_out(time.monotonic() - start - seconds)
+        return result
+
+    def _evaluate(self, state: TrainState, held_out: Sequence[Array]) -> float:
+        """The mean loss of the batches, nats per token."""
+        losses = []
+        for i, rows in enumerate(held_out):
+            self.within(f"batch {i + 1} of an evaluation")
+            losses.append(float(self.programs.loss(state.params, rows)))
+        return float(np.mean(losses))
+
+
+def put_batch(run: Run, batches: Batches, index: int) -> Array:
+    """Puts a batch on the mesh, of which each process reads what its data shards need."""
+    shape = abstract_rows(run.config, run.mesh).shape
+    return put_read_rows(run.mesh, partial(batches.batch, index), shape, np.int32)

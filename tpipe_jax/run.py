@@ -1,0 +1,91 @@
+"""What a run is made of: settings, mesh, data and compiled programs that fit each other."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import optax
+from jax.sharding import Mesh
+from jax.stages import Compiled
+
+from tpipe_jax.backends import resolve_attention
+from tpipe_jax.collectives import compile_checked
+from tpipe_jax.config import Config
+from tpipe_jax.console import Console
+from tpipe_jax.data import Batches, open_data
+from tpipe_jax.memory import budget, fitting_step, limit_bytes, program_bytes
+from tpipe_jax.mesh import check_model, make_mesh
+from tpipe_jax.optim import make_optimizer
+from tpipe_jax.plans import Plan, PlanRequest, read_settings
+from tpipe_jax.precision import resolve_precision
+from tpipe_jax.remat import candidates
+from tpipe_jax.schedule import terapipe
+from tpipe_jax.ticks import check_trace
+from tpipe_jax.train_state import abstract_rows, abstract_state
+from tpipe_jax.train_step import make_loss
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of, found to fit together."""
+
+    config: Config
+    mesh: Mesh
+    plan: Plan | PlanRequest
+    """As the settings have it; what they leave open is planned before the run starts."""
+    train_data: Batches
+    held_out: Batches
+    optimizer: optax.GradientTransformation
+
+
+def prepare(config: Config, devices: Sequence[jax.Device]) -> Run:
+    """Checks settings, devices and data against each other, and writes nothing.
+
+    Raises `UserError` where they don't fit.
+    """
+    mesh = make_mesh(config.mesh, devices)
+    config = resolve_attention(resolve_precision(config, mesh), mesh)
+    check_model(config.model, config.mesh)
+    candidates(config.memory)
+    check_trace(config)
+    plan = read_settings(config)
+    train_data, held_out = open_data(config)
+    config = train_data.config
+    for batches in (train_data, held_out):
+        batches.batch(0, slice(8))  # a vocabulary of another size mostly shows here
+    optimizer = make_optimizer(config.optim, config.train.num_steps)
+    return Run(config, mesh, plan, train_data, held_out, optimizer)
+
+
+class Programs(NamedTuple):
+    """What a run executes."""
+
+    train_step: Compiled
+    loss: Compiled
+
+
+def compile_programs(run: Run, plan: Plan, console: Console) -> Programs:
+    """Compiles the training step, with the rematerialisation that fits, and the loss.
+
+    Slices may have been planned for another, since that follows from estimates and this from what
+    XLA says of the very program. Raises `UserError` if none fits.
+    """
+    start = time.monotonic()
+    config, train_step = fitting_step(run.config, run.mesh, plan, run.optimizer)
+    params = abstract_state(config, run.mesh, run.optimizer).params
+    loss = compile_checked(
+        make_loss(config, run.mesh, terapipe(plan)),
+        run.mesh,
+        params,
+        abstract_rows(config, run.mesh),
+    )
+    console.say(f"compiled in {time.monotonic() - start:.0f} s")
+    console.show_budget(
+        budget(config, run.mesh, run.optimizer),
+        config.memory.remat,
+        program_bytes(train_step),
+        limit_bytes(config, run.mesh),
+    )
+    return Programs(train_step, loss)
