@@ -202,7 +202,7 @@ def test_whatever_is_saved_gives_the_same_gradients(block: str, memory: MemoryCo
 
 
 def test_a_short_format_is_near():
-    """Gradients of parameters that are no `linears` are rounded to bfloat16 (2^-9) for each slice."""
+    """Gradients of parameters that are no `linears` are rounded to bfloat16 (2^-9) by slices."""
     short = PrecisionConfig(compute="bfloat16")
     config = make_config(LLAMA, MeshConfig(pipe=2), is_apart=True, precision=short)
     _, value, grads = loss_and_grads(config, draw_rows(is_apart=True))

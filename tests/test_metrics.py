@@ -2,16 +2,18 @@ import json
 import math
 import resource
 import struct
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event
 
-from tpipe_jax.config import UserError
+from tpipe_jax.config import Config, MetricsConfig, UserError
 from tpipe_jax.metrics import Metrics
 
 
@@ -118,3 +120,52 @@ def test_full_disk(tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     metrics.close()
+
+
+class Tracker:
+    """Stands in for a run of Weights & Biases, which has no server here."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options, self.logged, self.is_finished = options, [], False
+
+    def log(self, values: dict[str, float], step: int) -> None:
+        self.logged.append((step, values))
+
+    def finish(self) -> None:
+        self.is_finished = True
+
+
+def test_weights_and_biases_get_the_numbers_of_one_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made: list[Tracker] = []
+    module = SimpleNamespace(
+        init=lambda **options: made.append(Tracker(**options)) or made[-1],
+        util=SimpleNamespace(generate_id=lambda: f"id{len(made)}"),
+    )
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    config = Config(metrics=MetricsConfig(wandb="project"))
+    for first_step in (0, 10):
+        with closing(Metrics(tmp_path / "run", first_step, config)) as metrics:
+            metrics.write(first_step + 10, {"loss": 2.5})
+    assert [tracker.logged for tracker in made] == [[(10, {"loss": 2.5})], [(20, {"loss": 2.5})]]
+    assert all(tracker.is_finished for tracker in made)
+    for tracker in made:
+        options = tracker.options
+        assert (options["project"], options["id"], options["name"]) == ("project", "id0", "run")
+        assert options["config"]["metrics"]["wandb"] == "project"
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_weights_and_biases_that_do_not_work(
+    is_there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(**options: Any) -> None:
+        raise RuntimeError("no network")
+
+    util = SimpleNamespace(generate_id=lambda: "id")
+    module = SimpleNamespace(init=fail, util=util) if is_there else None
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    sentence = "no network.*WANDB_MODE=offline" if is_there else "needs the package wandb"
+    with pytest.raises(UserError, match=rf"config\.metrics\.wandb=project .*{sentence}"):
+        Metrics(tmp_path, 0, Config(metrics=MetricsConfig(wandb="project")))

@@ -63,6 +63,7 @@ class TrainStep:
         self.plan, self.mesh = plan, mesh
         self._optimizer = make_optimizer(config.optim, config.train.num_steps)
         self.config, self._step = fitting_step(config, mesh, plan, self._optimizer)
+        self._last: dict[str, Array] = {}
 
     def init(self) -> TrainState:
         """Fresh parameters and optimiser state, drawn with config.train.seed."""
@@ -82,7 +83,11 @@ class TrainStep:
             raise UserError(f"rows of shape {rows.shape} must be of {expected}, as the config is.")
         if isinstance(rows, np.ndarray):
             rows = put_rows(self.mesh, rows.astype(np.int32))
-        return self._step(state, rows)
+        state, metrics = self._step(state, rows)
+        # Devices of one process that are many steps behind may wait for each other without end.
+        jax.block_until_ready(self._last)
+        self._last = metrics
+        return state, metrics
 
 
 def make_train_step(
