@@ -15,8 +15,8 @@ import pytest
 from jax import Array
 
 import reference
-from runs import ROOT
-from tpipe_jax import model
+import runs
+from tpipe_jax import convert, load, model
 from tpipe_jax.config import (
     GPT2,
     IGNORE,
@@ -39,7 +39,7 @@ from tpipe_jax.train_step import make_loss, make_loss_and_grads
 
 Params = Any
 
-LLAMA = f"{ROOT / 'examples/own_block.py'}:LlamaBlock"
+LLAMA = f"{runs.ROOT / 'examples/own_block.py'}:LlamaBlock"
 T, B = 24, 2
 TOLERANCE = 1e-5
 
@@ -275,3 +275,19 @@ def test_keys_that_model_does_not_divide():
     config = make_config(LLAMA, MeshConfig()).model
     with pytest.raises(UserError, match=r"mesh\.model=4 does not divide the keys' heads of .* 2:"):
         check_model(config, MeshConfig(model=4))
+
+
+def test_a_run_with_another_block(tmp_path: Path):
+    """Trains, continues on another mesh, samples, and is not mistaken for a GPT-2."""
+    config = runs.changed(runs.small_config(tmp_path), model={"block": LLAMA, "num_heads": 4})
+    runs.run(runs.changed(config, train={"num_steps": 3}), tmp_path / "run")
+    said = runs.run(runs.changed(config, mesh={"pipe": 3}), tmp_path / "run")
+    assert "continuing after step 3" in said
+    losses = [line["loss"] for line in runs.metrics(tmp_path / "run")]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    trained = load(tmp_path / "run")
+    assert (trained.step, trained.config.model.block) == (6, LLAMA)
+    with pytest.raises(UserError, match=r"has layers of config\.model\.block=.*LlamaBlock, which"):
+        convert.export_gpt2(tmp_path / "run", tmp_path / "out", None)
+    assert not (tmp_path / "out").exists()

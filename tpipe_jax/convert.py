@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from tpipe_jax import checkpoint_files as files
 from tpipe_jax import gpt2
 from tpipe_jax.checkpoint import newest_sound, read_array, write_checkpoint
-from tpipe_jax.config import Config, MeshConfig, UserError, resolved
+from tpipe_jax.config import GPT2, Config, MeshConfig, UserError, resolved
 from tpipe_jax.health import new_health
 from tpipe_jax.mesh import make_mesh
 from tpipe_jax.model_layout import Piece, arrays
@@ -58,6 +58,11 @@ def export_gpt2(workdir: Path, target: Path, step: int | None) -> int:
     checkpoint, model = newest_sound(workdir, step)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"--to={target} is not empty: choose a folder that is new.")
+    if model.block != GPT2:
+        raise UserError(
+            f"--workdir={workdir} has layers of config.model.block={model.block}, which "
+            "Hugging Face's GPT-2 has not: only runs with its own can be exported."
+        )
     target = target.absolute()
     saving = target.with_name(target.name + files.SAVING)
     try:
