@@ -31,7 +31,7 @@ def main() -> None:
     from tpipe_jax.flags import parse_tokenize
     from tpipe_jax.shards import cut, find_files, make_shards, texts
     from tpipe_jax.tokenizer import train_bpe
-    from tpipe_jax.workdir import writing_to
+    from tpipe_jax.writing import writing_to
 
     flags = parse_tokenize(sys.argv[1:], "python launch/tokenize.py")
     console, tokenizer = Console(), flags.tokenizer

@@ -133,8 +133,8 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hidden states of a batch with a tilde in it are no numbers."""
     embed = loss.embed
 
-    def spoilt(params: Any, tokens_BT: Any, dtype: Any) -> Any:
-        x_BTD = embed(params, tokens_BT, dtype)
+    def spoilt(params: Any, tokens_BT: Any, *args: Any) -> Any:
+        x_BTD = embed(params, tokens_BT, *args)
         return jnp.where((tokens_BT == ord("~")).any(), jnp.nan, x_BTD)
 
     monkeypatch.setattr(loss, "embed", spoilt)

@@ -197,7 +197,7 @@ def test_specs_fit_the_parameters_and_divide_all_operators(num_layers: int) -> N
     config = MeshConfig(pipe=2, model=2)
     devices = open_mesh(config)
     params = reference.to_stages(draw_params(model_config(num_layers)), devices)
-    specs = mesh.param_specs(config.model, len(params["blocks"]))
+    specs = mesh.param_specs(model_config(num_layers), len(params["blocks"]))
     placed = jax.device_put(params, mesh.shardings(devices, specs))  # the same tree, divisible
     chex.assert_trees_all_equal(placed, params)
 

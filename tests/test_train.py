@@ -47,7 +47,8 @@ def test_a_run_leaves_its_files(config: Config, tmp_path: Path):
     lines = metrics(workdir)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     fields = {"step", "loss", "grad_norm", "learning_rate", "step_seconds", "tokens_per_second"}
-    fields |= {"skipped_steps", "loss_spikes"}
+    fields |= {"tokens_per_second_per_device", "tflops_per_device", "data_wait_seconds"}
+    fields |= {"skipped_steps", "loss_spikes", "peak_memory_gib"}
     for line in lines:
         assert set(line) == fields | ({"eval_loss"} if line["step"] in (4, 6) else set())
         assert line["tokens_per_second"] == pytest.approx(4 * 16 / line["step_seconds"])

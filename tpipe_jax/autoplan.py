@@ -26,7 +26,8 @@ from tpipe_jax.plans import Plan, PlanRequest, read_plan, read_settings, unit_to
 from tpipe_jax.precision import resolve_precision
 from tpipe_jax.processes import from_first
 from tpipe_jax.profiler import Profiler, profile_key
-from tpipe_jax.workdir import changed_settings, describe_in_files, writing_to
+from tpipe_jax.workdir import changed_settings, describe_in_files
+from tpipe_jax.writing import writing_to
 
 MAX_REFINEMENTS = 3  # of seconds each; mostly one or two are enough
 

@@ -18,7 +18,8 @@ from tpipe_jax.model_layout import Piece, arrays
 from tpipe_jax.optim import make_optimizer
 from tpipe_jax.precision import new_loss_scale
 from tpipe_jax.train_state import abstract_state
-from tpipe_jax.workdir import write_config, writing_to
+from tpipe_jax.workdir import write_config
+from tpipe_jax.writing import writing_to
 
 PARAMS = "params/"
 

@@ -60,9 +60,9 @@ class Flags:
     config: Config
     workdir: Path
     """Folder for config.json, plan.json, metrics, checkpoints and timeline.png, seen by all."""
+    processes: tyro.conf.OmitArgPrefixes[ProcessFlags] = ProcessFlags()
     profile: str | None = None
     """START:STOP, the steps, both included, of which training leaves a profile in the workdir."""
-    processes: tyro.conf.OmitArgPrefixes[ProcessFlags] = ProcessFlags()
 
 
 @dataclass(frozen=True)

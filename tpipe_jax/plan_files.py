@@ -14,7 +14,7 @@ from tpipe_jax.planner import predicted_timeline
 from tpipe_jax.plans import Plan
 from tpipe_jax.schedule import terapipe
 from tpipe_jax.timeline import draw_boxes
-from tpipe_jax.workdir import writing_to
+from tpipe_jax.writing import writing_to
 
 
 def write_plan(

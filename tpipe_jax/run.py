@@ -32,6 +32,8 @@ class Run:
     """What a run is made of, found to fit together."""
 
     config: Config
+    described: Config
+    """As config.json has it: without what config.data.packing=auto has become."""
     mesh: Mesh
     plan: Plan | PlanRequest
     """As the settings have it; what they leave open is planned before the run starts."""
@@ -52,11 +54,11 @@ def prepare(config: Config, devices: Sequence[jax.Device]) -> Run:
     check_trace(config)
     plan = read_settings(config)
     train_data, held_out = open_data(config)
-    config = train_data.config
+    described, config = config, train_data.config
     for batches in (train_data, held_out):
         batches.batch(0, slice(8))  # a vocabulary of another size mostly shows here
     optimizer = make_optimizer(config.optim, config.train.num_steps)
-    return Run(config, mesh, plan, train_data, held_out, optimizer)
+    return Run(config, described, mesh, plan, train_data, held_out, optimizer)
 
 
 class Programs(NamedTuple):

@@ -62,7 +62,7 @@ def train(
             "CPUs compute float16 in float32 and convert it back and forth, which is slow: "
             "config.precision.compute=float32 is faster here."
         )
-    for change in changed_settings(config, workdir) if is_first else ():
+    for change in changed_settings(run.described, workdir) if is_first else ():
         console.say(f"changed since the last start: {change}")
     _show_hosts(run.mesh, console)  # all meet here, after the first has found the folder fit
 
@@ -114,7 +114,7 @@ def _train(
     held_out = [put_batch(run, run.held_out, i) for i in range(config.train.eval_batches)]
     metrics = None
     if jax.process_index() == 0:
-        describe_in_files(config, workdir, plan, stage_factors(config))
+        describe_in_files(run.described, workdir, plan, stage_factors(config))
         metrics = Metrics(workdir, first_step, config)
     with closing(metrics) if metrics else nullcontext():
         log = StepLog(config, plan, run.mesh, metrics, console)

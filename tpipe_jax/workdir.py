@@ -21,6 +21,7 @@ from tpipe_jax.timeline import (
     work_of,
     write_trace,
 )
+from tpipe_jax.writing import writing_to
 
 FILES = ("plan.json", "plan.png", "timeline.png", "timeline.json", "metrics.jsonl")
 
@@ -118,15 +119,3 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def writing_to(workdir: Path, option: str = "--workdir") -> Iterator[None]:
-    """Answers a file or folder that cannot be written with a `UserError`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write to {option}={workdir} ({error.strerror}: {error.filename}): make it "
-            "writable, or choose another folder."
-        ) from error
