@@ -14,7 +14,7 @@ from tpipe_jax.flags import EvaluateFlags, exit_status, load_config, parse_after
 def main() -> None:
     flags = parse_after(EvaluateFlags, sys.argv[1:], "python launch/evaluate.py")
     from tpipe_jax.console import Console
-    from tpipe_jax.data import open_held_out, with_packing
+    from tpipe_jax.data import open_held_out
     from tpipe_jax.evaluate import evaluate
     from tpipe_jax.mesh import find_devices
     from tpipe_jax.sources import open_shares
@@ -28,11 +28,11 @@ def main() -> None:
     config, devices = Config(mesh=flags.mesh, train=train, data=data), find_devices(flags.mesh)
     trained = load(flags.workdir, flags.step, config, devices)
     if flags.data is None:
-        shares = open_held_out(trained.config)
+        config, shares = open_held_out(trained.config)
+        trained = trained._replace(config=config)
     else:
         vocab_size = trained.config.model.vocab_size
         shares = open_shares("--data", flags.data, vocab_size, data)
-    trained = trained._replace(config=with_packing(trained.config, shares))
     with Console().working("evaluating") as on_progress:
         result = evaluate(trained, shares, on_progress)
     text = f"loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.4g}"

@@ -22,7 +22,13 @@ def main() -> int:
     if any(word.split("=")[0] == "--latency" for word in sys.argv[1:]):
         plan_from_file(parse_file_plan(sys.argv[1:], program))
         return 0
-    return launch(parse(sys.argv[1:], program), plan_by_measuring)
+    flags = parse(sys.argv[1:], program)
+    if flags.profile is not None:
+        raise UserError(
+            f"--profile={flags.profile} is of training steps, which planning has none of: leave it "
+            "out, or train with launch/multihost.py."
+        )
+    return launch(flags, plan_by_measuring)
 
 
 def plan_from_file(flags: FilePlanFlags) -> None:

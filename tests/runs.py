@@ -50,7 +50,7 @@ def small_config(folder: Path) -> Config:
         mesh=MeshConfig(pipe=2),
         plan=PlanConfig(token_slices="6,6,4", batch_slices="uniform:1"),
         train=TrainConfig(
-            num_steps=6, batch_size=4, log_every=1, eval_every=4, eval_batches=2, sample_tokens=3
+            num_steps=6, batch_size=4, log_every=1, eval_every=4, eval_batches=2, sample_tokens=0
         ),
         data=DataConfig(train=str(text)),
         checkpoint=CheckpointConfig(every=100),

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 import reference
 from slices import ROWS, TOLERANCE, B, Slice, draw, expect, rounded, run
 from tpipe_jax.attention import KVCache, blockwise
-from tpipe_jax.blocks import BLOCK
 from tpipe_jax.inplace import Position
+from tpipe_jax.key_blocks import BLOCK
 
 LENGTHS = [1, 7, 96, 128, 130, 200, 257, 300]
 CONTEXTS = [0, 1, 5, 127, 128, 129, 300]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tpipe_jax.blocks import context_read, query_block
+from tpipe_jax.key_blocks import context_read, query_block
 
 
 @given(st.integers(1, 2000))

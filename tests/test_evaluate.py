@@ -20,6 +20,8 @@ from tpipe_jax.mesh import make_mesh, param_specs, shardings
 from tpipe_jax.sources import Share, open_shares
 from tpipe_jax.trained import Trained
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 MODEL = ModelConfig(num_layers=3, d_model=16, num_heads=2, vocab_size=29, seq_len=8)
 MESHES = [MeshConfig(), MeshConfig(pipe=2), MeshConfig(data=2, pipe=2)]
 

@@ -72,7 +72,7 @@ def test_a_stop_that_comes_with_the_last_save_lets_it_end(
         return write(*args)
 
     monkeypatch.setattr(checkpoint, "_write", stopped)
-    config = changed(config, train={"num_steps": 2, "sample_tokens": 0})
+    config = changed(config, train={"num_steps": 2})
     assert "Trained 2 steps" in run(config, tmp_path / "run")[-1]
     assert saved_arrays(tmp_path / "run", 2)["step"] == 2
 
@@ -185,7 +185,7 @@ def test_data_that_is_lost_ends_the_run_with_all_steps_saved(
 ):
     """And with the data back it goes on as if nothing had happened."""
     monkeypatch.setattr(read_ahead, "PACE_SECONDS", 0)
-    config = changed(config, train={"num_steps": 30, "sample_tokens": 0, "eval_every": 1})
+    config = changed(config, train={"num_steps": 30, "eval_every": 1})
     run(config, tmp_path / "whole")
     text, parts = Path(config.data.train), tmp_path / "parts"
     content = text.read_bytes()

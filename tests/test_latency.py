@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tpipe_jax.blocks import context_read
 from tpipe_jax.config import UserError
+from tpipe_jax.key_blocks import context_read
 from tpipe_jax.latency import LatencyModel, LatencyTable, Memory, Profile, Sample, load_table
 
 BLOCK = 16

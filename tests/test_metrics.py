@@ -167,5 +167,5 @@ def test_weights_and_biases_that_do_not_work(
     module = SimpleNamespace(init=fail, util=util) if is_there else None
     monkeypatch.setitem(sys.modules, "wandb", module)
     sentence = "no network.*WANDB_MODE=offline" if is_there else "needs the package wandb"
-    with pytest.raises(UserError, match=rf"config\.metrics\.wandb=project .*{sentence}"):
+    with pytest.raises(UserError, match=rf"config\.metrics\.wandb.*{sentence}"):
         Metrics(tmp_path, 0, Config(metrics=MetricsConfig(wandb="project")))

@@ -119,15 +119,19 @@ def test_documents_apart_do_not_learn_their_first_tokens(tmp_path: Path):
         assert row[2].tolist() == [max(s - n * T, 0) for s in begins]
 
 
-def test_a_long_document_is_cut_where_others_stay_whole(tmp_path: Path):
-    """Each token but the first of a document is a target once."""
+@pytest.mark.parametrize("is_apart", [False, True])
+def test_a_long_document_is_cut_where_others_stay_whole(tmp_path: Path, is_apart: bool):
+    """Each token is a target once, but the first of a row, and of a document that is apart."""
     path = texts(tmp_path / "a.jsonl")
-    rows = rows_of(config_of(path, packing="whole", cross_document_attention=False))
-    targets = rows[:, 1][rows[:, 1] != IGNORE]
-    assert sorted(targets.tolist()) == sorted("".join(text[1:] for text in TEXTS).encode())
-    starts = rows[:, 2]
-    assert len(rows) == 5  # of the long one three full rows, and what is left of it
-    assert [int((row == 0).sum()) for row in starts].count(T) >= 3
+    rows = rows_of(config_of(path, packing="whole", cross_document_attention=not is_apart))
+    targets = rows[:, 1][rows[:, 1] != IGNORE].tolist()
+    inner = list("".join(text[1:] for text in TEXTS).encode())
+    if is_apart:
+        assert sorted(targets) == sorted(inner)
+    else:
+        # "one" is first in its row, and so is the long one, which goes on behind others.
+        seen = [text for text in TEXTS if text != "one"][:-1]
+        assert sorted(targets) == sorted([*inner, *(ord(text[0]) for text in seen)])
 
 
 SEPARATED = np.array([5, 6, 1, 7, 1, 1, 8, 9, 9, 9, 9, 9, 1, 4, 4], np.uint16)
@@ -234,8 +238,15 @@ def test_evaluation_is_that_of_each_completion_alone(
         assert got.loss == pytest.approx(total / count, rel=1e-5)
         assert got.bits_per_byte == pytest.approx(got.loss / math.log(2))
     else:  # the word without a prompt follows on another document
-        assert got.num_tokens == count + 1
-        assert abs(got.loss - total / count) > 1e-3
+        rows = [np.frombuffer(b"2+2=4word", np.uint8), np.frombuffer(b"1+10=11!7*8=5", np.uint8)]
+        learnt = [range(4, 9), [5, 6, 7, 12]]
+        total = 0.0
+        for tokens, own in zip(rows, learnt, strict=True):
+            logits = model.logits(config.model, params, jnp.array(tokens.astype(np.int32))[None])[0]
+            log_probs = np.asarray(jax.nn.log_softmax(logits))
+            total -= sum(log_probs[i - 1, tokens[i]] for i in own)
+        assert got.num_tokens == count + 1 == 9
+        assert got.loss == pytest.approx(total / 9, rel=1e-5)
 
 
 def test_a_run_learns_completions(tmp_path: Path):
@@ -260,6 +271,30 @@ def written(path: Path, content: str) -> Path:
 
 
 TWENTY = {"prompt": "a" * 10, "completion": "b" * 10}
+
+
+def test_slices_are_planned_for_documents(tmp_path: Path):
+    """By a profile of the program that has them."""
+    path = pairs(tmp_path / "a.jsonl")
+    jsonl(path, [{"prompt": p, "completion": c} for p, c in PAIRS] * 8)
+    config = runs.changed(
+        runs.small_config(tmp_path),
+        data={"train": str(path), "cross_document_attention": False},
+        plan={"token_slices": "auto", "batch_slices": "auto"},
+        train={"num_steps": 2},
+    )
+    said = runs.run(config, tmp_path / "run")
+    assert said[-1].startswith("Trained 2 steps")
+
+
+def test_nothing_held_out(tmp_path: Path):
+    with pytest.raises(UserError, match=r"0 of them held out by config\.data\.held_out=0"):
+        open_data(config_of(written(tmp_path / "a.txt", "text " * 99), held_out=0.0))
+    whole = config_of(written(tmp_path / "a.txt", "text " * 99), packing="whole")
+    with pytest.raises(UserError, match=r"in which no document .* begins: raise config"):
+        open_data(whole)
+
+
 REFUSED = {
     "cut prompts": (pairs, {"packing": "cut"}, "packing=cut would part the prompts"),
     "long pair": (

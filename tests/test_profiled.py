@@ -10,8 +10,10 @@ from jax.profiler import ProfileData
 
 import runs
 from tpipe_jax.config import TrainConfig, UserError
-from tpipe_jax.profiled import parse_steps
+from tpipe_jax.profiled import ProfiledSteps, parse_steps
 from tpipe_jax.training import train
+
+pytestmark = pytest.mark.usefixtures("kept_programs")
 
 
 def test_a_profile_has_its_steps_and_changes_nothing(tmp_path: Path):
@@ -26,17 +28,16 @@ def test_a_profile_has_its_steps_and_changes_nothing(tmp_path: Path):
     ]
     assert losses[0] == losses[1]
 
-    # The sweeps' loops are operations of each device: two sweeps in each of two steps.
     folder = tmp_path / "profiled" / "profile"
     [path] = folder.rglob("*.xplane.pb")
-    loops = [
-        event
+    started = [
+        event.name
         for plane in ProfileData.from_file(str(path)).planes
         for line in plane.lines
         for event in line.events
-        if "while" in event.name and "device_ordinal" in dict(event.stats)
+        if event.name == "PjitFunction(train_step)"
     ]
-    assert loops
+    assert len(started) == 2, started
     [trace] = folder.rglob("perfetto_trace.json.gz")
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     assert any("train_step" in event.get("name", "") for event in events)
@@ -55,6 +56,19 @@ def test_a_run_that_ends_within_its_profile(tmp_path: Path):
         train(config, tmp_path / "run", jax.devices()[:2], Stops(), range(2, 5))
     jax.profiler.start_trace(tmp_path / "next")
     jax.profiler.stop_trace()
+
+
+def test_a_run_that_goes_on_among_its_steps(tmp_path: Path):
+    """Profiles those that are left."""
+    steps = ProfiledSteps(range(2, 5), tmp_path)
+    assert not steps.is_first(1)
+    assert steps.is_first(3)
+    steps.start()
+    assert not steps.is_first(4)
+    assert (steps.is_last(3), steps.is_last(4)) == (False, True)
+    assert "a profile of steps 2 to 4 is in" in steps.stop()
+    assert not steps.is_first(4)
+    assert not ProfiledSteps(None, tmp_path).is_first(0)
 
 
 @pytest.mark.parametrize("value", ["", "3", "3:", "4:3", "0:2", "2:7", "a:b", "-1:3", "2:3:4"])

@@ -12,6 +12,8 @@ from tpipe_jax.plans import Plan
 from tpipe_jax.schedule import Box, Timeline, terapipe
 from tpipe_jax.ticks import Event, Sweep, find_sweeps, merged, stage_boxes, to_text
 
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
 SCHEDULE = terapipe(Plan(2, (1,), ((5, 3),)))  # three ticks in each direction
 SWEEPS = [Sweep("back", frozenset({"t.2"})), Sweep("forth", frozenset({"t.1"}))]
 EVENTS = [

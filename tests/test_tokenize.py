@@ -226,7 +226,7 @@ def test_text_is_read_by_a_tokenizer(tmp_path: Path, bpe: Path):
     (tmp_path / "eval.txt").write_text(TEXTS[4])
     data = DataConfig(str(tmp_path / "text.txt"), str(tmp_path / "eval.txt"), str(bpe))
     config = Config(model=ModelConfig(vocab_size=400, seq_len=4), data=data)
-    [(held_out, positions, _)] = open_held_out(config)
+    _, [(held_out, positions, _)] = open_held_out(config)
     np.testing.assert_array_equal(held_out.read(0, len(positions)), tokenizer.encode(TEXTS[4]))
     with pytest.raises(UserError, match=r"has \d+ tokens, more than config.model.vocab_size=299"):
         open_source("--data", str(tmp_path / "text.txt"), 299, DataConfig(tokenizer=str(bpe)))

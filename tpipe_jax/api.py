@@ -2,11 +2,13 @@
 
 All functions take a `Config` with the settings of the command line, and the devices to work on;
 without these they take those that jax has, of which CPUs become as many as the mesh asks for if jax
-has not been used before. What does not fit raises `UserError`, one sentence that says what to do.
+has not been used before; the process then keeps the memory that it frees, which is faster. What
+does not fit raises `UserError`, one sentence that says what to do.
 """
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -19,12 +21,13 @@ from tpipe_jax.autoplan import plan_slices, stage_factors
 from tpipe_jax.backends import resolve_attention
 from tpipe_jax.config import Config, MeshConfig, UserError, resolved
 from tpipe_jax.console import Console
+from tpipe_jax.flags import load_config
 from tpipe_jax.latency import LatencyTable
 from tpipe_jax.memory import fitting_step
 from tpipe_jax.mesh import check_model, find_devices, make_mesh, put_rows
 from tpipe_jax.optim import make_optimizer
 from tpipe_jax.planner import find_plan
-from tpipe_jax.plans import Plan, read_settings
+from tpipe_jax.plans import Plan, PlanRequest, check_plan, read_settings
 from tpipe_jax.precision import resolve_precision
 from tpipe_jax.train_state import TrainState, abstract_rows, init_state
 from tpipe_jax.trained import Trained
@@ -36,7 +39,7 @@ Devices = Sequence[jax.Device]
 def plan(
     config: Config,
     latencies: LatencyTable | None = None,
-    workdir: Path | None = None,
+    workdir: Path | str | None = None,
     devices: Devices | None = None,
 ) -> Plan:
     """How a run of this config would slice its batch and sequences.
@@ -52,7 +55,7 @@ def plan(
         return find_plan(latencies, request, stage_factors(config)).plan
     config, mesh = _on_mesh(config, devices)
     with tempfile.TemporaryDirectory() as folder:
-        where = workdir or Path(folder)
+        where = Path(workdir or folder)
         return plan_slices(config, request, mesh, where, Console(is_quiet=True))[1].plan
 
 
@@ -83,6 +86,9 @@ class TrainStep:
             raise UserError(f"rows of shape {rows.shape} must be of {expected}, as the config is.")
         if isinstance(rows, np.ndarray):
             rows = put_rows(self.mesh, rows.astype(np.int32))
+        else:
+            like = abstract_rows(self.config, self.mesh)
+            rows = jax.device_put(rows.astype(like.dtype), like.sharding)
         state, metrics = self._step(state, rows)
         # Devices of one process that are many steps behind may wait for each other without end.
         jax.block_until_ready(self._last)
@@ -94,8 +100,12 @@ def make_train_step(
     config: Config, slices: Plan | None = None, devices: Devices | None = None
 ) -> TrainStep:
     """Compiles the training step of a plan; without one, of `plan(config)`."""
+    read_settings(config)  # which says what of it does not fit
     slices = slices or plan(config, devices=devices)
     config, mesh = _on_mesh(config, devices)
+    batch_size = config.train.batch_size // config.mesh.data
+    request = PlanRequest(config.mesh.pipe, batch_size, config.model.seq_len)
+    check_plan("the plan", slices, request)
     return TrainStep(config, slices, mesh)
 
 
@@ -115,9 +125,13 @@ def load(
     """The model of a run's newest sound checkpoint, or of a step, on a mesh: its config, the mesh
     and the parameters, for `generate.Generator` and `evaluate.evaluate`.
 
-    The config says how it is laid out, as `mesh` and `precision`; its model does not matter.
+    The config says how it is laid out, as `mesh` and `precision`; its model does not matter, and
+    its data are the run's.
     """
     config = config or Config()
+    path = Path(workdir) / "config.json"
+    if path.exists():
+        config = replace(config, data=load_config(path).data)
     return load_trained(Path(workdir), step, config, devices or _devices(config.mesh))
 
 

@@ -21,8 +21,8 @@ import chex
 import jax.numpy as jnp
 from jax import Array, lax
 
-from tpipe_jax.blocks import BLOCK, query_block
 from tpipe_jax.inplace import Position, read, write
+from tpipe_jax.key_blocks import BLOCK, query_block
 
 MASKED = -1e30  # finite, so that the difference of two masked scores is not NaN
 

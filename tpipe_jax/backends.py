@@ -6,9 +6,9 @@ from typing import get_args
 from jax.sharding import Mesh
 
 from tpipe_jax.attention import Attention, blockwise
-from tpipe_jax.blocks import BLOCK
 from tpipe_jax.config import Backend, Config, UserError
 from tpipe_jax.fused import cudnn_kernel, cudnn_version, grouped, over_heads
+from tpipe_jax.key_blocks import BLOCK
 from tpipe_jax.layer import heads
 from tpipe_jax.mesh import compute_capability, oldest_device
 from tpipe_jax.precision import compute_format

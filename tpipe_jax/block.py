@@ -27,9 +27,9 @@ class Block(nnx.Module):
     """A layer of the model, from the residual stream to the residual stream.
 
     A block of your own is made as `block(config, dtype, rngs)`, with float32 parameters and matrix
-    products in `dtype`. It hands values that the backward pass may save to the tape, under one of
-    the names that config.memory.remat knows, and goes on with what the tape returns; it may also
-    leave that and all that follows here.
+    products in `dtype`, as are all values that the methods take and give. It hands values
+    `[B, L, width]` that the backward pass may save to the tape, each under a name of its own of
+    those that config.memory.remat knows, without q, and goes on with what the tape returns.
     """
 
     linears: ClassVar[Mapping[str, tuple[str, str]]] = {}

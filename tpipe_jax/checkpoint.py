@@ -183,7 +183,7 @@ class Checkpoints:
             self._say(f"the checkpoint of step {step} is damaged ({damage}): it is now {aside}")
 
     def _check_identity(self, step: int) -> None:
-        saved = dict(_settings(files.read_manifest(self._folder / str(step)).identity))
+        saved = dict(_settings(_completed(files.read_manifest(self._folder / str(step)).identity)))
         ours = dict(_settings(self._identity))
         differences = [
             f"{name}={saved.get(name)}, but this run has {ours.get(name)}"
@@ -310,6 +310,14 @@ def write_checkpoint(folder: Path, step: int, model: ModelConfig, parts: Iterabl
 def read_array(checkpoint: Path, name: str) -> np.ndarray:
     """An array of a checkpoint, whole, by its name in the model's layout. Raises ValueError."""
     return _open(checkpoint / name).read().result()
+
+
+def _completed(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity with the settings that are younger than it, as they were then."""
+    try:
+        return identity | identity_of(ModelConfig(**identity["model"]))
+    except (KeyError, TypeError):
+        return identity
 
 
 def identity_of(model: ModelConfig) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class _Windows:
     """Without a shorter one at the end."""
 
     def __len__(self) -> int:
-        num_targets = len(self.positions) - 1
+        num_targets = max(len(self.positions) - 1, 0)
         return num_targets // self.seq_len if self.is_whole else -(-num_targets // self.seq_len)
 
     def __getitem__(self, index: int) -> list[Piece]:
@@ -107,9 +107,13 @@ def open_data(config: Config) -> tuple[Batches, Batches]:
     )
 
 
-def open_held_out(config: Config) -> list[Share]:
-    """The held-out tokens of `open_data`. Raises `UserError` likewise."""
-    return _shares(config)[1]
+def open_held_out(config: Config) -> tuple[Config, list[Share]]:
+    """The held-out tokens of `open_data`, and the config with the packing of all of them.
+
+    Raises `UserError` likewise.
+    """
+    train, held_out = _shares(config)
+    return with_packing(config, [*train, *held_out]), held_out
 
 
 def with_packing(config: Config, shares: Sequence[Share]) -> Config:
@@ -163,6 +167,7 @@ def make_row(config: Config, source: TokenSource, pieces: Sequence[Piece]) -> np
         own = slice(at, at + stop - start)
         tokens[own], is_target[own] = source.read(start, stop), source.is_learnt(start, stop)
         begins = source.begins(start, tokens[own])
+        is_target[at] &= begins[0]  # where a document goes on, its last token was one before
         begins[0] = True
         starts[own] = np.maximum.accumulate(np.where(begins, starts[own], 0))
         at = own.stop
@@ -222,11 +227,15 @@ def _batches(
     for share in shares:
         source, positions, _ = share
         sequences = make_sequences(config, share)
-        if not sequences:
-            needed = "two" if config.data.packing == "whole" else str(seq_len + 1)
+        if not len(sequences) and config.data.packing == "whole":
+            raise UserError(
+                f"{source.setting} has {len(positions)} tokens {use}, in which no document of two "
+                "or more begins: raise config.data.held_out, or name config.data.eval."
+            )
+        if not len(sequences):
             raise UserError(
                 f"{source.setting} has {len(source)} tokens, {len(positions)} of them {use}, but "
-                f"one sequence of config.model.seq_len={seq_len} takes {needed}: "
+                f"one sequence of config.model.seq_len={seq_len} takes {seq_len + 1}: "
                 "give longer data or lower config.model.seq_len."
             )
         all_sequences.append(sequences)

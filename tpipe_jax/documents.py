@@ -89,9 +89,9 @@ def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
         raise UserError(
             f"{path} needs pyarrow to be read: install it with pip install tpipe_jax[parquet]."
         ) from None
-    except OSError:
-        raise
     except Exception as error:  # those of pyarrow, which may not be here
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
         raise UserError(f"{path} is no Parquet file ({error}): write it again.") from None
 
 

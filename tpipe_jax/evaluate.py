@@ -9,7 +9,7 @@ import numpy as np
 
 from tpipe_jax.collectives import compile_checked
 from tpipe_jax.config import BYTES, BYTES_NAME, IGNORE, Config, PlanConfig, UserError
-from tpipe_jax.data import make_sequences
+from tpipe_jax.data import make_sequences, with_packing
 from tpipe_jax.mesh import put_rows
 from tpipe_jax.plans import Plan, read_settings
 from tpipe_jax.schedule import terapipe
@@ -52,8 +52,8 @@ def evaluate(
     there, of which the last may be shorter; weights don't count. Raises `UserError` if there is
     none.
     """
-    config, mesh, params, _ = trained
-    batch_size = config.train.batch_size
+    config, mesh, params = with_packing(trained.config, shares), trained.mesh, trained.params
+    trained, batch_size = trained._replace(config=config), config.train.batch_size
     sequences = [make_sequences(config, share, is_whole=False) for share in shares]
     rows_of_all = itertools.chain.from_iterable(map(iter, sequences))
     num_sequences = sum(map(len, sequences))
@@ -81,10 +81,25 @@ def evaluate(
 
 
 def _byte_counter(config: Config) -> Callable[[np.ndarray], int] | None:
-    """Counts the bytes that tokens stand for; None where they are of an unknown tokenizer."""
+    """Counts the bytes that tokens stand for; None where their tokenizer is not known, or is none
+    of bytes.
+    """
     if config.data.tokenizer == BYTES_NAME and config.model.vocab_size != BYTES:
         return None
-    return open_tokenizer("config.data.tokenizer", config.data.tokenizer).num_bytes
+    tokenizer = open_tokenizer("config.data.tokenizer", config.data.tokenizer)
+    if tokenizer.num_bytes is None:
+        return None
+    count = tokenizer.num_bytes
+
+    def checked(tokens: np.ndarray) -> int:
+        if tokens.size and tokens.max() >= tokenizer.vocab_size:
+            raise UserError(
+                f"config.data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} tokens, "
+                f"but the data have token id {tokens.max()}: name the tokenizer that made them."
+            )
+        return count(tokens)
+
+    return checked
 
 
 def _plan(trained: Trained) -> Plan:

@@ -1,6 +1,5 @@
 """The command line: a config file, then flags that override its fields."""
 
-import importlib.util
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from tpipe_jax.config import (
     check_field,
     from_dict,
 )
+from tpipe_jax.python_files import load_file
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 
@@ -165,7 +165,7 @@ class TokenizeFlags:
     """Turns text into token shards to train on."""
 
     inputs: tyro.conf.Positional[tuple[Path, ...]]
-    """Text files, files of JSON lines (.jsonl), and folders of them."""
+    """Text files, files of records (.jsonl, .parquet, .array_record), and folders of them."""
     out: Path
     """A folder that does not exist yet."""
     tokenizer: str = "bytes"
@@ -175,7 +175,7 @@ class TokenizeFlags:
     num_workers: Count = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     """Processes that work at the same time."""
     field: str = "text"  # the last one, since it hides the function of that name
-    """Where a line of JSON has its document."""
+    """Where a record of JSON lines or Parquet has its document."""
 
 
 AfterFlags = TypeVar("AfterFlags", GenerateFlags, EvaluateFlags)
@@ -306,15 +306,12 @@ def load_config(path: Path) -> Config:
             return from_dict(json.loads(path.read_text()))
         except (UserError, ValueError, AttributeError) as error:
             raise UserError(f"--config={path} is not the config.json of a run ({error}).") from None
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
+    if path.suffix != ".py":
         raise UserError(
             f"--config={path} is not a Python file: its name must end in .py, or .json."
         )
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-        config = module.get_config()
+        config = load_file(path).get_config()
     except UserError:
         raise
     except Exception as error:  # whatever the file's code raises is for its author to mend

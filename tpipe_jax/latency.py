@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tpipe_jax.blocks import context_read
 from tpipe_jax.config import UserError
+from tpipe_jax.key_blocks import context_read
 from tpipe_jax.plans import MAX_SECONDS
 
 

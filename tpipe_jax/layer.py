@@ -1,6 +1,6 @@
 """The block that a config names, GPT-2's or another, as pure functions of its parameters."""
 
-import importlib.util
+import hashlib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from tpipe_jax.block import Block, Params, Tape
 from tpipe_jax.config import GPT2, ModelConfig, UserError
 from tpipe_jax.gpt2_block import GPT2Block
+from tpipe_jax.python_files import load_file
 
 
 class BlockFunctions(NamedTuple):
@@ -93,6 +95,13 @@ def forward_flops(config: ModelConfig, num_tokens: int, context: int) -> int:
     return 2 * num_tokens * matrices + 4 * num_queries * width * visible_pairs
 
 
+def block_digest(config: ModelConfig) -> str | None:
+    """Of the file of a block of one's own."""
+    if config.block == GPT2:
+        return None
+    return hashlib.sha256(Path(config.block.rpartition(":")[0]).read_bytes()).hexdigest()
+
+
 def block_class(config: ModelConfig) -> type[Block]:
     """The class that config.model.block names. Raises `UserError` if there is none."""
     if config.block == GPT2:
@@ -104,15 +113,13 @@ def block_class(config: ModelConfig) -> type[Block]:
 def _load(setting: str) -> type[Block]:
     file, _, name = setting.rpartition(":")
     path = Path(file)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
+    if not path.is_file() or path.suffix != ".py":
         raise UserError(
             f"config.model.block={setting} names no Python file: give {GPT2}, or a file and a "
             "class, as my_block.py:MyBlock."
         )
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
+        module = load_file(path)
     except Exception as error:  # whatever the file's code raises is for its author to mend
         raise UserError(
             f"config.model.block={setting} cannot be used ({type(error).__name__}: {error})."
@@ -127,17 +134,14 @@ def _load(setting: str) -> type[Block]:
 
 @cache
 def _shapes(config: ModelConfig) -> tuple[tuple[Any, Any, Any], dict[str, Any]]:
-    """What a block makes of some tokens: queries, keys and values, and what it tells the tape."""
+    """What a block makes of some tokens: queries, keys and values, and what it tells the tape.
 
-    def run(params: Params, x_BLD: Array) -> Any:
-        block = block_functions(config, jnp.dtype(jnp.float32))
-        values: dict[str, Array] = {}
-        q, k, v = block.qkv(params, x_BLD, jnp.arange(3)[None], values.setdefault)
-        return (q, k, v), values, block.finish(params, x_BLD, jnp.zeros_like(q), values.setdefault)
-
-    x_BLD = jax.ShapeDtypeStruct((2, 3, config.d_model), jnp.float32)
+    Raises `UserError` for a block of one's own that the pipeline cannot run.
+    """
     try:
-        qkv, values, y_BLD = jax.eval_shape(run, param_shapes(config), x_BLD)
+        result = _traced(config, jnp.dtype(jnp.float32))
+        _traced(config, jnp.dtype(jnp.bfloat16))
+        _check_declared(config, result[1])
     except Exception as error:  # whatever a block's code raises is for its author to mend
         if config.block == GPT2:
             raise
@@ -145,9 +149,53 @@ def _shapes(config: ModelConfig) -> tuple[tuple[Any, Any, Any], dict[str, Any]]:
             f"config.model.block={config.block} cannot be run ({type(error).__name__}: {error}): "
             "see tpipe_jax.Block for what it takes and gives."
         ) from error
+    return result
+
+
+def _traced(config: ModelConfig, dtype: jnp.dtype) -> tuple[tuple[Any, Any, Any], dict[str, Any]]:
+    """As `_shapes`, computed in `dtype`. Raises what the block raises, or ValueError."""
+
+    def run(params: Params, x_BLD: Array) -> Any:
+        block, values = block_functions(config, dtype), {}
+
+        def tape(name: str, value: Array) -> Array:
+            if name in values or name in ("x", "q", "lse"):
+                raise ValueError(f"the name {name} is taken, so the tape can have it only once")
+            if value.ndim != 3 or value.shape[:2] != x_BLD.shape[:2]:
+                raise ValueError(f"{name} is {value.shape}, and not [B, L, width]")
+            values[name] = value
+            return value
+
+        q, k, v = block.qkv(params, x_BLD, jnp.arange(3)[None], tape)
+        return (q, k, v), values, block.finish(params, x_BLD, jnp.zeros_like(q), tape)
+
+    params = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, dtype if a.ndim > 1 else a.dtype),
+        param_shapes(config),
+    )
+    x_BLD = jax.ShapeDtypeStruct((2, 3, config.d_model), dtype)
+    qkv, values, y_BLD = jax.eval_shape(run, params, x_BLD)
     if y_BLD.shape != x_BLD.shape:
-        raise UserError(
-            f"config.model.block={config.block} makes {y_BLD.shape} of {x_BLD.shape}: "
-            "its output must be of the shape of its input."
-        )
+        raise ValueError(f"it makes {y_BLD.shape} of {x_BLD.shape}, not a like shape")
+    results = {"a query": qkv[0], "a key": qkv[1], "a value": qkv[2], "its output": y_BLD} | values
+    for name, value in results.items():
+        if value.dtype != dtype:
+            raise ValueError(f"{name} is {value.dtype} where {dtype} is computed in")
     return qkv, values
+
+
+def _check_declared(config: ModelConfig, values: dict[str, Any]) -> None:
+    """Raises ValueError where `Block.linears` or `Block.specs` are not of the block."""
+    own, params = block_class(config), param_shapes(config)
+    for name, (source, target) in own.linears.items():
+        if name not in params or not {"kernel"} <= set(params[name]) <= {"kernel", "bias"}:
+            raise ValueError(f"linears has {name}, which is no layer of a kernel and a bias")
+        if source not in values or target not in values:
+            raise ValueError(f"linears has {source} and {target}, which the tape must have both")
+        ends = values[source].shape[-1], values[target].shape[-1]
+        if params[name]["kernel"].shape != ends:
+            raise ValueError(f"{name} is not a product from {source} to {target}")
+    if own.specs is not None:
+        structure = jax.tree.structure(own.specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+        if structure != jax.tree.structure(params):
+            raise ValueError("specs is not a tree like that of its parameters")

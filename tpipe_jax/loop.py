@@ -8,11 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+import jax
 import numpy as np
 from jax import Array
 
 from tpipe_jax.checkpoint import Checkpoints
-from tpipe_jax.config import Config
+from tpipe_jax.config import IGNORE, Config
 from tpipe_jax.console import Console
 from tpipe_jax.data import Batches
 from tpipe_jax.failures import Expect
@@ -86,20 +87,21 @@ class Loop:
                 within(f"step {step + 1}")
                 start = time.monotonic()
                 step, rows = step + 1, batches.take()
-                log.add_wait(time.monotonic() - start)
+                wait_seconds = time.monotonic() - start
                 if step == config.train.trace_step:
                     log.finish()  # so that the trace has nothing of the step before
                     state, values = self._traced(step, state, rows)
                 else:
                     if self.profiled.is_first(step):
                         log.finish()
-                        self.profiled.start()
+                        log.leave_out(self._start_profile())
                     state, values = self.programs.train_step(state, rows)
                     log.finish()  # the step before, which this one follows without a pause
+                log.add_wait(wait_seconds)
                 log.begin(step, values)
                 if self.profiled.is_last(step):
                     log.finish()
-                    self.console.say(self.profiled.stop())
+                    log.leave_out(self._end_profile())
                 if step % config.train.eval_every == 0 or step == num_steps:
                     log.finish(partial(self._evaluate, state, held_out))
                 if step % config.checkpoint.every == 0:
@@ -127,13 +129,35 @@ class Loop:
         self.log.leave_out(time.monotonic() - start - seconds)
         return result
 
+    def _start_profile(self) -> float:
+        """Returns how long it has taken, seconds."""
+        start = time.monotonic()
+        self.within("starting the profile", is_step=False)
+        self.profiled.start()
+        return time.monotonic() - start
+
+    def _end_profile(self) -> float:
+        """Returns how long it has taken, seconds."""
+        start = time.monotonic()
+        self.within("writing the profile", is_step=False)
+        self.console.say(self.profiled.stop())
+        return time.monotonic() - start
+
     def _evaluate(self, state: TrainState, held_out: Sequence[Array]) -> float:
-        """The mean loss of the batches, nats per token."""
-        losses = []
+        """The mean loss of all targets, nats per token."""
+        total, num_targets = 0.0, 0
         for i, rows in enumerate(held_out):
             self.within(f"batch {i + 1} of an evaluation")
-            losses.append(float(self.programs.loss(state.params, rows)))
-        return float(np.mean(losses))
+            count = int(_count_targets(rows, self.run.config.data.marks_documents))
+            total += count * float(self.programs.loss(state.params, rows))
+            num_targets += count
+        return total / max(num_targets, 1)
+
+
+@partial(jax.jit, static_argnums=1)
+def _count_targets(rows: Array, marks_documents: bool) -> Array:
+    """How many of the targets of rows (`data.make_row`) count."""
+    return ((rows[:, 1] if marks_documents else rows[:, 1:]) != IGNORE).sum()
 
 
 def put_batch(run: Run, batches: Batches, index: int) -> Array:

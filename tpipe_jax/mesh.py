@@ -63,7 +63,8 @@ def prepare_cpu(num_devices: int) -> None:
     ]
     if num_devices >= len(os.sched_getaffinity(0)):  # no core to spare for threads in an operator
         flags.append("--xla_cpu_multi_thread_eigen=false")
-    os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
+    given = os.environ.get("XLA_FLAGS", "").split()
+    os.environ["XLA_FLAGS"] = " ".join([*(f for f in flags if f not in given), *given])
     # glibc hands large buffers back to the system, and a step that gets them anew has all of their
     # pages to fault in.
     if platform.libc_ver()[0] == "glibc":

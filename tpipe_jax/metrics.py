@@ -6,6 +6,7 @@ which the run then waits for without end.
 """
 
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -33,7 +34,6 @@ class Metrics:
 
     def __init__(self, workdir: Path, first_step: int, config: Config | None = None) -> None:
         self._path = workdir / "metrics.jsonl"
-        self._tracker: Any = _tracker(config, workdir) if config and config.metrics.wandb else None
         events = workdir / "tensorboard"
         with self._writing():
             events.mkdir(parents=True, exist_ok=True)
@@ -44,6 +44,7 @@ class Metrics:
             self._write_event(Event(file_version="brain.Event:2"))
             purge = SessionLog(status=SessionLog.START)
             self._write_event(Event(step=first_step + 1, session_log=purge))
+        self._tracker: Any = _tracker(config, workdir) if config and config.metrics.wandb else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends the values after `step` steps; NaN and infinity, unknown to JSON, as null."""
@@ -54,14 +55,16 @@ class Metrics:
             self._lines.flush()
             self._write_event(Event(step=step, summary=Summary(value=scalars)))
         if self._tracker:
-            self._tracker.log(values, step=step)
+            with _tracking():
+                self._tracker.log(values, step=step)
 
     def close(self) -> None:
         """Closes the files."""
         with self._writing(), contextlib.closing(self._events):
             self._lines.close()
         if self._tracker:
-            self._tracker.finish()
+            with _tracking():
+                self._tracker.finish()
 
     def _write_event(self, event: Event) -> None:
         event.wall_time = time.time()
@@ -79,17 +82,24 @@ class Metrics:
             ) from error
 
 
-def _tracker(config: Config, workdir: Path) -> Any:
-    """A run of Weights & Biases, the same one whenever the run of the workdir goes on."""
+def check_tracker(config: Config) -> None:
+    """Raises `UserError` where config.metrics.wandb lacks its package."""
+    if config.metrics.wandb is None:
+        return
     try:
-        import wandb  # pyrefly: ignore[missing-import]
+        importlib.import_module("wandb")
     except ImportError:
         raise UserError(
             f"config.metrics.wandb={config.metrics.wandb} needs the package wandb: install it with "
             "pip install tpipe_jax[wandb], or leave it out."
         ) from None
-    kept = workdir / "wandb.id"
-    try:
+
+
+def _tracker(config: Config, workdir: Path) -> Any:
+    """A run of Weights & Biases, the same one whenever the run of the workdir goes on."""
+    check_tracker(config)
+    wandb, kept = importlib.import_module("wandb"), workdir / "wandb.id"
+    with _tracking():
         workdir.mkdir(parents=True, exist_ok=True)
         if not kept.exists():
             kept.write_text(wandb.util.generate_id())
@@ -101,10 +111,16 @@ def _tracker(config: Config, workdir: Path) -> Any:
             name=workdir.name,
             config=to_dict(config),
         )
+
+
+@contextlib.contextmanager
+def _tracking() -> Iterator[None]:
+    try:
+        yield
     except Exception as error:  # wandb's own, and those of the network
         raise UserError(
-            f"config.metrics.wandb={config.metrics.wandb} cannot be written to ({error}): log in "
-            "with wandb login, set WANDB_MODE=offline, or leave it out."
+            f"config.metrics.wandb cannot be written to ({error}): log in with wandb login, set "
+            "WANDB_MODE=offline, or leave it out; the same command continues."
         ) from error
 
 

@@ -62,5 +62,10 @@ def clipped(config: OptimConfig, grads: Params, norm: Array) -> Params:
 
 
 def _is_decayed(params: Params) -> Params:
-    """True for the matrices of linear layers; norms, biases and embeddings have no kernel."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == "kernel", params)
+    """True for the matrices of blocks; norms, biases and embeddings are not decayed."""
+
+    def is_matrix(path: tuple[Any, ...], a: Any) -> bool:
+        # Others may call it something else, and the first axis of a block is that of the stages.
+        return path[-1].key == "kernel" or (path[0].key == "blocks" and a.ndim > 2)
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)

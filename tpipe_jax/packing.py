@@ -1,6 +1,7 @@
 """Which documents share a sequence."""
 
 import bisect
+import heapq
 from collections.abc import Sequence
 
 Piece = tuple[int, int]  # where it begins, and where it ends
@@ -12,16 +13,24 @@ def best_fit(pieces: Sequence[Piece], size: int) -> list[list[Piece]]:
     Sequences are in the order of their first pieces, and pieces in the order given.
     """
     sequences: list[list[Piece]] = []
-    room: list[tuple[int, int]] = []  # that some sequence has left, and its number, ascending
+    # The sequences that have so much room left, as a heap, and the amounts that some have.
+    having: list[list[int]] = [[] for _ in range(size + 1)]
+    amounts: list[int] = []
     for start, stop in pieces:
         length = stop - start
-        found = bisect.bisect_left(room, (length, 0))
-        if found < len(room):
-            left, number = room.pop(found)
+        found = bisect.bisect_left(amounts, length)
+        if found < len(amounts):
+            left = amounts[found]
+            number = heapq.heappop(having[left])
+            if not having[left]:
+                amounts.pop(found)
         else:
             left, number = size, len(sequences)
             sequences.append([])
         sequences[number].append((start, stop))
-        if left > length + 1:  # a single token has nothing to learn
-            bisect.insort(room, (left - length, number))
+        left -= length
+        if left > 1:  # a single token has nothing to learn
+            if not having[left]:
+                bisect.insort(amounts, left)
+            heapq.heappush(having[left], number)
     return sequences

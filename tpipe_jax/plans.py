@@ -212,6 +212,12 @@ def load_plan(path: Path, request: PlanRequest) -> Plan:
             f"config.plan.file={path} is no plan: {what}. Make one with launch/plan.py, or set "
             "config.plan.token_slices."
         ) from error
+    check_plan(f"config.plan.file={path}", plan, request)
+    return plan
+
+
+def check_plan(name: str, plan: Plan, request: PlanRequest) -> None:
+    """Raises `UserError` if a plan is not of what is requested."""
     lengths = {sum(slices) for slices in plan.token_slices}
     for what, planned, setting, wanted in (
         ("sequences of", lengths, "config.model.seq_len", request.seq_len),
@@ -225,10 +231,9 @@ def load_plan(path: Path, request: PlanRequest) -> Plan:
     ):
         if planned != {wanted}:
             raise UserError(
-                f"config.plan.file={path} is for {what} {', '.join(map(str, sorted(planned)))}, "
+                f"{name} is for {what} {', '.join(map(str, sorted(planned)))}, "
                 f"but {setting} is {wanted}: plan anew with launch/plan.py, or change the setting."
             )
-    return plan
 
 
 def _read_prediction(content: dict[str, Any]) -> Prediction | None:

@@ -31,12 +31,13 @@ class ProfiledSteps:
     """Records what devices and host do during some steps of a run, in a folder."""
 
     def __init__(self, steps: range | None, folder: Path) -> None:
-        self._steps, self._is_running = steps or range(0), False
+        self._steps, self._is_running, self._is_done = steps or range(0), False, False
         several = jax.process_count() > 1  # on one host their files would have the same name
         self._folder = folder / f"process-{jax.process_index()}" if several else folder
 
     def is_first(self, step: int) -> bool:
-        return len(self._steps) > 0 and step == self._steps[0]
+        """Also of those that are left where a run goes on among them."""
+        return step in self._steps and not (self._is_running or self._is_done)
 
     def is_last(self, step: int) -> bool:
         return self._is_running and step >= self._steps[-1]
@@ -54,10 +55,10 @@ class ProfiledSteps:
 
     def stop(self) -> str:
         """Says where the profile is."""
-        self._is_running = False
+        self._is_running, self._is_done = False, True
         try:
             jax.profiler.stop_trace()
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             return f"the profile of steps {self._steps[0]} to {self._steps[-1]} is lost: {error}"
         return (
             f"a profile of steps {self._steps[0]} to {self._steps[-1]} is in {self._folder}: open "

@@ -29,6 +29,7 @@ from tpipe_jax.block import Params
 from tpipe_jax.collectives import compile_checked
 from tpipe_jax.config import Config, to_dict
 from tpipe_jax.latency import Memory, Profile, Sample
+from tpipe_jax.layer import block_digest
 from tpipe_jax.memory import program_bytes
 from tpipe_jax.mesh import put_rows
 from tpipe_jax.optim import make_optimizer
@@ -70,6 +71,7 @@ def profile_key(config: Config, mesh: Mesh) -> dict[str, Any]:
     settings = to_dict(config)
     return {
         "model": settings["model"],
+        "block": block_digest(config.model),
         "mesh": settings["mesh"],
         "batch_size": config.train.batch_size,
         "precision": compute_format(config.precision, mesh),
@@ -301,8 +303,10 @@ def _time_outside(config: Config, mesh: Mesh) -> tuple[Params, float, int]:
     table = np.full((1, mesh.shape["pipe"]), IDLE, np.int32)
     schedule = Schedule((Item(0, 0, 1, 1),), table, table)
     shape = config.train.batch_size, config.model.seq_len + 1
-    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape)
-    rows = put_rows(mesh, tokens.astype(np.int32))
+    rows = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
+    if config.data.marks_documents:
+        rows = np.stack([rows[:, :-1], rows[:, 1:], np.zeros_like(rows[:, 1:])], 1)
+    rows = put_rows(mesh, rows)
     train_step = make_train_step(config, mesh, schedule, optimizer)
     step = compile_checked(train_step, mesh, state, rows)
     seconds = []

@@ -17,6 +17,7 @@ from tpipe_jax.console import Console
 from tpipe_jax.data import Batches, open_data
 from tpipe_jax.memory import budget, fitting_step, limit_bytes, program_bytes
 from tpipe_jax.mesh import check_model, make_mesh
+from tpipe_jax.metrics import check_tracker
 from tpipe_jax.optim import make_optimizer
 from tpipe_jax.plans import Plan, PlanRequest, read_settings
 from tpipe_jax.precision import resolve_precision
@@ -52,6 +53,7 @@ def prepare(config: Config, devices: Sequence[jax.Device]) -> Run:
     check_model(config.model, config.mesh)
     candidates(config.memory)
     check_trace(config)
+    check_tracker(config)
     plan = read_settings(config)
     train_data, held_out = open_data(config)
     described, config = config, train_data.config

@@ -15,19 +15,15 @@ from jax import Array, lax
 
 from tpipe_jax.attention import Attention, KVCache
 from tpipe_jax.block import Params, merge_heads, split_heads
-from tpipe_jax.blocks import query_block
 from tpipe_jax.inplace import Position, read, run_if, write
+from tpipe_jax.key_blocks import query_block
 from tpipe_jax.layer import BlockFunctions
 
 LayerState = TypeVar("LayerState")
 
-UNDIVIDED = (
-    "x",
-    "middle",
-    "out",
-    "norm_1",
-    "norm_2",
-)  # what all devices of 'model' hold; they divide the rest
+OWN = ("x", "q", "attn", "lse")  # values of the stage; the others are the block's
+# What all devices of 'model' hold; they divide the rest.
+UNDIVIDED = ("x", "middle", "out", "norm_1", "norm_2")
 # About as many in each product of deferred weight gradients: enough for a device to be busy longer
 # than adding the product to its sum takes. On a CPU 256 to 1024 are alike (docs/design.md).
 DEFERRED_TOKENS = 1024
@@ -111,10 +107,11 @@ class Stage(NamedTuple):
     def _layer(
         self, n: int, x_BLD: Array, cache: KVCache, at: Position
     ) -> tuple[Array, KVCache, dict[str, Array]]:
-        values: dict[str, Array] = {"x": x_BLD}
+        values: dict[str, Array] = {}
 
         def record(name: str, value: Array) -> Array:
-            return values.setdefault(name, value)
+            values[name] = value
+            return value
 
         B, L, _ = x_BLD.shape
         starts_BL1 = self._starts(at, B, L)
@@ -122,7 +119,8 @@ class Stage(NamedTuple):
         cache = KVCache(write(cache.k, k, at), write(cache.v, v, at))
         attn, lse = self.attention.forward(q, cache, at, starts_BL1)
         y_BLD = self.block.finish(self.params[n], x_BLD, attn, record)
-        return y_BLD, cache, values | {"q": q, "attn": merge_heads(attn), "lse": lse}
+        own = {"x": x_BLD, "q": q, "attn": merge_heads(attn), "lse": lse}
+        return y_BLD, cache, values | own
 
     def _layer_backward(
         self, n: int, saved: Saved, d_y_BLD: Array, gradients: Gradients, at: Position
@@ -131,6 +129,7 @@ class Stage(NamedTuple):
         params, cache, (d_cache, d_params, d_outputs) = self.params[n], saved.cache, gradients
         linears, starts_BL1 = self.block.linears, self._starts(at, B, L)
         values = {name: read(buffer, at, B, L) for name, buffer in saved.values.items()}
+        of_block = _of_block(values)
         x_BLD, others = values["x"], {name: params[name] for name in params if name not in linears}
         taps = {
             name: jnp.broadcast_to(x_BLD[..., :1], (B, L, params[layer]["kernel"].shape[-1]))
@@ -146,7 +145,8 @@ class Stage(NamedTuple):
                 seen: dict[str, Array] = {}
 
                 def tape(name: str, value: Array) -> Array:
-                    seen[name] = _substitute(value, values[name]) if name in values else value
+                    is_saved = name in of_block
+                    seen[name] = _substitute(value, of_block[name]) if is_saved else value
                     return _tap(seen[name], taps[name]) if name in taps else seen[name]
 
                 return function(params | others, *inputs, tape), seen
@@ -175,7 +175,7 @@ class Stage(NamedTuple):
         if d_outputs:
             d_outputs = {name: write(d_outputs[name], d_taps[name], at) for name in d_outputs}
         else:
-            d_others |= _weight_gradients(linears, seen_before | seen, d_taps)
+            d_others |= _weight_gradients(linears, params, seen_before | seen, d_taps)
         d_params = jax.tree.map(jnp.add, d_params, d_others)
         return d_x_BLD, Gradients(d_cache, d_params, d_outputs)
 
@@ -187,7 +187,7 @@ class Stage(NamedTuple):
         starts_BL1 = self._starts(at, *x_BLD.shape[:2])
         if q is None:
             positions = _positions(at, x_BLD.shape[1], starts_BL1)
-            q = self.block.query(self.params[n], x_BLD, positions, values.get)
+            q = self.block.query(self.params[n], x_BLD, positions, _of_block(values).get)
         if "attn" not in values:
             return q, *self.attention.forward(q, cache, at, starts_BL1)
         return q, split_heads(values["attn"], q.shape[1]), values["lse"]
@@ -208,16 +208,17 @@ class Stage(NamedTuple):
                 return {n: read(b, at, num_rows, num_tokens) for n, b in buffers.items()}
 
             values = part(saved.values)
+            of_block = _of_block(values)
             seen: dict[str, Array] = {}
 
             def tape(name: str, value: Array) -> Array:
-                return seen.setdefault(name, values.get(name, value))
+                return seen.setdefault(name, of_block.get(name, value))
 
             positions = _positions(at, num_tokens, self._starts(at, num_rows, num_tokens))
             q, _, _ = self.block.qkv(self.params[n], values["x"], positions, tape)
             attn_BHLK = split_heads(values["attn"], q.shape[1])
             self.block.finish(self.params[n], values["x"], attn_BHLK, tape)
-            more = _weight_gradients(self.block.linears, seen, part(d_outputs))
+            more = _weight_gradients(self.block.linears, weights, seen, part(d_outputs))
             return jax.tree.map(jnp.add, sums, more)
 
         weights = {name: self.params[n][name] for name in self.block.linears}
@@ -299,6 +300,11 @@ def empty_gradients(
     return [Gradients(d, sums(), d_outputs(d) if is_deferred else {}) for d in d_caches]
 
 
+def _of_block(values: dict[str, Array]) -> dict[str, Array]:
+    """The saved values that the block has told the tape."""
+    return {name: value for name, value in values.items() if name not in OWN}
+
+
 def _positions(at: Position, num_tokens: int, starts_BL1: Array | None) -> Array:
     """Of a slice's tokens in their documents, `[B, L]`, or `[1, L]` where a sequence is one."""
     positions_1L = (at.token + jnp.arange(num_tokens))[None]
@@ -313,6 +319,7 @@ def _divisor(total: int, near: int) -> int:
 
 def _weight_gradients(
     linears: Mapping[str, tuple[str, str]],
+    params: Params,
     inputs: dict[str, Array],
     d_outputs: dict[str, Array],
 ) -> Params:
@@ -320,12 +327,13 @@ def _weight_gradients(
     respect to what they gave, `[B, L, ...]`.
     """
 
-    def of(source: str, target: str) -> Params:
+    def of(layer: Params, source: str, target: str) -> Params:
         x, d_y = inputs[source], d_outputs[target]
         kernel = jnp.einsum("bli,blo->io", x, d_y, preferred_element_type=jnp.float32)
-        return {"kernel": kernel, "bias": d_y.astype(jnp.float32).sum((0, 1))}
+        bias = {"bias": d_y.astype(jnp.float32).sum((0, 1))} if "bias" in layer else {}
+        return {"kernel": kernel} | bias
 
-    return {name: of(*ends) for name, ends in linears.items()}
+    return {name: of(params[name], *ends) for name, ends in linears.items()}
 
 
 @jax.custom_vjp

@@ -24,8 +24,9 @@ class Tokenizer:
     """Text to tokens `[n]`, int32."""
     decode: Callable[[Sequence[int]], str]
     """Tokens to text, with replacements where they are none."""
-    num_bytes: Callable[[Sequence[int] | np.ndarray], int]
-    """Of the text of tokens; special tokens have none."""
+    num_bytes: Callable[[Sequence[int] | np.ndarray], int] | None
+    """Of the text of tokens; special tokens have none. None where that depends on their
+    neighbours."""
 
     def stream(self, tokens: Iterable[int]) -> Iterator[str]:
         """The text that each token adds, once all of its characters are there."""
@@ -94,9 +95,9 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer
 
 def _byte_counter(
     made: tokenizers.Tokenizer, vocab_size: int
-) -> Callable[[Sequence[int] | np.ndarray], int]:
+) -> Callable[[Sequence[int] | np.ndarray], int] | None:
     if not isinstance(made.decoder, decoders.ByteLevel):
-        return lambda tokens: len(made.decode(list(map(int, tokens))).encode())
+        return None
     # A token is written with a character for each byte, which part of a letter could not be.
     sizes = np.zeros(vocab_size, np.int64)
     for token, number in made.get_vocab().items():

@@ -190,8 +190,9 @@ def _show_sample(run: Run, params: Params, stop: Stop, console: Console) -> None
     """How the model continues a held-out text."""
     config = run.config
     row = run.held_out.batch(0)[-1]
-    tokens = row[0] if config.data.marks_documents else row
-    prompt = tokens[: max(1, config.model.seq_len // 2)]
+    if config.data.marks_documents:
+        row = row[0, row[2] == 0]  # of the first document
+    prompt = row[: max(1, config.model.seq_len // 2)]
     num_tokens = config.train.sample_tokens
     choose = chooser(TEMPERATURE, seed=config.train.seed)
     following = Generator(config, run.mesh, params).tokens_after(prompt, choose)
