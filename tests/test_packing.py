@@ -121,17 +121,15 @@ def test_documents_apart_do_not_learn_their_first_tokens(tmp_path: Path):
 
 @pytest.mark.parametrize("is_apart", [False, True])
 def test_a_long_document_is_cut_where_others_stay_whole(tmp_path: Path, is_apart: bool):
-    """Each token is a target once, but the first of a row, and of a document that is apart."""
-    path = texts(tmp_path / "a.jsonl")
+    """Each token is a target once, but the first of a row, also where the rest of a document
+    follows on another one.
+    """
+    own = ["one", "another two", "x", "28 characters, in 13, 13, 4."]
+    path = jsonl(tmp_path / "a.jsonl", [{"text": text} for text in own])
     rows = rows_of(config_of(path, packing="whole", cross_document_attention=not is_apart))
-    targets = rows[:, 1][rows[:, 1] != IGNORE].tolist()
-    inner = list("".join(text[1:] for text in TEXTS).encode())
-    if is_apart:
-        assert sorted(targets) == sorted(inner)
-    else:
-        # "one" is first in its row, and so is the long one, which goes on behind others.
-        seen = [text for text in TEXTS if text != "one"][:-1]
-        assert sorted(targets) == sorted([*inner, *(ord(text[0]) for text in seen)])
+    assert bytes(rows[0][0].tolist()) == b"one, 4.\0\0\0\0\0"
+    targets = rows[:, 1][rows[:, 1] != IGNORE]
+    assert sorted(targets.tolist()) == sorted("".join(text[1:] for text in own).encode())
 
 
 SEPARATED = np.array([5, 6, 1, 7, 1, 1, 8, 9, 9, 9, 9, 9, 1, 4, 4], np.uint16)

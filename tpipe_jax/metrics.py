@@ -44,7 +44,13 @@ class Metrics:
             self._write_event(Event(file_version="brain.Event:2"))
             purge = SessionLog(status=SessionLog.START)
             self._write_event(Event(step=first_step + 1, session_log=purge))
-        self._tracker: Any = _tracker(config, workdir) if config and config.metrics.wandb else None
+        self._tracker: Any = None
+        if config and config.metrics.wandb:
+            try:
+                self._tracker = _tracker(config, workdir)
+            except UserError:
+                self.close()
+                raise
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends the values after `step` steps; NaN and infinity, unknown to JSON, as null."""
