@@ -21,7 +21,7 @@ import zarr_files
 from checkpoints import FOUR, ONE, PIECES, assert_same, like, names, open_folder
 from states import MODEL, numbered, state_on
 from tpipe_jax import checkpoint, checkpoint_files
-from tpipe_jax.config import MeshConfig, UserError
+from tpipe_jax.config import MeshConfig, ModelConfig, UserError
 
 ROOT = Path(__file__).parents[1]
 
@@ -153,6 +153,32 @@ def test_names_each_setting_of_another_model(tmp_path: Path):
         "32; with config.model.seq_len=8, but this run has 16: use the same settings, or start "
         "another run with --workdir."
     )
+
+
+def test_a_checkpoint_may_be_older_than_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Which then was as it is without being set."""
+    identity_of = checkpoint.identity_of
+
+    def without_block(model: ModelConfig) -> dict[str, Any]:
+        identity = identity_of(model)
+        del identity["model"]["block"]
+        return identity
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "identity_of", without_block)
+        with open_folder(tmp_path) as checkpoints:
+            checkpoints.save(1, state_on(ONE))
+    assert "block" not in checkpoint_files.read_manifest(tmp_path / "1").identity["model"]
+    with open_folder(tmp_path) as checkpoints:
+        assert checkpoints.newest_step() == 1
+    other = replace(MODEL, block="my_block.py:MyBlock")
+    with (
+        open_folder(tmp_path, model=other) as checkpoints,
+        pytest.raises(
+            UserError, match=r"with config\.model\.block=gpt2, but this run has my_block"
+        ),
+    ):
+        checkpoints.newest_step()
 
 
 def test_the_command_lists_them(tmp_path: Path):

@@ -1,5 +1,6 @@
 """The loss of a model on data, against the plain model on each window."""
 
+import dataclasses
 import math
 import re
 import subprocess
@@ -10,14 +11,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import decoders, models
 
 import reference
 import runs
-from tpipe_jax import model
-from tpipe_jax.config import BYTES, Config, MeshConfig, ModelConfig
+from tpipe_jax import load, model
+from tpipe_jax.config import BYTES, Config, MeshConfig, ModelConfig, UserError
 from tpipe_jax.evaluate import evaluate
 from tpipe_jax.mesh import make_mesh, param_specs, shardings
 from tpipe_jax.sources import Share, open_shares
+from tpipe_jax.tokenizer import train_bpe
 from tpipe_jax.trained import Trained
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
@@ -88,6 +92,25 @@ def test_what_a_run_holds_out(tmp_path: Path):
     done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"of {len(text) - held_out - 1} tokens after step 6" in done.stdout
+
+
+def test_tokens_of_another_tokenizer(tmp_path: Path):
+    runs.run(runs.changed(runs.small_config(tmp_path), train={"num_steps": 1}), tmp_path / "run")
+    trained = load(tmp_path / "run")
+    train_bpe(["a text"], 258).save(str(tmp_path / "small.json"))  # of which some are not there
+    np.array([97, 255, 97] * 9, np.uint16).tofile(tmp_path / "tokens.bin")
+    data = dataclasses.replace(trained.config.data, tokenizer=str(tmp_path / "small.json"))
+    config = dataclasses.replace(trained.config, data=data)
+    shares = open_shares("--data", str(tmp_path / "tokens.bin"), 256, data)
+    with_bytes = evaluate(trained._replace(config=config), shares)
+    assert with_bytes.num_bytes == with_bytes.num_tokens  # a byte each
+    words = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    words.decoder = decoders.ByteLevel()
+    words.save(str(tmp_path / "words.json"))
+    data = dataclasses.replace(data, tokenizer=str(tmp_path / "words.json"))
+    config = dataclasses.replace(config, data=data)
+    with pytest.raises(UserError, match=r"words.json has 1 tokens, but the data have token id 255"):
+        evaluate(trained._replace(config=config), shares)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 import reference
 import runs
-from tpipe_jax import model
+from tpipe_jax import load, model
 from tpipe_jax.config import (
     IGNORE,
     Config,
@@ -30,7 +30,7 @@ from tpipe_jax.config import (
     TrainConfig,
     UserError,
 )
-from tpipe_jax.data import make_sequences, open_data, with_packing
+from tpipe_jax.data import make_sequences, open_data, open_held_out, with_packing
 from tpipe_jax.evaluate import evaluate
 from tpipe_jax.mesh import make_mesh, param_specs, shardings
 from tpipe_jax.packing import best_fit
@@ -252,15 +252,24 @@ def test_a_run_learns_completions(tmp_path: Path):
     numbers = itertools.product(range(9), repeat=2)
     records = [{"prompt": f"{a}+{b}=", "completion": f"{a + b};"} for a, b in numbers]
     path = jsonl(tmp_path / "sums.jsonl", records)
+    # Two batches of four rows, which have targets each in another number.
+    pieces = [("9+9=" + "1" * n, "8;" + "2" * (11 - n)) for n in range(8)]
+    others = [{"prompt": p, "completion": c} for p, c in pieces]
+    data = {"train": str(path), "eval": str(jsonl(tmp_path / "eval.jsonl", others))}
     config = runs.changed(
         runs.small_config(tmp_path),
-        data={"train": str(path), "cross_document_attention": False},
-        train={"num_steps": 30},
+        data=data | {"cross_document_attention": False},
+        train={"num_steps": 30, "eval_every": 30},
         optim={"learning_rate": 1e-2, "warmup_steps": 3},
     )
     runs.run(config, tmp_path / "run")
     lines = runs.metrics(tmp_path / "run")
     assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
+    trained = load(tmp_path / "run")
+    config, shares = open_held_out(trained.config)
+    evaluation = evaluate(trained._replace(config=config), shares)
+    assert evaluation.num_tokens == sum(len(c) for _, c in pieces)
+    assert lines[-1]["eval_loss"] == pytest.approx(evaluation.loss, rel=1e-5)
 
 
 def written(path: Path, content: str) -> Path:

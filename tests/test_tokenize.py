@@ -42,6 +42,20 @@ def test_a_trained_tokenizer_is_without_loss(bpe: Path):
     assert tokenizer.decode([tokenizer.end]) == END_OF_TEXT
 
 
+def test_bytes_of_tokens_are_those_of_the_text(bpe: Path, tmp_path: Path):
+    """Also of parts of a letter; what separates documents has none."""
+    tokenizer = open_tokenizer("--tokenizer", str(bpe))
+    assert tokenizer.num_bytes
+    for text in TEXTS:
+        tokens = tokenizer.encode(text)
+        assert tokenizer.num_bytes(tokens) == len(text.encode())
+        assert sum(tokenizer.num_bytes([token]) for token in tokens) == len(text.encode())
+    assert tokenizer.num_bytes([tokenizer.end]) == 0
+    words = tokenizers.Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    words.save(str(tmp_path / "words.json"))
+    assert open_tokenizer("--tokenizer", str(tmp_path / "words.json")).num_bytes is None
+
+
 def test_bytes_are_their_own_tokens():
     tokenizer = open_tokenizer("--tokenizer", "bytes")
     text = TEXTS[0]
