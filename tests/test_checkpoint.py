@@ -175,7 +175,7 @@ def test_a_checkpoint_may_be_older_than_a_setting(tmp_path: Path, monkeypatch: p
     with (
         open_folder(tmp_path, model=other) as checkpoints,
         pytest.raises(
-            UserError, match=r"with config\.model\.block=gpt2, but this run has my_block"
+            UserError, match=r"with config\.model\.block=gpt2, but this run has my_"
         ),
     ):
         checkpoints.newest_step()
