@@ -94,7 +94,7 @@ def llama_layer(params: Params, x_TD: Array, num_heads: int) -> Array:
 
 def document_logits(config: ModelConfig, params: Params, tokens_T: Array) -> Array:
     """The model on one document."""
-    if config.block == GPT2:
+    if config.block != LLAMA:
         return model.logits(config, params, tokens_T[None])[0]
     x = params["embed"]["tokens"][tokens_T] + params["embed"]["positions"][: len(tokens_T)]
     for layer in params["blocks"]:
@@ -283,6 +283,34 @@ def test_a_block_says_what_its_linear_layers_are(
     check_model(config.model, mesh)
     _, value, grads = loss_and_grads(config, draw_rows(is_apart=True))
     expected = expected_loss_and_grads(LLAMA, is_apart=True)
+    assert value == pytest.approx(float(expected[0]), rel=1e-6)
+    reference.assert_close(grads, expected[1], TOLERANCE)
+
+
+ABSOLUTE = """
+from pathlib import Path
+
+from tpipe_jax.python_files import load_file
+
+
+class Absolute(load_file(Path(LLAMA)).LlamaBlock):
+    def qkv(self, x, positions, tape):
+        return super().qkv(x + 0.1 * positions[..., None].astype(x.dtype), positions, tape)
+
+    def finish(self, x, attn, tape):
+        return super().finish(tape("attn", x), attn, tape)
+"""
+
+
+def test_positions_are_those_in_the_document(tmp_path: Path):
+    """Which rotary ones cannot tell. And a value that is called as one of the stage's is not taken
+    for it.
+    """
+    file = tmp_path / "absolute.py"
+    file.write_text(ABSOLUTE.replace("LLAMA", repr(LLAMA.rpartition(":")[0])))
+    block = f"{file}:Absolute"
+    _, value, grads = loss_and_grads(make_config(block, MeshConfig(pipe=2), True), draw_rows(True))
+    expected = expected_loss_and_grads(block, is_apart=True)
     assert value == pytest.approx(float(expected[0]), rel=1e-6)
     reference.assert_close(grads, expected[1], TOLERANCE)
 

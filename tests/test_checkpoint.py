@@ -174,9 +174,7 @@ def test_a_checkpoint_may_be_older_than_a_setting(tmp_path: Path, monkeypatch: p
     other = replace(MODEL, block="my_block.py:MyBlock")
     with (
         open_folder(tmp_path, model=other) as checkpoints,
-        pytest.raises(
-            UserError, match=r"with config\.model\.block=gpt2, but this run has my_"
-        ),
+        pytest.raises(UserError, match=r"with config\.model\.block=gpt2, but this run has my_"),
     ):
         checkpoints.newest_step()
 
