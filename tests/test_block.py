@@ -290,6 +290,8 @@ def test_a_block_says_what_its_linear_layers_are(
 ABSOLUTE = """
 from pathlib import Path
 
+import jax.numpy as jnp
+
 from tpipe_jax.python_files import load_file
 
 
@@ -298,7 +300,7 @@ class Absolute(load_file(Path(LLAMA)).LlamaBlock):
         return super().qkv(x + 0.1 * positions[..., None].astype(x.dtype), positions, tape)
 
     def finish(self, x, attn, tape):
-        return super().finish(tape("attn", x), attn, tape)
+        return super().finish(jnp.tanh(tape("attn", x)), attn, tape)
 """
 
 
