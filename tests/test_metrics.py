@@ -139,10 +139,7 @@ def test_weights_and_biases_get_the_numbers_of_one_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     made: list[Tracker] = []
-    module = SimpleNamespace(
-        init=lambda **options: made.append(Tracker(**options)) or made[-1],
-        util=SimpleNamespace(generate_id=lambda: f"id{len(made)}"),
-    )
+    module = SimpleNamespace(init=lambda **options: made.append(Tracker(**options)) or made[-1])
     monkeypatch.setitem(sys.modules, "wandb", module)
     config = Config(metrics=MetricsConfig(wandb="project"))
     for first_step in (0, 10):
@@ -152,7 +149,8 @@ def test_weights_and_biases_get_the_numbers_of_one_run(
     assert all(tracker.is_finished for tracker in made)
     for tracker in made:
         options = tracker.options
-        assert (options["project"], options["id"], options["name"]) == ("project", "id0", "run")
+        assert (options["project"], options["name"]) == ("project", "run")
+        assert options["id"] == made[0].options["id"] != ""
         assert options["config"]["metrics"]["wandb"] == "project"
 
 
@@ -163,8 +161,7 @@ def test_weights_and_biases_that_do_not_work(
     def fail(**options: Any) -> None:
         raise RuntimeError("no network")
 
-    util = SimpleNamespace(generate_id=lambda: "id")
-    module = SimpleNamespace(init=fail, util=util) if is_there else None
+    module = SimpleNamespace(init=fail) if is_there else None
     monkeypatch.setitem(sys.modules, "wandb", module)
     sentence = "no network.*WANDB_MODE=offline" if is_there else "needs the package wandb"
     with pytest.raises(UserError, match=rf"config\.metrics\.wandb.*{sentence}"):

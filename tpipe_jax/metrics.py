@@ -10,6 +10,7 @@ import importlib
 import json
 import math
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,7 +109,7 @@ def _tracker(config: Config, workdir: Path) -> Any:
     with _tracking():
         workdir.mkdir(parents=True, exist_ok=True)
         if not kept.exists():
-            kept.write_text(wandb.util.generate_id())
+            kept.write_text(secrets.token_hex(8))
         return wandb.init(
             project=config.metrics.wandb,
             id=kept.read_text(),
