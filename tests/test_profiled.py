@@ -71,6 +71,16 @@ def test_a_run_that_goes_on_among_its_steps(tmp_path: Path):
     assert not ProfiledSteps(None, tmp_path).is_first(0)
 
 
+def test_a_profile_of_steps_that_are_done(tmp_path: Path):
+    config = runs.changed(runs.small_config(tmp_path), train={"num_steps": 3})
+    runs.run(config, tmp_path / "run")
+    console = runs.Lines()
+    config = runs.changed(config, train={"num_steps": 4})
+    train(config, tmp_path / "run", jax.devices()[:2], console, range(2, 4))
+    assert "no profile is taken, since steps 2 to 3 are done" in console.said
+    assert not (tmp_path / "run" / "profile").exists()
+
+
 @pytest.mark.parametrize("value", ["", "3", "3:", "4:3", "0:2", "2:7", "a:b", "-1:3", "2:3:4"])
 def test_what_is_no_range_of_steps(value: str):
     with pytest.raises(UserError, match=rf"--profile={value} must be START:STOP, .*num_steps=6"):

@@ -108,6 +108,8 @@ def _train(
         stop.check()
     except Stopped:
         return f"Interrupted after step {first_step}: the same command goes on."
+    if profiled and first_step >= profiled[-1]:
+        console.say(f"no profile is taken, since steps {profiled[0]} to {profiled[-1]} are done")
     within("preparing the state", is_step=False)
     state = _first_state(run, checkpoints, saved_step, console)
     # Read now, since a process that cannot read one later would leave the others waiting.
