@@ -17,21 +17,6 @@ from tpipe_jax.sources import Share, TokenSource, open_shares
 
 
 @dataclass(frozen=True)
-class Sequences:
-    """A data source for grain: sequence i is made of some pieces of a source."""
-
-    config: Config
-    source: TokenSource
-    pieces: "list[list[Piece]] | _Windows"
-
-    def __len__(self) -> int:
-        return len(self.pieces)
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return make_row(self.config, self.source, self.pieces[index])
-
-
-@dataclass(frozen=True)
 class _Windows:
     """Piece i is tokens `[i*T, i*T + T + 1)` of the positions, by itself."""
 
@@ -47,6 +32,21 @@ class _Windows:
     def __getitem__(self, index: int) -> list[Piece]:
         start = self.positions.start + range(len(self))[index] * self.seq_len
         return [(start, min(start + self.seq_len + 1, self.positions.stop))]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A data source for grain: sequence i is made of some pieces of a source."""
+
+    config: Config
+    source: TokenSource
+    pieces: list[list[Piece]] | _Windows
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return make_row(self.config, self.source, self.pieces[index])
 
 
 class Batches:

@@ -95,6 +95,7 @@ class Loop:
                     if self.profiled.is_first(step):
                         log.finish()
                         log.leave_out(self._start_profile())
+                        within(f"step {step}")
                     state, values = self.programs.train_step(state, rows)
                     log.finish()  # the step before, which this one follows without a pause
                 log.add_wait(wait_seconds)
