@@ -3,11 +3,12 @@
     python bench/emulated.py
     python bench/emulated.py --settings 9 --tick-ms=50
 
-The program is that of training: tables of the schedule, `pipeline.sweep` forward and backward, a
-branch and a ppermute in each tick. Only the stage's work, which `sweep` is given, is another: it
-sleeps for the time that the model of the cluster (`bench/v100.py`) gives the slice, so that all
-stages overlap as they would on devices of their own. Measured makespans, unsliced and with the
-slices that the planner finds, are compared with the formula that the planner minimises.
+The program is that of training: tables of the schedule, which `pipeline.execute` follows, a branch
+and a ppermute in each tick. Only the work, which `execute` is given, is another: stages sleep for
+the time that the model of the cluster (`bench/v100.py`) gives the slice, so that all overlap as
+they would on devices of their own, and nothing is embedded and no loss taken. Measured makespans,
+unsliced and with the slices that the planner finds, are compared with the formula that the planner
+minimises.
 
 What the executor itself takes for a tick of 40 to 96 stages on two cores counts as well, some
 milliseconds, so all times of a plan are slowed down by the factor that makes its mean tick last
@@ -37,7 +38,7 @@ import numpy as np
 import results
 from tpipe_jax.planner import find_plan
 from tpipe_jax.plans import Plan, PlanRequest
-from tpipe_jax.schedule import terapipe
+from tpipe_jax.schedule import make_schedule
 from v100 import SETTINGS, Cluster, Setting, fit, latency_table, slice_seconds
 
 Times = dict[tuple[int, int], float]  # seconds of a slice, by its first sequence and token
@@ -86,7 +87,9 @@ def plans(setting: Setting, cluster: Cluster) -> dict[str, Plan]:
     """One sequence after another, whole, and as the planner finds best."""
     shape = setting.num_stages, setting.batch_size, setting.seq_len
     table = latency_table(setting, cluster)
-    sliced = find_plan(table, PlanRequest(*shape), [1.0] * setting.num_stages).plan
+    sliced = find_plan(
+        table, PlanRequest(*shape, schedule="terapipe"), [1.0] * setting.num_stages
+    ).plan
     whole = ((setting.seq_len,),) * setting.batch_size
     return {
         "unsliced": Plan(setting.num_stages, (1,) * setting.batch_size, whole),
@@ -97,7 +100,7 @@ def plans(setting: Setting, cluster: Cluster) -> dict[str, Plan]:
 def slice_times(setting: Setting, cluster: Cluster, plan: Plan) -> list[Times]:
     """Seconds of a stage for each slice, forward and backward."""
     times: list[Times] = [{}, {}]
-    for item in terapipe(plan).items:
+    for item in make_schedule(plan).items:
         both = slice_seconds(setting, cluster, item.num_rows, item.num_tokens, item.token)
         for direction, seconds in zip(times, both, strict=True):
             direction[item.row, item.token] = float(seconds)
@@ -131,30 +134,40 @@ def emulate(plan: Plan, times: list[Times], tick_seconds: float, rounds: int) ->
 
 
 def program(plan: Plan, times: list[Times], slowdown: float) -> Callable[[], Any]:
-    """The sweeps of a training step, compiled, with stages that sleep."""
+    """The pipeline of a training step, compiled, with stages that sleep."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import AxisType, PartitionSpec
 
     from tpipe_jax.inplace import Position
-    from tpipe_jax.pipeline import sweep
+    from tpipe_jax.pipeline import StepWork, execute, varying
 
-    schedule = terapipe(plan)
+    schedule, T = make_schedule(plan), plan.seq_len
     sleep = jax.ffi.ffi_call("sleep", jax.ShapeDtypeStruct((), jnp.float32))
 
-    def sweep_of(direction: Times, table: np.ndarray, x_BTD: jax.Array, reverse: bool) -> jax.Array:
-        seconds_BT = np.zeros((plan.batch_size, plan.seq_len), np.float32)
+    def asleep(direction: Times) -> Callable[..., tuple[jax.Array, tuple[()]]]:
+        seconds_BT = np.zeros((plan.batch_size, T), np.float32)
         for position, seconds in direction.items():
             seconds_BT[position] = slowdown * seconds
 
         def work(x_BLD: jax.Array, at: Position, state: tuple[()]):
-            return x_BLD + sleep(x_BLD[0, 0, 0], jnp.asarray(seconds_BT)[at.row, at.token]), state
+            duration = jnp.asarray(seconds_BT)[at.batch_row, at.token]
+            return x_BLD + sleep(x_BLD[0, 0, 0], duration), state
 
-        return sweep(table, schedule.items, work, x_BTD, (), reverse=reverse)[0]
+        return work
+
+    forward, backward = map(asleep, times)
 
     def step(x_BTD: jax.Array) -> jax.Array:
-        y_BTD = sweep_of(times[0], schedule.forward, x_BTD, reverse=False)
-        return sweep_of(times[1], schedule.backward, y_BTD, reverse=True)
+        work = StepWork(
+            embed=lambda row, num_rows: jax.lax.dynamic_slice_in_dim(x_BTD, row, num_rows),
+            forward=forward,
+            turn=lambda y_BTD, row, sums: (y_BTD, sums),
+            backward=lambda saved, *args: backward(*args),
+            leave=lambda d_x_BTD, row, sums: sums + d_x_BTD.sum(),
+        )
+        trunk_RTD = jnp.zeros((schedule.num_rows, T, 1))
+        return execute(schedule, work, trunk_RTD, (), (), varying(jnp.zeros(1)))[-1]
 
     devices = jax.devices()[: plan.num_stages]
     types = (AxisType.Auto,) * 3

@@ -57,7 +57,7 @@ from tpipe_jax.plans import Plan, read_settings
 from tpipe_jax.precision import compute_dtype, resolve_precision
 from tpipe_jax.profiler import Profiler
 from tpipe_jax.remat import POLICIES, saved_names
-from tpipe_jax.schedule import terapipe
+from tpipe_jax.schedule import make_schedule
 from tpipe_jax.train_state import abstract_rows, abstract_state, init_state
 from tpipe_jax.train_step import make_train_step
 
@@ -200,7 +200,7 @@ def variants(args: argparse.Namespace) -> list[tuple[int, bool]]:
 
 def compile_into(program: Program, config: Config, mesh: Mesh) -> None:
     optimizer = make_optimizer(config.optim, config.train.num_steps)
-    schedule = terapipe(plan_of(config, program.num_slices))
+    schedule = make_schedule(plan_of(config, program.num_slices))
     try:
         step = compile_checked(
             make_train_step(config, mesh, schedule, optimizer),

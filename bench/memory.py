@@ -30,6 +30,7 @@ from tpipe_jax.memory import budget, fitting_step, program_bytes
 from tpipe_jax.mesh import make_mesh
 from tpipe_jax.optim import make_optimizer
 from tpipe_jax.plans import Plan, read_settings
+from tpipe_jax.schedule import make_schedule
 
 SLICES = (1, 4, 16)
 LIMIT_GIB = 1e6  # nothing runs here
@@ -69,7 +70,8 @@ def main() -> None:
 
     config = make_config(args, args.batch_size, max(args.seq_len), SLICES[-1], memory)
     mesh = make_mesh(config.mesh, jax.devices())
-    parts = budget(config, mesh, make_optimizer(config.optim, config.train.num_steps))
+    optimizer = make_optimizer(config.optim, config.train.num_steps)
+    parts = budget(config, mesh, make_schedule(plan_of(config)), optimizer)
     print(f"\nof the {args.batch_size} x {max(args.seq_len)} tokens in {SLICES[-1]} slices, dots")
     for name, num_bytes in parts.items():
         print(f"{num_bytes / 1e6:10.0f}  {name}")
@@ -94,11 +96,15 @@ def megabytes(
     args: argparse.Namespace, batch_size: int, seq_len: int, num_slices: int, memory: MemoryConfig
 ) -> float:
     config = make_config(args, batch_size, seq_len, num_slices, memory)
-    plan = read_settings(config)
-    assert isinstance(plan, Plan)  # all slices are given
     mesh = make_mesh(config.mesh, jax.devices())
     optimizer = make_optimizer(config.optim, config.train.num_steps)
-    return program_bytes(fitting_step(config, mesh, plan, optimizer)[1]) / 1e6
+    return program_bytes(fitting_step(config, mesh, plan_of(config), optimizer)[1]) / 1e6
+
+
+def plan_of(config: Config) -> Plan:
+    plan = read_settings(config)
+    assert isinstance(plan, Plan)  # all slices are given
+    return plan
 
 
 def parse_args() -> argparse.Namespace:

@@ -84,7 +84,8 @@ def parse_args() -> argparse.Namespace:
 
 
 def predict(setting: Setting, cluster: Cluster) -> Row:
-    request = PlanRequest(setting.num_stages, setting.batch_size, setting.seq_len)
+    shape = setting.num_stages, setting.batch_size, setting.seq_len
+    request = PlanRequest(*shape, schedule="terapipe")  # the paper's
     table = latency_table(setting, cluster)
     plan = find_plan(table, request, [1.0] * setting.num_stages).plan
     assert plan.prediction

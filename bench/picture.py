@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from tpipe_jax.planner import find_plan
 from tpipe_jax.plans import Plan, PlanRequest
-from tpipe_jax.schedule import simulate, terapipe
+from tpipe_jax.schedule import terapipe
+from tpipe_jax.simulate import simulate
 from tpipe_jax.timeline import draw_boxes
 from v100 import SETTINGS, fit, latency_table, slice_seconds
 

@@ -4,14 +4,16 @@
     python bench/pipeline.py --seq-len=4096 --slices=uniform:1 --slices=uniform:8 --slices=auto
     python bench/pipeline.py --batch-size=2 --batch-slices=2 --slices=uniform:4 --layouts
     python bench/pipeline.py --slices=uniform:8 --remat=none --remat=full --deferred
+    python bench/pipeline.py --batch-size=4 --batch-slices=4 --slices=uniform:4 --schedule=1f1b
     python bench/pipeline.py --cases 1x512 1x1024 4x1024
 
 One run times whole training steps (loss, gradients, AdamW) of one model on one core without
 pipeline and slices, and on two stages with each slicing; with --layouts also on two data shards and
-on two devices that share each operator, unsliced; with --remat and --deferred also on two stages
-with other policies of config.memory, for each slicing. The programs take turns, and the figures are
-medians over the rounds, so that a machine whose speed drifts disturbs all of them alike. Programs
-are compiled one after another, once, which is what `compile` says.
+on two devices that share each operator, unsliced; with --schedule also on two stages under another
+schedule, and with --remat and --deferred with other policies of config.memory, for each slicing.
+The programs take turns, and the figures are medians over the rounds, so that a machine whose speed
+drifts disturbs all of them alike. Programs are compiled one after another, once, which is what
+`compile` says.
 Efficiency is T1 / (P T2); its bound is S / (S + P - 1) with S slices on P stages, which one core
 without slices cannot beat unless slices make the work itself cheaper. For slices `auto` the stages
 are profiled before the rounds, and all predicted step times are shown next to the measured ones.
@@ -66,6 +68,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--batch-slices", type=int, default=1, help="of all slices but auto")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--layouts", action="store_true", help="time data=2 and model=2 as well")
+    parser.add_argument("--schedule", action="append", default=[], help="one to time as well")
     parser.add_argument("--remat", action="append", default=[], help="a policy to time as well")
     parser.add_argument("--deferred", action="store_true", help="defer weight gradients as well")
     parser.add_argument(
@@ -79,7 +82,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--process-id", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.cases and (args.slices or args.remat or args.deferred or args.layouts):
+    others = args.slices, args.schedule, args.remat, args.deferred, args.layouts
+    if args.cases and any(others):
         parser.error("--cases has slices of its own: leave --slices and what is timed as well away")
     if args.layouts and args.batch_size % 2:
         parser.error("--layouts needs an even --batch-size, half of it for each data shard")
@@ -143,6 +147,9 @@ def work(args: argparse.Namespace) -> None:
     programs = {"one core, no pipeline": Program(args, MeshConfig(), whole)}
     for slices, plan in plans.items():
         programs[f"two stages, {slices}"] = Program(args, TWO_STAGES, plan)
+        for name in args.schedule:
+            other = replace(plan, schedule=name, prediction=None)
+            programs[f"two stages, {slices}, {name}"] = Program(args, TWO_STAGES, other)
         for name, memory in policies(args).items():
             programs[f"two stages, {slices}, {name}"] = Program(args, TWO_STAGES, plan, memory)
     if args.layouts:
@@ -233,7 +240,7 @@ class Program:
 
         from tpipe_jax.mesh import make_mesh, put_rows
         from tpipe_jax.optim import make_optimizer
-        from tpipe_jax.schedule import terapipe
+        from tpipe_jax.schedule import make_schedule
         from tpipe_jax.train_state import init_state
         from tpipe_jax.train_step import make_train_step
 
@@ -246,7 +253,7 @@ class Program:
         shape = args.batch_size, args.seq_len + 1
         rows = np.random.default_rng(0).integers(0, 256, shape).astype(np.int32)
         self._rows = put_rows(mesh, rows)
-        step = make_train_step(config, mesh, terapipe(plan), optimizer)
+        step = make_train_step(config, mesh, make_schedule(plan), optimizer)
         start = time.perf_counter()
         self._step = step.lower(self._state, self._rows).compile()
         self.compile_seconds = time.perf_counter() - start

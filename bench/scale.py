@@ -30,8 +30,8 @@ from tpipe_jax.mesh import make_mesh
 from tpipe_jax.model import num_params
 from tpipe_jax.optim import make_optimizer
 from tpipe_jax.plans import Plan, read_settings
-from tpipe_jax.schedule import terapipe
-from tpipe_jax.stage_setup import cache_bytes_per_token, saved_bytes_per_token
+from tpipe_jax.schedule import make_schedule
+from tpipe_jax.stage_setup import activation_bytes_per_token, cache_bytes_per_token
 from tpipe_jax.train_state import abstract_rows, abstract_state, state_bytes
 from tpipe_jax.train_step import make_train_step
 
@@ -53,7 +53,7 @@ def main() -> None:
     assert isinstance(plan, Plan)  # all slices are given
     optimizer = make_optimizer(config.optim, config.train.num_steps)
     state = abstract_state(config, mesh, optimizer)
-    step = make_train_step(config, mesh, terapipe(plan), optimizer)
+    step = make_train_step(config, mesh, make_schedule(plan), optimizer)
     start = time.perf_counter()
     compiled = step.lower(state, abstract_rows(config, mesh)).compile()
     seconds = time.perf_counter() - start
@@ -76,7 +76,8 @@ def main() -> None:
     tokens = plan.batch_size * plan.seq_len
     params, opt_state = state_bytes(state)
     saved, caches = (
-        tokens * count(config, mesh) for count in (saved_bytes_per_token, cache_bytes_per_token)
+        tokens * sum(count(config, mesh))
+        for count in (activation_bytes_per_token, cache_bytes_per_token)
     )
     analysis = compiled.memory_analysis()
     assert analysis is not None

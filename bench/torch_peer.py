@@ -226,7 +226,7 @@ def make_program(plan: Plan) -> Callable[[], object]:
 
     from tpipe_jax.mesh import make_mesh, put_rows
     from tpipe_jax.optim import make_optimizer
-    from tpipe_jax.schedule import terapipe
+    from tpipe_jax.schedule import make_schedule
     from tpipe_jax.train_state import init_state
     from tpipe_jax.train_step import make_loss_and_grads
 
@@ -241,7 +241,7 @@ def make_program(plan: Plan) -> Callable[[], object]:
     params = init_state(config, mesh, make_optimizer(config.optim, 1)).params
     shape = plan.batch_size, plan.seq_len + 1
     rows = put_rows(mesh, np.random.default_rng(0).integers(0, VOCAB_SIZE, shape, np.int32))
-    program = make_loss_and_grads(config, mesh, terapipe(plan)).lower(params, rows).compile()
+    program = make_loss_and_grads(config, mesh, make_schedule(plan)).lower(params, rows).compile()
     return lambda: jax.block_until_ready(program(params, rows))
 
 

@@ -21,7 +21,8 @@ import several
 from tpipe_jax import model
 from tpipe_jax.config import ModelConfig
 from tpipe_jax.plans import Plan
-from tpipe_jax.schedule import simulate, terapipe
+from tpipe_jax.schedule import terapipe
+from tpipe_jax.simulate import simulate
 
 BENCH = several.ROOT / "bench"
 

@@ -3,6 +3,7 @@
 What it is compared with is written without caches, slices and the package's own attention.
 """
 
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from tpipe_jax.config import (
 from tpipe_jax.generate import Generator, chooser
 from tpipe_jax.layer import block_functions, forward_flops, heads
 from tpipe_jax.mesh import check_model, make_mesh, param_specs, shardings
-from tpipe_jax.schedule import terapipe
+from tpipe_jax.schedule import make_schedule
 from tpipe_jax.train_step import make_loss, make_loss_and_grads
 
 Params = Any
@@ -157,7 +158,7 @@ def on_mesh(config: Config, mesh: Any, params: Params) -> Params:
 def loss_and_grads(config: Config, rows: np.ndarray) -> tuple[float, float, Params]:
     """The loss alone, with gradients, and these as the model has them."""
     mesh = make_mesh(config.mesh, jax.devices()[: config.mesh.num_devices])
-    schedule = terapipe(reference.plan_of(config))
+    schedule = make_schedule(reference.plan_of(config))
     params = on_mesh(config, mesh, drawn_params(config.model))
     value, grads = make_loss_and_grads(config, mesh, schedule)(params, rows)
     alone = make_loss(config, mesh, schedule)(params, rows)
@@ -179,6 +180,18 @@ def test_is_the_same_as_without_a_pipeline(block: str, mesh: MeshConfig, is_apar
     alone, value, grads = loss_and_grads(config, rows if is_apart else plain)
     assert value == pytest.approx(float(expected[0]), rel=1e-6)
     assert alone == pytest.approx(value, rel=1e-6)
+    reference.assert_close(grads, expected[1], TOLERANCE)
+
+
+def test_documents_that_follow_each_other_in_the_same_rows():
+    """Six sequences, which are two, three times, in the rows of three."""
+    config = make_config(LLAMA, MeshConfig(pipe=2), is_apart=True)
+    plan, train = PlanConfig("uniform:3", "uniform:6", schedule="1f1b"), TrainConfig(batch_size=6)
+    config = replace(config, plan=plan, train=train)
+    assert make_schedule(reference.plan_of(config)).num_rows == 3
+    alone, value, grads = loss_and_grads(config, np.tile(draw_rows(is_apart=True), (3, 1, 1)))
+    expected = expected_loss_and_grads(LLAMA, is_apart=True)
+    assert (value, alone) == pytest.approx((float(expected[0]),) * 2, rel=1e-6)
     reference.assert_close(grads, expected[1], TOLERANCE)
 
 

@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from tpipe_jax.config import ScheduleName
 from tpipe_jax.console import Console, milliseconds
 from tpipe_jax.mesh import HostPart
-from tpipe_jax.planner import Alternative, Planning
+from tpipe_jax.planner import Alternative, Option, Planning
 from tpipe_jax.plans import Plan, Prediction
 
 # Four batch slices, of which two are alike; 14 ms and 28 ms of work on each of 2 stages.
@@ -47,7 +48,7 @@ def test_plan_without_prediction_has_no_times(capsys: pytest.CaptureFixture[str]
 
 def test_planning_is_compared_with_plainer_plans(capsys: pytest.CaptureFixture[str]):
     unsliced, uniform = Alternative(1, 1, 0.114), Alternative(4, 2, 0.0627)
-    Console().show_planning(Planning(PLAN, unsliced, uniform, 7, 0.5), [1.0, 1.0])
+    Console().show_planning(Planning(PLAN, (), unsliced, uniform, 7, 0.5), [1.0, 1.0])
     out = capsys.readouterr().out
     assert "no plan is faster under these latencies: proven, 7 programmes solved in 0.50 s" in out
     assert "unsliced would take 114 ms, +100.0%: 1 batch slice of 1 token slice" in out
@@ -56,7 +57,7 @@ def test_planning_is_compared_with_plainer_plans(capsys: pytest.CaptureFixture[s
 
 def test_a_plan_without_proof_tells_its_bound(capsys: pytest.CaptureFixture[str]):
     plan = replace(PLAN, prediction=replace(PREDICTION, is_optimal=False))
-    Console().show_planning(Planning(plan, None, None, 7, 0.5), [1.0, 1.0])
+    Console().show_planning(Planning(plan, (), None, None, 7, 0.5), [1.0, 1.0])
     out = capsys.readouterr().out
     assert "no plan is faster than 50 ms under these latencies" in out
     assert "proven" not in out
@@ -85,3 +86,35 @@ def test_hosts_have_a_line_each(capsys: pytest.CaptureFixture[str]):
     assert [name for name, *_ in lines] == ["hosts", "host", "first", "second"]
     assert " ".join(lines[2][1].split()) == "0-2, 5 8 0 0-1"
     assert " ".join(lines[3][1].split()) == "3 8 1-2, 4-5 0"
+
+
+def option(schedule: ScheduleName, seconds: float, num_bytes: float | None, fits: bool) -> Option:
+    prediction = replace(PREDICTION, step_seconds=seconds)
+    plan = replace(PLAN, schedule=schedule, prediction=prediction)
+    return Option(plan, 0.25, num_bytes, fits)
+
+
+@pytest.mark.parametrize(
+    ("others", "reason"),
+    [
+        ((0.1, 9e6, True), "taken: the fastest"),
+        ((0.0501, 9e6, True), "taken: as fast, keeps less"),
+        ((0.01, None, False), "taken: the only one that fits"),
+    ],
+)
+def test_schedules_are_compared(
+    others: tuple[float, float | None, bool],
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+):
+    taken, other = option("1f1b", 0.05, 3e6, True), option("terapipe", *others)
+    planning = Planning(taken.plan, (other, taken), None, None, 7, 0.5)
+    Console().show_planning(planning, [1.0, 1.0])
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    [of_other] = [line for line in lines if line.startswith("terapipe")]
+    [of_taken] = [line for line in lines if line.startswith("1f1b")]
+    assert of_taken.split()[:6] == ["1f1b", "50", "ms", "25%", "3.0", "MB"]
+    assert of_taken.endswith(reason)
+    assert of_other.split("25%")[1].split() == (
+        ["9.0", "MB"] if others[2] else ["unknown", "does", "not", "fit"]
+    )

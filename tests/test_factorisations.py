@@ -28,7 +28,7 @@ from tpipe_jax.config import (
 from tpipe_jax.health import new_health
 from tpipe_jax.optim import make_optimizer
 from tpipe_jax.precision import new_loss_scale
-from tpipe_jax.schedule import terapipe
+from tpipe_jax.schedule import make_schedule
 from tpipe_jax.train_state import TrainState, abstract_state
 from tpipe_jax.train_step import make_train_step
 
@@ -113,7 +113,7 @@ def compiled_step(mesh_config: MeshConfig) -> Step:
     config = config_on(mesh_config)
     devices = mesh.make_mesh(config.mesh, jax.devices()[: config.mesh.num_devices])
     abstract = abstract_state(config, devices, optimizer(config))
-    schedule = terapipe(reference.plan_of(config))
+    schedule = make_schedule(reference.plan_of(config))
     function = make_train_step(config, devices, schedule, optimizer(config))
     placed = mesh.put_rows(devices, rows(0))
     return Step(function.lower(abstract, placed).compile(QUICK), devices, abstract)

@@ -29,7 +29,7 @@ from tpipe_jax.fused import Kernel, cudnn_kernel, grouped
 from tpipe_jax.inplace import Position
 from tpipe_jax.mesh import make_mesh
 from tpipe_jax.optim import make_optimizer
-from tpipe_jax.schedule import terapipe
+from tpipe_jax.schedule import make_schedule
 from tpipe_jax.train_state import abstract_rows, abstract_state
 from tpipe_jax.train_step import make_train_step
 
@@ -193,7 +193,7 @@ def test_the_training_step_for_gpus_divides_sequences_and_heads() -> None:
         attention=AttentionConfig("cudnn", block=256),
     )
     mesh, optimizer = make_mesh(config.mesh, jax.devices()), make_optimizer(config.optim, 10)
-    step = make_train_step(config, mesh, terapipe(reference.plan_of(config)), optimizer)
+    step = make_train_step(config, mesh, make_schedule(reference.plan_of(config)), optimizer)
     args = abstract_state(config, mesh, optimizer), abstract_rows(config, mesh)
     text = step.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"@__cudnn\$(\w+)\(.* : \((.*)\) ->", text)

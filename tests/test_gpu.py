@@ -29,7 +29,7 @@ from tpipe_jax.config import (
 from tpipe_jax.fused import cudnn_kernel, grouped
 from tpipe_jax.inplace import Position
 from tpipe_jax.mesh import make_mesh
-from tpipe_jax.schedule import terapipe
+from tpipe_jax.schedule import make_schedule
 from tpipe_jax.train_step import make_loss_and_grads
 
 if os.environ.get("JAX_PLATFORMS", "").startswith("cuda"):
@@ -118,7 +118,7 @@ def test_loss_and_gradients_equal_the_unpipelined_models(
 ) -> None:
     config, (params, rows) = config_of(token_slices, compute, backend), inputs()
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    step = make_loss_and_grads(config, mesh, terapipe(reference.plan_of(config)))
+    step = make_loss_and_grads(config, mesh, make_schedule(reference.plan_of(config)))
     with jax.default_matmul_precision("highest"):
         loss, grads = step(reference.to_stages(params, mesh), rows, 2.0**10)
     got = loss, reference.from_stages(grads, 2, 50)

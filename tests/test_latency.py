@@ -48,7 +48,7 @@ def profile(**changes: Any) -> Profile:
         "samples": samples(),
         "transfer": (0.5, 0.25),
         "outside_seconds": 7.0,
-        "memory": Memory(1000, 10, 100),
+        "memory": Memory(1000, 7, 3, 100),
         "key": {"jax": "1"},
     }
     return Profile(**fields | changes)
@@ -170,7 +170,7 @@ def test_file_gives_back_what_was_saved(tmp_path: Path):
         {"transfer": [1.0]},
         {"outside_seconds": float("nan")},
         {"outside_seconds": "x"},
-        {"memory": {"fixed_bytes": "1", "saved_bytes_per_token": 1, "working_bytes_per_token": 1}},
+        {"memory": dict.fromkeys(Memory.__annotations__, 1) | {"fixed_bytes": "1"}},
         {"seq_len": 64},
         {"batch_size": 0},
         {"samples": [list(s) for s in samples() if s.is_test]},

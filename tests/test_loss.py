@@ -81,11 +81,38 @@ def at_stage(stage: int, value: Array) -> Array:
     return jnp.where(lax.axis_index("pipe") == stage, value, jnp.nan)
 
 
+def parts(batch_size: int) -> list[slice]:
+    """Two parts of a batch, if it has more than one sequence."""
+    return [slice(1), slice(1, None)] if batch_size > 1 else [slice(1)]
+
+
+def cross_entropy_and_grads(
+    head: Head, y: Array, targets: Array, vocab_size: int
+) -> tuple[Array, Head, Array]:
+    """Of one part of the batch after another, with gradients of WEIGHT times the loss."""
+    nothing = {"tokens": head.table_VD, "positions": jnp.zeros((1, D))}
+    sums, d_y = loss.no_sums(head, nothing), []
+    for rows in parts(len(y)):
+        of_part = y[rows], targets[rows], vocab_size, WEIGHT
+        sums, d_y_part = loss.add_cross_entropy_and_grads(sums, head, *of_part)
+        d_y.append(d_y_part)
+    d_embed, d_norm = loss.summed_grads(sums, WEIGHT)
+    return sums.loss, Head(d_norm, d_embed["tokens"]), jnp.concatenate(d_y)
+
+
+def embed_grads(params: Params, tokens: Array, d_x: Array) -> Params:
+    """Of one part of the batch after another."""
+    d_params = loss.no_sums(Head({}, params["tokens"]), params).d_embed
+    for rows in parts(len(tokens)):
+        d_params = loss.add_embed_grads(d_params, tokens[rows], d_x[rows])
+    return d_params
+
+
 def check_loss(config: MeshConfig, vocab_size: int) -> None:
     def local(head: Head, y: Array, targets: Array) -> tuple[Array, Array, Head, Array]:
         y = at_stage(config.pipe - 1, y)
         only_value = loss.cross_entropy(head, y, targets, vocab_size)
-        value, d_head, d_y = loss.cross_entropy_and_grads(head, y, targets, vocab_size, WEIGHT)
+        value, d_head, d_y = cross_entropy_and_grads(head, y, targets, vocab_size)
         return *lax.psum((only_value, value, d_head), "data"), d_y[None]
 
     head, y, targets = draw(vocab_size)
@@ -122,7 +149,7 @@ def test_gradients_in_short_formats(dtype: Any) -> None:
 
     def local(head: Head, y: Array, targets: Array) -> tuple[Head, Array]:
         short = head._replace(table_VD=head.table_VD.astype(dtype))
-        _, d_head, d_y = loss.cross_entropy_and_grads(short, y, targets, 74, WEIGHT)
+        _, d_head, d_y = cross_entropy_and_grads(short, y, targets, 74)
         return lax.psum(d_head, "data"), d_y
 
     specs = HEAD_SPECS, PartitionSpec(("data", "pipe"))
@@ -181,7 +208,7 @@ def test_chunks_of_the_embedding_change_nothing(
 def check_embedding(config: MeshConfig, vocab_size: int) -> None:
     def local(params: Params, tokens: Array, d_x: Array) -> tuple[Array, Params]:
         x = loss.embed(params, tokens, jnp.float32)
-        return x, lax.psum(loss.embed_grads(params, tokens, at_stage(0, d_x)), "data")
+        return x, lax.psum(embed_grads(params, tokens, at_stage(0, d_x)), "data")
 
     random = np.random.default_rng(vocab_size)
     normal = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)  # noqa: E731
@@ -201,7 +228,7 @@ def check_embedding(config: MeshConfig, vocab_size: int) -> None:
     np.testing.assert_array_equal(d_params["tokens"][vocab_size:], 0)
 
 
-@pytest.mark.parametrize("function", [loss.cross_entropy, loss.cross_entropy_and_grads])
+@pytest.mark.parametrize("function", [loss.cross_entropy, cross_entropy_and_grads])
 def test_logits_are_never_whole_in_memory(function: Any) -> None:
     num_tokens, vocab_size = 32 * 1024, 2048
     y = jax.ShapeDtypeStruct((1, num_tokens, D), jnp.float32)
@@ -213,7 +240,7 @@ def test_logits_are_never_whole_in_memory(function: Any) -> None:
     def local(*inputs: Array) -> Any:
         if function is loss.cross_entropy:
             return lax.psum(loss.cross_entropy(*inputs, vocab_size), "data")
-        value, d_head, d_y = loss.cross_entropy_and_grads(*inputs, vocab_size, WEIGHT)
+        value, d_head, d_y = cross_entropy_and_grads(*inputs, vocab_size)
         return *lax.psum((value, d_head), "data"), d_y[None]
 
     d_y_spec = PartitionSpec("pipe", "data")

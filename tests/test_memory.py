@@ -25,6 +25,7 @@ from tpipe_jax.memory import GIB, budget, fitting_policy, fitting_step, limit_by
 from tpipe_jax.mesh import make_mesh
 from tpipe_jax.optim import make_optimizer
 from tpipe_jax.plans import PlanRequest
+from tpipe_jax.schedule import terapipe
 
 # Activations outweigh all else; a vocabulary large enough for its logits to count.
 CONFIG = Config(
@@ -61,7 +62,7 @@ def test_what_is_computed_again_takes_no_memory():
 def test_the_budget_is_near_what_the_compiler_says(policy: tuple):
     """What it leaves out is what a slice needs while it is worked on, and formats of weights."""
     config = with_memory(remat=policy[0], defer_weight_grads=len(policy) > 1)
-    parts = budget(config, MESH, OPTIMIZER)
+    parts = budget(config, MESH, terapipe(reference.plan_of(config)), OPTIMIZER)
     assert sum(parts.values()) == pytest.approx(needed(*policy), rel=0.2)
     assert parts["optimiser state"] >= 2 * parts["parameters"]
     assert parts["parameters"] >= 4 * 2 * 12 * 64 * 64
@@ -104,7 +105,7 @@ def test_a_limit_that_nothing_meets_says_by_how_much_and_what_helps():
 
 def test_a_plan_to_come_is_judged_by_its_smallest_slices():
     """Whole sequences need more, so the limit allows short slices only."""
-    request = PlanRequest(2, 4, 512)  # of units of 8 tokens
+    request = PlanRequest(2, 4, 512, schedule="terapipe")  # of units of 8 tokens
     shortest = dataclasses.replace(
         with_memory(remat="dots"), plan=PlanConfig("uniform:64", "uniform:4")
     )
@@ -171,8 +172,9 @@ def test_what_can_never_fit_is_not_compiled(monkeypatch: pytest.MonkeyPatch):
 
 def test_a_plan_to_come_that_fits_by_far_needs_no_compiler(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(memory, "compile_checked", None)
-    request = PlanRequest(2, 4, 512)
+    request = PlanRequest(2, 4, 512, schedule="terapipe")
     assert fitting_policy(CONFIG, MESH, request, OPTIMIZER).memory.remat == "dots"
-    least = sum(budget(with_memory(remat="dots"), MESH, OPTIMIZER).values()) / GIB
+    schedule = terapipe(reference.plan_of(CONFIG))
+    least = sum(budget(with_memory(remat="dots"), MESH, schedule, OPTIMIZER).values()) / GIB
     with pytest.raises(TypeError):  # it would be called here
         fitting_policy(with_memory(limit_gib=1.9 * least), MESH, request, OPTIMIZER)

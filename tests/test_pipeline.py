@@ -1,5 +1,4 @@
 import dataclasses
-from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from jax import Array, lax
+from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jax.stages import Compiled
 
@@ -27,14 +26,12 @@ from tpipe_jax.config import (
     ModelConfig,
     PlanConfig,
     PrecisionConfig,
+    ScheduleName,
     TrainConfig,
 )
-from tpipe_jax.inplace import Position
 from tpipe_jax.loss import IGNORE
-from tpipe_jax.pipeline import sweep
-from tpipe_jax.plans import Plan
-from tpipe_jax.schedule import IDLE, Item, terapipe
-from tpipe_jax.stage_setup import saved_bytes_per_token
+from tpipe_jax.schedule import SCHEDULES, make_schedule
+from tpipe_jax.stage_setup import activation_bytes_per_token
 from tpipe_jax.train_step import make_loss, make_loss_and_grads
 
 Params = Any  # nested dictionaries and lists of arrays
@@ -47,93 +44,6 @@ def open_mesh(config: MeshConfig) -> Mesh:
     return mesh.make_mesh(config, jax.devices()[: config.num_devices])
 
 
-class Diary(NamedTuple):
-    """What a stage has been given, in order."""
-
-    count: Array
-    seen: Array
-    """`[items, 3]`: row, token and number of tokens."""
-
-
-def write_down(x_BLD: Array, at: Position, diary: Diary) -> tuple[Array, Diary]:
-    """Appends the number of the stage, from 1, to each value as a decimal."""
-    entry = jnp.stack([at.row, at.token, jnp.int32(x_BLD.shape[1])])
-    seen = lax.dynamic_update_slice(diary.seen, entry[None], (diary.count, 0))
-    return 10 * x_BLD + lax.axis_index("pipe") + 1, Diary(diary.count + 1, seen)
-
-
-def run_sweep(
-    table: np.ndarray, items: Sequence[Item], source_BT1: np.ndarray, reverse: bool
-) -> tuple[np.ndarray, Diary]:
-    """What each stage has made of the source, and its diary; both with a first axis of stages.
-
-    Only the stage where items enter has the source, the others have NaN.
-    """
-    P = table.shape[1]
-    sources = np.full((P, *source_BT1.shape), np.nan, np.float32)
-    sources[P - 1 if reverse else 0] = source_BT1
-
-    def local(sources: Array) -> tuple[Array, Diary]:
-        diary = Diary(jnp.int32(0), jnp.zeros((2 * len(items), 3), jnp.int32))
-        result = sweep(table, items, write_down, sources[0], diary, reverse=reverse)
-        return jax.tree.map(lambda a: a[None], result)
-
-    spec = PartitionSpec("pipe")
-    # Results may differ along 'data' too, which has a single shard here.
-    out_specs = PartitionSpec(("pipe", "data"))
-    devices = open_mesh(MeshConfig(pipe=P))
-    run = jax.shard_map(local, mesh=devices, in_specs=spec, out_specs=out_specs)
-    return jax.tree.map(np.asarray, jax.jit(run)(sources))
-
-
-PLANS = {
-    "one item": Plan(4, (2,), ((5,),)),
-    "equal slices": Plan(4, (1,), ((2, 2, 2, 2, 2, 2),)),
-    "slices of several shapes": Plan(4, (1, 2), ((3, 5, 2), (4, 3, 3))),
-    "one stage": Plan(1, (1, 1), ((3, 1), (2, 2))),
-}
-
-
-def other_table(plan: Plan, reverse: bool) -> np.ndarray:
-    """A table with another order of items, where some wait before they enter, and all stages before
-    the first and after the last.
-    """
-    num_items, P = sum(map(len, plan.token_slices)), plan.num_stages
-    order = [*range(1, num_items, 2), *range(0, num_items, 2)]
-    entries = np.cumsum([2, *(1 + i % 3 for i in range(num_items - 1))])
-    table = np.full((entries[-1] + P + 2, P), IDLE, np.int32)
-    for item, entry in zip(order, entries, strict=True):
-        for stage in range(P):
-            table[entry + stage, stage] = item
-    return table[::-1] if reverse else table
-
-
-@pytest.mark.parametrize("make_table", [None, other_table], ids=["terapipe", "other table"])
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-def test_every_item_passes_every_stage_once_in_the_order_of_the_table(
-    plan: Plan, reverse: bool, make_table: Callable[[Plan, bool], np.ndarray] | None
-) -> None:
-    schedule = terapipe(plan)
-    table = schedule.backward if reverse else schedule.forward
-    if make_table:
-        table = make_table(plan, reverse)
-    source = 1.0 + np.arange(plan.batch_size * plan.seq_len).reshape(plan.batch_size, -1, 1)
-    results, diary = run_sweep(table, schedule.items, source, reverse)
-
-    stages = range(plan.num_stages)
-    expected = source
-    for stage in reversed(stages) if reverse else stages:
-        expected = 10 * expected + stage + 1
-        np.testing.assert_array_equal(results[stage], expected)
-
-    for stage in stages:
-        due = [schedule.items[i] for i in table[:, stage] if i != IDLE]
-        assert diary.count[stage] == len(due) == len(schedule.items)
-        seen = diary.seen[stage][: len(due)].tolist()
-        assert seen == [[item.row, item.token, item.num_tokens] for item in due]
-
-
 class Case(NamedTuple):
     """A mesh, a model and a plan for it; slices are of one data shard."""
 
@@ -142,13 +52,14 @@ class Case(NamedTuple):
     token_slices: str
     batch_slices: str
     batch_size: int
+    schedule: ScheduleName = "terapipe"
 
     @property
     def config(self) -> Config:
         return Config(
             model=ModelConfig(self.num_layers, 16, 2, 24, vocab_size=11, seq_len=12),
             mesh=self.mesh,
-            plan=PlanConfig(self.token_slices, self.batch_slices),
+            plan=PlanConfig(self.token_slices, self.batch_slices, schedule=self.schedule),
             train=TrainConfig(batch_size=self.batch_size * self.mesh.data),
         )
 
@@ -197,7 +108,7 @@ def compile_step(config: Config, make: Any = make_loss_and_grads) -> Compiled:
         (params, rows),
         mesh.shardings(devices, specs),
     )
-    function = make(config, devices, terapipe(reference.plan_of(config)))
+    function = make(config, devices, make_schedule(reference.plan_of(config)))
     return function.lower(*args).compile(QUICK)
 
 
@@ -232,13 +143,14 @@ def cases(draw: st.DrawFn) -> Case:
     num_stages = draw(st.integers(1, 4))
     # Layers of a stage are what takes time to compile.
     num_layers = draw(st.integers(1, min(5, 2 * num_stages)))
-    batch_size = draw(st.integers(1, 3))
+    batch_size = draw(st.integers(1, 4))
     return Case(
         MeshConfig(data=draw(st.integers(1, 2)), pipe=num_stages),
         num_layers,
         draw(lists(12, 3) | st.integers(1, 12).map("uniform:{}".format)),
-        draw(lists(batch_size, 2) | st.just("uniform:1")),
+        draw(lists(batch_size, 3) | st.just("uniform:1")),
         batch_size,
+        draw(st.sampled_from(sorted(SCHEDULES))),
     )
 
 
@@ -254,6 +166,11 @@ def test_gradients_equal_those_of_the_unpipelined_model(case: Case) -> None:
     [
         Case(MeshConfig(1, 4, 1), 2, "6,6", "1,2", 3),  # two stages have no layer
         Case(MeshConfig(2, 4, 1), 5, "7,5", "uniform:1", 1),
+        # Six sequences take turns in the rows of three.
+        Case(MeshConfig(1, 2, 1), 3, "5,4,3", "uniform:6", 6, "1f1b"),
+        Case(MeshConfig(1, 3, 1), 3, "7,5", "1,2,1,2,1,2", 9, "1f1b"),
+        Case(MeshConfig(), 2, "7,5", "1,2,1", 4, "1f1b"),
+        Case(MeshConfig(2, 2, 2), 3, "7,5", "uniform:4", 4, "1f1b"),
     ],
     ids=str,
 )
@@ -261,11 +178,21 @@ def test_gradients_on_chosen_meshes(case: Case) -> None:
     check_gradients(case.config)
 
 
-@pytest.mark.parametrize("divided", [MeshConfig(2, 2, 2), MeshConfig(1, 2, 1)], ids=str)
-def test_gradients_with_a_fused_kernel(divided: MeshConfig) -> None:
+@pytest.mark.parametrize(
+    ("divided", "schedule"),
+    [
+        (MeshConfig(2, 2, 2), "terapipe"),
+        (MeshConfig(1, 2, 1), "terapipe"),
+        (MeshConfig(1, 2, 1), "1f1b"),
+    ],
+    ids=str,
+)
+def test_gradients_with_a_fused_kernel(divided: MeshConfig, schedule: ScheduleName) -> None:
     """One that XLA cannot look into, on heads that 'model' divides; a slice is too short for it."""
     stand_in.register()
-    config = Case(divided, 2, "80,10,64", "uniform:1", 2).config
+    num = {"terapipe": 2, "1f1b": 5}[schedule]  # with more sequences than rows
+    slices = "uniform:1" if num == 2 else "uniform:5"
+    config = Case(divided, 2, "80,10,64", slices, num, schedule).config
     config = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, num_heads=4, seq_len=154),
@@ -340,8 +267,9 @@ def test_deferred_products_go_part_by_part(
     assert shapes == {part}
 
 
-def test_loss_alone_equals_the_loss_with_gradients() -> None:
-    config = Case(MeshConfig(data=2, pipe=2), 3, "5,5,2", "1,1", 2).config
+@pytest.mark.parametrize("schedule", ["terapipe", "1f1b"])
+def test_loss_alone_equals_the_loss_with_gradients(schedule: ScheduleName) -> None:
+    config = Case(MeshConfig(data=2, pipe=2), 3, "5,5,2", "1,1,1,1", 4, schedule).config
     expected, _ = unpipelined(config.model, config.train.batch_size)
     reference.assert_close(run_step(config, make_loss), expected, TOLERANCE)
 
@@ -384,6 +312,17 @@ def test_memory_does_not_grow_with_the_slices() -> None:
     assert sixteen <= 1.1 * eight
 
 
+def test_memory_does_not_grow_with_the_batch_under_1f1b() -> None:
+    """But for the tokens of the batch, which are 1% of it here."""
+    few, many = (
+        temporary_bytes(dataclasses.replace(config, plan=plan))
+        for config in (long_config(4, (1,) * 4), long_config(4, (1,) * 32))
+        for plan in [dataclasses.replace(config.plan, schedule="1f1b")]
+    )
+    assert few <= many <= 1.05 * few
+    assert few < temporary_bytes(long_config(4, (1,) * 4))
+
+
 def test_devices_of_an_operator_save_what_the_estimate_says() -> None:
     """Other buffers that grow with the batch are the same however many devices share operators, so
     they cancel out.
@@ -393,7 +332,7 @@ def test_devices_of_an_operator_save_what_the_estimate_says() -> None:
         """Bytes that a token more takes, and those that the estimate says are saved."""
         few, many = (long_config(8, (1,) * b, num_operator_devices) for b in (4, 8))
         taken = (temporary_bytes(many) - temporary_bytes(few)) / (4 * 512)
-        return taken, saved_bytes_per_token(few, open_mesh(few.mesh))
+        return taken, sum(activation_bytes_per_token(few, open_mesh(few.mesh)))
 
     (alone, alone_saved), (shared, shared_saved) = per_token(1), per_token(2)
     assert alone - shared == pytest.approx(alone_saved - shared_saved, rel=0.03)

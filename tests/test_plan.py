@@ -1,16 +1,29 @@
 """Slices as settings spell them, and the plan made of them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import jax
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import reference
-from tpipe_jax.config import Config, MeshConfig, ModelConfig, PlanConfig, TrainConfig, UserError
-from tpipe_jax.plans import Plan, PlanRequest, parse_slices, read_settings
+from tpipe_jax.config import (
+    Config,
+    MemoryConfig,
+    MeshConfig,
+    ModelConfig,
+    PlanConfig,
+    TrainConfig,
+    UserError,
+)
+from tpipe_jax.mesh import make_mesh
+from tpipe_jax.plans import Plan, PlanRequest, load_plan, parse_slices, read_settings
 from tpipe_jax.plans import unit_tokens as unit_tokens_of
+from tpipe_jax.schedule import make_schedule
+from tpipe_jax.train_step import make_loss_and_grads
 
 
 def parse(text: str, total: int) -> tuple[int, ...] | None:
@@ -82,6 +95,7 @@ def test_plan_file(tmp_path: Path):
     Plan(2, (2, 1), ((3, 1), (4,))).save(tmp_path / "plan.json")
     assert json.loads((tmp_path / "plan.json").read_text()) == {
         "num_stages": 2,
+        "schedule": "terapipe",
         "batch_slices": [2, 1],
         "token_slices": [[3, 1], [4]],
     }
@@ -114,3 +128,50 @@ def test_what_is_left_to_the_planner_is_a_request():
     assert read(token_slices=" auto ", batch_slices="3,1") == PlanRequest(3, 4, 16, (3, 1), None)
     assert read(token_slices="uniform:2") == PlanRequest(3, 4, 16, None, (8, 8))
     assert read(token_slices="16", batch_slices="4") == Plan(3, (4,), ((16,),))
+    assert read(schedule="1f1b") == PlanRequest(3, 4, 16, schedule="1f1b")
+    given = read(token_slices="uniform:2", batch_slices="uniform:4", schedule="1f1b")
+    assert given == Plan(3, (1,) * 4, ((8, 8),) * 4, schedule="1f1b")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "changes", "sentence"),
+    [
+        (1, {}, r"only one: set config.plan.schedule=terapipe, or config.train.batch_size so"),
+        (4, {"batch_slices": "4"}, r"only one: set .* or config.plan.batch_slices so"),
+        (4, {"memory": MemoryConfig(defer_weight_grads=True)}, r"defer_weight_grads=true needs"),
+    ],
+)
+def test_1f1b_needs_several_batch_slices(batch_size: int, changes: dict, sentence: str):
+    memory = changes.pop("memory", MemoryConfig())
+    plan = PlanConfig(**changes, schedule="1f1b")
+    with pytest.raises(UserError, match=rf"config\.plan\.schedule=1f1b .*{sentence}"):
+        read_settings(Config(plan=plan, train=TrainConfig(batch_size=batch_size), memory=memory))
+    plan = replace(plan, schedule="auto")
+    read_settings(Config(plan=plan, train=TrainConfig(batch_size=batch_size), memory=memory))
+
+
+def test_deferred_products_are_planned_under_terapipe():
+    config = Config(memory=MemoryConfig(defer_weight_grads=True))
+    request = read_settings(config)
+    assert isinstance(request, PlanRequest)
+    assert request.schedules == ("terapipe",)
+    mesh = make_mesh(config.mesh, jax.devices()[:1])
+    other = Plan(1, (1,) * 8, ((256,),) * 8, schedule="1f1b")
+    with pytest.raises(UserError, match="keeps a part at a time: set it to false"):
+        make_loss_and_grads(config, mesh, make_schedule(other))
+
+
+def test_a_plan_of_another_schedule_is_refused(tmp_path: Path):
+    path = tmp_path / "plan.json"
+    Plan(2, (1, 1), ((3, 1), (4,)), schedule="1f1b").save(path)
+    request = PlanRequest(2, 2, 4)
+    assert load_plan(path, request).schedule == "1f1b"
+    with pytest.raises(UserError, match=r"a schedule of 1f1b, but .* is terapipe"):
+        load_plan(path, replace(request, schedule="terapipe"))
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"schedule": "gpipe"}))
+    with pytest.raises(UserError, match="has a schedule that is not known, 'gpipe'"):
+        load_plan(path, request)
+    content.pop("schedule")
+    path.write_text(json.dumps(content))
+    assert load_plan(path, request).schedule == "terapipe"

@@ -1,7 +1,11 @@
-"""Plans from times: the prediction, the plans it is compared with, the memory, and refusals."""
+"""Plans from times: the prediction, the plans it is compared with, the memory, and refusals.
+
+Under TeraPipe's schedule; others are in `test_plan_schedules.py`.
+"""
 
 import itertools
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +13,9 @@ import pytest
 
 from test_latency import profile
 from tpipe_jax.config import UserError
+from tpipe_jax.estimate import predicted_timeline
 from tpipe_jax.latency import LatencyTable
-from tpipe_jax.planner import GIB, find_plan, predicted_timeline
+from tpipe_jax.planner import GIB, find_plan
 from tpipe_jax.plans import Plan, PlanRequest, load_plan, uniform
 
 UNIT, NUM_UNITS, BATCH = 4, 8, 3
@@ -24,8 +29,11 @@ def table(floor: float = 3.0) -> LatencyTable:
     return LatencyTable(UNIT, forward, 2.5 * forward)
 
 
+terapipe_request = partial(PlanRequest, schedule="terapipe")
+
+
 def request(num_stages: int, **changes) -> PlanRequest:
-    return PlanRequest(num_stages, BATCH, UNIT * NUM_UNITS, **changes)
+    return terapipe_request(num_stages, BATCH, UNIT * NUM_UNITS, **changes)
 
 
 def formula(table: LatencyTable, plan: Plan) -> float:
@@ -91,7 +99,7 @@ def test_given_slices_are_kept():
     assert plan.batch_slices == (1, 2)
     measured = profile().table(32)
     for slices in ((100, 28), (128,), (1, 2, 125)):
-        asked = PlanRequest(2, 4, 128, token_slices=slices)
+        asked = terapipe_request(2, 4, 128, token_slices=slices)
         plan = find_plan(measured, asked, [1.0] * 2).plan
         assert set(plan.token_slices) == {slices}
         assert plan.prediction is not None
@@ -106,7 +114,7 @@ def test_given_slices_are_kept():
 def test_what_is_outside_of_the_stages_counts():
     """For the batch that it was measured with: of another it says nothing."""
     measured = profile().table(32)
-    plan = find_plan(measured, PlanRequest(2, 4, 128), [1.0] * 2).plan
+    plan = find_plan(measured, terapipe_request(2, 4, 128), [1.0] * 2).plan
     assert plan.prediction is not None
     assert plan.prediction.outside_seconds == 7
     inside = predicted_timeline(plan, [1.0] * 2).step_seconds
@@ -114,7 +122,7 @@ def test_what_is_outside_of_the_stages_counts():
     assert plan.prediction.lower_bound_seconds == pytest.approx(inside + 7)
     transfer = plan.prediction.slice_transfer_seconds[0][0]
     assert transfer == 0.5 + 0.25 * plan.batch_slices[0] * plan.token_slices[0][0]
-    other = find_plan(measured, PlanRequest(2, 3, 128), [1.0] * 2).plan
+    other = find_plan(measured, terapipe_request(2, 3, 128), [1.0] * 2).plan
     assert other.prediction is not None
     assert other.prediction.outside_seconds == 0
 
@@ -137,7 +145,7 @@ def test_stages_of_unequal_speed_are_simulated():
 def test_no_plan_beats_the_bound_of_unequal_stages(factors: list[float]):
     """With a transfer, too: whatever holds a stage takes its factor."""
     measured = profile(transfer=(0.5, 0.01)).table(16)
-    asked = PlanRequest(len(factors), 4, 128)
+    asked = terapipe_request(len(factors), 4, 128)
     planning = find_plan(measured, asked, factors)
     prediction = planning.plan.prediction
     assert prediction is not None
@@ -145,7 +153,7 @@ def test_no_plan_beats_the_bound_of_unequal_stages(factors: list[float]):
     for num_batch, num_tokens in itertools.product(range(1, 5), range(1, 9)):
         sizes = uniform(4, num_batch)
         tokens = tuple(16 * n for n in uniform(8, num_tokens))
-        given = PlanRequest(len(factors), 4, 128, sizes, tokens)
+        given = terapipe_request(len(factors), 4, 128, sizes, tokens)
         other = find_plan(measured, given, factors).plan.prediction
         assert other is not None
         assert other.step_seconds >= prediction.lower_bound_seconds
@@ -161,7 +169,7 @@ def test_a_plainer_plan_is_taken_where_it_is_faster():
     i, j = np.ogrid[1:5, 0:4]
     times = np.random.default_rng(43).integers(1, 9, (2, 4, 4))
     times = np.where(i + j <= 4, times, np.inf)
-    planning = find_plan(LatencyTable(4, times, times), PlanRequest(2, 2, 16), [1.0, 2.0])
+    planning = find_plan(LatencyTable(4, times, times), terapipe_request(2, 2, 16), [1.0, 2.0])
     assert planning.best_uniform is not None
     assert planning.best_uniform.step_seconds == 28
     prediction = planning.plan.prediction
@@ -173,7 +181,7 @@ def test_a_plainer_plan_is_taken_where_it_is_faster():
 
 def test_plans_keep_to_the_memory():
     """1000 bytes, 10 for each of 4 x 128 tokens, and 100 for each token of the longest slice."""
-    measured, asked = profile().table(8), PlanRequest(2, 4, 128)
+    measured, asked = profile().table(8), terapipe_request(2, 4, 128)
     free = find_plan(measured, asked, [1.0] * 2).plan
     longest = max(b * n for b, n in free.shapes)
     limit = 1000 + 10 * 4 * 128 + 100 * (longest - 8)
@@ -188,7 +196,7 @@ def test_plans_keep_to_the_memory():
 
 def test_a_memory_that_is_too_small_says_by_how_much():
     least = 1000 + 10 * 4 * 128 + 100 * 8
-    measured, asked = profile().table(8), PlanRequest(2, 4, 128)
+    measured, asked = profile().table(8), terapipe_request(2, 4, 128)
     find_plan(measured, asked, [1.0] * 2, memory_limit_bytes=least)
     with pytest.raises(UserError) as error:
         find_plan(measured, asked, [1.0] * 2, memory_limit_bytes=least - 0.25 * GIB)
@@ -200,7 +208,7 @@ def test_a_memory_that_is_too_small_says_by_how_much():
     ("given", "longest"), [({"batch_slices": (4,)}, 4 * 8), ({"token_slices": (100, 28)}, 100)]
 )
 def test_given_slices_may_need_more_memory(given: dict, longest: int):
-    measured, asked = profile().table(8), PlanRequest(2, 4, 128, **given)
+    measured, asked = profile().table(8), terapipe_request(2, 4, 128, **given)
     least = 1000 + 10 * 4 * 128 + 100 * longest
     find_plan(measured, asked, [1.0] * 2, memory_limit_bytes=least)
     with pytest.raises(UserError, match=r"is 0\.125 GiB too little for any plan"):
@@ -214,31 +222,31 @@ def test_a_memory_limit_needs_to_know_the_memory():
 
 def test_what_cannot_be_planned_is_refused():
     with pytest.raises(UserError, match=r"30 tokens is not a multiple of the unit .* 4 tokens"):
-        find_plan(table(), PlanRequest(2, BATCH, 30), [1.0] * 2)
+        find_plan(table(), terapipe_request(2, BATCH, 30), [1.0] * 2)
     with pytest.raises(UserError, match="no allowed slices cover 3 sequences of 64 tokens"):
-        find_plan(table(), PlanRequest(2, BATCH, 64), [1.0] * 2)
+        find_plan(table(), terapipe_request(2, BATCH, 64), [1.0] * 2)
     none = LatencyTable(4, np.full((1, 8, 8), np.inf), np.full((1, 8, 8), np.inf))
     with pytest.raises(UserError, match="no allowed slices cover"):
         find_plan(none, request(2), [1.0] * 2)
 
 
 def test_a_batch_may_be_larger_than_any_batch_slice():
-    plan = find_plan(table(), PlanRequest(2, 7, 32), [1.0] * 2).plan
+    plan = find_plan(table(), terapipe_request(2, 7, 32), [1.0] * 2).plan
     assert plan.batch_size == 7
     assert max(plan.batch_slices) <= BATCH
 
 
 def test_plan_file_gives_back_the_plan(tmp_path: Path):
-    plan = find_plan(profile().table(8), PlanRequest(2, 4, 128), [1.0] * 2).plan
+    plan = find_plan(profile().table(8), terapipe_request(2, 4, 128), [1.0] * 2).plan
     path = tmp_path / "plan.json"
     plan.save(path)
-    assert load_plan(path, PlanRequest(2, 4, 128)) == plan
+    assert load_plan(path, terapipe_request(2, 4, 128)) == plan
     # Other tools need not know of what is ours.
     content = json.loads(path.read_text())
     for ours in ("outside_seconds", "slice_transfer_seconds"):
         content.pop(ours)
     path.write_text(json.dumps(content))
-    loaded = load_plan(path, PlanRequest(2, 4, 128))
+    loaded = load_plan(path, terapipe_request(2, 4, 128))
     assert loaded.prediction is not None
     assert loaded.prediction.outside_seconds == 0
     assert loaded.prediction.slice_transfer_seconds[0][0] == 0
@@ -246,4 +254,4 @@ def test_plan_file_gives_back_the_plan(tmp_path: Path):
     for value in (-1.0, float("nan"), 10**400, "1", True):
         path.write_text(json.dumps(content | {"predicted_step_seconds": value}))
         with pytest.raises(UserError, match="its predicted times are no times"):
-            load_plan(path, PlanRequest(2, 4, 128))
+            load_plan(path, terapipe_request(2, 4, 128))

@@ -29,7 +29,7 @@ from tpipe_jax.config import (
 from tpipe_jax.mesh import make_mesh, put_rows
 from tpipe_jax.optim import make_optimizer
 from tpipe_jax.precision import LossScale, compute_format, new_loss_scale, next_loss_scale
-from tpipe_jax.schedule import terapipe
+from tpipe_jax.schedule import make_schedule
 from tpipe_jax.train_state import TrainState, abstract_state, init_state
 from tpipe_jax.train_step import apply_gradients, make_train_step
 
@@ -132,7 +132,7 @@ def overflowing(params: Any) -> Any:
 
 def test_a_step_that_overflows_is_skipped_and_later_ones_are_not():
     """In float16 with the real step; the second stage alone is what overflows."""
-    step = make_train_step(CONFIG, MESH, terapipe(reference.plan_of(CONFIG)), OPTIMIZER)
+    step = make_train_step(CONFIG, MESH, make_schedule(reference.plan_of(CONFIG)), OPTIMIZER)
     state = init_state(CONFIG, MESH, OPTIMIZER)
     good = jax.device_get(state.params)
     plain = jax.device_get(model.init(CONFIG.model, jax.random.key(0)))
@@ -170,7 +170,7 @@ def test_gradients_are_those_of_float32_whatever_the_scale(compute: Any):
         )
         optimizer = optax.chain(keep_gradients(), optax.sgd(0.0))
         state = init_state(config, MESH, optimizer)
-        step = make_train_step(config, MESH, terapipe(reference.plan_of(config)), optimizer)
+        step = make_train_step(config, MESH, make_schedule(reference.plan_of(config)), optimizer)
         state, metrics = step(state, put_rows(MESH, ROWS))
         return jax.device_get(state.opt_state[0]), metrics
 

@@ -146,8 +146,8 @@ def test_a_slice_takes_what_busy_ticks_take_longer(clock: Clock, mesh: Mesh):
         shape = Shape(*sample[:2], (sample.context,))
         assert sample[3:5] == pytest.approx(clock.slice_seconds(shape, sample.context))
     assert profile.memory.working_bytes_per_token == 70
-    saved = profile.memory.saved_bytes_per_token
-    assert profile.memory.fixed_bytes == 10**6 - saved * 4 * 64
+    kept = profile.memory.activation_bytes(4 * 64, 4 * 64)
+    assert profile.memory.fixed_bytes == 10**6 - kept
 
 
 def test_noise_larger_than_the_work_leaves_a_time(
@@ -216,8 +216,8 @@ def test_saved_bytes_are_those_of_the_buffers(mesh: Mesh):
     """x, middle, q, k, v, attention and the gradients of k and v: 8 D; hidden: F; lse: H."""
     D, F, H, layers = 16, 64, 2, 1
     expected = 4 * layers * (8 * D + F + H)
-    assert stage_setup.saved_bytes_per_token(CONFIG, mesh) == expected
-    assert stage_setup.cache_bytes_per_token(CONFIG, mesh) == 4 * layers * 4 * D
+    assert sum(stage_setup.activation_bytes_per_token(CONFIG, mesh)) == expected
+    assert stage_setup.cache_bytes_per_token(CONFIG, mesh) == (4 * layers * 2 * D,) * 2
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_policies_save_what_they_name(mesh: Mesh, memory: MemoryConfig, numbers:
     config = dataclasses.replace(CONFIG, memory=memory)
     sizes = {"hidden": 64, "gelu": 64, "lse": 2}
     expected = 4 * (2 * 16 + sum(sizes.get(name, 16) for name in numbers.split()))
-    assert stage_setup.saved_bytes_per_token(config, mesh) == expected
+    assert sum(stage_setup.activation_bytes_per_token(config, mesh)) == expected
 
 
 def test_devices_of_an_operator_divide_what_is_saved_but_for_x_and_middle():
@@ -246,11 +246,11 @@ def test_devices_of_an_operator_divide_what_is_saved_but_for_x_and_middle():
     mesh = make_mesh(config.mesh, jax.devices()[:4])
     D, F, H, layers = 16, 64, 2, 1
     expected = 4 * layers * (2 * D + (6 * D + F + H) // 2)
-    assert stage_setup.saved_bytes_per_token(config, mesh) == expected
+    assert sum(stage_setup.activation_bytes_per_token(config, mesh)) == expected
     # Nor the outputs of norms, nor gradients with respect to middle and to what leaves the layer.
     config = dataclasses.replace(config, memory=MemoryConfig(remat="none", defer_weight_grads=True))
     expected += 4 * layers * (4 * D + (F + 3 * D + F) // 2)
-    assert stage_setup.saved_bytes_per_token(config, mesh) == expected
+    assert sum(stage_setup.activation_bytes_per_token(config, mesh)) == expected
 
 
 def test_stages_work_on_the_slices_that_the_tables_name(mesh: Mesh):
@@ -290,7 +290,7 @@ def test_a_step_without_slices_sets_up_their_buffers(mesh: Mesh):
     """XLA could see that no slice is due, and leave out what a real step spends time on."""
     config = dataclasses.replace(CONFIG, train=TrainConfig(batch_size=64))
     _, _, step_bytes = profiler._time_outside(config, mesh)
-    assert step_bytes > stage_setup.saved_bytes_per_token(config, mesh) * 64 * 64
+    assert step_bytes > sum(stage_setup.activation_bytes_per_token(config, mesh)) * 64 * 64
 
 
 def test_a_real_profile_is_of_this_machine(mesh: Mesh):

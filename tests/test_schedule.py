@@ -1,6 +1,7 @@
 """The table of the schedule, and the timeline that follows from it."""
 
-import itertools
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,11 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tpipe_jax.plans import Plan
-from tpipe_jax.schedule import IDLE, Item, simulate, terapipe
+from tpipe_jax.schedule import (
+    IDLE,
+    SCHEDULES,
+    Item,
+    Part,
+    check,
+    make_schedule,
+    most_alive,
+    one_forward_one_backward,
+    slice_order,
+    terapipe,
+)
 
 plans = st.builds(
-    lambda num_stages, parts: Plan(
-        num_stages, tuple(b for b, _ in parts), tuple(t for _, t in parts)
+    lambda num_stages, parts, schedule: Plan(
+        num_stages, tuple(b for b, _ in parts), tuple(t for _, t in parts), schedule=schedule
     ),
     st.integers(1, 6),
     st.lists(
@@ -20,30 +32,48 @@ plans = st.builds(
             st.integers(1, 3), st.lists(st.integers(1, 9), min_size=1, max_size=5).map(tuple)
         ),
         min_size=1,
-        max_size=3,
+        max_size=5,
     ),
+    st.sampled_from(sorted(SCHEDULES)),
 )
 
 
-def test_grid_of_three_stages_and_four_items():
+def test_terapipe_of_three_stages_and_four_items():
     schedule = terapipe(Plan(3, (1,), ((4, 3, 2, 1),)))
     x = IDLE
-    assert schedule.forward.tolist() == [
-        [0, x, x],
-        [1, 0, x],
-        [2, 1, 0],
-        [3, 2, 1],
-        [x, 3, 2],
-        [x, x, 3],
+    forward = [[0, x, x], [1, 0, x], [2, 1, 0], [3, 2, 1], [x, 3, 2], [x, x, 3]]
+    backward = [[x, x, 3], [x, 3, 2], [3, 2, 1], [2, 1, 0], [1, 0, x], [0, x, x]]
+    idle = [[x, x, x]] * 6
+    assert schedule.forward.tolist() == forward + idle
+    assert schedule.backward.tolist() == idle + backward
+    assert schedule.parts == (Part(0, 1, 0, enters=0, turns=5, leaves=11),)
+
+
+def test_1f1b_of_three_stages_and_four_sequences_of_two_slices():
+    schedule = one_forward_one_backward(Plan(3, (1,) * 4, ((5, 3),) * 4))
+    x = IDLE
+    assert schedule.forward.T.tolist() == [
+        [0, 1, 2, 3, 4, 5, 6, 7, x, x, x, x, x],
+        [x, 0, 1, 2, 3, 4, 5, 6, 7, x, x, x, x],
+        [x, x, 0, 1, 2, 3, 4, 5, 6, 7, x, x, x],
     ]
-    assert schedule.backward.tolist() == [
-        [x, x, 3],
-        [x, 3, 2],
-        [3, 2, 1],
-        [2, 1, 0],
-        [1, 0, x],
-        [0, x, x],
+    assert schedule.backward.T.tolist() == [
+        [x, x, x, x, x, 1, 0, 3, 2, 5, 4, 7, 6],
+        [x, x, x, x, 1, 0, 3, 2, 5, 4, 7, 6, x],
+        [x, x, x, 1, 0, 3, 2, 5, 4, 7, 6, x, x],
     ]
+    assert [(p.enters, p.turns, p.leaves) for p in schedule.parts] == [
+        *[(0, 3, 6), (2, 5, 8), (4, 7, 10), (6, 9, 12)]
+    ]
+
+
+def test_1f1b_on_one_stage_has_one_sequence_at_a_time():
+    """Accumulation of gradients."""
+    schedule = one_forward_one_backward(Plan(1, (1, 1), ((5, 3), (8,))))
+    x = IDLE
+    assert schedule.forward[:, 0].tolist() == [0, 1, x, 2]
+    assert schedule.backward[:, 0].tolist() == [x, 1, 0, 2]
+    assert schedule.num_rows == 1
 
 
 def test_items_lie_where_the_slices_before_them_end():
@@ -58,86 +88,87 @@ def test_items_lie_where_the_slices_before_them_end():
 
 
 @given(plans)
-def test_every_stage_has_every_item_in_order_one_tick_after_its_neighbour(plan: Plan):
-    schedule = terapipe(plan)
-    num_items = sum(map(len, plan.token_slices))
-    for table, order, first in (
-        (schedule.forward, 1, 0),
-        (schedule.backward, -1, plan.num_stages - 1),
-    ):
-        assert table.shape == (num_items + plan.num_stages - 1, plan.num_stages)
-        for stage in range(plan.num_stages):
-            done = table[:, stage][table[:, stage] != IDLE]
-            assert done.tolist() == list(range(num_items))[::order]
-            ticks = [int(np.flatnonzero(table[:, stage] == i)[0]) for i in range(num_items)]
-            if stage != first:
-                neighbour = table[:, stage - order]
-                assert [t - 1 for t in ticks] == [
-                    int(np.flatnonzero(neighbour == i)[0]) for i in range(num_items)
-                ]
+def test_every_table_can_be_followed(plan: Plan):
+    schedule = make_schedule(plan)
+    check(schedule)
+    for item, (m, n) in zip(schedule.items, slice_order(schedule, plan), strict=True):
+        assert item.shape == (plan.batch_slices[m], plan.token_slices[m][n])
+        assert item.row == sum(plan.batch_slices[:m])
+        assert item.token == sum(plan.token_slices[m][:n])
+    assert len(set(schedule.items)) == sum(map(len, plan.token_slices))
+    assert sum(part.num_rows for part in schedule.parts) == plan.batch_size
 
 
-seconds = st.floats(0.01, 10)
+@given(plans)
+def test_rows_are_as_few_as_the_table_allows(plan: Plan):
+    schedule = make_schedule(plan)
+    alive = [
+        [part for part in schedule.parts if part.enters <= tick <= part.leaves]
+        for tick in range(schedule.num_ticks)
+    ]
+    most = max(part.num_rows for part in schedule.parts)
+    assert schedule.num_rows == most * max(map(len, alive))
+    if len(set(plan.batch_slices)) == 1:
+        assert schedule.num_rows == most_alive(schedule)
 
 
-@given(st.integers(1, 6), st.lists(st.tuples(seconds, seconds), min_size=1, max_size=8))
-def test_makespan_is_that_of_equation_5(num_stages: int, times: list[tuple[float, float]]):
-    """All forward, then all backward: sum(f + b) + (P - 1)(max f + max b)."""
-    forward, backward = [f for f, _ in times], [b for _, b in times]
-    schedule = terapipe(Plan(num_stages, (1,), ((1,) * len(times),)))
-    timeline = simulate(schedule, forward, backward)
-    boxes = timeline.boxes
-    assert len(boxes) == 2 * num_stages * len(times)
-    wait = (num_stages - 1) * (max(forward) + max(backward))
-    assert timeline.step_seconds == max(box.stop_seconds for box in boxes)
-    assert timeline.step_seconds == pytest.approx(sum(forward) + sum(backward) + wait)
-    for stage in range(num_stages):  # one thing at a time
-        own = sorted((b.start_seconds, b.stop_seconds) for b in boxes if b.stage == stage)
-        assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(own))
+@given(st.integers(1, 6), st.integers(1, 6))
+def test_1f1b_keeps_as_few_sequences_of_many_as_of_some(num_stages: int, num_slices: int):
+    """A sequence lives for 2 (slices + P - 1) - 1 ticks, and another follows after its slices."""
+
+    def rows(num_sequences: int) -> int:
+        slices = (1,) * num_sequences, ((1,) * num_slices,) * num_sequences
+        return make_schedule(Plan(num_stages, *slices, schedule="1f1b")).num_rows
+
+    bound = -(-(2 * (num_slices + num_stages - 1) - 1) // num_slices)
+    assert rows(40) == rows(2 * num_stages + 2) == (bound if num_stages > 1 else 1)
 
 
-@given(
-    st.integers(1, 6),
-    st.lists(st.tuples(seconds, seconds, seconds), min_size=1, max_size=8),
+def changed(table: np.ndarray, tick: int, stage: int, item: int) -> np.ndarray:
+    table = table.copy()
+    table[tick, stage] = item
+    return table
+
+
+def swapped(table: np.ndarray, a: int, b: int) -> np.ndarray:
+    """With another order of two items on all stages."""
+    return np.where(table == a, b, np.where(table == b, a, table))
+
+
+TABLES = one_forward_one_backward(Plan(3, (1,) * 4, ((5, 3),) * 4))
+FIRST, SECOND, *REST = TABLES.parts
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"forward": changed(TABLES.forward, 0, 0, 1)}, "stage 0 does not have every item once"),
+        ({"backward": changed(TABLES.backward, 6, 0, IDLE)}, "stage 0 does not have every item"),
+        ({"forward": np.roll(TABLES.forward, 1, axis=1)}, "one tick after its neighbour"),
+        ({"forward": TABLES.backward, "backward": TABLES.forward}, "one tick after its neighbour"),
+        ({"forward": swapped(TABLES.forward, 0, 1)}, "item 1 does not follow item 0"),
+        ({"backward": swapped(TABLES.backward, 2, 3)}, "item 3 does not follow item 2"),
+        ({"backward": swapped(TABLES.backward, 0, 2)}, "item 0 goes backward before its part"),
+        ({"parts": (replace(FIRST, enters=1), SECOND, *REST)}, "item 0 goes forward before"),
+        ({"parts": (replace(FIRST, turns=2), SECOND, *REST)}, "item 1 goes forward .* after its"),
+        ({"parts": (replace(FIRST, turns=4), SECOND, *REST)}, "item 1 goes backward before"),
+        ({"parts": (replace(FIRST, leaves=5), SECOND, *REST)}, "item 0 goes backward .* has left"),
+        ({"parts": (FIRST, replace(SECOND, buffer_row=0), *REST)}, "parts 0 and 1 have the same"),
+        ({"num_rows": 3}, "part 3 has no rows"),
+        ({"forward": TABLES.forward[1:]}, "different shapes"),
+    ],
 )
-def test_a_transfer_holds_a_stage(num_stages: int, times: list[tuple[float, float, float]]):
-    """It counts as work does in equation 5, but the stage does not work meanwhile."""
-    forward, backward, transfer = (list(column) for column in zip(*times, strict=True))
-    schedule = terapipe(Plan(num_stages, (1,), ((1,) * len(times),)))
-    timeline = simulate(schedule, forward, backward, transfer_seconds=transfer)
-    held_f, held_b = (
-        [t + x for t, x in zip(ts, transfer, strict=True)] for ts in (forward, backward)
-    )
-    wait = (num_stages - 1) * (max(held_f) + max(held_b))
-    assert timeline.step_seconds == pytest.approx(sum(held_f) + sum(held_b) + wait)
-    work = sum(forward) + sum(backward)
-    assert timeline.bubble == pytest.approx(1 - work / timeline.step_seconds)
-    for box in timeline.boxes:
-        own = (backward if box.is_backward else forward)[box.item]
-        assert box.stop_seconds - box.start_seconds == pytest.approx(own)
+def test_tables_that_cannot_be_followed_are_refused(changes: dict[str, Any], reason: str):
+    check(TABLES)
+    with pytest.raises(ValueError, match=reason):
+        check(replace(TABLES, **changes))
 
 
-@given(
-    st.lists(st.floats(0.1, 1), min_size=1, max_size=5),
-    st.lists(st.tuples(seconds, seconds), min_size=1, max_size=6),
-)
-def test_makespan_of_unequal_stages_is_the_longest_path(
-    factors: list[float], times: list[tuple[float, float]]
-):
-    """Of all ways through the grid of items and stages, forward and then backward."""
-    S, P = len(times), len(factors)
-    schedule = terapipe(Plan(P, (1,), ((1,) * S,)))
-    timeline = simulate(schedule, *map(list, zip(*times, strict=True)), stage_factors=factors)
-
-    def longest(own: list[float], stages: list[float]) -> float:
-        return max(
-            sum(own[i] * a for s, a in enumerate(stages) for i in range(stops[s], stops[s + 1] + 1))
-            for stops in (
-                (0, *inner, S - 1)
-                for inner in itertools.combinations_with_replacement(range(S), P - 1)
-            )
-        )
-
-    forward, backward = ([t[d] for t in times] for d in (0, 1))
-    expected = longest(forward, factors) + longest(backward[::-1], factors[::-1])
-    assert timeline.step_seconds == pytest.approx(expected)
+def test_gradients_of_two_sequences_at_a_time_need_rows():
+    """TeraPipe with a part for each sequence, whose slices alternate."""
+    schedule = terapipe(Plan(2, (1, 1), ((5, 3), (5, 3))))
+    [part] = schedule.parts
+    parts = tuple(replace(part, row=n, num_rows=1, buffer_row=n) for n in range(2))
+    check(replace(schedule, parts=parts))
+    with pytest.raises(ValueError, match="parts 0 and 1 have the same gradients"):
+        check(replace(schedule, parts=parts, num_gradient_rows=1))

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tpipe_jax.plans import Plan
-from tpipe_jax.schedule import simulate, terapipe
+from tpipe_jax.schedule import terapipe
+from tpipe_jax.simulate import simulate
 from tpipe_jax.slicer import Slicing, fastest_slicing
 
 Costs = tuple[float, float, float]  # work, longest forward, longest backward

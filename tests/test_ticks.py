@@ -9,41 +9,71 @@ import runs
 import ticks
 from tpipe_jax.config import MeshConfig, UserError
 from tpipe_jax.plans import Plan
-from tpipe_jax.schedule import Box, Timeline, terapipe
-from tpipe_jax.ticks import Event, Sweep, find_sweeps, merged, stage_boxes, to_text
+from tpipe_jax.schedule import one_forward_one_backward, terapipe
+from tpipe_jax.simulate import Box, Timeline
+from tpipe_jax.ticks import Event, Lane, find_lanes, merged, stage_boxes, to_text
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
 SCHEDULE = terapipe(Plan(2, (1,), ((5, 3),)))  # three ticks in each direction
-SWEEPS = [Sweep("back", frozenset({"t.2"})), Sweep("forth", frozenset({"t.1"}))]
+LANES = [Lane("back", frozenset({"t.2"})), Lane("forth", frozenset({"t.1"}))]
 EVENTS = [
-    Event("forth", 1, 9),
+    Event("forth", 1, 3),
     Event("t.1", 2, 3),
-    Event("dot", 3, 5),
+    Event("back", 3, 3),  # which has nothing to do in this tick
+    Event("forth", 3.5, 6.5),
+    Event("dot", 4, 5),
     Event("t.1", 6, 6.5),
+    Event("forth", 6.75, 8),
     Event("t.1", 7, 8),
-    Event("back", 10, 20),
+    Event("back", 10, 12),
     Event("t.2", 11, 12),
+    Event("forth", 12, 12),
+    Event("back", 12.5, 15),
     Event("t.2", 14, 15),
+    Event("back", 15.5, 19),
     Event("t.2", 18, 19),
 ]
 
 
-def test_work_lies_between_the_loop_s_start_and_the_transfers():
+def test_work_lies_between_the_loop_s_start_and_the_transfer():
     """Stage 0 idles in the last tick forward and in the first one backward."""
-    first = [Box(0, 0, False, 1, 2), Box(0, 1, False, 3, 6), Box(0, 1, True, 12, 14)]
-    assert stage_boxes(EVENTS, SWEEPS, SCHEDULE, 0) == [*first, Box(0, 0, True, 15, 18)]
-    second = [Box(1, 0, False, 3, 6), Box(1, 1, False, 6.5, 7), Box(1, 1, True, 10, 11)]
-    assert stage_boxes(EVENTS[::-1], SWEEPS, SCHEDULE, 1) == [*second, Box(1, 0, True, 12, 14)]
+    first = [Box(0, 0, False, 1, 2), Box(0, 1, False, 3.5, 6), Box(0, 1, True, 12.5, 14)]
+    assert stage_boxes(EVENTS, LANES, SCHEDULE, 0) == [*first, Box(0, 0, True, 15.5, 18)]
+    second = [Box(1, 0, False, 3.5, 6), Box(1, 1, False, 6.75, 7), Box(1, 1, True, 10, 11)]
+    assert stage_boxes(EVENTS[::-1], LANES, SCHEDULE, 1) == [*second, Box(1, 0, True, 12.5, 14)]
+
+
+def test_ticks_with_both_directions():
+    """Two sequences on two stages: in ticks 1 and 2 there is work in both."""
+    schedule = one_forward_one_backward(Plan(2, (1, 1), ((8,), (8,))))
+    events = [
+        Event(name, tick + after, tick + after + duration)
+        for tick, names in enumerate(["f", "fb", "fb", "b"])
+        for own, loop, transfer, after in (("f", "forth", "t.1", 0), ("b", "back", "t.2", 0.5))
+        for name, after, duration in (
+            [(loop, after, 0.4), (transfer, after + 0.25, 0.1)] if own in names else []
+        )
+    ]
+    first = stage_boxes(events, LANES, schedule, 0)
+    assert [(box.item, box.is_backward, box.start_seconds) for box in first] == [
+        *[(0, False, 0), (1, False, 1)],
+        *[(0, True, 2.5), (1, True, 3.5)],
+    ]
+    last = stage_boxes(events, LANES, schedule, 1)
+    assert [(box.item, box.is_backward, box.start_seconds) for box in last] == [
+        *[(0, False, 1), (1, False, 2)],
+        *[(0, True, 1.5), (1, True, 2.5)],
+    ]
 
 
 @pytest.mark.parametrize(
-    ("events", "sweeps"),
-    [([], SWEEPS), (EVENTS[1:], SWEEPS), (EVENTS[:-1], SWEEPS), (EVENTS, SWEEPS[:1])],
-    ids=["no events", "no loop", "a transfer less", "one sweep"],
+    ("events", "lanes"),
+    [([], LANES), (EVENTS[1:], LANES), (EVENTS[:-1], LANES), (EVENTS, LANES[:1])],
+    ids=["no events", "no loop", "a transfer less", "one lane"],
 )
-def test_events_that_are_not_of_a_step_give_nothing(events: list[Event], sweeps: list[Sweep]):
-    assert stage_boxes(events, sweeps, SCHEDULE, 0) == []
+def test_events_that_are_not_of_a_step_give_nothing(events: list[Event], lanes: list[Lane]):
+    assert stage_boxes(events, lanes, SCHEDULE, 0) == []
 
 
 TEXT = """\
@@ -63,9 +93,9 @@ ENTRY %main (p: f32[]) -> f32[] {
 """
 
 
-def test_a_sweep_is_a_loop_that_hands_on():
+def test_a_lane_is_a_loop_that_hands_on():
     """Not one in which XLA moves values about, as it may where operators are divided."""
-    assert find_sweeps(TEXT) == [Sweep("while.4", frozenset({"t.1", "t.2"}))]
+    assert find_lanes(TEXT) == [Lane("while.4", frozenset({"t.1", "t.2"}))]
 
 
 def test_boxes_of_all_processes_start_at_nought():

@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from tpipe_jax.plans import Plan
-from tpipe_jax.schedule import simulate, terapipe
+from tpipe_jax.schedule import terapipe
+from tpipe_jax.simulate import simulate
 from tpipe_jax.timeline import draw_timeline, read_trace, trace_events, write_trace
 
 

@@ -9,7 +9,7 @@ import reference
 from tpipe_jax import model
 from tpipe_jax.config import Config, ModelConfig, PlanConfig, PrecisionConfig, TrainConfig
 from tpipe_jax.mesh import make_mesh, put_rows
-from tpipe_jax.schedule import terapipe
+from tpipe_jax.schedule import make_schedule
 from tpipe_jax.train_step import make_loss_and_grads
 
 
@@ -23,7 +23,7 @@ def test_embedding_gradient_in_bfloat16_sums_many_tokens():
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     params = reference.to_stages(model.init(config.model, jax.random.key(0)), mesh)
     rows = put_rows(mesh, np.full((4, 1025), 3, np.int32))
-    schedule = terapipe(reference.plan_of(config))
+    schedule = make_schedule(reference.plan_of(config))
     half = dataclasses.replace(config, precision=PrecisionConfig("bfloat16"))
     (_, exact), (_, rounded) = (
         make_loss_and_grads(c, mesh, schedule)(params, rows) for c in (config, half)

@@ -90,6 +90,9 @@ class MeshConfig:
         return self.data * self.pipe * self.model
 
 
+ScheduleName = Literal["terapipe", "1f1b"]
+
+
 @dataclass(frozen=True)
 class PlanConfig:
     """How batch and sequence are cut into the pieces that flow through the pipeline."""
@@ -102,6 +105,9 @@ class PlanConfig:
     batch_size / mesh.data, as 2,1,1."""
     unit_tokens: Count | None = None
     """Tokens that planned slices are multiples of; None means 8, and more in long sequences."""
+    schedule: Literal["auto", "terapipe", "1f1b"] = "auto"
+    """In which order the slices pass the stages: terapipe sends all forward and then all backward;
+    1f1b sends a batch slice backward while the next ones go forward, and so keeps few of them."""
     file: str | None = None
     """A plan.json to train with instead, as launch/plan.py writes it."""
 

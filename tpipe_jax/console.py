@@ -8,7 +8,8 @@ from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tpipe_jax.planner import Alternative, Planning, predicted_timeline
+from tpipe_jax.estimate import predicted_timeline
+from tpipe_jax.planner import TIE, Alternative, Option, Planning
 from tpipe_jax.plans import Plan
 
 if TYPE_CHECKING:
@@ -59,7 +60,8 @@ class Console:
 
     def show_plan(self, plan: Plan, stage_factors: Sequence[float]) -> None:
         """A line for each slice; batch slices that are alike are shown once."""
-        table = Table(title="plan", title_justify="left", box=None, pad_edge=False)
+        title = f"plan, schedule {plan.schedule}"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         names = ["batch slices", "sequences", "slice", "tokens", "context"]
         for name in names + ["forward", "backward"] * (plan.prediction is not None):
             table.add_column(name, justify="right")
@@ -91,8 +93,10 @@ class Console:
             )
 
     def show_planning(self, planning: Planning, stage_factors: Sequence[float]) -> None:
-        """The plan, how sure it is, and what simpler plans would take."""
+        """The plan, how sure it is, and what other schedules and simpler plans would take."""
         self.show_plan(planning.plan, stage_factors)
+        if len(planning.options) > 1:
+            self._show_options(planning)
         prediction = planning.plan.prediction
         assert prediction is not None
         search = f"{planning.num_solves} programmes solved in {planning.search_seconds:.2f} s"
@@ -113,6 +117,25 @@ class Console:
 
         compare("unsliced", planning.unsliced)
         compare("the best uniform slices", planning.best_uniform)
+
+    def _show_options(self, planning: Planning) -> None:
+        """A line for each schedule, and why the plan's own was taken."""
+        title = "schedules, and what a stage keeps of the sequences in it"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for name in ("schedule", "step", "bubble", "kept", ""):
+            table.add_column(name, justify="left" if name in ("schedule", "") else "right")
+        for option in planning.options:
+            assert option.plan.prediction is not None
+            is_taken = option.plan.schedule == planning.plan.schedule
+            num_bytes = option.activation_bytes
+            table.add_row(
+                option.plan.schedule,
+                milliseconds(option.plan.prediction.step_seconds),
+                f"{option.bubble:.0%}",
+                "unknown" if num_bytes is None else _megabytes(num_bytes),
+                _reason(planning.options) if is_taken else "" if option.fits else "does not fit",
+            )
+        self._rich.print(table)
 
     def show_agreement(self, predicted_seconds: float, measured_seconds: float) -> None:
         """How well the prediction and the measurement of a step agree."""
@@ -173,6 +196,17 @@ class Console:
             console=self._rich,
             refresh_per_second=2,  # the cores are busy
         )
+
+
+def _reason(options: Sequence[Option]) -> str:
+    """Why one of them is taken."""
+    fitting = [option for option in options if option.fits]
+    if len(fitting) == 1 and len(options) > 1:
+        return "taken: the only one that fits"
+    seconds = sorted(o.plan.prediction.step_seconds for o in fitting if o.plan.prediction)
+    if seconds[1] <= (1 + TIE) * seconds[0]:
+        return "taken: as fast, keeps less"
+    return "taken: the fastest"
 
 
 def milliseconds(seconds: float) -> str:

@@ -12,7 +12,7 @@ from tpipe_jax.config import BYTES, BYTES_NAME, IGNORE, Config, PlanConfig, User
 from tpipe_jax.data import make_sequences, with_packing
 from tpipe_jax.mesh import put_rows
 from tpipe_jax.plans import Plan, read_settings
-from tpipe_jax.schedule import terapipe
+from tpipe_jax.schedule import make_schedule
 from tpipe_jax.sources import Share
 from tpipe_jax.tokenizer import open_tokenizer
 from tpipe_jax.train_state import abstract_rows
@@ -60,7 +60,9 @@ def evaluate(
     if not num_sequences:
         raise UserError(f"{shares[0].source.setting} has a single token: give two at least.")
     like = abstract_rows(config, mesh)
-    loss = compile_checked(make_loss(config, mesh, terapipe(_plan(trained))), mesh, params, like)
+    loss = compile_checked(
+        make_loss(config, mesh, make_schedule(_plan(trained))), mesh, params, like
+    )
     count_bytes = _byte_counter(config)
     total, num_targets, num_bytes = 0.0, 0, 0
     for done in range(0, num_sequences, batch_size):

@@ -16,8 +16,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from tpipe_jax.attention import Attention, KVCache, attend, attend_backward, over_context
-from tpipe_jax.inplace import Position, read, write
+from tpipe_jax.attention import (
+    Attention,
+    KVCache,
+    add_to_cache,
+    attend,
+    attend_backward,
+    over_context,
+)
+from tpipe_jax.inplace import Position, read
 
 
 class Kernel(NamedTuple):
@@ -101,10 +108,10 @@ def _backward(
         group_d_q, *d_kv = kernel.backward(q_BHLK, keys, num_visible, *results)
         is_visible = jnp.arange(size)[:, None] < num_visible
         d_kv = KVCache(*(jnp.where(is_visible, d, 0) for d in d_kv))
-        return d_q + group_d_q, _add(d_cache, d_kv, where)
+        return d_q + group_d_q, add_to_cache(d_cache, d_kv, where)
 
     d_q, *d_kv = kernel.backward(q_BHLK, _read(cache, at, B, L), None, *results)
-    state = d_q.astype(jnp.float32), _add(d_cache, KVCache(*d_kv), at)
+    state = d_q.astype(jnp.float32), add_to_cache(d_cache, KVCache(*d_kv), at)
     d_q, d_cache = _over_groups(group, cache, at, L, fold, state)
     return d_q.astype(q_BHLK.dtype), d_cache
 
@@ -127,12 +134,6 @@ def _over_groups(
 
 def _read(cache: KVCache, at: Position, num_rows: int, num_tokens: int) -> KVCache:
     return KVCache(*(read(c, at, num_rows, num_tokens) for c in cache))
-
-
-def _add(cache: KVCache, values: KVCache, at: Position) -> KVCache:
-    B, _, L, _ = values.k.shape
-    sums = map(jnp.add, _read(cache, at, B, L), values)
-    return KVCache(*(write(c, s, at) for c, s in zip(cache, sums, strict=True)))
 
 
 def over_heads(attention: Attention) -> Attention:

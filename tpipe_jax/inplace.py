@@ -7,16 +7,25 @@ Every buffer has sequences on its first axis and tokens on its last but one, as 
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
+import jax.numpy as jnp
 from jax import Array, lax
 
 Carry = TypeVar("Carry")
 
 
 class Position(NamedTuple):
-    """Where a slice lies in the batch: its first sequence and its first token, int32 scalars."""
+    """Where a slice lies, int32 scalars."""
 
     row: Array | int
+    """Its first sequence in a buffer."""
     token: Array | int
+    batch_row: Array | int = 0
+    """Its first sequence in the batch, of which buffers may hold a part at a time."""
+
+
+def wrapped(at: Position, buffer: Array) -> Position:
+    """The position in a buffer whose rows are used in turns: rows count modulo their number."""
+    return at._replace(row=at.row % buffer.shape[0])
 
 
 def read(buffer: Array, at: Position, num_rows: int, num_tokens: int) -> Array:
@@ -28,6 +37,15 @@ def read(buffer: Array, at: Position, num_rows: int, num_tokens: int) -> Array:
 def write(buffer: Array, value: Array, at: Position) -> Array:
     """Returns the buffer with one slice replaced, cast to the buffer's dtype."""
     return lax.dynamic_update_slice(buffer, value.astype(buffer.dtype), _start(buffer, at))
+
+
+def run_on_all_if(condition: Array, function: Callable[[Carry], Carry], carry: Carry) -> Carry:
+    """As `run_if`, for a condition that is the same on all devices: the function may have them
+    exchange values.
+
+    It is a loop of one turn or none, since a conditional is where devices may part.
+    """
+    return lax.fori_loop(0, condition.astype(jnp.int32), lambda _, carry: function(carry), carry)
 
 
 def run_if(condition: Array | bool, function: Callable[[Carry], Carry], carry: Carry) -> Carry:

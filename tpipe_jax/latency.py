@@ -114,23 +114,27 @@ def _bracket(points: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray,
 
 @dataclass(frozen=True)
 class Memory:
-    """What a step needs on a device: fixed + saved * tokens of the batch + working * those of a
-    slice.
-    """
+    """What a step needs on a device."""
 
     fixed_bytes: int
     """Parameters, gradients, optimiser state, loss."""
     saved_bytes_per_token: int
-    """What the forward pass keeps for the backward pass."""
+    """What the forward pass keeps for the backward pass, and the stage's input or output."""
+    gathered_bytes_per_token: int
+    """What the backward passes of a sequence leave to its earlier tokens."""
     working_bytes_per_token: int
     """What a stage needs while it works on a slice."""
 
-    def step_bytes(self, batch_tokens: int, slice_tokens: Any) -> Any:
+    def activation_bytes(self, saved_tokens: int, gathered_tokens: int) -> float:
+        """What is kept of sequences, of so many tokens."""
         return (
-            self.fixed_bytes
-            + self.saved_bytes_per_token * batch_tokens
-            + self.working_bytes_per_token * slice_tokens
+            self.saved_bytes_per_token * saved_tokens
+            + self.gathered_bytes_per_token * gathered_tokens
         )
+
+    def step_bytes(self, activation_bytes: float, slice_tokens: Any) -> Any:
+        """All of it, with a longest slice of so many tokens."""
+        return self.fixed_bytes + activation_bytes + self.working_bytes_per_token * slice_tokens
 
 
 @dataclass(frozen=True)

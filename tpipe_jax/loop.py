@@ -22,7 +22,7 @@ from tpipe_jax.plans import Plan
 from tpipe_jax.profiled import ProfiledSteps
 from tpipe_jax.read_ahead import ReadAhead
 from tpipe_jax.run import Programs, Run
-from tpipe_jax.schedule import terapipe
+from tpipe_jax.schedule import make_schedule
 from tpipe_jax.step_log import StepLog
 from tpipe_jax.stop import Stop
 from tpipe_jax.ticks import gathered_ticks, traced
@@ -123,7 +123,7 @@ class Loop:
         """Runs a step and adds its ticks to timeline.json; what that takes is not logged."""
         start, train_step = time.monotonic(), self.programs.train_step
         run_step, text = partial(train_step, state, rows), train_step.as_text() or ""
-        result, boxes, seconds = traced(run_step, text, terapipe(self.plan), self.run.mesh)
+        result, boxes, seconds = traced(run_step, text, make_schedule(self.plan), self.run.mesh)
         outcome, bubble = gathered_ticks(boxes, self.workdir, self.plan, step)
         self.console.say(f"step {step} was traced: {outcome}")
         self.log.add_bubble(bubble)

@@ -36,6 +36,36 @@ class Head(NamedTuple):
     """This stage's rows of the token embedding."""
 
 
+class Sums(NamedTuple):
+    """What parts of a batch add up to, for which all stages meet."""
+
+    loss: Array
+    """Negative log-likelihood in nats, float32."""
+    d_head: Head
+    """Gradients: of the norm those of this stage's logits; of the table those of SCALE times the
+    loss, whatever its weight."""
+    d_embed: Params
+    """Gradients of the embedding: each stage has its own rows of the table."""
+
+
+def no_sums(head: Head, embed: Params) -> Sums:
+    """Zeros, for these parameters."""
+    zeros = partial(jax.tree.map, partial(jnp.zeros_like, dtype=jnp.float32))
+    d_embed = {
+        "tokens": varying(zeros(embed["tokens"])),
+        "positions": varying(zeros(embed["positions"]), ("data",)),
+    }
+    return Sums(varying(jnp.float32(0), ("data",)), varying(zeros(head)), d_embed)
+
+
+def summed_grads(sums: Sums, weight: Array) -> tuple[Params, Params]:
+    """Gradients of the embedding, whose table the head has too, and of the final norm, where the
+    loss has this weight.
+    """
+    d_table_VD = sums.d_embed["tokens"] + weight / SCALE * sums.d_head.table_VD
+    return sums.d_embed | {"tokens": d_table_VD}, psum(sums.d_head.norm, "pipe")
+
+
 def embed(params: Params, tokens_BT: Array, dtype: Any, starts_BT1: Array | None = None) -> Array:
     """Token plus position embeddings `[B, T, D]`, the same on all stages; positions are counted
     from the starts of documents, if these are given.
@@ -59,15 +89,15 @@ def embed(params: Params, tokens_BT: Array, dtype: Any, starts_BT1: Array | None
     return lax.scan(chunk, empty, chunks)[0]
 
 
-def embed_grads(
-    params: Params, tokens_BT: Array, d_x_BTD: Array, starts_BT1: Array | None = None
+def add_embed_grads(
+    d_params: Params, tokens_BT: Array, d_x_BTD: Array, starts_BT1: Array | None = None
 ) -> Params:
-    """Gradients of `embed` with respect to the parameters, from those of the first stage with
-    respect to its result; float32, and each stage has its own rows of the table.
+    """Adds the gradients of `embed` with respect to the parameters to others, float32, from those
+    of the first stage with respect to its result.
 
     So many tokens may add to one row that a sum in a shorter format would stand still.
     """
-    num_rows = len(params["tokens"])
+    num_rows = len(d_params["tokens"])
     num_tokens, chunks = _chunks(*tokens_BT.shape)
 
     def chunk(d_params: Params, here: _Chunk) -> tuple[Params, None]:
@@ -87,12 +117,7 @@ def embed_grads(
         d_tokens = d_params["tokens"].at[rows_BL].add(d_own_BLD)
         return {"tokens": d_tokens, "positions": d_positions}, None
 
-    zeros = jax.tree.map(partial(jnp.zeros_like, dtype=jnp.float32), params)
-    start = {
-        "tokens": varying(zeros["tokens"]),
-        "positions": varying(zeros["positions"], ("data",)),
-    }
-    return lax.scan(chunk, start, chunks)[0]
+    return lax.scan(chunk, d_params, chunks)[0]
 
 
 def cross_entropy(head: Head, y_BTD: Array, targets_BT: Array, vocab_size: int) -> Array:
@@ -110,14 +135,14 @@ def cross_entropy(head: Head, y_BTD: Array, targets_BT: Array, vocab_size: int) 
     return lax.scan(chunk, varying(jnp.float32(0), ("data",)), chunks)[0]
 
 
-def cross_entropy_and_grads(
-    head: Head, y_BTD: Array, targets_BT: Array, vocab_size: int, weight: Array
-) -> tuple[Array, Head, Array]:
-    """`cross_entropy`, and the gradients of `weight` times it with respect to head and `y_BTD`.
+def add_cross_entropy_and_grads(
+    sums: Sums, head: Head, y_BTD: Array, targets_BT: Array, vocab_size: int, weight: Array
+) -> tuple[Sums, Array]:
+    """Adds `cross_entropy`, and the gradients with respect to the head, to the sums.
 
-    Gradients are summed over the stages, except that each has its own rows of the table, and not
-    over 'data'. Those with respect to `y_BTD` take its place, chunk by chunk, so that there is no
-    second buffer of its size.
+    Returns the gradients of `weight` times the loss with respect to `y_BTD` too, on all stages.
+    They take its place, chunk by chunk, so that there is no second buffer of its size. Nothing is
+    summed over 'data'.
     """
     head, dtype = varying(head), head.table_VD.dtype
     num_tokens, chunks = _chunks(*targets_BT.shape)
@@ -144,10 +169,9 @@ def cross_entropy_and_grads(
             write(buffer_BTD, d_y_BLD, Position(0, here.token)),
         ), None
 
-    no_gradients = varying(jax.tree.map(partial(jnp.zeros_like, dtype=jnp.float32), head))
-    start = varying(jnp.float32(0), ("data",)), no_gradients, varying(y_BTD)
+    start = sums.loss, sums.d_head, varying(y_BTD)
     (total, d_head, d_y_BTD), _ = lax.scan(chunk, start, chunks)
-    return total, Head(psum(d_head.norm, "pipe"), weight / SCALE * d_head.table_VD), d_y_BTD
+    return sums._replace(loss=total, d_head=d_head), d_y_BTD
 
 
 def logits(head: Head, y: Array, vocab_size: int) -> Array:

@@ -19,36 +19,44 @@ from tpipe_jax.config import Config, UserError
 from tpipe_jax.loss import chunk_tokens
 from tpipe_jax.mesh import padded_vocab_size
 from tpipe_jax.plans import Plan, PlanRequest, uniform, unit_tokens
-from tpipe_jax.precision import compute_dtype
 from tpipe_jax.processes import host_names
 from tpipe_jax.remat import candidates
-from tpipe_jax.schedule import terapipe
-from tpipe_jax.stage_setup import cache_bytes_per_token, saved_bytes_per_token
+from tpipe_jax.schedule import Schedule, make_schedule
+from tpipe_jax.stage_setup import (
+    activation_bytes_per_token,
+    cache_bytes_per_token,
+    trunk_bytes_per_token,
+)
 from tpipe_jax.train_state import abstract_rows, abstract_state, state_bytes
 from tpipe_jax.train_step import make_train_step
 
 GIB = 2**30
 
 
-def budget(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> dict[str, int]:
+def budget(
+    config: Config, mesh: Mesh, schedule: Schedule, optimizer: optax.GradientTransformation
+) -> dict[str, int]:
     """Bytes of a device by what they are for: all that does not depend on the slices.
 
     Not all of it is in use at the same time.
     """
-    model, itemsize = config.model, compute_dtype(config.precision, mesh).itemsize
-    batch_size = config.train.batch_size // mesh.shape["data"]
-    tokens = batch_size * model.seq_len
+    model = config.model
+    rows = schedule.num_rows * model.seq_len, schedule.num_gradient_rows * model.seq_len
+    caches, activations = (
+        sum(n * per_token for n, per_token in zip(rows, of(config, mesh), strict=True))
+        for of in (cache_bytes_per_token, activation_bytes_per_token)
+    )
     params, opt_state = state_bytes(abstract_state(config, mesh, optimizer))
-    caches = tokens * cache_bytes_per_token(config, mesh)
     num_rows = padded_vocab_size(model, mesh) // (mesh.shape["pipe"] * mesh.shape["model"])
-    logits = batch_size * chunk_tokens(batch_size, model.seq_len) * num_rows * 4
+    part_rows = max(part.num_rows for part in schedule.parts)
+    logits = part_rows * chunk_tokens(part_rows, model.seq_len) * num_rows * 4
     return {
         "parameters": params,
         "gradients": params,
         "optimiser state": opt_state,
         "attention caches and their gradients": caches,
-        "other activations": tokens * saved_bytes_per_token(config, mesh) - caches,
-        "input and output of the stage": tokens * model.d_model * itemsize,
+        "other activations": activations - caches,
+        "input and output of the stage": rows[0] * trunk_bytes_per_token(config, mesh),
         "logits of a chunk, softmax and gradients": 3 * logits,
     }
 
@@ -111,13 +119,14 @@ def fitting_step(
     Raises `UserError` if none does.
     """
     limit, needed, trial = limit_bytes(config, mesh), 0, config
+    schedule = make_schedule(plan)
     for remat in candidates(config.memory):
         trial = _with_policy(config, remat)
-        needed = max(budget(trial, mesh, optimizer).values())
+        needed = max(budget(trial, mesh, schedule, optimizer).values())
         if limit is not None and needed > limit:
             continue  # whatever else it takes, which a compiler may take long to say
         step = compile_checked(
-            make_train_step(trial, mesh, terapipe(plan), optimizer),
+            make_train_step(trial, mesh, schedule, optimizer),
             mesh,
             abstract_state(trial, mesh, optimizer),
             abstract_rows(trial, mesh),
@@ -126,7 +135,7 @@ def fitting_step(
         if limit is None or needed <= limit:
             return trial, step
     assert limit is not None
-    raise UserError(_too_little(trial, mesh, optimizer, limit, needed))
+    raise UserError(_too_little(trial, mesh, schedule, optimizer, limit, needed))
 
 
 def fitting_policy(
@@ -137,12 +146,14 @@ def fitting_policy(
     Raises `UserError` if there is none.
     """
     first, limit = _with_policy(config, candidates(config.memory)[0]), limit_bytes(config, mesh)
-    if limit is None or 2 * sum(budget(first, mesh, optimizer).values()) < limit:
-        return first  # it will do, as the step itself will show
     batch_slices = request.batch_slices or (1,) * request.batch_size
     num_slices = request.seq_len // unit_tokens(config)
     token_slices = request.token_slices or uniform(request.seq_len, num_slices)
-    smallest = Plan(request.num_stages, batch_slices, (token_slices,) * len(batch_slices))
+    slices = batch_slices, (token_slices,) * len(batch_slices)
+    smallest = Plan(request.num_stages, *slices, schedule=request.schedules[-1])
+    parts = budget(first, mesh, make_schedule(smallest), optimizer)
+    if limit is None or 2 * sum(parts.values()) < limit:
+        return first  # it will do, as the step itself will show
     return fitting_step(config, mesh, smallest, optimizer)[0]
 
 
@@ -153,6 +164,7 @@ def _with_policy(config: Config, remat: str) -> Config:
 def _too_little(
     config: Config,
     mesh: Mesh,
+    schedule: Schedule,
     optimizer: optax.GradientTransformation,
     limit: float,
     needed: int,
@@ -163,7 +175,7 @@ def _too_little(
         if config.memory.limit_gib is not None
         else f"the memory of a device, {limit / GIB:.3g} GiB,"
     )
-    parts = budget(config, mesh, optimizer)
+    parts = budget(config, mesh, schedule, optimizer)
     of_state = sum(parts[name] for name in ("parameters", "gradients", "optimiser state"))
     saved = parts["attention caches and their gradients"] + parts["other activations"]
     remedies = {

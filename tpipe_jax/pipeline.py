@@ -3,18 +3,19 @@ result to its neighbour.
 
     tick t:  [stage 0: item 3] -> [stage 1: item 2] -> [stage 2: item 1]      -> is a ppermute
 
-This is code of one device inside `shard_map`, with the axis 'pipe' manual. The table of the
-schedule says what to do at each tick; items of one shape share one compiled body, since their
+This is code of one device inside `shard_map`, with the axis 'pipe' manual. The tables of the
+schedule say what to do at each tick; items of one shape share one compiled body, since their
 position is a run-time value. What a stage keeps between items (attention caches, saved activations,
 sums of gradients) is the state that the scan carries and updates in place.
 
-Forward and backward passes are the same sweep with the stages in opposite order. There is no
-differentiation through the scan, which would keep a copy of the state for every tick.
+Forward and backward passes are the same lane with the stages in opposite order. `execute` follows a
+schedule, with both lanes in a tick; `sweep` is one lane alone. There is no differentiation through
+the scan, which would keep a copy of the state for every tick.
 """
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import chex
 import jax
@@ -23,10 +24,13 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh
 
-from tpipe_jax.inplace import Position, read, run_if, write
-from tpipe_jax.schedule import IDLE, Item
+from tpipe_jax.inplace import Position, read, run_if, run_on_all_if, write
+from tpipe_jax.schedule import IDLE, Item, Part, Schedule
 
 State = TypeVar("State")
+Saved = TypeVar("Saved")
+Gradients = TypeVar("Gradients")
+Sums = TypeVar("Sums")
 Carry = tuple[State, Array, Array]  # state, trunk, and the box that goes round the stages
 Work = Callable[[Array, Position, State], tuple[Array, State]]
 
@@ -75,6 +79,97 @@ def from_stage(stage: int, value: Array) -> Array:
     return sum_over("pipe", jnp.where(lax.axis_index("pipe") == stage, value, 0))
 
 
+class StepWork(NamedTuple):
+    """What a step is made of; parts of the batch are given as their first row and its number."""
+
+    embed: Callable[[Array | int, int], Array]
+    """`(row, num_rows)` to `x [b, T, D]`, what the first stage is given."""
+    forward: Work
+    """`(x [B, L, D], position, saved)` to `(y [B, L, D], saved)`."""
+    turn: Callable[[Array, Array | int, Any], tuple[Array, Any]]
+    """`(y [b, T, D], row, sums)`, where y is read on the last stage only, to what that is given
+    backward, and the sums, with the loss.
+    """
+    backward: Callable[[Any, Array, Position, Any], tuple[Array, Any]] | None = None
+    """`(saved, d_y [B, L, D], position, gradients)` to `(d_x [B, L, D], gradients)`."""
+    leave: Callable[[Array, Array | int, Any], Any] | None = None
+    """`(d_x [b, T, D], row, sums)`, where d_x is read on the first stage only, to the sums."""
+
+
+def execute(
+    schedule: Schedule,
+    work: StepWork,
+    trunk_RTD: Array,
+    saved: Saved,
+    gradients: Gradients,
+    sums: Sums,
+) -> tuple[Saved, Gradients, Sums]:
+    """Follows a schedule; returns what has become of the last three.
+
+    Args:
+        trunk_RTD: room for the part of the batch that is in the pipeline, R rows of the schedule.
+            The embedding is written to it, each stage replaces it by what it makes of that, forward
+            and backward, and its losses by their gradients.
+        saved: what the forward passes fill and the backward passes read.
+        gradients: what the backward passes fill.
+        sums: what all stages add up together.
+    """
+    num_stages, (_, T, D) = schedule.num_stages, trunk_RTD.shape
+    placed = schedule.items, schedule.buffer_rows
+    forward = _Lane(*placed, num_stages)
+    backward = _Lane(*placed, num_stages, reverse=True)
+
+    def tick(carry, row):
+        trunk, ahead, back, saved, gradients, sums = carry
+
+        def embed(part: _Rows, trunk: Array) -> Array:
+            return write(trunk, work.embed(part.row, part.num_rows), part.in_buffers)
+
+        def turn(part: _Rows, carry: tuple[Array, Sums]) -> tuple[Array, Sums]:
+            trunk, sums = carry
+            y_BTD = read(trunk, part.in_buffers, part.num_rows, T)
+            d_y_BTD, sums = work.turn(y_BTD, part.row, sums)
+            return write(trunk, d_y_BTD, part.in_buffers), sums
+
+        def leave(part: _Rows, sums: Sums) -> Sums:
+            assert work.leave
+            d_x_BTD = read(trunk, part.in_buffers, part.num_rows, T)
+            return work.leave(d_x_BTD, part.row, sums)
+
+        trunk = _on_part(schedule.parts, row["enters"], embed, trunk)
+        saved, trunk, ahead = run_on_all_if(
+            row["any_forward"],
+            partial(forward.tick, work.forward, row["forward"]),
+            (saved, trunk, ahead),
+        )
+        trunk, sums = _on_part(schedule.parts, row["turns"], turn, (trunk, sums))
+        if work.backward:
+            gradients, trunk, back = run_on_all_if(
+                row["any_backward"],
+                partial(backward.tick, partial(work.backward, saved), row["backward"]),
+                (gradients, trunk, back),
+            )
+        if work.leave:
+            sums = _on_part(schedule.parts, row["leaves"], leave, sums)
+        return (trunk, ahead, back, saved, gradients, sums), None
+
+    rows = {
+        "enters": schedule.parts_at(lambda part: part.enters),
+        "forward": schedule.forward,
+        "any_forward": (schedule.forward != IDLE).any(1),
+        "turns": schedule.parts_at(lambda part: part.turns),
+        "backward": schedule.backward,
+        "any_backward": (schedule.backward != IDLE).any(1),
+        "leaves": schedule.parts_at(lambda part: part.leaves),
+    }
+    if not work.backward:  # what comes after the last turn is backward
+        rows = {name: a[: 1 + max(p.turns for p in schedule.parts)] for name, a in rows.items()}
+    ahead, back = (lane.empty_box(D, trunk_RTD.dtype) for lane in (forward, backward))
+    start = *varying((trunk_RTD, ahead, back, saved, gradients)), sums
+    (_, _, _, saved, gradients, sums), _ = lax.scan(tick, start, _kept(rows))
+    return saved, gradients, sums
+
+
 def sweep(
     table: np.ndarray | Array,
     items: Sequence[Item],
@@ -84,7 +179,7 @@ def sweep(
     *,
     reverse: bool = False,
 ) -> tuple[Array, State]:
-    """Sends all items of a batch through all stages.
+    """Sends all items of a batch through all stages in one direction.
 
     Args:
         table: `[tick, stage]`, the index of the item or IDLE; a run-time value if it is an Array.
@@ -99,36 +194,87 @@ def sweep(
         trunk: the result of the sweep on the stage where the items leave. And the state.
     """
     chex.assert_rank([table, trunk_BTD], [2, 3])
-    num_stages, D = table.shape[1], trunk_BTD.shape[-1]
-    entry, step = (num_stages - 1, -1) if reverse else (0, 1)
-    neighbours = [(s, s + step) for s in range(num_stages) if 0 <= s + step < num_stages]
-    stage = lax.axis_index("pipe")
-    shapes = sorted({item.shape for item in items})
-    shape_of = jnp.array([shapes.index(item.shape) for item in items])
-    row_of = jnp.array([item.row for item in items])
-    token_of = jnp.array([item.token for item in items])
-
-    def run(shape: tuple[int, int], at: Position, carry: Carry) -> Carry:
-        state, trunk_BTD, box_BLD = carry
-        B, L = shape
-        x_BLD = jnp.where(stage == entry, read(trunk_BTD, at, B, L), box_BLD[:B, :L])
-        y_BLD, state = work(x_BLD, at, state)
-        return state, write(trunk_BTD, y_BLD, at), write(box_BLD, y_BLD, Position(0, 0))
+    lane = _Lane(items, [item.row for item in items], table.shape[1], reverse)
 
     def tick(carry: Carry, row: Array) -> tuple[Carry, None]:
-        index = row[stage]
-        at = Position(row_of[index], token_of[index])
-        for kind, shape in enumerate(shapes):
-            is_due = (index != IDLE) & (shape_of[index] == kind)
-            carry = run_if(is_due, partial(run, shape, at), carry)
-        state, trunk_BTD, box_BLD = carry
-        if neighbours:
-            box_BLD = lax.ppermute(box_BLD, "pipe", neighbours)
-        return (state, trunk_BTD, box_BLD), None
+        return lane.tick(work, row, carry), None
 
-    longest = max(B for B, _ in shapes), max(L for _, L in shapes)
-    box_BLD = jnp.zeros((*longest, D), trunk_BTD.dtype)
-    # Without the barrier XLA would see that stages are idle, and drop what the profiler times.
-    rows = lax.optimization_barrier(jnp.asarray(table))
-    (state, trunk_BTD, _), _ = lax.scan(tick, varying((state, trunk_BTD, box_BLD)), rows)
+    box_BLD = lane.empty_box(trunk_BTD.shape[-1], trunk_BTD.dtype)
+    start = varying((state, trunk_BTD, box_BLD))
+    (state, trunk_BTD, _), _ = lax.scan(tick, start, _kept(jnp.asarray(table)))
     return trunk_BTD, state
+
+
+class _Lane:
+    """One direction through the stages."""
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        buffer_rows: Sequence[int],
+        num_stages: int,
+        reverse: bool = False,
+    ) -> None:
+        self._entry, step = (num_stages - 1, -1) if reverse else (0, 1)
+        self._neighbours = [(s, s + step) for s in range(num_stages) if 0 <= s + step < num_stages]
+        self._shapes = sorted({item.shape for item in items})
+        self._shape_of = jnp.array([self._shapes.index(item.shape) for item in items])
+        self._places = jnp.array(
+            [(first, item.token, item.row) for first, item in zip(buffer_rows, items, strict=True)]
+        )
+
+    def empty_box(self, width: int, dtype: Any) -> Array:
+        """What goes from stage to stage."""
+        longest = max(B for B, _ in self._shapes), max(L for _, L in self._shapes)
+        return jnp.zeros((*longest, width), dtype)
+
+    def tick(self, work: Work, row: Array, carry: Carry) -> Carry:
+        """Each stage works on its item of the row, `[P]`, and hands the result on."""
+        stage = lax.axis_index("pipe")
+        index = row[stage]
+        at = Position(*self._places[index])
+
+        def run(shape: tuple[int, int], carry: Carry) -> Carry:
+            state, trunk, box_BLD = carry
+            B, L = shape
+            x_BLD = jnp.where(stage == self._entry, read(trunk, at, B, L), box_BLD[:B, :L])
+            y_BLD, state = work(x_BLD, at, state)
+            return state, write(trunk, y_BLD, at), write(box_BLD, y_BLD, Position(0, 0))
+
+        for kind, shape in enumerate(self._shapes):
+            is_due = (index != IDLE) & (self._shape_of[index] == kind)
+            carry = run_if(is_due, partial(run, shape), carry)
+        state, trunk, box_BLD = carry
+        if self._neighbours:
+            box_BLD = lax.ppermute(box_BLD, "pipe", self._neighbours)
+        return state, trunk, box_BLD
+
+
+class _Rows(NamedTuple):
+    """A part of the batch, whose number of rows is known when the program is compiled."""
+
+    row: Array | int
+    num_rows: int
+    in_buffers: Position
+
+
+def _on_part(
+    parts: Sequence[Part], index: Array, function: Callable[[_Rows, State], State], state: State
+) -> State:
+    """`function(part, state)` on all devices, where the index is not IDLE."""
+    if len(parts) == 1:  # its rows are known, so that XLA need not copy a buffer to read it whole
+        [part] = parts
+        rows = _Rows(part.row, part.num_rows, Position(part.buffer_row, 0))
+        return run_on_all_if(index != IDLE, partial(function, rows), state)
+    places = jnp.array([(part.row, part.buffer_row, part.num_rows) for part in parts])
+    row, buffer_row, num_rows = places[index]
+    for size in sorted({part.num_rows for part in parts}):
+        rows = _Rows(row, size, Position(buffer_row, 0))
+        is_due = (index != IDLE) & (num_rows == size)
+        state = run_on_all_if(is_due, partial(function, rows), state)
+    return state
+
+
+def _kept(rows: State) -> State:
+    """Without the barrier XLA would see that stages are idle, and drop what the profiler times."""
+    return lax.optimization_barrier(jax.tree.map(jnp.asarray, rows))

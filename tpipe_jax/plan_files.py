@@ -9,10 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
+from tpipe_jax.estimate import predicted_timeline
 from tpipe_jax.latency import LatencyTable, Profile, Sample
-from tpipe_jax.planner import predicted_timeline
 from tpipe_jax.plans import Plan
-from tpipe_jax.schedule import terapipe
+from tpipe_jax.schedule import make_schedule
 from tpipe_jax.timeline import draw_boxes
 from tpipe_jax.writing import writing_to
 
@@ -39,7 +39,7 @@ def draw_plan(path: Path, table: LatencyTable, plan: Plan, stage_factors: Sequen
     if table.profile and tests:
         _draw_errors(panels[2], table.profile, tests)
     axes = bottom.subplots()
-    schedule, timeline = terapipe(plan), predicted_timeline(plan, stage_factors)
+    schedule, timeline = make_schedule(plan), predicted_timeline(plan, stage_factors)
     kinds = draw_boxes(axes, schedule, timeline, "s")
     axes.set_title(
         f"predicted timeline: {timeline.step_seconds:.4g} s in the pipeline, "

@@ -2,19 +2,22 @@
 
 import itertools
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from tpipe_jax.config import UserError
-from tpipe_jax.latency import LatencyTable, Memory
-from tpipe_jax.plans import Nested, Plan, PlanRequest, Prediction
+from tpipe_jax.config import ScheduleName, UserError
+from tpipe_jax.estimate import Estimator, predicted_timeline
+from tpipe_jax.latency import LatencyTable
+from tpipe_jax.plans import Plan, PlanRequest
 from tpipe_jax.plans import uniform as uniform_parts
-from tpipe_jax.schedule import Timeline, simulate, slice_order, terapipe
-from tpipe_jax.slicer import ROUNDING, Slicing, fastest_slicing, least_longest
+from tpipe_jax.slicer import ROUNDING, Slicing, fastest_slicing, least_longest, least_work
 
 GIB = 2**30
+TIE = 0.01  # relative difference of predicted times that counts for nothing
+MOST_UNIFORM = 8  # numbers of equal slices that are tried for each size of batch slices
+MOST_MOVES = 50  # of a cut by a unit
 
 
 @dataclass(frozen=True)
@@ -33,10 +36,24 @@ class Alternative:
 
 
 @dataclass(frozen=True)
+class Option:
+    """The best plan that was found under a schedule."""
+
+    plan: Plan
+    bubble: float
+    activation_bytes: float | None
+    """What a stage keeps of the sequences in the pipeline; None where that is not known."""
+    fits: bool
+    """Whether a step keeps to the memory."""
+
+
+@dataclass(frozen=True)
 class Planning:
     """A plan with its prediction, and how it was found."""
 
     plan: Plan
+    options: tuple[Option, ...]
+    """One for each schedule that there was to choose from."""
     unsliced: Alternative | None
     """Whole sequences, in the best number of batch slices; None where that is not allowed, or token
     slices are given.
@@ -54,40 +71,30 @@ def find_plan(
 ) -> Planning:
     """The fastest of all plans that keep to the request and to the memory.
 
-    Raises `UserError` if there is none.
+    Of schedules that take as long, but for TIE, the one that keeps least is taken. Raises
+    `UserError` if there is none.
     """
     start = time.perf_counter()
-    cuts, times = _times(table, request)
-    if memory_limit_bytes is not None:
-        fits = _fits(table, request, memory_limit_bytes, cuts)[: len(times[0])]
-        times = np.where(fits, times[0], np.inf), np.where(fits, times[1], np.inf)
-    slicing = fastest_slicing(
-        *times, request.batch_size, stage_factors, batch_slices=request.batch_slices
+    estimator = Estimator.of(table, request, stage_factors)
+    found = [_under(name, estimator, memory_limit_bytes) for name in request.schedules]
+    options = [option for option, _ in found if option]
+    fitting = [option for option in options if option.fits]
+    if not fitting:
+        raise _nothing_allowed(estimator, memory_limit_bytes)
+    fastest = min(_step_seconds(option.plan) for option in fitting)
+    as_fast = [o for o in fitting if _step_seconds(o.plan) <= (1 + TIE) * fastest]
+    chosen = min(as_fast, key=lambda option: option.activation_bytes or 0.0)
+    allowed = _within(estimator, memory_limit_bytes)
+    unsliced, uniform = (
+        _best_uniform(allowed, counts) for counts in ([1], range(1, len(estimator.cuts)))
     )
-    search_seconds = time.perf_counter() - start
-    if slicing is None:
-        raise _nothing_allowed(table, request, memory_limit_bytes, cuts)
-
-    def plan_of(slicing: Slicing) -> Plan:
-        return _predicted(table, request, stage_factors, cuts, times, slicing)
-
-    def best_uniform(token_counts: Iterable[int]) -> Plan | None:
-        if request.token_slices is not None:
-            return None
-        best = _best_uniform(*times, request, stage_factors, token_counts)
-        return plan_of(best) if best else None
-
-    unsliced, uniform = best_uniform([1]), best_uniform(range(1, len(cuts)))
-    plan = plan_of(slicing)
-    if min(stage_factors) < max(stage_factors) and request.batch_slices is None:
-        # The slicer minimises a bound then, and a plainer plan may turn out faster.
-        plan = min((p for p in (plan, uniform, unsliced) if p), key=_step_seconds)
     return Planning(
-        _with_bound(plan, slicing.lower_bound_seconds),
+        chosen.plan,
+        tuple(options),
         Alternative.of(unsliced) if unsliced else None,
         Alternative.of(uniform) if uniform else None,
-        slicing.num_solves,
-        search_seconds,
+        num_solves=sum(num_solves for _, num_solves in found),
+        search_seconds=time.perf_counter() - start,
     )
 
 
@@ -96,40 +103,126 @@ def _step_seconds(plan: Plan) -> float:
     return plan.prediction.step_seconds
 
 
-def _predicted(
-    table: LatencyTable,
-    request: PlanRequest,
-    stage_factors: Sequence[float],
-    cuts: np.ndarray,
-    times: tuple[np.ndarray, np.ndarray],
-    slicing: Slicing,
-) -> Plan:
-    """A slicing as a plan in tokens, with the times of its slices and the time that it takes."""
-    token_slices = tuple(tuple(np.diff(cuts[list(own)]).tolist()) for own in slicing.cuts)
-    plan = Plan(request.num_stages, slicing.batch_slices, token_slices)
-    outside_seconds, transfer = _beside_slices(table, request)
-    forward, backward = (_of_slices(slicing, t) for t in times)
-    prediction = Prediction(
-        step_seconds=slicing.seconds + outside_seconds,
-        outside_seconds=outside_seconds,
-        slice_forward_seconds=forward,
-        slice_backward_seconds=backward,
-        slice_transfer_seconds=tuple(
-            tuple(transfer(b * n) for n in own)
-            for b, own in zip(plan.batch_slices, token_slices, strict=True)
-        ),
-        is_optimal=False,
-        lower_bound_seconds=0.0,
+def _under(
+    schedule: ScheduleName, estimator: Estimator, limit_bytes: float | None
+) -> tuple[Option | None, int]:
+    """The best plan under a schedule, if there is any, and how many programmes were solved: the
+    best of those that keep to the memory, or else of all.
+    """
+    search = SEARCHES[schedule]
+    plan, num_solves = search(estimator, limit_bytes)
+    fits = plan is not None
+    if plan is None and limit_bytes is not None:
+        plan, more = search(estimator, None)
+        num_solves += more
+    if plan is None:
+        return None, num_solves
+    bubble = predicted_timeline(plan, estimator.stage_factors).bubble
+    return Option(plan, bubble, estimator.activation_bytes(plan), fits), num_solves
+
+
+def _terapipe(estimator: Estimator, limit_bytes: float | None) -> tuple[Plan | None, int]:
+    """The fastest plan if all goes forward before any goes backward, which is proven."""
+    request, factors = estimator.request, estimator.stage_factors
+    estimator = _within(estimator, limit_bytes)
+    slicing = fastest_slicing(
+        *estimator.times, request.batch_size, factors, batch_slices=request.batch_slices
     )
-    plan = replace(plan, prediction=prediction)
-    if min(stage_factors) < max(stage_factors):  # the formula of the slicer is a bound then
-        seconds = predicted_timeline(plan, stage_factors).step_seconds + outside_seconds
-        plan = replace(plan, prediction=replace(prediction, step_seconds=seconds))
-    return plan
+    if slicing is None:
+        return None, 0
+    plan = estimator.plan_of(slicing, "terapipe")
+    if min(factors) < max(factors) and request.batch_slices is None:
+        # The slicer minimises a bound then, and a plainer plan may turn out faster.
+        plainer = (
+            _best_uniform(estimator, counts) for counts in ([1], range(1, len(estimator.cuts)))
+        )
+        plan = min((plan, *(p for p in plainer if p)), key=_step_seconds)
+    return _with_bound(estimator, plan, slicing.lower_bound_seconds), slicing.num_solves
 
 
-def _with_bound(plan: Plan, lower_bound_seconds: float) -> Plan:
-    """The plan with what no plan can be faster than, in its pipeline."""
+def _one_forward_one_backward(
+    estimator: Estimator, limit_bytes: float | None
+) -> tuple[Plan | None, int]:
+    """The best plan that was found: of those that are fastest with all forward before any backward,
+    for each size of batch slices, and of equal slices, made faster by moving cuts.
+    """
+    request, factors = estimator.request, estimator.stage_factors
+    slicings: list[Slicing] = []
+    for sizes in _batch_slices(estimator):
+        fastest = fastest_slicing(*estimator.times, request.batch_size, factors, batch_slices=sizes)
+        slicings += [fastest] if fastest else []
+        if request.token_slices is None:
+            slicings += _uniform(estimator, [sizes], range(1, len(estimator.cuts)))[:MOST_UNIFORM]
+    num_solves = sum(slicing.num_solves for slicing in slicings)
+
+    def seconds(slicing: Slicing) -> float:
+        plan = estimator.plan_of(slicing, "1f1b")
+        if limit_bytes is not None and estimator.step_bytes(plan) > limit_bytes:
+            return np.inf
+        return _step_seconds(plan)
+
+    known = [(seconds(slicing), slicing) for slicing in slicings]
+    if min((s for s, _ in known), default=np.inf) == np.inf:
+        return None, num_solves
+    least, best = min(known, key=lambda pair: pair[0])
+    moves, num_moves = _moves(estimator, best), 0
+    while (moved := next(moves, None)) and num_moves < MOST_MOVES:
+        num_moves += 1
+        if (after := seconds(moved)) < least:
+            least, best, moves = after, moved, _moves(estimator, moved)
+    plan = estimator.plan_of(best, "1f1b")
+    work = least_work(*estimator.times, request.batch_size, request.batch_slices)
+    shortest = sum(float(t[np.isfinite(t)].min()) for t in estimator.times)
+    before = itertools.accumulate(factors, initial=0.0)  # the factors of the stages before each
+    bound = max(a * work + b * shortest for a, b in zip(factors, before, strict=False))
+    return _with_bound(estimator, plan, bound), num_solves
+
+
+SEARCHES = {"terapipe": _terapipe, "1f1b": _one_forward_one_backward}
+
+
+def _batch_slices(estimator: Estimator) -> list[tuple[int, ...]]:
+    """The sizes of batch slices to try: the given ones, or equal ones, at least two."""
+    request = estimator.request
+    if request.batch_slices is not None:
+        return [request.batch_slices]
+    counts = {
+        -(-request.batch_size // size)
+        for size in range(1, len(estimator.forward) + 1)
+        if size & (size - 1) == 0 and 2 * size <= request.batch_size
+    }
+    return [uniform_parts(request.batch_size, count) for count in sorted(counts)]
+
+
+def _moves(estimator: Estimator, slicing: Slicing) -> Iterator[Slicing]:
+    """Slicings with one cut of all alike batch slices elsewhere, by a unit."""
+    if estimator.request.token_slices is not None:
+        return
+    for b in sorted(set(slicing.batch_slices)):
+        own = next(c for n, c in zip(slicing.batch_slices, slicing.cuts, strict=True) if n == b)
+        for i, step in itertools.product(range(1, len(own) - 1), (-1, 1)):
+            moved = (*own[:i], own[i] + step, *own[i + 1 :])
+            pairs = list(itertools.pairwise(moved))
+            is_allowed = all(start < stop for start, stop in pairs) and all(
+                np.isfinite(t[b - 1, stop, start]) for start, stop in pairs for t in estimator.times
+            )
+            if is_allowed:
+                sizes = zip(slicing.batch_slices, slicing.cuts, strict=True)
+                yield replace(slicing, cuts=tuple(moved if n == b else c for n, c in sizes))
+
+
+def _within(estimator: Estimator, limit_bytes: float | None) -> Estimator:
+    """Without the slices that take too much memory if all goes forward before any goes backward."""
+    if limit_bytes is None:
+        return estimator
+    tokens = estimator.request.batch_size * estimator.request.seq_len
+    memory = estimator.memory
+    step_bytes = memory.step_bytes(memory.activation_bytes(tokens, tokens), estimator.slice_tokens)
+    return estimator.without(step_bytes > limit_bytes)
+
+
+def _with_bound(estimator: Estimator, plan: Plan, lower_bound_seconds: float) -> Plan:
+    """The plan with what no plan under its schedule can be faster than, in its pipeline."""
     prediction = plan.prediction
     assert prediction is not None
     bound = lower_bound_seconds + prediction.outside_seconds
@@ -140,22 +233,12 @@ def _with_bound(plan: Plan, lower_bound_seconds: float) -> Plan:
     )
 
 
-def _of_slices(slicing: Slicing, times: np.ndarray) -> Nested:
-    """The times of the slices of a slicing, from those of all."""
-    return tuple(
-        tuple(float(times[b - 1, stop, start]) for start, stop in itertools.pairwise(own))
-        for b, own in zip(slicing.batch_slices, slicing.cuts, strict=True)
-    )
-
-
-def _nothing_allowed(
-    table: LatencyTable, request: PlanRequest, limit_bytes: float | None, cuts: np.ndarray
-) -> UserError:
+def _nothing_allowed(estimator: Estimator, limit_bytes: float | None) -> UserError:
     """Why there is no plan: the memory, and then by how much, or the latencies."""
-    _, (forward, backward) = _times(table, request)
-    tokens = _slice_tokens(request, cuts)[: len(forward)]
-    sizes = np.where(np.isfinite(forward + backward), tokens, np.inf)
-    longest = least_longest(sizes, request.batch_size, request.batch_slices)
+    request, table = estimator.request, estimator.table
+    is_allowed = np.isfinite(estimator.forward + estimator.backward)
+    tokens = np.where(is_allowed, estimator.slice_tokens, np.inf)
+    longest = least_longest(tokens, request.batch_size, request.batch_slices)
     if limit_bytes is None or not np.isfinite(longest):
         return UserError(
             f"no allowed slices cover {request.batch_size} sequences of {request.seq_len} tokens: "
@@ -163,121 +246,57 @@ def _nothing_allowed(
             f"{table.unit_tokens * table.forward.shape[1]} tokens and contexts of "
             f"{table.unit_tokens * (table.forward.shape[2] - 1)}, less what is null."
         )
-    memory, batch_tokens = _memory(table), request.batch_size * request.seq_len
-    least = memory.step_bytes(batch_tokens, longest)
+    memory = estimator.memory
+    batch_slices = request.batch_slices or (1,) * request.batch_size
+    shortest = tuple(np.diff(estimator.cuts).tolist())
+    smallest = Plan(request.num_stages, batch_slices, (shortest,) * len(batch_slices))
+    saved = min(
+        estimator.activation_bytes(replace(smallest, schedule=name)) or 0.0
+        for name in request.schedules
+    )
+    least = memory.step_bytes(saved, longest)
     return UserError(
         f"a memory limit of {limit_bytes / GIB:.3g} GiB is {(least - limit_bytes) / GIB:.3g} GiB "
         f"too little for any plan: {memory.fixed_bytes / GIB:.3g} GiB for parameters, gradients, "
-        f"optimiser and loss, {memory.saved_bytes_per_token * batch_tokens / GIB:.3g} GiB saved "
-        f"for the backward pass of {request.batch_size} x {request.seq_len} tokens, "
+        f"optimiser and loss, {saved / GIB:.3g} GiB saved for the backward passes of "
+        f"{request.batch_size} x {request.seq_len} tokens, "
         f"{memory.working_bytes_per_token * longest / GIB:.3g} GiB for a slice of {longest:.0f}; "
         "fewer sequences, shorter ones, more stages or more shards need less."
     )
 
 
-def predicted_timeline(plan: Plan, stage_factors: Sequence[float]) -> Timeline:
-    """The pipeline's part of a step, from a plan that has a prediction."""
-    assert plan.prediction is not None
-    forward, backward, transfer = (
-        [nested[m][n] for m, n in slice_order(plan)]
-        for nested in (
-            plan.prediction.slice_forward_seconds,
-            plan.prediction.slice_backward_seconds,
-            plan.prediction.slice_transfer_seconds,
-        )
-    )
-    work = ([t - x for t, x in zip(times, transfer, strict=True)] for times in (forward, backward))
-    return simulate(terapipe(plan), *work, stage_factors=stage_factors, transfer_seconds=transfer)
-
-
-def _times(
-    table: LatencyTable, request: PlanRequest
-) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
-    """Where a sequence may be cut, in tokens, and seconds `[b - 1, stop, start]` between the cuts,
-    forward and backward.
+def _best_uniform(estimator: Estimator, token_counts: Iterable[int]) -> Plan | None:
+    """The fastest plan of equal batch slices with one of these numbers of equal slices, if all goes
+    forward before any goes backward; None where slices are given.
     """
+    request = estimator.request
     if request.token_slices is not None:
-        assert table.profile is not None
-        cuts = np.cumsum([0, *request.token_slices])
-        b = np.arange(1, request.batch_size + 1)[:, None, None]
-        stop, start = cuts[None, :, None], cuts[None, None, :]
-        times = table.profile.slice_seconds(b, np.maximum(stop - start, 1), start)
-        is_next = np.eye(len(cuts), k=-1, dtype=bool)
-        return cuts, (np.where(is_next, times[0], np.inf), np.where(is_next, times[1], np.inf))
-    num_units, rest = divmod(request.seq_len, table.unit_tokens)
-    if rest:
-        raise UserError(
-            f"a sequence of {request.seq_len} tokens is not a multiple of the unit of the "
-            f"latencies, {table.unit_tokens} tokens: plan for another length, or measure another "
-            "unit."
-        )
-    return np.arange(num_units + 1) * table.unit_tokens, table.by_cuts(num_units)
+        return None
+    batches = [uniform_parts(request.batch_size, n) for n in range(1, request.batch_size + 1)]
+    found = _uniform(estimator, batches, token_counts)
+    return estimator.plan_of(found[0], "terapipe") if found else None
 
 
-def _slice_tokens(request: PlanRequest, cuts: np.ndarray) -> np.ndarray:
-    """Tokens of a slice of b sequences, `[b - 1, stop, start]`."""
-    sizes = np.arange(1, request.batch_size + 1)[:, None, None]
-    return sizes * (cuts[None, :, None] - cuts[None, None, :])
-
-
-def _memory(table: LatencyTable) -> Memory:
-    if table.profile is None:
-        raise UserError(
-            "the latencies come without the memory that was measured with them, so a limit cannot "
-            "be kept: leave it out, or plan from a config."
-        )
-    return table.profile.memory
-
-
-def _fits(
-    table: LatencyTable, request: PlanRequest, limit_bytes: float, cuts: np.ndarray
-) -> np.ndarray:
-    """Which slices `[b - 1, stop, start]` leave a step within the memory."""
-    batch_tokens = request.batch_size * request.seq_len
-    return _memory(table).step_bytes(batch_tokens, _slice_tokens(request, cuts)) <= limit_bytes
-
-
-def _beside_slices(
-    table: LatencyTable, request: PlanRequest
-) -> tuple[float, Callable[[int], float]]:
-    """Seconds of a step outside its slices, and of handing so many tokens over.
-
-    The former is known for the batch that was measured, and 0 for others.
+def _uniform(
+    estimator: Estimator, batches: Iterable[tuple[int, ...]], token_counts: Iterable[int]
+) -> list[Slicing]:
+    """Slicings of these batch slices into these numbers of equal slices, by the formula of all
+    forward before any backward from the fastest on.
     """
-    profile = table.profile
-    if profile is None:
-        return 0.0, lambda tokens: 0.0
-    is_same = (profile.batch_size, profile.seq_len) == (request.batch_size, request.seq_len)
-    constant, per_token = profile.transfer
-    return (
-        profile.outside_seconds if is_same else 0.0,
-        lambda tokens: constant + per_token * tokens,
-    )
-
-
-def _best_uniform(
-    forward: np.ndarray,
-    backward: np.ndarray,
-    request: PlanRequest,
-    stage_factors: Sequence[float],
-    token_counts: Iterable[int],
-) -> Slicing | None:
-    """The fastest slicing into equal batch slices with one of these numbers of equal slices."""
-    num_units = forward.shape[1] - 1
-    slowest = max(stage_factors)
-    wait = sum(stage_factors) - slowest
-    best = None
+    (forward, backward), factors = estimator.times, estimator.stage_factors
+    slowest = max(factors)
+    wait = sum(factors) - slowest
+    batches, found = list(batches), []
     for num_tokens in token_counts:
-        cuts = np.cumsum([0, *uniform_parts(num_units, num_tokens)])
+        cuts = np.cumsum([0, *uniform_parts(forward.shape[1] - 1, num_tokens)])
         f, b = (t[:, cuts[1:], cuts[:-1]] for t in (forward, backward))  # [sizes, token slices]
         work, longest_f, longest_b = (f + b).sum(1), f.max(1), b.max(1)
-        for num_batch in range(1, request.batch_size + 1):
-            sizes = uniform_parts(request.batch_size, num_batch)
-            if sizes[0] > len(f):
+        for sizes in batches:
+            if max(sizes) > len(f):
                 continue
             rows = np.array(sizes) - 1
             longest = longest_f[rows].max() + longest_b[rows].max()
             seconds = float(slowest * work[rows].sum() + wait * longest)
-            if np.isfinite(seconds) and (best is None or seconds < best.seconds):
-                best = Slicing(sizes, (tuple(cuts.tolist()),) * num_batch, seconds, 0.0, 0)
-    return best
+            if np.isfinite(seconds):
+                found.append(Slicing(sizes, (tuple(cuts.tolist()),) * len(sizes), seconds, 0.0, 0))
+    return sorted(found, key=lambda slicing: slicing.seconds)

@@ -3,9 +3,9 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from tpipe_jax.config import Config, UserError
+from tpipe_jax.config import Config, ScheduleName, UserError
 
 Nested = tuple[tuple[float, ...], ...]
 MAX_SECONDS = 1e9  # that a file may give for a time; sums of such are finite
@@ -36,6 +36,7 @@ class Plan:
     batch_slices: tuple[int, ...]
     token_slices: tuple[tuple[int, ...], ...]
     prediction: Prediction | None = None
+    schedule: ScheduleName = "terapipe"
 
     @property
     def batch_size(self) -> int:
@@ -56,6 +57,7 @@ class Plan:
         """What `plan.json` holds."""
         content: dict[str, Any] = {
             "num_stages": self.num_stages,
+            "schedule": self.schedule,
             "batch_slices": self.batch_slices,
             "token_slices": self.token_slices,
         }
@@ -86,6 +88,15 @@ class PlanRequest:
     seq_len: int
     batch_slices: tuple[int, ...] | None = None
     token_slices: tuple[int, ...] | None = None
+    schedule: ScheduleName | None = None
+
+    @property
+    def schedules(self) -> tuple[ScheduleName, ...]:
+        """Those that may be planned: with one batch slice, 1f1b would be terapipe."""
+        if self.schedule:
+            return (self.schedule,)
+        is_one = self.batch_size == 1 or len(self.batch_slices or (1, 1)) == 1
+        return ("terapipe",) if is_one else get_args(ScheduleName)
 
 
 def read_settings(config: Config) -> Plan | PlanRequest:
@@ -113,8 +124,14 @@ def read_settings(config: Config) -> Plan | PlanRequest:
         "config.model.seq_len",
     )
     unit_tokens(config)
+    schedule = _read_schedule(config, batch_slices)
     request = PlanRequest(
-        mesh.pipe, train.batch_size // mesh.data, config.model.seq_len, batch_slices, token_slices
+        mesh.pipe,
+        train.batch_size // mesh.data,
+        config.model.seq_len,
+        batch_slices,
+        token_slices,
+        schedule,
     )
     if config.plan.file is not None:
         if batch_slices or token_slices:
@@ -124,8 +141,31 @@ def read_settings(config: Config) -> Plan | PlanRequest:
             )
         return load_plan(Path(config.plan.file), request)
     if batch_slices and token_slices:
-        return Plan(mesh.pipe, batch_slices, (token_slices,) * len(batch_slices))
+        slices = batch_slices, (token_slices,) * len(batch_slices)
+        return Plan(mesh.pipe, *slices, schedule=schedule or "terapipe")
     return request
+
+
+def _read_schedule(config: Config, batch_slices: tuple[int, ...] | None) -> ScheduleName | None:
+    """None where it is the planner's to choose. Raises `UserError` where it has no use."""
+    schedule = config.plan.schedule
+    if schedule == "1f1b":
+        num_rows = config.train.batch_size // config.mesh.data
+        if num_rows == 1 or len(batch_slices or (1, 1)) == 1:
+            raise UserError(
+                f"config.plan.schedule={schedule} sends one batch slice backward while others go "
+                f"forward, and a data shard has only one: set config.plan.schedule=terapipe, or "
+                f"config.{'plan.batch_slices' if num_rows > 1 else 'train.batch_size'} so that "
+                "there are several."
+            )
+        if config.memory.defer_weight_grads:
+            raise UserError(
+                f"config.plan.schedule={schedule} keeps a part of the batch at a time, and "
+                "config.memory.defer_weight_grads=true needs all of it: leave one of them out."
+            )
+    if schedule == "auto":
+        return "terapipe" if config.memory.defer_weight_grads else None
+    return schedule
 
 
 def unit_tokens(config: Config) -> int:
@@ -198,7 +238,10 @@ def read_plan(content: Any) -> Plan:
         raise ValueError(
             f"it has {len(batch_slices)} batch slices, but tokens of {len(token_slices)}"
         )
-    return Plan(num_stages, batch_slices, token_slices, _read_prediction(content))
+    schedule = content.get("schedule", "terapipe")
+    if schedule not in get_args(ScheduleName):
+        raise ValueError(f"it has a schedule that is not known, {schedule!r}")
+    return Plan(num_stages, batch_slices, token_slices, _read_prediction(content), schedule)
 
 
 def load_plan(path: Path, request: PlanRequest) -> Plan:
@@ -219,6 +262,7 @@ def load_plan(path: Path, request: PlanRequest) -> Plan:
 def check_plan(name: str, plan: Plan, request: PlanRequest) -> None:
     """Raises `UserError` if a plan is not of what is requested."""
     lengths = {sum(slices) for slices in plan.token_slices}
+    schedule = request.schedule or plan.schedule
     for what, planned, setting, wanted in (
         ("sequences of", lengths, "config.model.seq_len", request.seq_len),
         (
@@ -228,6 +272,7 @@ def check_plan(name: str, plan: Plan, request: PlanRequest) -> None:
             request.batch_size,
         ),
         ("a number of stages of", {plan.num_stages}, "config.mesh.pipe", request.num_stages),
+        ("a schedule of", {plan.schedule}, "config.plan.schedule", schedule),
     ):
         if planned != {wanted}:
             raise UserError(

@@ -36,8 +36,8 @@ from tpipe_jax.optim import make_optimizer
 from tpipe_jax.plans import unit_tokens
 from tpipe_jax.precision import compute_format
 from tpipe_jax.remat import saved_names
-from tpipe_jax.schedule import IDLE, Item, Schedule
-from tpipe_jax.stage_setup import saved_bytes_per_token
+from tpipe_jax.schedule import IDLE, Item, idle
+from tpipe_jax.stage_setup import activation_bytes_per_token, trunk_bytes_per_token
 from tpipe_jax.train_state import init_state
 from tpipe_jax.train_step import make_stage_work, make_train_step, make_transfer
 
@@ -278,11 +278,13 @@ class Profiler:
         temporary = np.array([_temporary_bytes(p.compiled) for p in programs.values()])
         least, more = sizes.argmin(), sizes > sizes.min()
         slopes = (temporary[more] - temporary[least]) / (sizes[more] - sizes[least])
-        saved = saved_bytes_per_token(self._config, self._mesh)
+        saved, gathered = activation_bytes_per_token(self._config, self._mesh)
+        saved += trunk_bytes_per_token(self._config, self._mesh)
         batch_tokens = self._batch_size * self._seq_len
         return Memory(
-            fixed_bytes=max(self._idle_bytes - saved * batch_tokens, 0),
+            fixed_bytes=max(self._idle_bytes - (saved + gathered) * batch_tokens, 0),
             saved_bytes_per_token=saved,
+            gathered_bytes_per_token=gathered,
             working_bytes_per_token=math.ceil(max([0.0, *slopes])),
         )
 
@@ -300,8 +302,7 @@ def _time_outside(config: Config, mesh: Mesh) -> tuple[Params, float, int]:
     """Parameters; seconds and bytes of a training step in which no slice is due."""
     optimizer = make_optimizer(config.optim, config.train.num_steps)
     state = init_state(config, mesh, optimizer)
-    table = np.full((1, mesh.shape["pipe"]), IDLE, np.int32)
-    schedule = Schedule((Item(0, 0, 1, 1),), table, table)
+    schedule = idle(config.train.batch_size // mesh.shape["data"], mesh.shape["pipe"])
     shape = config.train.batch_size, config.model.seq_len + 1
     rows = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
     if config.data.marks_documents:

@@ -22,7 +22,7 @@ from tpipe_jax.optim import make_optimizer
 from tpipe_jax.plans import Plan, PlanRequest, read_settings
 from tpipe_jax.precision import resolve_precision
 from tpipe_jax.remat import candidates
-from tpipe_jax.schedule import terapipe
+from tpipe_jax.schedule import make_schedule
 from tpipe_jax.ticks import check_trace
 from tpipe_jax.train_state import abstract_rows, abstract_state
 from tpipe_jax.train_step import make_loss
@@ -77,17 +77,18 @@ def compile_programs(run: Run, plan: Plan, console: Console) -> Programs:
     XLA says of the very program. Raises `UserError` if none fits.
     """
     start = time.monotonic()
+    schedule = make_schedule(plan)
     config, train_step = fitting_step(run.config, run.mesh, plan, run.optimizer)
     params = abstract_state(config, run.mesh, run.optimizer).params
     loss = compile_checked(
-        make_loss(config, run.mesh, terapipe(plan)),
+        make_loss(config, run.mesh, schedule),
         run.mesh,
         params,
         abstract_rows(config, run.mesh),
     )
     console.say(f"compiled in {time.monotonic() - start:.0f} s")
     console.show_budget(
-        budget(config, run.mesh, run.optimizer),
+        budget(config, run.mesh, schedule, run.optimizer),
         config.memory.remat,
         program_bytes(train_step),
         limit_bytes(config, run.mesh),

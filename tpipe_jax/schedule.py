@@ -1,23 +1,35 @@
-"""The schedule: which slice each stage works on at each tick, as a table of plain numbers.
+"""The schedule: which slice each stage works on at each tick, as tables of plain numbers.
 
-TeraPipe's schedule (Li et al. 2021, section 3.2) for P stages and S items, all forward passes, then
-all backward passes in the opposite order. Three stages and four items:
+In a tick each stage works forward on one item or none, then backward on one item or none, and hands
+both results to its neighbours, which have them in the next tick. Three stages and four items under
+TeraPipe's schedule (Li et al. 2021, section 3.2), all forward and then all backward:
 
-    tick       0  1  2  3  4  5     0  1  2  3  4  5
-    stage 0    0  1  2  3  .  .     .  .  3  2  1  0
-    stage 1    .  0  1  2  3  .     .  3  2  1  0  .
-    stage 2    .  .  0  1  2  3     3  2  1  0  .  .
-               forward              backward
+    tick       0  1  2  3  4  5  6  7  8  9 10 11
+    stage 0    0  1  2  3  .  .  .  .  3  2  1  0
+    stage 1    .  0  1  2  3  .  .  3  2  1  0  .
+    stage 2    .  .  0  1  2  3  3  2  1  0  .  .
 
-The executor in `pipeline.py` follows any table in which the neighbour has finished an item one tick
-earlier.
+Three stages and four sequences of two slices each under 1F1B over slices (Seq1F1B, Sun et al.
+2025), F/B where a tick has both; a sequence goes backward as soon as all of it has gone forward:
+
+    tick       0   1   2   3   4   5   6   7   8   9  10  11  12
+    stage 0    0   1   2   3   4  5/1 6/0 7/3  2   5   4   7   6
+    stage 1    .   0   1   2  3/1 4/0 5/3 6/2 7/5  4   7   6   .
+    stage 2    .   .   0  1/1 2/0 3/3 4/2 5/5 6/4 7/7  6   .   .
+
+All stages do as much in a tick of both, so that it costs nothing that they wait for each other, and
+both take (S + P - 1) forward and (S + P - 1) backward passes for S equal items on P stages. But the
+second keeps only a few sequences alive, however many there are.
+
+The executor in `pipeline.py` follows any tables that `check` accepts. No jax.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
+from tpipe_jax.config import ScheduleName
 from tpipe_jax.plans import Plan
 
 IDLE = -1
@@ -38,107 +50,224 @@ class Item:
 
 
 @dataclass(frozen=True)
+class Part:
+    """Sequences that are embedded together, and whose losses are taken together.
+
+    All stages do both, each for its share of the vocabulary, in these ticks.
+    """
+
+    row: int
+    num_rows: int
+    buffer_row: int
+    """The first of the rows that the stages keep of these sequences, from `enters` to `leaves`."""
+    enters: int
+    """Embedded before the forward passes of this tick."""
+    turns: int
+    """Its losses are taken between forward and backward passes of this tick."""
+    leaves: int
+    """Gradients of its embedding are taken after the backward passes of this tick."""
+
+
+@dataclass(frozen=True)
 class Schedule:
     """Items, and for each direction a table `[tick, stage]` of indices into them, or IDLE."""
 
     items: tuple[Item, ...]
+    parts: tuple[Part, ...]
     forward: np.ndarray
     backward: np.ndarray
+    num_rows: int
+    """Sequences that a stage keeps at a time."""
+    num_gradient_rows: int
+    """Of these, how many it keeps gradients of keys and values for: buffer rows modulo this."""
 
     @property
     def num_stages(self) -> int:
         return self.forward.shape[1]
 
-
-@dataclass(frozen=True)
-class Box:
-    """One item on one stage in a timeline, seconds."""
-
-    stage: int
-    item: int
-    is_backward: bool
-    start_seconds: float
-    stop_seconds: float
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """When each stage works on what."""
-
-    boxes: tuple[Box, ...]
-    step_seconds: float
-    """From the first start to the last stop, the makespan."""
-    num_stages: int
+    @property
+    def num_ticks(self) -> int:
+        return len(self.forward)
 
     @property
-    def bubble(self) -> float:
-        """The fraction of the stages' time in which they do not work."""
-        work = sum(box.stop_seconds - box.start_seconds for box in self.boxes)
-        return 1 - work / (self.num_stages * self.step_seconds) if self.step_seconds else 0.0
+    def part_of(self) -> list[int]:
+        """The part of each item, as an index."""
+        return [
+            next(i for i, part in enumerate(self.parts) if 0 <= item.row - part.row < part.num_rows)
+            for item in self.items
+        ]
+
+    @property
+    def buffer_rows(self) -> list[int]:
+        """The first row of each item in the buffers."""
+        parts = [self.parts[i] for i in self.part_of]
+        pairs = zip(self.items, parts, strict=True)
+        return [part.buffer_row + item.row - part.row for item, part in pairs]
+
+    def parts_at(self, when: Callable[[Part], int]) -> np.ndarray:
+        """For each tick, the part for which this is the tick, as an index, or IDLE."""
+        parts = np.full(self.num_ticks, IDLE, np.int32)
+        for i, part in enumerate(self.parts):
+            parts[when(part)] = i
+        return parts
 
 
-def slice_order(plan: Plan) -> list[tuple[int, int]]:
-    """In which order the slices enter the pipeline, as (batch slice, token slice).
+def slice_order(schedule: Schedule, plan: Plan) -> list[tuple[int, int]]:
+    """Which (batch slice, token slice) of the plan each item is."""
+    index = {(item.row, item.token): (m, n) for m, n, item in _slices(plan)}
+    return [index[item.row, item.token] for item in schedule.items]
 
-    The first token slice of all batch slices, then the second of all: so neighbouring stages mostly
-    work on slices that take as long, and devices that exchange results all at once wait little.
-    """
-    slices = [(m, n) for m, own in enumerate(plan.token_slices) for n in range(len(own))]
-    return sorted(slices, key=lambda index: index[::-1])
+
+def make_schedule(plan: Plan) -> Schedule:
+    """The tables of a plan, under the schedule that it names."""
+    return SCHEDULES[plan.schedule](plan)
 
 
 def terapipe(plan: Plan) -> Schedule:
-    """All items forward through the stages, then all of them backward."""
-    items = [
-        Item(
-            row=sum(plan.batch_slices[:m]),
-            token=sum(plan.token_slices[m][:n]),
-            num_rows=plan.batch_slices[m],
-            num_tokens=plan.token_slices[m][n],
-        )
-        for m, n in slice_order(plan)
-    ]
+    """All items forward through the stages, then all of them backward.
+
+    They enter as the first token slice of all batch slices, then the second of all: so neighbouring
+    stages mostly work on slices that take as long, and devices that exchange results all at once
+    wait little.
+    """
+    items = tuple(item for _, _, item in sorted(_slices(plan), key=lambda s: (s[1], s[0])))
     S, P = len(items), plan.num_stages
     tick, stage = np.arange(S + P - 1)[:, None], np.arange(P)[None, :]
-    forward = np.where((tick >= stage) & (tick - stage < S), tick - stage, IDLE)
+    is_due = (tick >= stage) & (tick - stage < S)
+    forward = np.where(is_due, tick - stage, IDLE).astype(np.int32)
+    idle = np.full_like(forward, IDLE)
+    part = Part(0, plan.batch_size, 0, enters=0, turns=S + P - 2, leaves=2 * (S + P - 1) - 1)
     # Backward is forward run in reverse: last item first, last stage first.
-    return Schedule(tuple(items), forward.astype(np.int32), forward[::-1].astype(np.int32))
+    return Schedule(
+        items,
+        (part,),
+        np.concatenate([forward, idle]),
+        np.concatenate([idle, forward[::-1]]),
+        *(plan.batch_size, plan.batch_size),
+    )
 
 
-def simulate(
-    schedule: Schedule,
-    forward_seconds: Sequence[float],
-    backward_seconds: Sequence[float],
-    *,
-    stage_factors: Sequence[float] | None = None,
-    transfer_seconds: Sequence[float] | None = None,
-) -> Timeline:
-    """The timeline of a schedule whose stages wait for nothing but their neighbours.
+def one_forward_one_backward(plan: Plan) -> Schedule:
+    """Each batch slice backward as soon as it has gone forward, while the next ones go forward.
 
-    A stage starts an item as soon as it has finished the one before and its neighbour has handed
-    this one on.
-
-    Args:
-        schedule: any table in which a neighbour has an item before it is due.
-        forward_seconds: the work on each item in the forward pass.
-        backward_seconds: the work on each item in the backward pass.
-        transfer_seconds: how long a stage is held, after its work on an item, until that is handed
-            on; none without.
-        stage_factors: what each stage takes over all these times; all alike without.
+    On one stage the next ones wait until it has gone backward: nothing idles meanwhile.
     """
-    factors = stage_factors or [1.0] * schedule.num_stages
-    transfers = transfer_seconds or [0.0] * len(schedule.items)
-    boxes, free = [], [0.0] * schedule.num_stages
-    for table, seconds, is_backward in (
-        (schedule.forward, forward_seconds, False),
-        (schedule.backward, backward_seconds, True),
-    ):
-        ready = [0.0] * len(schedule.items)  # when the neighbour hands each item on
-        for row in table:
-            for stage, item in enumerate(row.tolist()):
-                if item != IDLE:
-                    start = max(free[stage], ready[item])
-                    stop = start + factors[stage] * seconds[item]
-                    free[stage] = ready[item] = stop + factors[stage] * transfers[item]
-                    boxes.append(Box(stage, item, is_backward, start, stop))
-    return Timeline(tuple(boxes), max(free), schedule.num_stages)
+    items, P = tuple(item for _, _, item in _slices(plan)), plan.num_stages
+    most = max(plan.batch_slices)
+    forward_entries: list[int] = []  # the tick in which each item enters the first stage
+    backward_entries: dict[int, int] = {}  # and in which each enters the last, in their order
+    parts: list[Part] = []
+    free_after: list[int] = []  # when the rows of each slot were left
+    for size, own in zip(plan.batch_slices, plan.token_slices, strict=True):
+        first, count = len(forward_entries), len(own)
+        enters = 1 + max(forward_entries[-1:], default=-1)
+        if P == 1 and parts:
+            enters = parts[-1].leaves + 1
+        forward_entries += range(enters, enters + count)
+        turns = forward_entries[-1] + P - 1
+        start = max(turns, 1 + max(backward_entries.values(), default=-1))
+        backward_entries |= {first + count - 1 - n: start + n for n in range(count)}
+        leaves = start + count - 1 + P - 1
+        slot = next((i for i, end in enumerate(free_after) if end < enters), len(free_after))
+        free_after[slot : slot + 1] = [leaves]
+        row = sum(part.num_rows for part in parts)
+        parts.append(Part(row, size, most * slot, enters, turns, leaves))
+    num_ticks = parts[-1].leaves + 1
+    forward, backward = (np.full((num_ticks, P), IDLE, np.int32) for _ in range(2))
+    for stage in range(P):
+        for item, entry in enumerate(forward_entries):
+            forward[entry + stage, stage] = item
+            backward[backward_entries[item] + P - 1 - stage, stage] = item
+    return Schedule(items, tuple(parts), forward, backward, most * len(free_after), most)
+
+
+def idle(batch_size: int, num_stages: int) -> Schedule:
+    """A tick in which a batch enters, turns and leaves while all stages idle."""
+    table = np.full((1, num_stages), IDLE, np.int32)
+    part = Part(0, batch_size, 0, enters=0, turns=0, leaves=0)
+    return Schedule((Item(0, 0, 1, 1),), (part,), table, table, batch_size, batch_size)
+
+
+SCHEDULES: dict[ScheduleName, Callable[[Plan], Schedule]] = {
+    "terapipe": terapipe,
+    "1f1b": one_forward_one_backward,
+}
+
+
+def check(schedule: Schedule) -> None:
+    """Raises ValueError unless the executor can follow the tables.
+
+    Every item passes every stage once in each direction, in the tick after its neighbour; the
+    tokens of a sequence go forward in ascending and backward in descending order; a part is
+    embedded before, turned between and left after its passes; rows have one part at a time.
+    """
+    part_of, P = schedule.part_of, schedule.num_stages
+    if schedule.forward.shape != schedule.backward.shape:
+        raise ValueError("the tables of both directions have different shapes")
+    forward = _ticks(schedule.forward, len(schedule.items))
+    backward = _ticks(schedule.backward, len(schedule.items))
+    if not ((np.diff(forward) == 1).all() and (np.diff(backward) == -1).all()):
+        raise ValueError("an item does not come one tick after its neighbour")
+    for i, item in enumerate(schedule.items):
+        part = schedule.parts[part_of[i]]
+        if not part.enters <= forward[i, 0] <= forward[i, P - 1] <= part.turns:
+            raise ValueError(f"item {i} goes forward before its part enters, or after its turn")
+        if not part.turns <= backward[i, P - 1] <= backward[i, 0] <= part.leaves:
+            raise ValueError(f"item {i} goes backward before its part turns, or has left")
+        if item.row + item.num_rows > part.row + part.num_rows:
+            raise ValueError(f"item {i} is of several parts")
+        for j, other in enumerate(schedule.items):
+            is_next = other.row == item.row and other.token == item.token + item.num_tokens
+            in_order = (forward[i] < forward[j]).all() and (backward[i] > backward[j]).all()
+            if is_next and not in_order:
+                raise ValueError(f"item {j} does not follow item {i}")
+    for i, part in enumerate(schedule.parts):
+        if part.buffer_row + part.num_rows > schedule.num_rows:
+            raise ValueError(f"part {i} has no rows")
+        for j, other in enumerate(schedule.parts[:i]):
+            is_apart = part.leaves < other.enters or other.leaves < part.enters
+            if not is_apart and _overlap(part, other):
+                raise ValueError(f"parts {j} and {i} have the same rows at a time")
+            is_apart = not _overlap(part, other, schedule.num_gradient_rows)
+            for stage in range(P):
+                own = [
+                    [backward[k, stage] for k, of in enumerate(part_of) if of == n] for n in (i, j)
+                ]
+                if not (is_apart or max(own[0]) < min(own[1]) or max(own[1]) < min(own[0])):
+                    raise ValueError(f"parts {j} and {i} have the same gradients at a time")
+
+
+def most_alive(schedule: Schedule) -> int:
+    """The sequences that are between entering and leaving, at most at a time."""
+    return max(
+        sum(part.num_rows for part in schedule.parts if part.enters <= tick <= part.leaves)
+        for tick in range(schedule.num_ticks)
+    )
+
+
+def _slices(plan: Plan) -> list[tuple[int, int, Item]]:
+    """The slices of a plan, one batch slice after another."""
+    return [
+        (m, n, Item(sum(plan.batch_slices[:m]), sum(own[:n]), plan.batch_slices[m], own[n]))
+        for m, own in enumerate(plan.token_slices)
+        for n in range(len(own))
+    ]
+
+
+def _ticks(table: np.ndarray, num_items: int) -> np.ndarray:
+    """`[item, stage]`: when. Raises ValueError if it is not once."""
+    ticks = np.empty((num_items, table.shape[1]), np.int64)
+    for stage, column in enumerate(table.T):
+        when = np.flatnonzero(column != IDLE)
+        if sorted(column[when].tolist()) != list(range(num_items)):
+            raise ValueError(f"stage {stage} does not have every item once")
+        ticks[column[when], stage] = when
+    return ticks
+
+
+def _overlap(part: Part, other: Part, modulo: int | None = None) -> bool:
+    rows = (
+        {(p.buffer_row + n) % modulo if modulo else p.buffer_row + n for n in range(p.num_rows)}
+        for p in (part, other)
+    )
+    return not set.isdisjoint(*rows)

@@ -92,6 +92,20 @@ def least_longest(
     return _Times(np.stack([times, times]), batch_size, batch_slices).least_longest()[0]
 
 
+def least_work(
+    forward: np.ndarray,
+    backward: np.ndarray,
+    batch_size: int,
+    batch_slices: Sequence[int] | None = None,
+) -> float:
+    """The least that the slices of a slicing can take together, of times as `fastest_slicing` has;
+    infinite where none covers the batch.
+    """
+    times = _Times(np.stack([forward, backward]), batch_size, batch_slices)
+    solution = times.least_work((np.inf, np.inf))
+    return solution.work if solution else np.inf
+
+
 class _Solution(NamedTuple):
     """The slicing of least work under a pair of thresholds."""
 

@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from tpipe_jax.attention import Attention, KVCache
 from tpipe_jax.block import Params, merge_heads, split_heads
-from tpipe_jax.inplace import Position, read, run_if, write
+from tpipe_jax.inplace import Position, read, run_if, wrapped, write
 from tpipe_jax.key_blocks import query_block
 from tpipe_jax.layer import BlockFunctions
 
@@ -42,7 +42,7 @@ class Gradients(NamedTuple):
     """What the backward pass of one layer has gathered so far."""
 
     cache: KVCache
-    """Sums, float32."""
+    """Sums, float32, for the sequences that go backward at a time: rows are used in turns."""
     params: Params
     """Sums, float32; without those of linear layers, if these are deferred."""
     d_outputs: dict[str, Array]
@@ -91,6 +91,11 @@ class Stage(NamedTuple):
         self, saved: list[Saved], d_y_BLD: Array, at: Position, gradients: list[Gradients]
     ) -> tuple[Array, list[Gradients]]:
         """Walks back through the layers; the slices of a sequence must come in descending order."""
+        B, L, _ = d_y_BLD.shape
+        cache = gradients[0].cache
+        if len(cache.k) < len(saved[0].cache.k):  # the rows may have been another sequence's
+            is_first = at.token + L == cache.k.shape[-2]
+            gradients = run_if(is_first, partial(_without_cache, at, B), gradients)
 
         def layer(n: int, carry: tuple[Array, Gradients]) -> tuple[Array, Gradients]:
             return self._layer_backward(n, saved[n], *carry, at)
@@ -161,7 +166,7 @@ class Stage(NamedTuple):
         d_q, d_cache = self.attention.backward(
             q, cache, at, attn, lse, d_attn_BHLK, d_cache, starts_BL1
         )
-        d_qkv = d_q, *(read(d, at, B, L).astype(d_q.dtype) for d in d_cache)
+        d_qkv = d_q, *(read(d, wrapped(at, d), B, L).astype(d_q.dtype) for d in d_cache)
         positions = _positions(at, L, starts_BL1)
         _, qkv_vjp, seen_before = jax.vjp(
             replay(lambda params, x, tape: self.block.qkv(params, x, positions, tape)),
@@ -202,7 +207,7 @@ class Stage(NamedTuple):
 
         def add_part(i: Array, sums: Params) -> Params:
             row, token = jnp.divmod(i, T // num_tokens)
-            at = Position(row * num_rows, token * num_tokens)
+            at = Position(row * num_rows, token * num_tokens, row * num_rows)
 
             def part(buffers: dict[str, Array]) -> dict[str, Array]:
                 return {n: read(b, at, num_rows, num_tokens) for n, b in buffers.items()}
@@ -229,7 +234,7 @@ class Stage(NamedTuple):
         """Where the documents of a slice's tokens begin, `[B, L, 1]`."""
         if self.starts_BT1 is None:
             return None
-        return read(self.starts_BT1, at, num_rows, num_tokens)
+        return read(self.starts_BT1, at._replace(row=at.batch_row), num_rows, num_tokens)
 
     def _each_layer(
         self,
@@ -298,6 +303,17 @@ def empty_gradients(
         return {name: jnp.zeros((B, T, width), dtype) for name, width in widths.items()}
 
     return [Gradients(d, sums(), d_outputs(d) if is_deferred else {}) for d in d_caches]
+
+
+def _without_cache(at: Position, num_rows: int, gradients: list[Gradients]) -> list[Gradients]:
+    """With gradients of keys and values that are zero for some sequences."""
+
+    def cleared(d: Array) -> Array:
+        return write(
+            d, jnp.zeros((num_rows, *d.shape[1:]), d.dtype), wrapped(at._replace(token=0), d)
+        )
+
+    return [g._replace(cache=KVCache(*map(cleared, g.cache))) for g in gradients]
 
 
 def _of_block(values: dict[str, Array]) -> dict[str, Array]:

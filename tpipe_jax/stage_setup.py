@@ -67,25 +67,26 @@ def make_stage(
     )
 
 
-def empty_saved_of(config: Config, mesh: Mesh) -> list[Saved]:
-    """What the forward pass of this device's batch fills."""
+def empty_saved_of(config: Config, mesh: Mesh, num_rows: int) -> list[Saved]:
+    """What the forward passes of so many sequences fill on this device."""
     return empty_saved(
-        empty_caches_of(config, mesh, compute_dtype(config.precision, mesh)),
+        empty_caches_of(config, mesh, compute_dtype(config.precision, mesh), num_rows),
         {"x": config.model.d_model} | value_widths(config.model),
         heads(config.model).num_queries,
         saved_names(config.memory.remat),
     )
 
 
-def empty_caches_of(config: Config, mesh: Mesh, dtype: Any) -> list[KVCache]:
-    """Caches for this device's batch."""
-    return empty_caches(layers_per_stage(config, mesh), cache_shape(config, mesh), dtype)
+def empty_caches_of(config: Config, mesh: Mesh, dtype: Any, num_rows: int) -> list[KVCache]:
+    """Caches for so many sequences on this device."""
+    shape = cache_shape(config, num_rows)
+    return empty_caches(layers_per_stage(config, mesh), shape, dtype)
 
 
-def empty_gradients_of(config: Config, mesh: Mesh) -> list[Gradients]:
-    """What the backward pass of this device's batch fills."""
+def empty_gradients_of(config: Config, mesh: Mesh, num_rows: int) -> list[Gradients]:
+    """What the backward passes of so many sequences at a time fill on this device."""
     return empty_gradients(
-        empty_caches_of(config, mesh, jnp.float32),
+        empty_caches_of(config, mesh, jnp.float32, num_rows),
         param_shapes(config.model),
         block_class(config.model).linears,
         config.memory.defer_weight_grads,
@@ -98,37 +99,44 @@ def layers_per_stage(config: Config, mesh: Mesh) -> int:
     return max(layer_counts(config.model.num_layers, mesh.shape["pipe"]))
 
 
-def cache_shape(config: Config, mesh: Mesh) -> tuple[int, int, int, int]:
-    """Of the keys of a layer for this device's batch, `[B, H, T, K]`."""
-    model = config.model
-    batch_size = config.train.batch_size // mesh.shape["data"]
-    _, num_keys, width = heads(model)
-    return batch_size, num_keys, model.seq_len, width
+def cache_shape(config: Config, num_rows: int) -> tuple[int, int, int, int]:
+    """Of the keys of a layer for so many sequences, `[B, H, T, K]`."""
+    _, num_keys, width = heads(config.model)
+    return num_rows, num_keys, config.model.seq_len, width
 
 
-def saved_bytes_per_token(config: Config, mesh: Mesh) -> int:
-    """What the forward sweep keeps for the backward sweep, and what that gathers for each token."""
-    saved = partial(empty_saved_of, config, mesh)
+def activation_bytes_per_token(config: Config, mesh: Mesh) -> tuple[int, int]:
+    """What the forward passes keep on a device, and what the backward passes gather besides, for
+    each token of a sequence.
+    """
+    gathered = [(d.cache, d.d_outputs) for d in _shapes(config, mesh, empty_gradients_of)]
+    saved = _shapes(config, mesh, empty_saved_of)
+    return _bytes_per_token(config, mesh, saved), _bytes_per_token(config, mesh, gathered)
 
-    def gathered() -> Any:
-        return [(d.cache, d.d_outputs) for d in empty_gradients_of(config, mesh)]
 
-    return sum(_bytes_per_token(config, mesh, buffers) for buffers in (saved, gathered))
+def trunk_bytes_per_token(config: Config, mesh: Mesh) -> int:
+    """What the stage is given, or makes of it."""
+    return config.model.d_model * compute_dtype(config.precision, mesh).itemsize
 
 
-def cache_bytes_per_token(config: Config, mesh: Mesh) -> int:
-    """Of `saved_bytes_per_token`, what are keys, values and their gradients."""
-    return sum(
-        _bytes_per_token(config, mesh, partial(empty_caches_of, config, mesh, dtype))
-        for dtype in (compute_dtype(config.precision, mesh), jnp.dtype(jnp.float32))
+def cache_bytes_per_token(config: Config, mesh: Mesh) -> tuple[int, int]:
+    """Of `activation_bytes_per_token`, what are keys, values and their gradients."""
+    saved, gathered = (
+        _bytes_per_token(config, mesh, [d.cache for d in _shapes(config, mesh, buffers)])
+        for buffers in (empty_saved_of, empty_gradients_of)
     )
+    return saved, gathered
 
 
-def _bytes_per_token(config: Config, mesh: Mesh, buffers: Callable[[], Any]) -> int:
-    """Bytes of buffers as long as the batch of a data shard, for one token on one device."""
+def _shapes(config: Config, mesh: Mesh, buffers: Callable[..., list[Any]]) -> list[Any]:
+    """Buffers for one sequence, without their memory."""
+    return jax.eval_shape(partial(buffers, config, mesh, num_rows=1))
+
+
+def _bytes_per_token(config: Config, mesh: Mesh, buffers: Any) -> int:
+    """Bytes of buffers for one sequence, for one token on one device."""
     num_bytes = 0
-    for path, a in jax.tree.leaves_with_path(jax.eval_shape(buffers)):
+    for path, a in jax.tree.leaves_with_path(buffers):
         is_whole = path[-1] in map(jax.tree_util.DictKey, UNDIVIDED)
         num_bytes += a.size * a.dtype.itemsize // (1 if is_whole else mesh.shape["model"])
-    batch_size, _, seq_len, _ = cache_shape(config, mesh)
-    return num_bytes // (batch_size * seq_len)
+    return num_bytes // config.model.seq_len

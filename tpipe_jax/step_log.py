@@ -15,10 +15,10 @@ from jax.sharding import Mesh
 from tpipe_jax.autoplan import stage_factors
 from tpipe_jax.config import Config, UserError
 from tpipe_jax.console import Console
+from tpipe_jax.estimate import predicted_timeline
 from tpipe_jax.flops import peak_flops, step_flops
 from tpipe_jax.metrics import Metrics
 from tpipe_jax.optim import learning_rate
-from tpipe_jax.planner import predicted_timeline
 from tpipe_jax.plans import Plan
 
 COMPARED_STEPS = 20  # until prediction and measurement are compared

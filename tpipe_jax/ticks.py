@@ -1,14 +1,16 @@
 """When the stages worked in a step that was run, read from a trace of what their devices did.
 
-In each tick of a sweep a stage works, or idles, and then hands its box on, so what lies between two
-such transfers of a device is the work of a tick. The loop of a sweep and its transfers are found in
-the text of the program, and then by their names in the trace.
+In each tick in which a direction has any work a stage works, or idles, and then hands its box on.
+Both are a loop of one turn in the program (`inplace.run_on_all_if`), so what lies between the start
+of the loop and its transfer is the work of a tick. Such loops and their transfers are found in the
+text of the program, and then by their names in the trace.
 """
 
 import json
 import re
 import tempfile
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -23,7 +25,8 @@ from tpipe_jax.collectives import split_computations
 from tpipe_jax.config import Config, UserError
 from tpipe_jax.plans import Plan
 from tpipe_jax.processes import gathered
-from tpipe_jax.schedule import IDLE, Box, Schedule, Timeline
+from tpipe_jax.schedule import IDLE, Schedule
+from tpipe_jax.simulate import Box, Timeline
 from tpipe_jax.workdir import add_measured_ticks
 
 Result = TypeVar("Result")
@@ -42,8 +45,8 @@ class Event(NamedTuple):
     stop: float
 
 
-class Sweep(NamedTuple):
-    """The operations of a program that are the loop over ticks, and the transfers in it."""
+class Lane(NamedTuple):
+    """The operations of a program that are one direction of a tick, and the transfers in it."""
 
     loop: str
     transfers: frozenset[str]
@@ -78,12 +81,12 @@ def traced(
         start = time.monotonic()
         result = jax.block_until_ready(run())
         seconds = time.monotonic() - start
-    sweeps, boxes = find_sweeps(text), []
+    lanes, boxes = find_lanes(text), []
     for stage, device in enumerate(mesh.devices[0, :, 0]):
         if device.process_index == jax.process_index():
             # Traces number a process's devices, but CPUs by their number among all.
             number = device.id if device.platform == "cpu" else device.local_hardware_id
-            boxes += stage_boxes(events.get(number, []), sweeps, schedule, stage)
+            boxes += stage_boxes(events.get(number, []), lanes, schedule, stage)
     return result, boxes, seconds
 
 
@@ -133,37 +136,38 @@ def merged(texts: Sequence[str], num_stages: int) -> Timeline | None:
     return Timeline(tuple(moved), max(box.stop_seconds for box in moved), num_stages)
 
 
-def find_sweeps(text: str) -> list[Sweep]:
+def find_lanes(text: str) -> list[Lane]:
     """The loops of a compiled program, `compiled.as_text()`, that hand on what they have made."""
     transfers = {name: _TRANSFER.findall(body) for name, body in split_computations(text)}
     return [
-        Sweep(loop, frozenset(transfers[body]))
+        Lane(loop, frozenset(transfers[body]))
         for loop, body in _LOOP.findall(text)
         if transfers.get(body)
     ]
 
 
 def stage_boxes(
-    events: Sequence[Event], sweeps: Sequence[Sweep], schedule: Schedule, stage: int
+    events: Sequence[Event], lanes: Sequence[Lane], schedule: Schedule, stage: int
 ) -> list[Box]:
     """The work of a stage, from the events of its device; none if they are not those of a step."""
-    starts = {event.name: event.start for event in events}
-    if len(sweeps) != 2 or not all(sweep.loop in starts for sweep in sweeps):
+    found = []
+    for lane in lanes:
+        starts = sorted(event.start for event in events if event.name == lane.loop)
+        transfers = sorted(event.start for event in events if event.name in lane.transfers)
+        if starts and transfers:
+            found.append((transfers, starts))
+    if len(found) != 2:
         return []
     boxes = []
-    in_order = sorted(sweeps, key=lambda sweep: starts[sweep.loop])
-    for sweep, table in zip(in_order, (schedule.forward, schedule.backward), strict=True):
-        transfers = sorted(
-            (event for event in events if event.name in sweep.transfers), key=lambda e: e.start
-        )
-        if len(transfers) != len(table):
+    tables = (schedule.forward, False), (schedule.backward, True)
+    for (transfers, starts), (table, is_backward) in zip(sorted(found), tables, strict=True):
+        column = table[(table != IDLE).any(1), stage].tolist()
+        if len(transfers) != len(column) or starts[0] > transfers[0]:
             return []
-        start = starts[sweep.loop]
-        for item, transfer in zip(table[:, stage].tolist(), transfers, strict=True):
+        for item, stop in zip(column, transfers, strict=True):
             if item != IDLE:
-                is_backward = table is schedule.backward
-                boxes.append(Box(stage, item, is_backward, start, transfer.start))
-            start = transfer.stop
+                start = starts[bisect_right(starts, stop) - 1]
+                boxes.append(Box(stage, item, is_backward, start, stop))
     return boxes
 
 

@@ -10,7 +10,8 @@ from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
-from tpipe_jax.schedule import Schedule, Timeline
+from tpipe_jax.schedule import Schedule
+from tpipe_jax.simulate import Timeline
 
 EXPECTED, MEASURED = 0, 1  # kinds of timelines in a trace
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,17 +15,18 @@ from jax.stages import Wrapped
 from tpipe_jax import loss
 from tpipe_jax.attention import KVCache
 from tpipe_jax.block import Params
-from tpipe_jax.config import IGNORE, Config
+from tpipe_jax.config import IGNORE, Config, UserError
 from tpipe_jax.health import next_health
 from tpipe_jax.inplace import Position
 from tpipe_jax.mesh import manual_part, param_specs
 from tpipe_jax.optim import clipped, global_norm
-from tpipe_jax.pipeline import from_stage, needs_sums, psum, sweep
+from tpipe_jax.pipeline import StepWork, execute, from_stage, needs_sums, psum, sweep, varying
 from tpipe_jax.precision import compute_dtype, compute_format, next_loss_scale
 from tpipe_jax.schedule import IDLE, Item, Schedule
 from tpipe_jax.stage import empty_caches
 from tpipe_jax.stage_setup import (
     cache_shape,
+    empty_caches_of,
     empty_gradients_of,
     empty_saved_of,
     for_compute,
@@ -86,42 +87,53 @@ def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapp
     """`(params, rows, scale=1)` (`data.make_row`) to the mean loss in nats per token and its
     float32 gradients, which are computed as those of `scale` times the loss.
     """
-    dtype = compute_dtype(config.precision, mesh)
+    if config.memory.defer_weight_grads and len(schedule.parts) > 1:
+        raise UserError(
+            "config.memory.defer_weight_grads=true needs all of a batch at once, and the plan's "
+            "schedule keeps a part at a time: set it to false, or plan with "
+            "config.plan.schedule=terapipe."
+        )
+    V, dtype = config.model.vocab_size, compute_dtype(config.precision, mesh)
 
     def local(params: Params, rows: Array, scale: Array) -> tuple[Array, Params]:
-        tokens_BT, targets_BT, starts_BT1 = _split(config, rows)
-        params, count = for_compute(config, mesh, params), _count(targets_BT)
-        stage = make_stage(config, mesh, params, starts_BT1)
+        batch, params = _Batch.of(config, rows), for_compute(config, mesh, params)
+        count = _count(batch.targets_BT)
+        weight, head = scale / count, make_head(config, mesh, params)
+        stage = make_stage(config, mesh, params, batch.starts_BT1)
 
-        x_BTD = loss.embed(params["embed"], tokens_BT, dtype, starts_BT1)
-        y_BTD, saved = sweep(
-            schedule.forward, schedule.items, stage.forward, x_BTD, empty_saved_of(config, mesh)
+        def turn(y_BTD: Array, row: Array | int, sums: loss.Sums) -> tuple[Array, loss.Sums]:
+            targets = batch.part(row, len(y_BTD)).targets_BT
+            sums, d_y_BTD = loss.add_cross_entropy_and_grads(sums, head, y_BTD, targets, V, weight)
+            return d_y_BTD, sums
+
+        def leave(d_x_BTD: Array, row: Array | int, sums: loss.Sums) -> loss.Sums:
+            tokens, _, starts = batch.part(row, len(d_x_BTD))
+            d_embed = loss.add_embed_grads(sums.d_embed, tokens, d_x_BTD, starts)
+            return sums._replace(d_embed=d_embed)
+
+        work = StepWork(
+            _embedding(params, batch, dtype),
+            stage.forward,
+            turn,
+            stage.backward,
+            leave,
         )
-
-        head = make_head(config, mesh, params)
-        total, d_head, d_y_BTD = loss.cross_entropy_and_grads(
-            head, y_BTD, targets_BT, config.model.vocab_size, scale / count
-        )
-
-        backward = partial(stage.backward, saved)
-        d_x_BTD, gradients = sweep(
-            schedule.backward,
-            schedule.items,
-            backward,
-            d_y_BTD,
-            empty_gradients_of(config, mesh),
-            reverse=True,
+        saved, gradients, sums = execute(
+            schedule,
+            work,
+            _trunk(config, schedule, dtype),
+            empty_saved_of(config, mesh, schedule.num_rows),
+            empty_gradients_of(config, mesh, schedule.num_gradient_rows),
+            loss.no_sums(head, params["embed"]),
         )
         d_blocks = stage.param_gradients(saved, gradients)
-
-        d_embed = loss.embed_grads(params["embed"], tokens_BT, d_x_BTD, starts_BT1)
-        d_embed["tokens"] = d_embed["tokens"] + d_head.table_VD
+        d_embed, d_norm = loss.summed_grads(sums, weight)
         grads = {
             "embed": d_embed,
             "blocks": [jax.tree.map(lambda g: g[None], layer) for layer in d_blocks],
-            "norm": d_head.norm,
+            "norm": d_norm,
         }
-        total, grads = psum((total, grads), "data")
+        total, grads = psum((sums.loss, grads), "data")
         return total / count, jax.tree.map(lambda g: g / scale, grads)
 
     mapped = _over_mesh(config, mesh, local, lambda specs: (PartitionSpec(), specs), num_scalars=1)
@@ -130,14 +142,26 @@ def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapp
 
 def make_loss(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapped:
     """`(params, rows)` (`data.make_row`) to the mean loss in nats per token."""
+    V, dtype = config.model.vocab_size, compute_dtype(config.precision, mesh)
 
     def local(params: Params, rows: Array) -> Array:
-        tokens_BT, targets_BT, starts_BT1 = _split(config, rows)
-        params = for_compute(config, mesh, params)
+        batch, params = _Batch.of(config, rows), for_compute(config, mesh, params)
         head = make_head(config, mesh, params)
-        y_BTD = _infer(config, mesh, schedule, params, tokens_BT, starts_BT1)
-        total = loss.cross_entropy(head, y_BTD, targets_BT, config.model.vocab_size)
-        return psum(total, "data") / _count(targets_BT)
+        stage = make_stage(config, mesh, params, batch.starts_BT1)
+
+        def turn(y_BTD: Array, row: Array | int, total: Array) -> tuple[Array, Array]:
+            targets = batch.part(row, len(y_BTD)).targets_BT
+            return y_BTD, total + loss.cross_entropy(head, y_BTD, targets, V)
+
+        _, _, total = execute(
+            schedule,
+            StepWork(_embedding(params, batch, dtype), stage.infer, turn),
+            _trunk(config, schedule, dtype),
+            empty_caches_of(config, mesh, dtype, schedule.num_rows),
+            (),
+            varying(jnp.float32(0), ("data",)),
+        )
+        return psum(total, "data") / _count(batch.targets_BT)
 
     return _over_mesh(config, mesh, local, lambda _: PartitionSpec())
 
@@ -188,8 +212,7 @@ def make_decode(config: Config, mesh: Mesh) -> Wrapped:
 
 def empty_decode_caches(config: Config, mesh: Mesh) -> list[KVCache]:
     """Caches for `make_decode`, with one sequence a data shard, `[P, B, H, T, K]`."""
-    _, *shape_HTK = cache_shape(config, mesh)
-    shape = mesh.shape["data"], *shape_HTK
+    shape = cache_shape(config, mesh.shape["data"])
     dtype, num_layers = compute_dtype(config.precision, mesh), layers_per_stage(config, mesh)
 
     @partial(jax.jit, out_shardings=_decode_sharding(mesh))
@@ -214,13 +237,15 @@ def make_stage_work(config: Config, mesh: Mesh, items: Sequence[Item]) -> Wrappe
     def local(params: Params, x_BTD: Array, forward: Array, backward: Array) -> Array:
         stage = make_stage(config, mesh, for_compute(config, mesh, params))
         x_BTD = x_BTD.astype(dtype)
-        y_BTD, saved = sweep(forward, items, stage.forward, x_BTD, empty_saved_of(config, mesh))
+        B = len(x_BTD)
+        saved = empty_saved_of(config, mesh, B)
+        y_BTD, saved = sweep(forward, items, stage.forward, x_BTD, saved)
         d_x_BTD, gradients = sweep(
             backward,
             items,
             partial(stage.backward, saved),
             x_BTD,
-            empty_gradients_of(config, mesh),
+            empty_gradients_of(config, mesh, B),
             reverse=True,
         )
         total = sum(
@@ -243,26 +268,41 @@ def make_transfer(config: Config, mesh: Mesh, item: Item) -> Wrapped:
     return _over_mesh(config, mesh, local, lambda _: PartitionSpec(), num_scalars=1)
 
 
-def _infer(
-    config: Config,
-    mesh: Mesh,
-    schedule: Schedule,
-    params: Params,
-    tokens_BT: Array,
-    starts_BT1: Array | None,
-) -> Array:
-    stage = make_stage(config, mesh, params, starts_BT1)
-    dtype = compute_dtype(config.precision, mesh)
-    shape_BHTK = (tokens_BT.shape[0], *cache_shape(config, mesh)[1:])
-    caches = empty_caches(len(stage.params), shape_BHTK, dtype)
-    y_BTD, _ = sweep(
-        schedule.forward,
-        schedule.items,
-        stage.infer,
-        loss.embed(params["embed"], tokens_BT, dtype, starts_BT1),
-        caches,
-    )
-    return y_BTD
+class _Batch(NamedTuple):
+    """The rows of a data shard."""
+
+    tokens_BT: Array
+    targets_BT: Array
+    starts_BT1: Array | None
+    """Of documents, where these do not see each other."""
+
+    @classmethod
+    def of(cls, config: Config, rows: Array) -> "_Batch":
+        """From what `data.make_row` has made."""
+        if not config.data.marks_documents:
+            return cls(rows[:, :-1], rows[:, 1:], None)
+        tokens_BT, targets_BT, starts_BT = rows.swapaxes(0, 1)
+        see_others = config.data.cross_document_attention
+        return cls(tokens_BT, targets_BT, None if see_others else starts_BT[..., None])
+
+    def part(self, row: Array | int, num_rows: int) -> "_Batch":
+        """Some of the rows."""
+        return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, row, num_rows), self)
+
+
+def _embedding(params: Params, batch: _Batch, dtype: Any) -> Callable[[Array | int, int], Array]:
+    """The embedding of some rows of the batch."""
+
+    def embed(row: Array | int, num_rows: int) -> Array:
+        tokens, _, starts = batch.part(row, num_rows)
+        return loss.embed(params["embed"], tokens, dtype, starts)
+
+    return embed
+
+
+def _trunk(config: Config, schedule: Schedule, dtype: Any) -> Array:
+    """Room for the rows that are in the pipeline."""
+    return jnp.zeros((schedule.num_rows, config.model.seq_len, config.model.d_model), dtype)
 
 
 def _over_mesh(
@@ -284,17 +324,6 @@ def _over_mesh(
         check_vma=needs_sums(mesh),
     )
     return jax.jit(mapped)
-
-
-def _split(config: Config, rows: Array) -> tuple[Array, Array, Array | None]:
-    """Inputs and targets `[B, T]` of rows (`data.make_row`), and the starts of documents, `[B, T,
-    1]`, where these do not see each other.
-    """
-    if not config.data.marks_documents:
-        return rows[:, :-1], rows[:, 1:], None
-    tokens_BT, targets_BT, starts_BT = rows.swapaxes(0, 1)
-    see_others = config.data.cross_document_attention
-    return tokens_BT, targets_BT, None if see_others else starts_BT[..., None]
 
 
 def _count(targets_BT: Array) -> Array:

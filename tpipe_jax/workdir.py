@@ -8,10 +8,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tpipe_jax.config import Config, UserError, from_dict, to_dict
+from tpipe_jax.estimate import predicted_timeline
 from tpipe_jax.layer import forward_flops
-from tpipe_jax.planner import predicted_timeline
 from tpipe_jax.plans import Plan
-from tpipe_jax.schedule import Timeline, simulate, terapipe
+from tpipe_jax.schedule import make_schedule
+from tpipe_jax.simulate import Timeline, simulate
 from tpipe_jax.timeline import (
     EXPECTED,
     MEASURED,
@@ -58,7 +59,7 @@ def describe_in_files(
     """Writes config.json, plan.json, timeline.png and timeline.json, which keeps the measured ticks
     of an earlier start with these slices. Raises `UserError` if it cannot.
     """
-    schedule = terapipe(plan)
+    schedule = make_schedule(plan)
     slices = f"{len(schedule.items)} slices ({'sequences x ' * (plan.batch_size > 1)}tokens)"
     title = f"{slices} on {schedule.num_stages} stages, "
     if plan.prediction:
@@ -93,7 +94,7 @@ def write_config(config: Config, workdir: Path) -> None:
 def add_measured_ticks(workdir: Path, plan: Plan, step: int, timeline: Timeline) -> None:
     """Adds a step as it was to timeline.json. Raises `UserError` if it cannot."""
     path, name = workdir / "timeline.json", f"measured, step {step}"
-    measured = trace_events(MEASURED, name, terapipe(plan), timeline)
+    measured = trace_events(MEASURED, name, make_schedule(plan), timeline)
     with writing_to(workdir):
         write_trace(path, read_trace(path, EXPECTED) + measured)
 

@@ -1,0 +1,116 @@
+"""Plans under several schedules, and which one is taken."""
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from test_latency import profile
+from tpipe_jax.config import ScheduleName, UserError
+from tpipe_jax.estimate import predicted_timeline
+from tpipe_jax.latency import LatencyTable
+from tpipe_jax.planner import GIB, Planning, find_plan
+from tpipe_jax.plans import Plan, PlanRequest, uniform
+from tpipe_jax.schedule import make_schedule, slice_order
+from tpipe_jax.simulate import simulate
+
+
+def plan(request: PlanRequest, limit: float | None = None) -> Planning:
+    return find_plan(profile().table(8), request, [1.0] * request.num_stages, limit)
+
+
+def seconds(planned: Plan) -> float:
+    assert planned.prediction is not None
+    return planned.prediction.step_seconds
+
+
+def makespan(table: LatencyTable, planned: Plan) -> float:
+    """From the file's own indices."""
+    schedule = make_schedule(planned)
+    times = []
+    for own in (table.forward, table.backward):
+        times.append([])
+        for m, n in slice_order(schedule, planned):
+            tokens = planned.token_slices[m]
+            context = sum(tokens[:n]) // table.unit_tokens
+            units = tokens[n] // table.unit_tokens
+            times[-1].append(float(own[planned.batch_slices[m] - 1, units - 1, context]))
+    return simulate(schedule, *times).step_seconds
+
+
+@pytest.mark.parametrize("num_stages", [1, 2, 5])
+def test_1f1b_is_planned_with_its_own_makespan(num_stages: int):
+    """And found is no worse than any plan of equal slices."""
+    table = replace(profile().table(16), profile=None)
+    request = PlanRequest(num_stages, 4, 128, schedule="1f1b")
+    planning = find_plan(table, request, [1.0] * num_stages)
+    assert planning.plan.schedule == "1f1b"
+    assert seconds(planning.plan) == pytest.approx(makespan(table, planning.plan))
+    assert planning.plan.prediction is not None
+    assert planning.plan.prediction.lower_bound_seconds <= seconds(planning.plan) * (1 + 1e-9)
+    for num_batch, num_tokens in itertools.product((2, 4), range(1, 9)):
+        tokens = tuple(16 * n for n in uniform(8, num_tokens))
+        sizes = uniform(4, num_batch)
+        other = Plan(num_stages, sizes, (tokens,) * num_batch, schedule="1f1b")
+        assert seconds(planning.plan) <= makespan(table, other) * (1 + 1e-9)
+        assert planning.plan.prediction.lower_bound_seconds <= makespan(table, other) * (1 + 1e-9)
+
+
+def test_given_slices_are_kept_under_1f1b():
+    for batch, tokens in (((1, 2, 1), None), (None, (100, 28)), ((3, 1), (64, 64))):
+        planned = plan(PlanRequest(2, 4, 128, batch, tokens, "1f1b")).plan
+        assert batch is None or planned.batch_slices == batch
+        assert tokens is None or set(planned.token_slices) == {tokens}
+
+
+def test_of_schedules_that_take_as_long_the_smaller_one_is_taken():
+    """Equal slices, whatever the context: both schedules take (S + P - 1) (f + b)."""
+    forward = np.ones((1, 1, 1))
+    table = LatencyTable(128, forward, forward)
+    planning = find_plan(table, PlanRequest(2, 8, 128), [1.0] * 2)
+    assert [option.plan.schedule for option in planning.options] == ["terapipe", "1f1b"]
+    assert {seconds(option.plan) for option in planning.options} == {18}
+    assert planning.plan.schedule == "terapipe"  # what they keep is not known
+    measured = plan(PlanRequest(2, 8, 128, (1,) * 8, (128,)))
+    terapipe, other = measured.options
+    assert terapipe.activation_bytes == (7 + 3) * 8 * 128
+    assert other.activation_bytes == 7 * 3 * 128 + 3 * 128
+    assert measured.plan.schedule == "1f1b"
+    assert terapipe.bubble == pytest.approx(other.bubble)
+
+
+def test_a_limit_leaves_the_schedule_that_keeps_less():
+    request = PlanRequest(2, 8, 128, (1,) * 8, (128,))
+    limit = 1000 + 7 * 3 * 128 + 3 * 128 + 100 * 128
+    tight = plan(request, limit)
+    assert [option.fits for option in tight.options] == [False, True]
+    assert tight.plan.schedule == "1f1b"
+    with pytest.raises(UserError, match=r"is 0\.5 GiB too little for any plan"):
+        plan(request, limit - GIB / 2)
+    free = plan(replace(request, schedule="terapipe"), 10 * limit)
+    assert [option.plan.schedule for option in free.options] == ["terapipe"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "schedules"),
+    [
+        (PlanRequest(2, 1, 128), {"terapipe"}),
+        (PlanRequest(2, 4, 128, batch_slices=(4,)), {"terapipe"}),
+        (PlanRequest(2, 4, 128, batch_slices=(3, 1)), {"terapipe", "1f1b"}),
+        (PlanRequest(2, 4, 128, schedule="1f1b"), {"1f1b"}),
+    ],
+    ids=str,
+)
+def test_one_batch_slice_has_one_schedule(request_: PlanRequest, schedules: set[ScheduleName]):
+    assert {option.plan.schedule for option in plan(request_).options} == schedules
+
+
+def test_stages_of_unequal_speed_under_1f1b():
+    request = PlanRequest(3, 4, 128, schedule="1f1b")
+    factors = [1.0, 1.0, 0.5]
+    planned = find_plan(profile().table(8), request, factors).plan
+    assert planned.prediction is not None
+    inside = predicted_timeline(planned, factors).step_seconds
+    assert seconds(planned) == pytest.approx(inside + planned.prediction.outside_seconds)
+    assert planned.prediction.lower_bound_seconds <= seconds(planned)
