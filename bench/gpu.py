@@ -2,9 +2,11 @@
 
     python bench/gpu.py
     python bench/gpu.py --seq-len=8192 --backend=cudnn --remat=dots --slices=1 --slices=16
+    python bench/gpu.py --seq-len=2048 --slices=1 --batch-slices=8
     python bench/gpu.py --num-layers=1 --d-model=64 --num-heads=2 --seq-len=128 --batch-tokens=256
 
-The second is a part of the table, the last one small enough for a CPU. For each sequence length
+The second is a part of the table, the third sends one sequence after another through the GPU under
+each schedule, the last one is small enough for a CPU. For each sequence length
 there is one table: step time (loss, gradients, AdamW; median over the rounds, in which all programs
 take turns), tokens/s, TFLOP/s, its share of what one large matrix product reaches on this GPU (MFU;
 what is computed again is not counted as work), the speed relative to one slice, and memory, as XLA
@@ -43,6 +45,7 @@ from tpipe_jax.config import (
     MemoryConfig,
     ModelConfig,
     PlanConfig,
+    ScheduleName,
     TrainConfig,
     UserError,
     resolved,
@@ -57,7 +60,7 @@ from tpipe_jax.plans import Plan, read_settings
 from tpipe_jax.precision import compute_dtype, resolve_precision
 from tpipe_jax.profiler import Profiler
 from tpipe_jax.remat import POLICIES, saved_names
-from tpipe_jax.schedule import make_schedule
+from tpipe_jax.schedule import SCHEDULES, make_schedule
 from tpipe_jax.train_state import abstract_rows, abstract_state, init_state
 from tpipe_jax.train_step import make_train_step
 
@@ -73,6 +76,8 @@ class Program:
     name: str
     num_slices: int
     is_deferred: bool = False
+    batch_slices: int = 1
+    schedule: ScheduleName = "terapipe"
     step: Compiled | None = None
     num_bytes: int = 0
     failure: str = ""
@@ -80,7 +85,14 @@ class Program:
     times: list[float] = field(default_factory=list)
 
     def __str__(self) -> str:
-        return f"{self.name}, {self.num_slices} slices{', deferred' if self.is_deferred else ''}"
+        return f"{self.name}, {self.slices} slices"
+
+    @property
+    def slices(self) -> str:
+        """Of each batch slice."""
+        more = [" defer"] if self.is_deferred else []
+        more += [f" {self.schedule}"] if self.batch_slices > 1 else []
+        return f"{self.num_slices}{''.join(more)}"
 
     @property
     def seconds(self) -> float:
@@ -123,7 +135,7 @@ def check(args: argparse.Namespace) -> None:
         saved_names(remat)
     for seq_len in args.seq_len:
         for num_slices in args.slices:
-            plan_of(make_config(args, seq_len), num_slices)
+            plan_of(make_config(args, seq_len), Program("", num_slices, False, args.batch_slices))
 
 
 def make_config(args: argparse.Namespace, seq_len: int) -> Config:
@@ -138,12 +150,12 @@ def make_config(args: argparse.Namespace, seq_len: int) -> Config:
     return resolved(Config(model=model, train=train))
 
 
-def plan_of(config: Config, num_slices: int) -> Plan:
-    """Slices of all sequences of the batch at once."""
-    slices = PlanConfig(f"uniform:{num_slices}", "uniform:1")
-    plan = read_settings(replace(config, plan=slices))
+def plan_of(config: Config, program: Program) -> Plan:
+    """As many slices of each batch slice."""
+    slices = f"uniform:{program.num_slices}", f"uniform:{program.batch_slices}"
+    plan = read_settings(replace(config, plan=PlanConfig(*slices)))
     assert isinstance(plan, Plan)  # all slices are given
-    return plan
+    return replace(plan, schedule=program.schedule)
 
 
 def product_rate(size: int, dtype: jnp.dtype) -> float:
@@ -176,9 +188,9 @@ def compile_programs(args: argparse.Namespace, base: Config, mesh: Mesh) -> list
             print(f"without {backend}: {error}", flush=True)
             continue
         for remat in args.remat:
-            for num_slices, is_deferred in variants(args):
-                program = Program(f"{backend}, {remat}", num_slices, is_deferred)
-                memory = MemoryConfig(remat=remat, defer_weight_grads=is_deferred)
+            for variant in variants(args):
+                program = Program(f"{backend}, {remat}", *variant)
+                memory = MemoryConfig(remat=remat, defer_weight_grads=program.is_deferred)
                 start = time.perf_counter()
                 compile_into(program, replace(config, memory=memory), mesh)
                 seconds = time.perf_counter() - start
@@ -191,16 +203,22 @@ def compile_programs(args: argparse.Namespace, base: Config, mesh: Mesh) -> list
     return programs
 
 
-def variants(args: argparse.Namespace) -> list[tuple[int, bool]]:
-    """Numbers of slices, and whether gradients of weights are deferred until all are done."""
+def variants(args: argparse.Namespace) -> list[tuple[int, bool, int, ScheduleName]]:
+    """Numbers of slices, whether gradients of weights are deferred until all are done, and batch
+    slices with each schedule, of which deferring needs the first.
+    """
+    schedules = list(SCHEDULES) if args.batch_slices > 1 else ["terapipe"]
     return [
-        (n, d) for n in args.slices for d in ((False, True) if args.defer and n > 1 else (False,))
+        (n, is_deferred, args.batch_slices, schedule)
+        for n in args.slices
+        for is_deferred in ((False, True) if args.defer and n > 1 else (False,))
+        for schedule in (schedules[:1] if is_deferred else schedules)
     ]
 
 
 def compile_into(program: Program, config: Config, mesh: Mesh) -> None:
     optimizer = make_optimizer(config.optim, config.train.num_steps)
-    schedule = make_schedule(plan_of(config, program.num_slices))
+    schedule = make_schedule(plan_of(config, program))
     try:
         step = compile_checked(
             make_train_step(config, mesh, schedule, optimizer),
@@ -253,27 +271,26 @@ def report(config: Config, programs: list[Program], rate: float, peer: dict | No
     tokens, flops = config.train.batch_size * config.model.seq_len, step_flops(config)
     print(f"\n{config.train.batch_size} x {config.model.seq_len} tokens")
     print(
-        f"{'attention, saved':20} {'slices':>8} {'step ms':>9} {'tokens/s':>9} {'TFLOP/s':>8} "
+        f"{'attention, saved':20} {'slices':>10} {'step ms':>9} {'tokens/s':>9} {'TFLOP/s':>8} "
         f"{'MFU':>6} {'of whole':>8} {'GiB':>6}"
     )
 
     def row(name: str, num_slices: str, own: float, of_whole: float, num_bytes: int) -> None:
         print(
-            f"{name:20} {num_slices:>8} {1e3 * own:9.2f} {tokens / own:9.0f} "
+            f"{name:20} {num_slices:>10} {1e3 * own:9.2f} {tokens / own:9.0f} "
             f"{flops / own / 1e12:8.4g} {flops / own / rate:6.1%} {of_whole:8.1%} "
             f"{num_bytes / GIB:6.1f}"
         )
 
     timed = [p for p in programs if p.step]
-    whole = {p.name: p.seconds for p in timed if p.num_slices == 1}
+    whole = {(p.name, p.schedule): p.seconds for p in timed if p.num_slices == 1}
     for program in programs:
-        slices = f"{program.num_slices}{' defer' if program.is_deferred else ''}"
         if program.step:
             own = program.seconds
-            of_whole = whole.get(program.name, math.nan) / own
-            row(program.name, slices, own, of_whole, program.num_bytes)
+            of_whole = whole.get((program.name, program.schedule), math.nan) / own
+            row(program.name, program.slices, own, of_whole, program.num_bytes)
         else:
-            print(f"{program.name:20} {slices:>8} {program.failure}")
+            print(f"{program.name:20} {program.slices:>10} {program.failure}")
     if peer:
         expected = num_params(config.model)
         assert peer["num_params"] == expected, f"{peer['num_params']} parameters, not {expected}"
@@ -346,6 +363,9 @@ def parse_args(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--remat", action="append", help=f"default {', '.join(POLICIES)}")
     parser.add_argument(
         "--defer", action="store_true", help="slices with config.memory.defer_weight_grads too"
+    )
+    parser.add_argument(
+        "--batch-slices", type=int, default=1, help="of the sequences, under each schedule"
     )
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--product", type=int, default=8192, help="size of the product for MFU")

@@ -19,9 +19,9 @@ import pytest
 import reference
 import several
 from tpipe_jax import model
-from tpipe_jax.config import ModelConfig
+from tpipe_jax.config import ModelConfig, ScheduleName
 from tpipe_jax.plans import Plan
-from tpipe_jax.schedule import terapipe
+from tpipe_jax.schedule import SCHEDULES, make_schedule, terapipe
 from tpipe_jax.simulate import simulate
 
 BENCH = several.ROOT / "bench"
@@ -78,13 +78,16 @@ def test_the_formula_of_a_paper_s_step_is_the_makespan_of_its_schedule(
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="the sleeping stages need a C++ compiler")
-def test_stages_that_sleep_take_no_less_than_their_makespan(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_stages_that_sleep_take_no_less_than_their_makespan(
+    name: ScheduleName, monkeypatch: pytest.MonkeyPatch
+):
     """Which a stage that does not wait for its neighbour would, or one that skips a slice."""
     monkeypatch.syspath_prepend(BENCH)
     emulated = importlib.import_module("emulated")
     emulated.load_sleep()
-    plan = Plan(3, (1, 1), ((5, 3), (4, 4)))
-    schedule = terapipe(plan)
+    plan = Plan(3, (1, 1), ((5, 3), (4, 4)), schedule=name)
+    schedule = make_schedule(plan)
     seconds = np.random.default_rng(0).uniform(0.05, 0.15, (2, len(schedule.items)))
     times = [
         {(item.row, item.token): float(t) for item, t in zip(schedule.items, own, strict=True)}
@@ -115,13 +118,16 @@ OPTIONS = f"{SIZES} --batch-tokens={B * T} --slices=1 --slices=2 --remat=full --
 
 
 def test_figures_of_a_program_agree():
-    options = [*OPTIONS, "--product=256", "--no-torch", "--no-latency"]
+    """One sequence after another, under each schedule."""
+    options = [*OPTIONS, "--product=256", "--no-torch", "--no-latency", f"--batch-slices={B}"]
     done = subprocess.run(
         [sys.executable, BENCH / "gpu.py", *options], capture_output=True, text=True, check=True
     )
     rate = float(re.findall(r"runs at (\S+) TFLOP/s", done.stdout)[0])
-    rows = re.findall(r"^xla, full +(\d+)" + r" +([\d.]+)%?" * 6 + "$", done.stdout, re.MULTILINE)
-    assert [int(row[0]) for row in rows] == [1, 2], done.stdout
+    pattern = r"^xla, full +(\d+ \w+)" + r" +([\d.]+)%?" * 6 + "$"
+    rows = re.findall(pattern, done.stdout, re.MULTILINE)
+    names = [f"{n} {schedule}" for n in (1, 2) for schedule in SCHEDULES]
+    assert [row[0] for row in rows] == names, done.stdout
     matrices, pairs = 12 * D * D * L + D * V, B * T * (T + 1) / 2
     flops = 3 * (2 * matrices * B * T + 4 * D * pairs * L)
     for row in rows:
@@ -129,7 +135,8 @@ def test_figures_of_a_program_agree():
         assert tokens_per_second == pytest.approx(B * T / ms * 1e3, rel=0.02)
         assert tflops == pytest.approx(flops / ms * 1e-9, rel=0.02)
         assert mfu == pytest.approx(100 * tflops / rate, rel=0.02)
-        assert of_whole == pytest.approx(100 * float(rows[0][1]) / ms, rel=0.02)
+        whole = next(own for own in rows if own[0] == f"1 {row[0].split()[1]}")
+        assert of_whole == pytest.approx(100 * float(whole[1]) / ms, rel=0.02)
     assert "without cudnn: config.attention.backend=cudnn needs GPUs" in done.stdout
 
 

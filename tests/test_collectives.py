@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpipe_jax.collectives import check_branches, compile_checked, find_collectives
 from tpipe_jax.config import MeshConfig, UserError
+from tpipe_jax.inplace import run_on_all_if
 from tpipe_jax.mesh import make_mesh
 from tpipe_jax.pipeline import varying
 
@@ -145,3 +147,22 @@ def test_all_ways_to_write_groups_are_read(groups: str, expected: tuple):
     [collective] = find_collectives(text)
     assert collective.groups == expected
     assert collective.stays_within(8) == bool(expected)
+
+
+def test_branches_that_all_devices_take_may_exchange(mesh: Mesh):
+    """And what is in a branch of theirs that only some take may not."""
+
+    def summed(x: Array) -> Array:
+        return varying(lax.psum(x, "pipe"))
+
+    def local(function: Callable[[Array], Array], x: Array, w: Array) -> Array:
+        return run_on_all_if(w.sum() > 0, function, varying(x))
+
+    run, x, w = staged(mesh, partial(local, summed))
+    compiled = compile_checked(run, mesh, x, w)
+    found = [c for c in find_collectives(compiled.as_text()) if "psum" in c.name]
+    assert [c.in_branch for c in found] == [False]
+    np.testing.assert_allclose(compiled(x, w)[0], [2] * 8)
+    run, x, w = staged(mesh, partial(local, partial(on_first_stage, summed)))
+    with pytest.raises(UserError, match="would hang"):
+        compile_checked(run, mesh, x, w)

@@ -24,6 +24,7 @@ from tpipe_jax.config import (
     ModelConfig,
     PlanConfig,
     PrecisionConfig,
+    ScheduleName,
     TrainConfig,
 )
 from tpipe_jax.fused import cudnn_kernel, grouped
@@ -77,10 +78,12 @@ def test_blocks_equal_float64(L: int) -> None:
             reference.assert_close(run(s, blockwise(128)), expect(s), TOLERANCE)
 
 
-def config_of(token_slices: str, compute: Format, backend: Backend) -> Config:
+def config_of(
+    token_slices: str, compute: Format, backend: Backend, schedule: ScheduleName = "terapipe"
+) -> Config:
     return Config(
         model=ModelConfig(2, 128, 2, 256, vocab_size=50, seq_len=384),
-        plan=PlanConfig(token_slices, "2,1"),
+        plan=PlanConfig(token_slices, "1,1,1", schedule=schedule),
         train=TrainConfig(batch_size=3),
         precision=PrecisionConfig(compute=compute),
         attention=AttentionConfig(backend, 128),
@@ -103,7 +106,10 @@ def expected() -> Any:
         return jax.device_get(jax.jit(function)(params, jnp.asarray(rows)))
 
 
-@pytest.mark.parametrize("token_slices", ["384", "128,100,92,64", "30,354"])
+@pytest.mark.parametrize(
+    ("token_slices", "schedule"),
+    [("384", "terapipe"), ("30,354", "terapipe"), ("128,100,92,64", "1f1b")],
+)
 @pytest.mark.parametrize(
     ("compute", "backend", "tolerance"),
     [
@@ -114,9 +120,13 @@ def expected() -> Any:
     ],
 )
 def test_loss_and_gradients_equal_the_unpipelined_models(
-    token_slices: str, compute: Format, backend: Backend, tolerance: float
+    token_slices: str,
+    schedule: ScheduleName,
+    compute: Format,
+    backend: Backend,
+    tolerance: float,
 ) -> None:
-    config, (params, rows) = config_of(token_slices, compute, backend), inputs()
+    config, (params, rows) = config_of(token_slices, compute, backend, schedule), inputs()
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     step = make_loss_and_grads(config, mesh, make_schedule(reference.plan_of(config)))
     with jax.default_matmul_precision("highest"):

@@ -91,21 +91,23 @@ def cross_entropy_and_grads(
 ) -> tuple[Array, Head, Array]:
     """Of one part of the batch after another, with gradients of WEIGHT times the loss."""
     nothing = {"tokens": head.table_VD, "positions": jnp.zeros((1, D))}
-    sums, d_y = loss.no_sums(head, nothing), []
+    sums, d_y = loss.no_sums(nothing, head.norm), []
     for rows in parts(len(y)):
         of_part = y[rows], targets[rows], vocab_size, WEIGHT
         sums, d_y_part = loss.add_cross_entropy_and_grads(sums, head, *of_part)
         d_y.append(d_y_part)
-    d_embed, d_norm = loss.summed_grads(sums, WEIGHT)
-    return sums.loss, Head(d_norm, d_embed["tokens"]), jnp.concatenate(d_y)
+    d_table = loss.embed_gradients(sums, WEIGHT)["tokens"]
+    d_head = Head(lax.psum(sums.d_norm, "pipe"), d_table)
+    return sums.loss, d_head, jnp.concatenate(d_y)
 
 
 def embed_grads(params: Params, tokens: Array, d_x: Array) -> Params:
     """Of one part of the batch after another."""
-    d_params = loss.no_sums(Head({}, params["tokens"]), params).d_embed
+    sums = loss.no_sums(params, {})
     for rows in parts(len(tokens)):
-        d_params = loss.add_embed_grads(d_params, tokens[rows], d_x[rows])
-    return d_params
+        d_embed = loss.add_embed_grads(sums.d_embed, tokens[rows], d_x[rows], WEIGHT)
+        sums = sums._replace(d_embed=d_embed)
+    return loss.embed_gradients(sums, WEIGHT)
 
 
 def check_loss(config: MeshConfig, vocab_size: int) -> None:

@@ -36,7 +36,7 @@ EVENTS = [
 ]
 
 
-def test_work_lies_between_the_loop_s_start_and_the_transfer():
+def test_work_lies_between_the_conditional_s_start_and_the_transfer():
     """Stage 0 idles in the last tick forward and in the first one backward."""
     first = [Box(0, 0, False, 1, 2), Box(0, 1, False, 3.5, 6), Box(0, 1, True, 12.5, 14)]
     assert stage_boxes(EVENTS, LANES, SCHEDULE, 0) == [*first, Box(0, 0, True, 15.5, 18)]
@@ -70,7 +70,7 @@ def test_ticks_with_both_directions():
 @pytest.mark.parametrize(
     ("events", "lanes"),
     [([], LANES), (EVENTS[1:], LANES), (EVENTS[:-1], LANES), (EVENTS, LANES[:1])],
-    ids=["no events", "no loop", "a transfer less", "one lane"],
+    ids=["no events", "no conditional", "a transfer less", "one lane"],
 )
 def test_events_that_are_not_of_a_step_give_nothing(events: list[Event], lanes: list[Lane]):
     assert stage_boxes(events, lanes, SCHEDULE, 0) == []
@@ -87,15 +87,17 @@ TEXT = """\
 }
 
 ENTRY %main (p: f32[]) -> f32[] {
-  %while.3 = (f32[]) while(%p), condition=%c, body=%other
-  ROOT %while.4 = (f32[]) while(%p), condition=%c, body=%body.1, metadata={op_name="jit/while"}
+  %cond.3 = (f32[]) conditional(%p, %a, %b), branch_computations={%other, %nothing}
+  %cond.4 = (f32[]) conditional(%p, %a, %b), branch_computations={%nothing, %body.1}
+  ROOT %cond.5 = (f32[]) conditional(%p, %a), true_computation=%body.1, false_computation=%nothing
 }
 """
 
 
-def test_a_lane_is_a_loop_that_hands_on():
+def test_a_lane_is_a_conditional_that_hands_on():
     """Not one in which XLA moves values about, as it may where operators are divided."""
-    assert find_lanes(TEXT) == [Lane("while.4", frozenset({"t.1", "t.2"}))]
+    transfers = frozenset({"t.1", "t.2"})
+    assert find_lanes(TEXT) == [Lane("cond.4", transfers), Lane("cond.5", transfers)]
 
 
 def test_boxes_of_all_processes_start_at_nought():

@@ -1,7 +1,8 @@
 """What devices exchange in a compiled program, read from its text.
 
 Stages take different branches, so what a branch exchanges must stay within one stage: there, all
-devices of 'model' take the same branch. Other exchanges wait for devices that never come. GSPMD
+devices of 'model' take the same branch. Other exchanges wait for devices that never come, but in
+branches that all devices take alike (`inplace.run_on_all_if`). GSPMD
 inserts exchanges where operators are divided in ways that don't fit together, so every program is
 looked through before it runs.
 """
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled, Wrapped
 
 from tpipe_jax.config import UserError
+from tpipe_jax.inplace import ON_ALL
 
 _KINDS = (
     "all-reduce",
@@ -31,6 +33,8 @@ _KINDS = (
 _OPERATION = re.compile(rf" ({'|'.join(_KINDS)})(?:-start)?\(")
 _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _BRANCHES = re.compile(r"\b(?:branch|true|false)_computations?=(?:\{([^}]*)\}|%?([\w.-]+))")
+_CONDITIONAL = re.compile(r"^ *(?:ROOT )?%?([\w.-]+) = .* conditional\(")
+_TAKEN_BY_ALL = re.compile(rf'op_name="[^"]*/{ON_ALL}/cond"')
 _CALLED = re.compile(
     r"\b(?:branch_computations|called_computations|calls|to_apply|body|condition"
     r"|(?:true|false)_computation)=(?:\{([^}]*)\}|%?([\w.-]+))"
@@ -69,7 +73,13 @@ def find_collectives(text: str) -> list[Collective]:
     assert computations, "this is not the text of a compiled program"
     called = {name: set(_names(_CALLED, body)) for name, body in computations.items()}
     reached: set[str] = set()
-    new = {branch for body in computations.values() for branch in _names(_BRANCHES, body)}
+    new = {
+        branch
+        for body in computations.values()
+        for line in body.splitlines()
+        if not _TAKEN_BY_ALL.search(line)
+        for branch in _names(_BRANCHES, line)
+    }
     while new:
         reached |= new
         new = set().union(*(called.get(name, set()) for name in new)) - reached
@@ -111,6 +121,13 @@ def split_computations(text: str) -> Iterator[tuple[str, str]]:
             yield name, "\n".join(lines)
         else:
             lines.append(line)
+
+
+def conditionals(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Each conditional of a compiled program, and its branches, as computations."""
+    for line in text.splitlines():
+        if (found := _CONDITIONAL.match(line)) and (branches := list(_names(_BRANCHES, line))):
+            yield found[1], branches
 
 
 def _names(pattern: re.Pattern[str], body: str) -> Iterator[str]:

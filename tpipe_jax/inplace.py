@@ -7,10 +7,11 @@ Every buffer has sequences on its first axis and tokens on its last but one, as 
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
-import jax.numpy as jnp
+import jax
 from jax import Array, lax
 
 Carry = TypeVar("Carry")
+ON_ALL = "on_all_devices"  # in the names of conditionals that all devices take alike
 
 
 class Position(NamedTuple):
@@ -39,13 +40,14 @@ def write(buffer: Array, value: Array, at: Position) -> Array:
     return lax.dynamic_update_slice(buffer, value.astype(buffer.dtype), _start(buffer, at))
 
 
-def run_on_all_if(condition: Array, function: Callable[[Carry], Carry], carry: Carry) -> Carry:
-    """As `run_if`, for a condition that is the same on all devices: the function may have them
-    exchange values.
-
-    It is a loop of one turn or none, since a conditional is where devices may part.
+def run_on_all_if(
+    condition: Array | bool, function: Callable[[Carry], Carry], carry: Carry
+) -> Carry:
+    """As `run_if`, for a condition that is the same on all devices: in the function they may
+    exchange values, since all come to it, as the name tells `collectives.check_branches`.
     """
-    return lax.fori_loop(0, condition.astype(jnp.int32), lambda _, carry: function(carry), carry)
+    with jax.named_scope(ON_ALL):
+        return lax.cond(condition, function, lambda carry: carry, carry)
 
 
 def run_if(condition: Array | bool, function: Callable[[Carry], Carry], carry: Carry) -> Carry:

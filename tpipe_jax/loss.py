@@ -29,7 +29,7 @@ _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 class Head(NamedTuple):
-    """Parameters of the head, or the gradients with respect to them."""
+    """Parameters of the head."""
 
     norm: Params
     table_VD: Array
@@ -37,33 +37,30 @@ class Head(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What parts of a batch add up to, for which all stages meet."""
+    """What parts of a batch add up to, for which all stages meet; float32."""
 
     loss: Array
-    """Negative log-likelihood in nats, float32."""
-    d_head: Head
-    """Gradients: of the norm those of this stage's logits; of the table those of SCALE times the
-    loss, whatever its weight."""
+    """Negative log-likelihood in nats."""
     d_embed: Params
-    """Gradients of the embedding: each stage has its own rows of the table."""
+    """Gradients of the embedding. Each stage has its own rows of the table, which the head has too,
+    in units of weight / SCALE, with which a GPU adds up products as it computes them."""
+    d_norm: Params
+    """Gradients of the final norm, of which each stage has those of its own logits."""
 
 
-def no_sums(head: Head, embed: Params) -> Sums:
+def no_sums(embed: Params, norm: Params) -> Sums:
     """Zeros, for these parameters."""
     zeros = partial(jax.tree.map, partial(jnp.zeros_like, dtype=jnp.float32))
     d_embed = {
         "tokens": varying(zeros(embed["tokens"])),
         "positions": varying(zeros(embed["positions"]), ("data",)),
     }
-    return Sums(varying(jnp.float32(0), ("data",)), varying(zeros(head)), d_embed)
+    return Sums(varying(jnp.float32(0), ("data",)), d_embed, varying(zeros(norm)))
 
 
-def summed_grads(sums: Sums, weight: Array) -> tuple[Params, Params]:
-    """Gradients of the embedding, whose table the head has too, and of the final norm, where the
-    loss has this weight.
-    """
-    d_table_VD = sums.d_embed["tokens"] + weight / SCALE * sums.d_head.table_VD
-    return sums.d_embed | {"tokens": d_table_VD}, psum(sums.d_head.norm, "pipe")
+def embed_gradients(sums: Sums, weight: Array) -> Params:
+    """Those of the embedding, and of the head's table, where the loss has this weight."""
+    return sums.d_embed | {"tokens": weight / SCALE * sums.d_embed["tokens"]}
 
 
 def embed(params: Params, tokens_BT: Array, dtype: Any, starts_BT1: Array | None = None) -> Array:
@@ -90,10 +87,14 @@ def embed(params: Params, tokens_BT: Array, dtype: Any, starts_BT1: Array | None
 
 
 def add_embed_grads(
-    d_params: Params, tokens_BT: Array, d_x_BTD: Array, starts_BT1: Array | None = None
+    d_params: Params,
+    tokens_BT: Array,
+    d_x_BTD: Array,
+    weight: Array,
+    starts_BT1: Array | None = None,
 ) -> Params:
-    """Adds the gradients of `embed` with respect to the parameters to others, float32, from those
-    of the first stage with respect to its result.
+    """Adds the gradients of `embed` with respect to the parameters to `Sums.d_embed`, from those of
+    the first stage with respect to its result.
 
     So many tokens may add to one row that a sum in a shorter format would stand still.
     """
@@ -104,7 +105,7 @@ def add_embed_grads(
         d_x_BLD = from_stage(0, _read(d_x_BTD, here, num_tokens)).astype(jnp.float32)
         d_x_BLD = jnp.where(here.is_new_L[:, None], d_x_BLD, 0)
         rows_BL, is_own_BL = _find_rows(_read(tokens_BT, here, num_tokens), num_rows)
-        d_own_BLD = jnp.where(is_own_BL[..., None], d_x_BLD, 0)
+        d_own_BLD = jnp.where(is_own_BL[..., None], SCALE / weight * d_x_BLD, 0)
         d_positions = d_params["positions"]
         if starts_BT1 is None:
             before_LD = lax.dynamic_slice_in_dim(d_positions, here.token, num_tokens)
@@ -138,17 +139,17 @@ def cross_entropy(head: Head, y_BTD: Array, targets_BT: Array, vocab_size: int) 
 def add_cross_entropy_and_grads(
     sums: Sums, head: Head, y_BTD: Array, targets_BT: Array, vocab_size: int, weight: Array
 ) -> tuple[Sums, Array]:
-    """Adds `cross_entropy`, and the gradients with respect to the head, to the sums.
+    """Adds `cross_entropy`, and the gradients of `weight` times it with respect to the head, to the
+    sums.
 
-    Returns the gradients of `weight` times the loss with respect to `y_BTD` too, on all stages.
-    They take its place, chunk by chunk, so that there is no second buffer of its size. Nothing is
-    summed over 'data'.
+    Returns those with respect to `y_BTD` too, on all stages. They take its place, chunk by chunk,
+    so that there is no second buffer of its size. Nothing is summed over 'data'.
     """
     head, dtype = varying(head), head.table_VD.dtype
     num_tokens, chunks = _chunks(*targets_BT.shape)
 
-    def chunk(carry: tuple[Array, Head, Array], here: _Chunk):
-        total, d_head, buffer_BTD = carry
+    def chunk(carry: tuple[Array, Array, Params, Array], here: _Chunk):
+        total, d_table_VD, d_norm, buffer_BTD = carry
         here_BLD = _read(buffer_BTD, here, num_tokens)
         targets_BL = _targets(targets_BT, here)
 
@@ -158,20 +159,21 @@ def add_cross_entropy_and_grads(
         value, d_logits_BLV = _chunk_loss_and_grads(
             _logits(head.table_VD, normed_BLD, vocab_size), targets_BL, dtype
         )
-        d_table_VD = _dot("blv,bld->vd", d_logits_BLV, normed_BLD)
+        more_VD = _dot("blv,bld->vd", d_logits_BLV, normed_BLD)
         d_normed_BLD = _dot("blv,vd->bld", d_logits_BLV, head.table_VD)
-        d_norm, d_y_BLD = norm_vjp(weight / SCALE * d_normed_BLD)
+        more_of_norm, d_y_BLD = norm_vjp(weight / SCALE * d_normed_BLD)
         # Tokens that were in the chunk before as well have their gradients already.
         d_y_BLD = jnp.where(here.is_new_L[:, None], sum_over("pipe", d_y_BLD), here_BLD)
         return (
             total + value,
-            jax.tree.map(jnp.add, d_head, Head(d_norm, d_table_VD)),
+            d_table_VD + more_VD,
+            jax.tree.map(jnp.add, d_norm, more_of_norm),
             write(buffer_BTD, d_y_BLD, Position(0, here.token)),
         ), None
 
-    start = sums.loss, sums.d_head, varying(y_BTD)
-    (total, d_head, d_y_BTD), _ = lax.scan(chunk, start, chunks)
-    return sums._replace(loss=total, d_head=d_head), d_y_BTD
+    start = sums.loss, sums.d_embed["tokens"], sums.d_norm, varying(y_BTD)
+    (total, d_table_VD, d_norm, d_y_BTD), _ = lax.scan(chunk, start, chunks)
+    return Sums(total, sums.d_embed | {"tokens": d_table_VD}, d_norm), d_y_BTD
 
 
 def logits(head: Head, y: Array, vocab_size: int) -> Array:

@@ -63,6 +63,8 @@ class Stage(NamedTuple):
     starts_BT1: Array | None = None
     """Where the document of each token begins in its sequence, `[B, T, 1]` int32, where documents
     do not see each other; None where they do."""
+    takes_turns: bool = False
+    """Whether sequences go backward one after another in the same rows of `Gradients.cache`."""
 
     def infer(
         self, x_BLD: Array, at: Position, caches: list[KVCache]
@@ -93,7 +95,7 @@ class Stage(NamedTuple):
         """Walks back through the layers; the slices of a sequence must come in descending order."""
         B, L, _ = d_y_BLD.shape
         cache = gradients[0].cache
-        if len(cache.k) < len(saved[0].cache.k):  # the rows may have been another sequence's
+        if self.takes_turns:  # the rows may have been another sequence's
             is_first = at.token + L == cache.k.shape[-2]
             gradients = run_if(is_first, partial(_without_cache, at, B), gradients)
 

@@ -1,9 +1,9 @@
 """When the stages worked in a step that was run, read from a trace of what their devices did.
 
 In each tick in which a direction has any work a stage works, or idles, and then hands its box on.
-Both are a loop of one turn in the program (`inplace.run_on_all_if`), so what lies between the start
-of the loop and its transfer is the work of a tick. Such loops and their transfers are found in the
-text of the program, and then by their names in the trace.
+Both are in a conditional of the program (`inplace.run_on_all_if`), so what lies between the start
+of that and its transfer is the work of a tick. Such conditionals and their transfers are found in
+the text of the program, and then by their names in the trace.
 """
 
 import json
@@ -21,7 +21,7 @@ import jax
 from jax.profiler import ProfileData
 from jax.sharding import Mesh
 
-from tpipe_jax.collectives import split_computations
+from tpipe_jax.collectives import conditionals, split_computations
 from tpipe_jax.config import Config, UserError
 from tpipe_jax.plans import Plan
 from tpipe_jax.processes import gathered
@@ -34,7 +34,6 @@ Result = TypeVar("Result")
 _TRANSFER = re.compile(
     r'^ *(?:ROOT )?%?([\w.-]+) = .* collective-permute(?:-start)?\(.*op_name="[^"]*ppermute', re.M
 )
-_LOOP = re.compile(r"^ *(?:ROOT )?%?([\w.-]+) = .* while\(.*body=%?([\w.-]+)", re.M)
 
 
 class Event(NamedTuple):
@@ -48,7 +47,7 @@ class Event(NamedTuple):
 class Lane(NamedTuple):
     """The operations of a program that are one direction of a tick, and the transfers in it."""
 
-    loop: str
+    conditional: str
     transfers: frozenset[str]
 
 
@@ -137,13 +136,15 @@ def merged(texts: Sequence[str], num_stages: int) -> Timeline | None:
 
 
 def find_lanes(text: str) -> list[Lane]:
-    """The loops of a compiled program, `compiled.as_text()`, that hand on what they have made."""
+    """The conditionals of a compiled program, `compiled.as_text()`, that hand on what they have
+    made.
+    """
     transfers = {name: _TRANSFER.findall(body) for name, body in split_computations(text)}
-    return [
-        Lane(loop, frozenset(transfers[body]))
-        for loop, body in _LOOP.findall(text)
-        if transfers.get(body)
+    lanes = [
+        Lane(name, frozenset(t for branch in branches for t in transfers.get(branch, [])))
+        for name, branches in conditionals(text)
     ]
+    return [lane for lane in lanes if lane.transfers]
 
 
 def stage_boxes(
@@ -152,7 +153,7 @@ def stage_boxes(
     """The work of a stage, from the events of its device; none if they are not those of a step."""
     found = []
     for lane in lanes:
-        starts = sorted(event.start for event in events if event.name == lane.loop)
+        starts = sorted(event.start for event in events if event.name == lane.conditional)
         transfers = sorted(event.start for event in events if event.name in lane.transfers)
         if starts and transfers:
             found.append((transfers, starts))

@@ -100,6 +100,7 @@ def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapp
         count = _count(batch.targets_BT)
         weight, head = scale / count, make_head(config, mesh, params)
         stage = make_stage(config, mesh, params, batch.starts_BT1)
+        stage = stage._replace(takes_turns=schedule.num_gradient_rows < len(batch.tokens_BT))
 
         def turn(y_BTD: Array, row: Array | int, sums: loss.Sums) -> tuple[Array, loss.Sums]:
             targets = batch.part(row, len(y_BTD)).targets_BT
@@ -108,7 +109,7 @@ def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapp
 
         def leave(d_x_BTD: Array, row: Array | int, sums: loss.Sums) -> loss.Sums:
             tokens, _, starts = batch.part(row, len(d_x_BTD))
-            d_embed = loss.add_embed_grads(sums.d_embed, tokens, d_x_BTD, starts)
+            d_embed = loss.add_embed_grads(sums.d_embed, tokens, d_x_BTD, weight, starts)
             return sums._replace(d_embed=d_embed)
 
         work = StepWork(
@@ -124,14 +125,13 @@ def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapp
             _trunk(config, schedule, dtype),
             empty_saved_of(config, mesh, schedule.num_rows),
             empty_gradients_of(config, mesh, schedule.num_gradient_rows),
-            loss.no_sums(head, params["embed"]),
+            loss.no_sums(params["embed"], head.norm),
         )
         d_blocks = stage.param_gradients(saved, gradients)
-        d_embed, d_norm = loss.summed_grads(sums, weight)
         grads = {
-            "embed": d_embed,
+            "embed": loss.embed_gradients(sums, weight),
             "blocks": [jax.tree.map(lambda g: g[None], layer) for layer in d_blocks],
-            "norm": d_norm,
+            "norm": psum(sums.d_norm, "pipe"),
         }
         total, grads = psum((sums.loss, grads), "data")
         return total / count, jax.tree.map(lambda g: g / scale, grads)
