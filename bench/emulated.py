@@ -29,7 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,7 @@ def program(plan: Plan, times: list[Times], slowdown: float) -> Callable[[], Any
     return partial(jax.jit(mapped).lower(x_BTD).compile(), x_BTD)
 
 
+@cache
 def load_sleep() -> None:
     """Makes `sleep.cc` known to XLA. A callback of Python would take 0.3 ms a stage and tick, one
     stage after another.

@@ -39,7 +39,8 @@ def plan_from_file(flags: FilePlanFlags) -> None:
     from tpipe_jax.planner import GIB, find_plan
     from tpipe_jax.plans import PlanRequest
 
-    request = PlanRequest(flags.num_stages, flags.batch_size, flags.seq_len)
+    schedule = None if flags.schedule == "auto" else flags.schedule
+    request = PlanRequest(flags.num_stages, flags.batch_size, flags.seq_len, schedule=schedule)
     factors = flags.stage_factors or (1.0,) * flags.num_stages
     limit = None if flags.memory_limit_gib is None else flags.memory_limit_gib * GIB
     table = load_table(flags.latency)

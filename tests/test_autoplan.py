@@ -204,7 +204,8 @@ def test_an_unreadable_latency_file_is_measured_anew(
 
 
 def plan_of_2_stages(**changes: Any) -> dict[str, Any]:
-    plan = {"num_stages": 2, "batch_slices": [3, 1], "token_slices": [[9, 7], [16]]}
+    plan = {"num_stages": 2, "schedule": "terapipe"}
+    plan |= {"batch_slices": [3, 1], "token_slices": [[9, 7], [16]]}
     return plan | changes
 
 

@@ -98,7 +98,7 @@ def option(schedule: ScheduleName, seconds: float, num_bytes: float | None, fits
     ("others", "reason"),
     [
         ((0.1, 9e6, True), "taken: the fastest"),
-        ((0.0501, 9e6, True), "taken: as fast, keeps less"),
+        ((0.0501, 9e6, True), "taken: as fast, stages wait less"),
         ((0.01, None, False), "taken: the only one that fits"),
     ],
 )

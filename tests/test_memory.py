@@ -91,7 +91,8 @@ def test_a_limit_that_nothing_meets_says_by_how_much_and_what_helps():
     text = str(error.value)
     assert f"limit_gib={limit:g} is 0.001 GiB less than a step takes" in text
     assert "with config.memory.remat=full:" in text
-    for remedy in ("config.train.batch_size", "config.mesh.pipe", "config.optim.shard_state"):
+    remedies = "config.train.batch_size", "config.mesh.pipe", "config.optim.shard_state"
+    for remedy in (*remedies, "config.plan.schedule=1f1b"):
         assert remedy in text
     assert "defer_weight_grads" not in text
     fixed = dataclasses.replace(config.memory, remat="dots", defer_weight_grads=True)

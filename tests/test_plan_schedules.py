@@ -64,20 +64,33 @@ def test_given_slices_are_kept_under_1f1b():
         assert tokens is None or set(planned.token_slices) == {tokens}
 
 
-def test_of_schedules_that_take_as_long_the_smaller_one_is_taken():
-    """Equal slices, whatever the context: both schedules take (S + P - 1) (f + b)."""
-    forward = np.ones((1, 1, 1))
-    table = LatencyTable(128, forward, forward)
-    planning = find_plan(table, PlanRequest(2, 8, 128), [1.0] * 2)
-    assert [option.plan.schedule for option in planning.options] == ["terapipe", "1f1b"]
-    assert {seconds(option.plan) for option in planning.options} == {18}
-    assert planning.plan.schedule == "terapipe"  # what they keep is not known
-    measured = plan(PlanRequest(2, 8, 128, (1,) * 8, (128,)))
-    terapipe, other = measured.options
+def test_of_schedules_that_take_as_long_stages_that_wait_less_count():
+    """Whole sequences, all alike: both schedules take (S + P - 1) (f + b)."""
+    request = PlanRequest(2, 8, 128, (1,) * 8, (128,))
+    planning = plan(request)
+    terapipe, other = planning.options
+    assert (terapipe.plan.schedule, other.plan.schedule) == ("terapipe", "1f1b")
+    assert seconds(terapipe.plan) == pytest.approx(seconds(other.plan))
+    assert terapipe.bubble == pytest.approx(other.bubble)
     assert terapipe.activation_bytes == (7 + 3) * 8 * 128
     assert other.activation_bytes == 7 * 3 * 128 + 3 * 128
-    assert measured.plan.schedule == "1f1b"
-    assert terapipe.bubble == pytest.approx(other.bubble)
+    assert planning.plan == terapipe.plan
+    alone = plan(replace(request, num_stages=1))
+    assert alone.plan.schedule == "1f1b"
+    assert [option.activation_bytes for option in alone.options] == [10 * 8 * 128, 10 * 128]
+
+
+def test_a_faster_schedule_is_taken():
+    """Of two sequences whose second halves take nine times as long as the first."""
+    times = np.full((1, 2, 2), np.inf)
+    times[0, 0] = 1, 9  # the first half takes 1, the second 9
+    table = LatencyTable(64, times, times)
+    planning = find_plan(table, PlanRequest(2, 2, 128), [1.0] * 2)
+    terapipe, other = planning.options
+    assert seconds(terapipe.plan) == 2 * (20 + 9)
+    assert seconds(other.plan) != pytest.approx(seconds(terapipe.plan))
+    faster = min(planning.options, key=lambda option: seconds(option.plan))
+    assert planning.plan == faster.plan
 
 
 def test_a_limit_leaves_the_schedule_that_keeps_less():
@@ -95,15 +108,15 @@ def test_a_limit_leaves_the_schedule_that_keeps_less():
 @pytest.mark.parametrize(
     ("request_", "schedules"),
     [
-        (PlanRequest(2, 1, 128), {"terapipe"}),
-        (PlanRequest(2, 4, 128, batch_slices=(4,)), {"terapipe"}),
-        (PlanRequest(2, 4, 128, batch_slices=(3, 1)), {"terapipe", "1f1b"}),
-        (PlanRequest(2, 4, 128, schedule="1f1b"), {"1f1b"}),
+        (PlanRequest(2, 1, 128), ["terapipe"]),
+        (PlanRequest(2, 4, 128, batch_slices=(4,)), ["terapipe"]),
+        (PlanRequest(2, 4, 128, batch_slices=(3, 1)), ["terapipe", "1f1b"]),
+        (PlanRequest(2, 4, 128, schedule="1f1b"), ["1f1b"]),
     ],
-    ids=str,
+    ids=["one sequence", "one batch slice", "two batch slices", "as asked"],
 )
-def test_one_batch_slice_has_one_schedule(request_: PlanRequest, schedules: set[ScheduleName]):
-    assert {option.plan.schedule for option in plan(request_).options} == schedules
+def test_one_batch_slice_has_one_schedule(request_: PlanRequest, schedules: list[ScheduleName]):
+    assert [option.plan.schedule for option in plan(request_).options] == schedules
 
 
 def test_stages_of_unequal_speed_under_1f1b():
@@ -114,3 +127,8 @@ def test_stages_of_unequal_speed_under_1f1b():
     inside = predicted_timeline(planned, factors).step_seconds
     assert seconds(planned) == pytest.approx(inside + planned.prediction.outside_seconds)
     assert planned.prediction.lower_bound_seconds <= seconds(planned)
+
+
+def test_1f1b_of_one_sequence_is_refused():
+    with pytest.raises(UserError, match="1f1b needs several batch slices, and there is only one"):
+        plan(PlanRequest(2, 1, 128, schedule="1f1b"))

@@ -42,6 +42,7 @@ def test_a_run_leaves_its_files(config: Config, tmp_path: Path):
     assert from_dict(json.loads((workdir / "config.json").read_text())) == expected
     assert json.loads((workdir / "plan.json").read_text()) == {
         "num_stages": 2,
+        "schedule": "terapipe",
         "batch_slices": [4],
         "token_slices": [[6, 6, 4]],
     }

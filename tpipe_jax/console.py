@@ -9,7 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from tpipe_jax.estimate import predicted_timeline
-from tpipe_jax.planner import TIE, Alternative, Option, Planning
+from tpipe_jax.planner import TIE, Alternative, Planning
 from tpipe_jax.plans import Plan
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class Console:
                 milliseconds(option.plan.prediction.step_seconds),
                 f"{option.bubble:.0%}",
                 "unknown" if num_bytes is None else _megabytes(num_bytes),
-                _reason(planning.options) if is_taken else "" if option.fits else "does not fit",
+                _reason(planning) if is_taken else "" if option.fits else "does not fit",
             )
         self._rich.print(table)
 
@@ -198,15 +198,16 @@ class Console:
         )
 
 
-def _reason(options: Sequence[Option]) -> str:
-    """Why one of them is taken."""
-    fitting = [option for option in options if option.fits]
-    if len(fitting) == 1 and len(options) > 1:
+def _reason(planning: Planning) -> str:
+    """Why the plan's schedule is taken."""
+    fitting = [option.plan for option in planning.options if option.fits]
+    if len(fitting) == 1:
         return "taken: the only one that fits"
-    seconds = sorted(o.plan.prediction.step_seconds for o in fitting if o.plan.prediction)
-    if seconds[1] <= (1 + TIE) * seconds[0]:
-        return "taken: as fast, keeps less"
-    return "taken: the fastest"
+    seconds = sorted(plan.prediction.step_seconds for plan in fitting if plan.prediction)
+    if seconds[1] > (1 + TIE) * seconds[0]:
+        return "taken: the fastest"
+    is_one_stage = planning.plan.num_stages == 1
+    return f"taken: as fast, {'keeps less' if is_one_stage else 'stages wait less'}"
 
 
 def milliseconds(seconds: float) -> str:

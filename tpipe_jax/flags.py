@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 
 import tyro
 
@@ -80,6 +80,8 @@ class FilePlanFlags:
     """Tokens of a sequence."""
     stage_factors: tuple[float, ...] | None = None
     """The time of each stage over those of the file, all alike if left out."""
+    schedule: Literal["auto", "terapipe", "1f1b"] = "auto"
+    """As config.plan.schedule."""
     memory_limit_gib: float | None = None
     """What a step may use of a device's memory, if the file tells what it needs."""
     workdir: Path = Path("runs/plan")

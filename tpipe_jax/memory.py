@@ -178,7 +178,9 @@ def _too_little(
     parts = budget(config, mesh, schedule, optimizer)
     of_state = sum(parts[name] for name in ("parameters", "gradients", "optimiser state"))
     saved = parts["attention caches and their gradients"] + parts["other activations"]
+    has_batch_slices = len({item.row for item in schedule.items}) > 1
     remedies = {
+        "config.plan.schedule=1f1b": has_batch_slices and len(schedule.parts) == 1,
         "config.memory.defer_weight_grads=false": config.memory.defer_weight_grads,
         "config.memory.remat=full": config.memory.remat != "full",
         "a smaller config.train.batch_size or config.model.seq_len": True,

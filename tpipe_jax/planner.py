@@ -71,10 +71,15 @@ def find_plan(
 ) -> Planning:
     """The fastest of all plans that keep to the request and to the memory.
 
-    Of schedules that take as long, but for TIE, the one that keeps least is taken. Raises
-    `UserError` if there is none.
+    Of schedules that take as long, but for TIE, the `preferred` one is taken. Raises `UserError` if
+    there is none.
     """
     start = time.perf_counter()
+    if request.schedule not in (None, *replace(request, schedule=None).schedules):
+        raise UserError(
+            f"the schedule {request.schedule} needs several batch slices, and there is only one: "
+            "plan for terapipe, which is the same then, or for more sequences."
+        )
     estimator = Estimator.of(table, request, stage_factors)
     found = [_under(name, estimator, memory_limit_bytes) for name in request.schedules]
     options = [option for option, _ in found if option]
@@ -83,7 +88,7 @@ def find_plan(
         raise _nothing_allowed(estimator, memory_limit_bytes)
     fastest = min(_step_seconds(option.plan) for option in fitting)
     as_fast = [o for o in fitting if _step_seconds(o.plan) <= (1 + TIE) * fastest]
-    chosen = min(as_fast, key=lambda option: option.activation_bytes or 0.0)
+    chosen = min(as_fast, key=lambda option: option.plan.schedule != preferred(request.num_stages))
     allowed = _within(estimator, memory_limit_bytes)
     unsliced, uniform = (
         _best_uniform(allowed, counts) for counts in ([1], range(1, len(estimator.cuts)))
@@ -96,6 +101,13 @@ def find_plan(
         num_solves=sum(num_solves for _, num_solves in found),
         search_seconds=time.perf_counter() - start,
     )
+
+
+def preferred(num_stages: int) -> ScheduleName:
+    """Of schedules that should take as long: 1f1b, which keeps less, where there is no neighbour to
+    wait for in each tick, which is more than the simulation knows of; else terapipe.
+    """
+    return "1f1b" if num_stages == 1 else "terapipe"
 
 
 def _step_seconds(plan: Plan) -> float:
