@@ -81,16 +81,15 @@ def test_of_schedules_that_take_as_long_stages_that_wait_less_count():
 
 
 def test_a_faster_schedule_is_taken():
-    """Of two sequences whose second halves take nine times as long as the first."""
-    times = np.full((1, 2, 2), np.inf)
-    times[0, 0] = 1, 9  # the first half takes 1, the second 9
-    table = LatencyTable(64, times, times)
-    planning = find_plan(table, PlanRequest(2, 2, 128), [1.0] * 2)
-    terapipe, other = planning.options
-    assert seconds(terapipe.plan) == 2 * (20 + 9)
-    assert seconds(other.plan) != pytest.approx(seconds(terapipe.plan))
-    faster = min(planning.options, key=lambda option: seconds(option.plan))
-    assert planning.plan == faster.plan
+    """One sequence takes longer than two, and is the first to come and the last to go under
+    terapipe, which takes 14 + 9 + 2 (6 + 7).
+    """
+    forward, backward = np.full((2, 5, 1, 1), np.inf)
+    forward[:2, 0, 0], backward[:2, 0, 0] = (6, 4), (7, 1)
+    request = PlanRequest(3, 5, 128, (1, 2, 2))
+    planning = find_plan(LatencyTable(128, forward, backward), request, [1.0] * 3)
+    assert [seconds(option.plan) for option in planning.options] == [49, 45]
+    assert planning.plan == planning.options[1].plan
 
 
 def test_a_limit_leaves_the_schedule_that_keeps_less():
