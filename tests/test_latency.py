@@ -48,7 +48,7 @@ def profile(**changes: Any) -> Profile:
         "samples": samples(),
         "transfer": (0.5, 0.25),
         "outside_seconds": 7.0,
-        "memory": Memory(1000, 7, 3, 100),
+        "memory": Memory(1000, 7, 100, 3),
         "key": {"jax": "1"},
     }
     return Profile(**fields | changes)

@@ -25,7 +25,7 @@ from tpipe_jax.memory import GIB, budget, fitting_policy, fitting_step, limit_by
 from tpipe_jax.mesh import make_mesh
 from tpipe_jax.optim import make_optimizer
 from tpipe_jax.plans import PlanRequest
-from tpipe_jax.schedule import terapipe
+from tpipe_jax.schedule import make_schedule, terapipe
 
 # Activations outweigh all else; a vocabulary large enough for its logits to count.
 CONFIG = Config(
@@ -66,6 +66,37 @@ def test_the_budget_is_near_what_the_compiler_says(policy: tuple):
     assert sum(parts.values()) == pytest.approx(needed(*policy), rel=0.2)
     assert parts["optimiser state"] >= 2 * parts["parameters"]
     assert parts["parameters"] >= 4 * 2 * 12 * 64 * 64
+
+
+def test_the_budget_under_1f1b_is_near_what_the_compiler_says():
+    """Of eight sequences three are kept at a time."""
+    config = dataclasses.replace(
+        with_memory(remat="dots"),
+        plan=PlanConfig("uniform:8", "uniform:8", schedule="1f1b"),
+        train=TrainConfig(batch_size=8),
+    )
+    plan = reference.plan_of(config)
+    step = fitting_step(config, MESH, plan, OPTIMIZER)[1]
+    parts = budget(config, MESH, make_schedule(plan), OPTIMIZER)
+    assert sum(parts.values()) == pytest.approx(program_bytes(step), rel=0.2)
+    whole = budget(config, MESH, terapipe(plan), OPTIMIZER)
+    for name in ("other activations", "input and output of the stage"):
+        assert parts[name] * 8 == whole[name] * 3
+    assert sum(parts.values()) < needed("dots") < sum(whole.values())
+
+
+def test_what_fits_under_1f1b_alone_is_computed_again_no_more():
+    """Judged by the shortest slices that either schedule may have."""
+    request = PlanRequest(2, 8, 512)
+    config = dataclasses.replace(CONFIG, train=TrainConfig(batch_size=8))
+    shortest = PlanConfig("uniform:64", "uniform:8", schedule="1f1b")
+    config_of_least = dataclasses.replace(config, plan=shortest, memory=MemoryConfig(remat="dots"))
+    plan = reference.plan_of(config_of_least)
+    limit = program_bytes(fitting_step(config_of_least, MESH, plan, OPTIMIZER)[1]) / GIB
+    limited = dataclasses.replace(config, memory=MemoryConfig(limit_gib=limit))
+    assert fitting_policy(limited, MESH, request, OPTIMIZER).memory.remat == "dots"
+    with pytest.raises(UserError, match=r"config.plan.schedule=1f1b, .* would bring it down"):
+        fitting_policy(limited, MESH, dataclasses.replace(request, schedule="terapipe"), OPTIMIZER)
 
 
 @pytest.mark.parametrize("remat", ["dots", "attn", "full"])

@@ -9,7 +9,7 @@ import pytest
 from test_latency import profile
 from tpipe_jax.config import ScheduleName, UserError
 from tpipe_jax.estimate import predicted_timeline
-from tpipe_jax.latency import LatencyTable
+from tpipe_jax.latency import LatencyTable, Memory
 from tpipe_jax.planner import GIB, Planning, find_plan
 from tpipe_jax.plans import Plan, PlanRequest, uniform
 from tpipe_jax.schedule import make_schedule, slice_order
@@ -90,6 +90,26 @@ def test_a_faster_schedule_is_taken():
     planning = find_plan(LatencyTable(128, forward, backward), request, [1.0] * 3)
     assert [seconds(option.plan) for option in planning.options] == [49, 45]
     assert planning.plan == planning.options[1].plan
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", None])
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+@pytest.mark.parametrize("excess", [0, 1, 0.05, 0.3, 0.6])
+def test_a_plan_that_fits_is_found(num_stages: int, schedule: ScheduleName | None, excess: float):
+    """Where slices are what takes most of the memory, from the limit on that only the shortest keep
+    to.
+    """
+    measured = profile(memory=Memory(1000, 7, 10000, 3), transfer=(5.0, 0.0)).table(8)
+    request = PlanRequest(num_stages, 4, 128, schedule=schedule)
+    rows = {1: 1, 2: 3, 3: 3}[num_stages]  # of slices of 8 tokens
+    least = 1000 + 7 * rows * 128 + 3 * 128 + 10000 * 8
+    limit = least + (excess if excess in (0, 1) else excess * least)
+    planned = find_plan(measured, request, [1.0] * num_stages, limit).plan
+    in_turn = make_schedule(planned)
+    kept = 7 * in_turn.num_rows * 128 + 3 * in_turn.num_gradient_rows * 128
+    assert 1000 + kept + 10000 * max(b * n for b, n in planned.shapes) <= limit
+    with pytest.raises(UserError, match="too little for any plan"):
+        find_plan(measured, request, [1.0] * num_stages, least - 1)
 
 
 def test_a_limit_leaves_the_schedule_that_keeps_less():

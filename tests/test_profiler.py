@@ -20,14 +20,17 @@ from tpipe_jax.config import (
     MemoryConfig,
     MeshConfig,
     ModelConfig,
+    PlanConfig,
     PrecisionConfig,
     TrainConfig,
 )
 from tpipe_jax.layer import block_functions
 from tpipe_jax.mesh import make_mesh, put_rows
 from tpipe_jax.model import self_attention
+from tpipe_jax.optim import make_optimizer
 from tpipe_jax.profiler import MAX_TICKS, MIN_SECONDS, Profiler, Program, Shape, shapes_to_time
 from tpipe_jax.schedule import IDLE, Item
+from tpipe_jax.train_state import abstract_state, state_bytes
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         programs = {}
         for shape in shapes:
             analysis = SimpleNamespace(
-                temp_size_in_bytes=5000 + 70 * shape.size,
+                temp_size_in_bytes=5000 + 70 * shape.size + shape.num_rows * 64 * KEPT,
                 argument_size_in_bytes=0,
                 output_size_in_bytes=0,
                 alias_size_in_bytes=0,
@@ -106,6 +109,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+KEPT = 4 * (8 * 16 + 64 + 2)  # bytes of a token, as `test_saved_bytes_are_those_of_the_buffers` has
 CONFIG = Config(
     model=ModelConfig(num_layers=2, d_model=16, num_heads=2, vocab_size=11, seq_len=64),
     mesh=MeshConfig(pipe=2),
@@ -146,8 +150,8 @@ def test_a_slice_takes_what_busy_ticks_take_longer(clock: Clock, mesh: Mesh):
         shape = Shape(*sample[:2], (sample.context,))
         assert sample[3:5] == pytest.approx(clock.slice_seconds(shape, sample.context))
     assert profile.memory.working_bytes_per_token == 70
-    kept = profile.memory.activation_bytes(4 * 64, 4 * 64)
-    assert profile.memory.fixed_bytes == 10**6 - kept
+    assert profile.memory.fixed_bytes == 10**6
+    assert profile.memory.activation_bytes(1, 1) == KEPT + 4 * 16
 
 
 def test_noise_larger_than_the_work_leaves_a_time(
@@ -286,11 +290,54 @@ def test_handing_over_moves_slices_from_stage_to_stage(mesh: Mesh):
     assert both == pytest.approx(x.sum() + x[:3, 8:24].sum(), rel=1e-4)
 
 
-def test_a_step_without_slices_sets_up_their_buffers(mesh: Mesh):
-    """XLA could see that no slice is due, and leave out what a real step spends time on."""
-    config = dataclasses.replace(CONFIG, train=TrainConfig(batch_size=64))
-    _, _, step_bytes = profiler._time_outside(config, mesh)
-    assert step_bytes > sum(stage_setup.activation_bytes_per_token(config, mesh)) * 64 * 64
+def test_a_step_without_slices_sets_up_their_buffers(mesh: Mesh, monkeypatch: pytest.MonkeyPatch):
+    """XLA could see that no slice is due, and leave out what a real step spends time on. What is
+    kept of sequences is no part of the rest, however many of them there are at a time.
+    """
+    sizes: list[int] = []
+    of_program = profiler.program_bytes
+    monkeypatch.setattr(
+        profiler, "program_bytes", lambda p: sizes.append(of_program(p)) or sizes[-1]
+    )
+    rest = []
+    for schedule in ("terapipe", "1f1b"):
+        plan, train = PlanConfig(schedule=schedule), TrainConfig(batch_size=64)
+        config = dataclasses.replace(CONFIG, train=train, plan=plan)
+        rest.append(profiler._time_outside(config, mesh)[2])
+    assert sizes[0] > KEPT * 64 * 64 > 5 * sizes[1]
+    assert rest[1] == pytest.approx(rest[0], rel=0.25)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "limit_gib", "num_rows"),
+    [("auto", None, 64), ("auto", 1e-3, 3), ("terapipe", 1e-3, 64), ("1f1b", None, 3)],
+)
+def test_where_the_batch_does_not_fit_one_sequence_comes_after_another(
+    mesh: Mesh, schedule: Any, limit_gib: float | None, num_rows: int
+):
+    config = dataclasses.replace(
+        CONFIG,
+        train=TrainConfig(batch_size=64),
+        plan=PlanConfig(schedule=schedule),
+        memory=MemoryConfig(limit_gib=limit_gib),
+    )
+    optimizer = make_optimizer(config.optim, 1)
+    resting = profiler._resting(config, mesh, optimizer)
+    assert resting.num_rows == num_rows
+    assert sum(part.num_rows for part in resting.parts) == 64
+    assert (resting.forward == IDLE).all()
+
+
+def test_only_sequences_that_fit_are_timed(mesh: Mesh):
+    """A limit of 2 MB leaves room for a few of 64 tokens."""
+    config = dataclasses.replace(
+        CONFIG, train=TrainConfig(batch_size=64), memory=MemoryConfig(limit_gib=2e6 / 2**30)
+    )
+    num_rows = profiler._rows_that_fit(config, mesh)
+    params, opt_state = state_bytes(abstract_state(config, mesh, make_optimizer(config.optim, 1)))
+    assert 2 * params + opt_state + num_rows * 64 * KEPT <= 2e6
+    assert 2 * params + opt_state + (num_rows + 1) * 64 * KEPT > 2e6
+    assert profiler._rows_that_fit(CONFIG, mesh) > 1000
 
 
 def test_a_real_profile_is_of_this_machine(mesh: Mesh):

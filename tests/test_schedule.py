@@ -15,8 +15,8 @@ from tpipe_jax.schedule import (
     Item,
     Part,
     check,
+    idle,
     make_schedule,
-    most_alive,
     one_forward_one_backward,
     slice_order,
     terapipe,
@@ -101,15 +101,30 @@ def test_every_table_can_be_followed(plan: Plan):
 
 @given(plans)
 def test_rows_are_as_few_as_the_table_allows(plan: Plan):
+    """But for gaps between parts of unequal sizes, and never more than the batch has."""
     schedule = make_schedule(plan)
-    alive = [
-        [part for part in schedule.parts if part.enters <= tick <= part.leaves]
+    most = max(
+        sum(part.num_rows for part in schedule.parts if part.enters <= tick <= part.leaves)
         for tick in range(schedule.num_ticks)
-    ]
-    most = max(part.num_rows for part in schedule.parts)
-    assert schedule.num_rows == most * max(map(len, alive))
+    )
+    assert most <= schedule.num_rows <= plan.batch_size
     if len(set(plan.batch_slices)) == 1:
-        assert schedule.num_rows == most_alive(schedule)
+        assert schedule.num_rows == most
+
+
+def test_parts_of_unequal_sizes_lie_close():
+    schedule = one_forward_one_backward(Plan(2, (3, 1, 1, 2, 1), ((4, 4),) * 5))
+    assert [part.buffer_row for part in schedule.parts] == [0, 3, 4, 0, 2]
+    assert (schedule.num_rows, schedule.num_gradient_rows) == (5, 3)
+
+
+def test_an_idle_schedule_has_its_parts():
+    schedule = one_forward_one_backward(Plan(2, (1, 1), ((4, 4),) * 2))
+    resting = idle(schedule)
+    assert resting.parts == schedule.parts
+    assert (resting.forward == IDLE).all()
+    assert (resting.backward == IDLE).all()
+    assert (resting.num_ticks, resting.num_rows) == (schedule.num_ticks, schedule.num_rows)
 
 
 @given(st.integers(1, 6), st.integers(1, 6))
@@ -155,6 +170,9 @@ FIRST, SECOND, *REST = TABLES.parts
         ({"parts": (replace(FIRST, leaves=5), SECOND, *REST)}, "item 0 goes backward .* has left"),
         ({"parts": (FIRST, replace(SECOND, buffer_row=0), *REST)}, "parts 0 and 1 have the same"),
         ({"num_rows": 3}, "part 3 has no rows"),
+        ({"num_gradient_rows": 0}, "part 0 has no rows for gradients"),
+        ({"parts": (FIRST, replace(SECOND, enters=0), *REST)}, "enters is the same tick"),
+        ({"parts": (replace(FIRST, leaves=8), SECOND, *REST)}, "leaves is the same tick"),
         ({"forward": TABLES.forward[1:]}, "different shapes"),
     ],
 )
@@ -167,8 +185,7 @@ def test_tables_that_cannot_be_followed_are_refused(changes: dict[str, Any], rea
 def test_gradients_of_two_sequences_at_a_time_need_rows():
     """TeraPipe with a part for each sequence, whose slices alternate."""
     schedule = terapipe(Plan(2, (1, 1), ((5, 3), (5, 3))))
-    [part] = schedule.parts
-    parts = tuple(replace(part, row=n, num_rows=1, buffer_row=n) for n in range(2))
+    parts = Part(0, 1, 0, 0, 3, 9), Part(1, 1, 1, 1, 4, 8)
     check(replace(schedule, parts=parts))
     with pytest.raises(ValueError, match="parts 0 and 1 have the same gradients"):
         check(replace(schedule, parts=parts, num_gradient_rows=1))

@@ -21,7 +21,7 @@ import chex
 import jax.numpy as jnp
 from jax import Array, lax
 
-from tpipe_jax.inplace import Position, read, wrapped, write
+from tpipe_jax.inplace import Position, in_turn, read, write
 from tpipe_jax.key_blocks import BLOCK, query_block
 
 MASKED = -1e30  # finite, so that the difference of two masked scores is not NaN
@@ -119,8 +119,9 @@ def attend_backward(
     """Gradients of `attend`, given its results and the gradient with respect to its output.
 
     Adds this slice's share to `d_cache`, float32, for its own and for all earlier keys and values,
-    in the slice's row modulo its rows; the sums of a slice are complete once all later slices and
-    the slice itself have been here. Returns the gradient with respect to q and the new `d_cache`.
+    in its first rows if it has fewer than the cache; the sums of a slice are complete once all
+    later slices and the slice itself have been here. Returns the gradient with respect to q and the
+    new `d_cache`.
     """
     (B, N, L, K), (_, H, T, _) = q_BNLK.shape, cache.k.shape
     key_block = min(block, T)
@@ -150,7 +151,9 @@ def attend_backward(
             d_score = (weight * (d_weight - delta)).astype(q.dtype)
             d_k = _dot("bhqk,bhqe->bhke", d_score, q)
             d_v = _dot("bhqk,bhqe->bhke", weight.astype(q.dtype), d_out)
-            d_cache = add_to_cache(d_cache, KVCache(d_k, d_v), keys)
+            d_cache = add_to_cache(
+                d_cache, KVCache(d_k, d_v), in_turn(keys, d_cache.k, len(cache.k))
+            )
             return d_q + _dot("bhqk,bhke->bhqe", d_score, k), d_cache
 
         d_q_BNLK, d_cache = carry
@@ -164,8 +167,8 @@ def attend_backward(
 
 
 def add_to_cache(cache: KVCache, values: KVCache, at: Position) -> KVCache:
-    """The sum, where the rows of the cache are used in turns."""
-    (B, _, L, _), at = values.k.shape, wrapped(at, cache.k)
+    """The sum."""
+    B, _, L, _ = values.k.shape
     sums = (read(c, at, B, L) + value for c, value in zip(cache, values, strict=True))
     return KVCache(*(write(c, value, at) for c, value in zip(cache, sums, strict=True)))
 

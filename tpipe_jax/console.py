@@ -100,11 +100,12 @@ class Console:
         prediction = planning.plan.prediction
         assert prediction is not None
         search = f"{planning.num_solves} programmes solved in {planning.search_seconds:.2f} s"
+        of = f" of {planning.plan.schedule}" if len(planning.options) > 1 else ""
         if prediction.is_optimal:
-            self.say(f"no plan is faster under these latencies: proven, {search}")
+            self.say(f"no plan{of} is faster under these latencies: proven, {search}")
         else:
             bound = milliseconds(prediction.lower_bound_seconds)
-            self.say(f"no plan is faster than {bound} under these latencies: {search}")
+            self.say(f"no plan{of} is faster than {bound} under these latencies: {search}")
 
         def compare(name: str, other: Alternative | None) -> None:
             if other:

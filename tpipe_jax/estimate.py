@@ -106,6 +106,18 @@ class Estimator:
         rows = schedule.num_rows, schedule.num_gradient_rows
         return profile.memory.activation_bytes(*(n * plan.seq_len for n in rows))
 
+    def least_activation_bytes(
+        self, batch_slices: tuple[int, ...], schedule: ScheduleName
+    ) -> float:
+        """The same with the shortest slices, of which no others keep less. Raises `UserError` if
+        that is not known.
+        """
+        assert self.memory
+        shortest = tuple(np.diff(self.cuts).tolist())
+        slices = batch_slices, (shortest,) * len(batch_slices)
+        plan = Plan(self.request.num_stages, *slices, schedule=schedule)
+        return self.activation_bytes(plan) or 0.0
+
     def step_bytes(self, plan: Plan) -> float:
         """All that a step takes of a device. Raises `UserError` if that is not known."""
         memory, activation_bytes = self.memory, self.activation_bytes(plan)

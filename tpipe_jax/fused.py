@@ -24,7 +24,7 @@ from tpipe_jax.attention import (
     attend_backward,
     over_context,
 )
-from tpipe_jax.inplace import Position, read
+from tpipe_jax.inplace import Position, in_turn, read
 
 
 class Kernel(NamedTuple):
@@ -108,10 +108,11 @@ def _backward(
         group_d_q, *d_kv = kernel.backward(q_BHLK, keys, num_visible, *results)
         is_visible = jnp.arange(size)[:, None] < num_visible
         d_kv = KVCache(*(jnp.where(is_visible, d, 0) for d in d_kv))
-        return d_q + group_d_q, add_to_cache(d_cache, d_kv, where)
+        return d_q + group_d_q, add_to_cache(d_cache, d_kv, in_turn(where, d_cache.k, len(cache.k)))
 
     d_q, *d_kv = kernel.backward(q_BHLK, _read(cache, at, B, L), None, *results)
-    state = d_q.astype(jnp.float32), add_to_cache(d_cache, KVCache(*d_kv), at)
+    d_at = in_turn(at, d_cache.k, len(cache.k))
+    state = d_q.astype(jnp.float32), add_to_cache(d_cache, KVCache(*d_kv), d_at)
     d_q, d_cache = _over_groups(group, cache, at, L, fold, state)
     return d_q.astype(q_BHLK.dtype), d_cache
 

@@ -24,9 +24,11 @@ class Position(NamedTuple):
     """Its first sequence in the batch, of which buffers may hold a part at a time."""
 
 
-def wrapped(at: Position, buffer: Array) -> Position:
-    """The position in a buffer whose rows are used in turns: rows count modulo their number."""
-    return at._replace(row=at.row % buffer.shape[0])
+def in_turn(at: Position, buffer: Array, num_rows: int) -> Position:
+    """The position in a buffer of fewer rows than others have, `num_rows`: sequences take turns in
+    it, so that it is in the first.
+    """
+    return at if buffer.shape[0] == num_rows else at._replace(row=0)
 
 
 def read(buffer: Array, at: Position, num_rows: int, num_tokens: int) -> Array:

@@ -120,10 +120,11 @@ class Memory:
     """Parameters, gradients, optimiser state, loss."""
     saved_bytes_per_token: int
     """What the forward pass keeps for the backward pass, and the stage's input or output."""
-    gathered_bytes_per_token: int
-    """What the backward passes of a sequence leave to its earlier tokens."""
     working_bytes_per_token: int
     """What a stage needs while it works on a slice."""
+    gathered_bytes_per_token: int = 0
+    """What the backward passes of a sequence leave to its earlier tokens; in older files a part of
+    what is saved."""
 
     def activation_bytes(self, saved_tokens: int, gathered_tokens: int) -> float:
         """What is kept of sequences, of so many tokens."""

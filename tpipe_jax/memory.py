@@ -21,7 +21,7 @@ from tpipe_jax.mesh import padded_vocab_size
 from tpipe_jax.plans import Plan, PlanRequest, uniform, unit_tokens
 from tpipe_jax.processes import host_names
 from tpipe_jax.remat import candidates
-from tpipe_jax.schedule import Schedule, make_schedule
+from tpipe_jax.schedule import Schedule, check, make_schedule
 from tpipe_jax.stage_setup import (
     activation_bytes_per_token,
     cache_bytes_per_token,
@@ -120,6 +120,7 @@ def fitting_step(
     """
     limit, needed, trial = limit_bytes(config, mesh), 0, config
     schedule = make_schedule(plan)
+    check(schedule)
     for remat in candidates(config.memory):
         trial = _with_policy(config, remat)
         needed = max(budget(trial, mesh, schedule, optimizer).values())
@@ -150,7 +151,10 @@ def fitting_policy(
     num_slices = request.seq_len // unit_tokens(config)
     token_slices = request.token_slices or uniform(request.seq_len, num_slices)
     slices = batch_slices, (token_slices,) * len(batch_slices)
-    smallest = Plan(request.num_stages, *slices, schedule=request.schedules[-1])
+    smallest = min(
+        (Plan(request.num_stages, *slices, schedule=name) for name in request.schedules),
+        key=lambda plan: make_schedule(plan).num_rows,
+    )
     parts = budget(first, mesh, make_schedule(smallest), optimizer)
     if limit is None or 2 * sum(parts.values()) < limit:
         return first  # it will do, as the step itself will show
@@ -179,8 +183,10 @@ def _too_little(
     of_state = sum(parts[name] for name in ("parameters", "gradients", "optimiser state"))
     saved = parts["attention caches and their gradients"] + parts["other activations"]
     has_batch_slices = len({item.row for item in schedule.items}) > 1
+    one_by_one = "config.plan.schedule=1f1b" + " with more batch slices" * (not has_batch_slices)
+    could_take_turns = schedule.num_rows > 1 and len(schedule.parts) == 1
     remedies = {
-        "config.plan.schedule=1f1b": has_batch_slices and len(schedule.parts) == 1,
+        one_by_one: could_take_turns and not config.memory.defer_weight_grads,
         "config.memory.defer_weight_grads=false": config.memory.defer_weight_grads,
         "config.memory.remat=full": config.memory.remat != "full",
         "a smaller config.train.batch_size or config.model.seq_len": True,

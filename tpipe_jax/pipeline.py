@@ -104,7 +104,7 @@ def execute(
     gradients: Gradients,
     sums: Sums,
 ) -> tuple[Saved, Gradients, Sums]:
-    """Follows a schedule; returns what has become of the last three.
+    """Follows a schedule (`schedule.check`); returns what has become of the last three.
 
     Args:
         trunk_RTD: room for the part of the batch that is in the pipeline, R rows of the schedule.

@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from tpipe_jax.slicer import ROUNDING, Slicing, fastest_slicing, least_longest, 
 GIB = 2**30
 TIE = 0.01  # relative difference of predicted times that counts for nothing
 MOST_UNIFORM = 8  # numbers of equal slices that are tried for each size of batch slices
-MOST_MOVES = 50  # of a cut by a unit
+MOST_MOVES = 100  # of a cut by a unit, that are tried
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def find_plan(
     stage_factors: Sequence[float],
     memory_limit_bytes: float | None = None,
 ) -> Planning:
-    """The fastest of all plans that keep to the request and to the memory.
+    """The fastest plan that keeps to the request and to the memory.
 
     Of schedules that take as long, but for TIE, the `preferred` one is taken. Raises `UserError` if
     there is none.
@@ -149,7 +149,7 @@ def _terapipe(estimator: Estimator, limit_bytes: float | None) -> tuple[Plan | N
             _best_uniform(estimator, counts) for counts in ([1], range(1, len(estimator.cuts)))
         )
         plan = min((plan, *(p for p in plainer if p)), key=_step_seconds)
-    return _with_bound(estimator, plan, slicing.lower_bound_seconds), slicing.num_solves
+    return _with_bound(plan, slicing.lower_bound_seconds), slicing.num_solves
 
 
 def _one_forward_one_backward(
@@ -158,13 +158,17 @@ def _one_forward_one_backward(
     """The best plan that was found: of those that are fastest with all forward before any backward,
     for each size of batch slices, and of equal slices, made faster by moving cuts.
     """
-    request, factors = estimator.request, estimator.stage_factors
     slicings: list[Slicing] = []
     for sizes in _batch_slices(estimator):
-        fastest = fastest_slicing(*estimator.times, request.batch_size, factors, batch_slices=sizes)
+        allowed = _within(estimator, limit_bytes, sizes)
+        fastest = fastest_slicing(
+            *allowed.times, sum(sizes), estimator.stage_factors, batch_slices=sizes
+        )
         slicings += [fastest] if fastest else []
-        if request.token_slices is None:
-            slicings += _uniform(estimator, [sizes], range(1, len(estimator.cuts)))[:MOST_UNIFORM]
+        if estimator.request.token_slices is None:
+            uniform = _uniform(allowed, [sizes], range(1, len(estimator.cuts)))
+            slicings += uniform[:MOST_UNIFORM]
+            slicings += uniform and [max(uniform, key=lambda slicing: len(slicing.cuts[0]))]
     num_solves = sum(slicing.num_solves for slicing in slicings)
 
     def seconds(slicing: Slicing) -> float:
@@ -174,20 +178,46 @@ def _one_forward_one_backward(
         return _step_seconds(plan)
 
     known = [(seconds(slicing), slicing) for slicing in slicings]
-    if min((s for s, _ in known), default=np.inf) == np.inf:
+    least, best = min(known, key=lambda pair: pair[0], default=(np.inf, None))
+    if best is None or least == np.inf:
         return None, num_solves
-    least, best = min(known, key=lambda pair: pair[0])
-    moves, num_moves = _moves(estimator, best), 0
-    while (moved := next(moves, None)) and num_moves < MOST_MOVES:
-        num_moves += 1
-        if (after := seconds(moved)) < least:
-            least, best, moves = after, moved, _moves(estimator, moved)
-    plan = estimator.plan_of(best, "1f1b")
+    best = _with_moved_cuts(estimator, best, least, seconds)
+    bound = _lower_bound_seconds(estimator)
+    return _with_bound(estimator.plan_of(best, "1f1b"), bound), num_solves
+
+
+def _with_moved_cuts(
+    estimator: Estimator, best: Slicing, least: float, seconds: Callable[[Slicing], float]
+) -> Slicing:
+    """The slicing with one cut after another moved by a unit where that makes it faster, until none
+    does or MOST_MOVES have been tried.
+    """
+    num_tried, has_improved = 0, True
+    while has_improved:
+        has_improved = False
+        for place in _places(estimator, best):
+            moved = _moved(estimator, best, *place)
+            if moved is None:
+                continue
+            if num_tried == MOST_MOVES:
+                return best
+            num_tried += 1
+            if (after := seconds(moved)) < least:
+                least, best, has_improved = after, moved, True
+    return best
+
+
+def _lower_bound_seconds(estimator: Estimator) -> float:
+    """No schedule takes less: each stage has all work, and before and after that a slice has to
+    come to it and back.
+    """
+    request = estimator.request
     work = least_work(*estimator.times, request.batch_size, request.batch_slices)
     shortest = sum(float(t[np.isfinite(t)].min()) for t in estimator.times)
-    before = itertools.accumulate(factors, initial=0.0)  # the factors of the stages before each
-    bound = max(a * work + b * shortest for a, b in zip(factors, before, strict=False))
-    return _with_bound(estimator, plan, bound), num_solves
+    before = itertools.accumulate(estimator.stage_factors, initial=0.0)  # of the stages before each
+    return max(
+        a * work + b * shortest for a, b in zip(estimator.stage_factors, before, strict=False)
+    )
 
 
 SEARCHES = {"terapipe": _terapipe, "1f1b": _one_forward_one_backward}
@@ -206,34 +236,50 @@ def _batch_slices(estimator: Estimator) -> list[tuple[int, ...]]:
     return [uniform_parts(request.batch_size, count) for count in sorted(counts)]
 
 
-def _moves(estimator: Estimator, slicing: Slicing) -> Iterator[Slicing]:
-    """Slicings with one cut of all alike batch slices elsewhere, by a unit."""
+def _places(estimator: Estimator, slicing: Slicing) -> list[tuple[int, int, int]]:
+    """Where a cut can be moved to: of batch slices of so many sequences, which cut, and how far."""
     if estimator.request.token_slices is not None:
-        return
-    for b in sorted(set(slicing.batch_slices)):
-        own = next(c for n, c in zip(slicing.batch_slices, slicing.cuts, strict=True) if n == b)
-        for i, step in itertools.product(range(1, len(own) - 1), (-1, 1)):
-            moved = (*own[:i], own[i] + step, *own[i + 1 :])
-            pairs = list(itertools.pairwise(moved))
-            is_allowed = all(start < stop for start, stop in pairs) and all(
-                np.isfinite(t[b - 1, stop, start]) for start, stop in pairs for t in estimator.times
-            )
-            if is_allowed:
-                sizes = zip(slicing.batch_slices, slicing.cuts, strict=True)
-                yield replace(slicing, cuts=tuple(moved if n == b else c for n, c in sizes))
+        return []
+    cuts = dict(zip(slicing.batch_slices, slicing.cuts, strict=True))
+    return [
+        (size, i, step)
+        for size, own in sorted(cuts.items())
+        for i in range(1, len(own) - 1)
+        for step in (-1, 1)
+    ]
 
 
-def _within(estimator: Estimator, limit_bytes: float | None) -> Estimator:
-    """Without the slices that take too much memory if all goes forward before any goes backward."""
+def _moved(estimator: Estimator, slicing: Slicing, size: int, i: int, step: int) -> Slicing | None:
+    """The slicing with a cut of all batch slices of a size elsewhere, if that is allowed."""
+    sizes = slicing.batch_slices
+    own = dict(zip(sizes, slicing.cuts, strict=True))[size]
+    moved = (*own[:i], own[i] + step, *own[i + 1 :])
+    pairs = list(itertools.pairwise(moved))
+    is_allowed = all(start < stop for start, stop in pairs) and all(
+        np.isfinite(t[size - 1, stop, start]) for start, stop in pairs for t in estimator.times
+    )
+    if not is_allowed:
+        return None
+    cuts = (moved if n == size else c for n, c in zip(sizes, slicing.cuts, strict=True))
+    return replace(slicing, cuts=tuple(cuts))
+
+
+def _within(
+    estimator: Estimator, limit_bytes: float | None, turns: tuple[int, ...] | None = None
+) -> Estimator:
+    """Without the slices that take too much memory if all goes forward before any goes backward, or
+    whatever the others are if these batch slices take turns.
+    """
     if limit_bytes is None:
         return estimator
-    tokens = estimator.request.batch_size * estimator.request.seq_len
-    memory = estimator.memory
-    step_bytes = memory.step_bytes(memory.activation_bytes(tokens, tokens), estimator.slice_tokens)
-    return estimator.without(step_bytes > limit_bytes)
+    memory, seq_len = estimator.memory, estimator.request.seq_len
+    kept = memory.activation_bytes(*(estimator.request.batch_size * seq_len,) * 2)
+    if turns is not None:
+        kept = estimator.least_activation_bytes(turns, "1f1b")
+    return estimator.without(memory.step_bytes(kept, estimator.slice_tokens) > limit_bytes)
 
 
-def _with_bound(estimator: Estimator, plan: Plan, lower_bound_seconds: float) -> Plan:
+def _with_bound(plan: Plan, lower_bound_seconds: float) -> Plan:
     """The plan with what no plan under its schedule can be faster than, in its pipeline."""
     prediction = plan.prediction
     assert prediction is not None
@@ -260,13 +306,8 @@ def _nothing_allowed(estimator: Estimator, limit_bytes: float | None) -> UserErr
         )
     memory = estimator.memory
     batch_slices = request.batch_slices or (1,) * request.batch_size
-    shortest = tuple(np.diff(estimator.cuts).tolist())
-    smallest = Plan(request.num_stages, batch_slices, (shortest,) * len(batch_slices))
-    saved = min(
-        estimator.activation_bytes(replace(smallest, schedule=name)) or 0.0
-        for name in request.schedules
-    )
-    least = memory.step_bytes(saved, longest)
+    saved = min(estimator.least_activation_bytes(batch_slices, n) for n in request.schedules)
+    least = max(memory.step_bytes(saved, longest), limit_bytes)
     return UserError(
         f"a memory limit of {limit_bytes / GIB:.3g} GiB is {(least - limit_bytes) / GIB:.3g} GiB "
         f"too little for any plan: {memory.fixed_bytes / GIB:.3g} GiB for parameters, gradients, "
@@ -308,7 +349,7 @@ def _uniform(
                 continue
             rows = np.array(sizes) - 1
             longest = longest_f[rows].max() + longest_b[rows].max()
-            seconds = float(slowest * work[rows].sum() + wait * longest)
-            if np.isfinite(seconds):
+            if np.isfinite(longest):
+                seconds = float(slowest * work[rows].sum() + wait * longest)
                 found.append(Slicing(sizes, (tuple(cuts.tolist()),) * len(sizes), seconds, 0.0, 0))
     return sorted(found, key=lambda slicing: slicing.seconds)

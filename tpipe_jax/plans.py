@@ -1,7 +1,7 @@
 """The plan of a step: how the batch of a data shard and its sequences are cut, in plain numbers."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -25,7 +25,7 @@ class Prediction:
     """The part of both in which the slice is handed on."""
     is_optimal: bool
     lower_bound_seconds: float
-    """No plan takes less, says the model."""
+    """No plan under its schedule takes less, says the model."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,8 @@ def read_settings(config: Config) -> Plan | PlanRequest:
                 f"config.plan.file={config.plan.file} and slices of their own exclude each other: "
                 "leave config.plan.batch_slices and config.plan.token_slices at auto."
             )
+        if config.plan.schedule == "auto":
+            request = replace(request, schedule=None)  # the file's own
         return load_plan(Path(config.plan.file), request)
     if batch_slices and token_slices:
         slices = batch_slices, (token_slices,) * len(batch_slices)

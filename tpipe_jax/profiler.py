@@ -1,10 +1,11 @@
 """The profiler: times the stages of a model on its mesh, for as few slices as the latency model
 needs.
 
-All stages work at once on slices of one shape, in the sweeps of a real step and with the transfer
-after each tick. The tables are run-time values, so one compiled program serves every context. What
-a slice takes is the difference between a sweep with busy ticks and one with idle ticks only, over
-the number of busy ticks: compilation, dispatch and the set-up of a step are in neither.
+All stages work at once on slices of one shape, with the passes of a real step and the transfer
+after each tick, in sweeps of one direction. The tables are run-time values, so one compiled program
+serves every context. What a slice takes is the difference between a sweep with busy ticks and one
+with idle ticks only, over the number of busy ticks: compilation, dispatch and the set-up of a step
+are in neither.
 """
 
 import dataclasses
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+import optax
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.stages import Compiled
@@ -30,15 +32,15 @@ from tpipe_jax.collectives import compile_checked
 from tpipe_jax.config import Config, to_dict
 from tpipe_jax.latency import Memory, Profile, Sample
 from tpipe_jax.layer import block_digest
-from tpipe_jax.memory import program_bytes
+from tpipe_jax.memory import budget, limit_bytes, program_bytes
 from tpipe_jax.mesh import put_rows
 from tpipe_jax.optim import make_optimizer
-from tpipe_jax.plans import unit_tokens
+from tpipe_jax.plans import Plan, uniform, unit_tokens
 from tpipe_jax.precision import compute_format
 from tpipe_jax.remat import saved_names
-from tpipe_jax.schedule import IDLE, Item, idle
+from tpipe_jax.schedule import IDLE, Item, Schedule, idle, make_schedule, terapipe
 from tpipe_jax.stage_setup import activation_bytes_per_token, trunk_bytes_per_token
-from tpipe_jax.train_state import init_state
+from tpipe_jax.train_state import abstract_state, init_state, state_bytes
 from tpipe_jax.train_step import make_stage_work, make_train_step, make_transfer
 
 MAX_TICKS = 32
@@ -139,7 +141,7 @@ class Profiler:
         self._config, self._mesh = config, mesh
         self._batch_size = config.train.batch_size // config.mesh.data
         self._seq_len = config.model.seq_len
-        params, self._outside_seconds, self._idle_bytes = _time_outside(config, mesh)
+        params, self._outside_seconds, self._fixed_bytes = _time_outside(config, mesh)
         x_shape = config.train.batch_size, self._seq_len, config.model.d_model
         x_BTD = np.random.default_rng(0).normal(size=x_shape).astype(np.float32)
         self._inputs = params, put_rows(mesh, x_BTD)
@@ -159,7 +161,8 @@ class Profiler:
         """Measures what the latency model needs; `on_progress(done, all)` is called in between."""
         config = self._config
         unit, num_stages = unit_tokens(config), config.mesh.pipe
-        shapes = shapes_to_time(self._batch_size, self._seq_len, unit, num_stages)
+        most_rows = min(self._batch_size, _rows_that_fit(config, self._mesh))
+        shapes = shapes_to_time(most_rows, self._seq_len, unit, num_stages)
         parts = itertools.count(1)
 
         def advance() -> None:
@@ -273,17 +276,18 @@ class Profiler:
         return max(float(constant), 0.0), max(float(per_token), 0.0)
 
     def _memory(self, programs: dict[Shape, Program]) -> Memory:
-        """From the compiler's own figures; those of the programs differ by the slice alone."""
+        """From the compiler's own figures; those of the programs differ by the slice, and by what
+        is kept of so many sequences.
+        """
+        saved, gathered = activation_bytes_per_token(self._config, self._mesh)
         sizes = np.array([shape.size for shape in programs])
-        temporary = np.array([_temporary_bytes(p.compiled) for p in programs.values()])
+        kept = np.array([shape.num_rows for shape in programs]) * self._seq_len * (saved + gathered)
+        temporary = np.array([_temporary_bytes(p.compiled) for p in programs.values()]) - kept
         least, more = sizes.argmin(), sizes > sizes.min()
         slopes = (temporary[more] - temporary[least]) / (sizes[more] - sizes[least])
-        saved, gathered = activation_bytes_per_token(self._config, self._mesh)
-        saved += trunk_bytes_per_token(self._config, self._mesh)
-        batch_tokens = self._batch_size * self._seq_len
         return Memory(
-            fixed_bytes=max(self._idle_bytes - (saved + gathered) * batch_tokens, 0),
-            saved_bytes_per_token=saved,
+            fixed_bytes=self._fixed_bytes,
+            saved_bytes_per_token=saved + trunk_bytes_per_token(self._config, self._mesh),
             gathered_bytes_per_token=gathered,
             working_bytes_per_token=math.ceil(max([0.0, *slopes])),
         )
@@ -298,11 +302,44 @@ class Profiler:
         return time.perf_counter() - start
 
 
+def _resting(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> Schedule:
+    """A step whose stages do nothing: of the whole batch at once, or of one sequence after another
+    where that is asked for, or does not fit.
+    """
+    num_stages, num_rows = mesh.shape["pipe"], config.train.batch_size // mesh.shape["data"]
+    seq_len, limit = config.model.seq_len, limit_bytes(config, mesh)
+    whole = terapipe(Plan(num_stages, (num_rows,), ((seq_len,),)))
+    takes_turns = config.plan.schedule == "1f1b"
+    if config.plan.schedule == "auto" and limit is not None:
+        takes_turns = sum(budget(config, mesh, whole, optimizer).values()) > limit
+    if num_rows == 1 or config.memory.defer_weight_grads or not takes_turns:
+        return idle(whole)
+    token_slices = uniform(seq_len, min(2 * num_stages, seq_len))  # with which few rows are kept
+    return idle(
+        make_schedule(
+            Plan(num_stages, (1,) * num_rows, (token_slices,) * num_rows, schedule="1f1b")
+        )
+    )
+
+
+def _rows_that_fit(config: Config, mesh: Mesh) -> int:
+    """For how many sequences a stage has room beside parameters and gradients, at least one."""
+    limit = limit_bytes(config, mesh)
+    if limit is None:
+        return config.train.batch_size
+    optimizer = make_optimizer(config.optim, config.train.num_steps)
+    params, opt_state = state_bytes(abstract_state(config, mesh, optimizer))
+    each = config.model.seq_len * sum(activation_bytes_per_token(config, mesh))
+    return max(1, int((limit - 2 * params - opt_state) // each))
+
+
 def _time_outside(config: Config, mesh: Mesh) -> tuple[Params, float, int]:
-    """Parameters; seconds and bytes of a training step in which no slice is due."""
+    """Parameters; seconds of a training step in which no slice is due, and its bytes less those of
+    what is kept of sequences.
+    """
     optimizer = make_optimizer(config.optim, config.train.num_steps)
     state = init_state(config, mesh, optimizer)
-    schedule = idle(config.train.batch_size // mesh.shape["data"], mesh.shape["pipe"])
+    schedule = _resting(config, mesh, optimizer)
     shape = config.train.batch_size, config.model.seq_len + 1
     rows = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
     if config.data.marks_documents:
@@ -316,7 +353,11 @@ def _time_outside(config: Config, mesh: Mesh) -> tuple[Params, float, int]:
         state, values = step(state, rows)
         jax.block_until_ready((state, values))
         seconds.append(time.perf_counter() - start)
-    return state.params, float(_agree(np.array(np.median(seconds[1:])))), program_bytes(step)
+    saved, gathered = activation_bytes_per_token(config, mesh)
+    saved += trunk_bytes_per_token(config, mesh)
+    kept = saved * schedule.num_rows + gathered * schedule.num_gradient_rows
+    fixed_bytes = max(program_bytes(step) - kept * config.model.seq_len, 0)
+    return state.params, float(_agree(np.array(np.median(seconds[1:])))), fixed_bytes
 
 
 def _temporary_bytes(program: Compiled) -> int:

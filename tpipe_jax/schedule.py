@@ -24,8 +24,9 @@ second keeps only a few sequences alive, however many there are.
 The executor in `pipeline.py` follows any tables that `check` accepts. No jax.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -67,6 +68,10 @@ class Part:
     leaves: int
     """Gradients of its embedding are taken after the backward passes of this tick."""
 
+    @property
+    def buffer_rows(self) -> range:
+        return range(self.buffer_row, self.buffer_row + self.num_rows)
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -79,7 +84,8 @@ class Schedule:
     num_rows: int
     """Sequences that a stage keeps at a time."""
     num_gradient_rows: int
-    """Of these, how many it keeps gradients of keys and values for: buffer rows modulo this."""
+    """Of these, how many it keeps gradients of keys and values for; if fewer, parts take turns in
+    the first of them."""
 
     @property
     def num_stages(self) -> int:
@@ -92,10 +98,10 @@ class Schedule:
     @property
     def part_of(self) -> list[int]:
         """The part of each item, as an index."""
-        return [
-            next(i for i, part in enumerate(self.parts) if 0 <= item.row - part.row < part.num_rows)
-            for item in self.items
-        ]
+        of_row = {
+            part.row + n: i for i, part in enumerate(self.parts) for n in range(part.num_rows)
+        }
+        return [of_row[item.row] for item in self.items]
 
     @property
     def buffer_rows(self) -> list[int]:
@@ -153,11 +159,9 @@ def one_forward_one_backward(plan: Plan) -> Schedule:
     On one stage the next ones wait until it has gone backward: nothing idles meanwhile.
     """
     items, P = tuple(item for _, _, item in _slices(plan)), plan.num_stages
-    most = max(plan.batch_slices)
     forward_entries: list[int] = []  # the tick in which each item enters the first stage
     backward_entries: dict[int, int] = {}  # and in which each enters the last, in their order
     parts: list[Part] = []
-    free_after: list[int] = []  # when the rows of each slot were left
     for size, own in zip(plan.batch_slices, plan.token_slices, strict=True):
         first, count = len(forward_entries), len(own)
         enters = 1 + max(forward_entries[-1:], default=-1)
@@ -168,24 +172,40 @@ def one_forward_one_backward(plan: Plan) -> Schedule:
         start = max(turns, 1 + max(backward_entries.values(), default=-1))
         backward_entries |= {first + count - 1 - n: start + n for n in range(count)}
         leaves = start + count - 1 + P - 1
-        slot = next((i for i, end in enumerate(free_after) if end < enters), len(free_after))
-        free_after[slot : slot + 1] = [leaves]
+        alive = [part for part in parts if part.leaves >= enters]
         row = sum(part.num_rows for part in parts)
-        parts.append(Part(row, size, most * slot, enters, turns, leaves))
+        parts.append(Part(row, size, _free_row(alive, size), enters, turns, leaves))
+    num_rows = max(part.buffer_row + part.num_rows for part in parts)
+    if num_rows > plan.batch_size:  # gaps between unequal parts
+        num_rows, parts = plan.batch_size, [replace(part, buffer_row=part.row) for part in parts]
     num_ticks = parts[-1].leaves + 1
     forward, backward = (np.full((num_ticks, P), IDLE, np.int32) for _ in range(2))
     for stage in range(P):
         for item, entry in enumerate(forward_entries):
             forward[entry + stage, stage] = item
             backward[backward_entries[item] + P - 1 - stage, stage] = item
-    return Schedule(items, tuple(parts), forward, backward, most * len(free_after), most)
+    return Schedule(
+        items, tuple(parts), forward, backward, num_rows, min(num_rows, max(plan.batch_slices))
+    )
 
 
-def idle(batch_size: int, num_stages: int) -> Schedule:
-    """A tick in which a batch enters, turns and leaves while all stages idle."""
-    table = np.full((1, num_stages), IDLE, np.int32)
-    part = Part(0, batch_size, 0, enters=0, turns=0, leaves=0)
-    return Schedule((Item(0, 0, 1, 1),), (part,), table, table, batch_size, batch_size)
+def _free_row(alive: Sequence[Part], num_rows: int) -> int:
+    """The lowest row from which on so many are of no part that is alive."""
+    starts = [0, *(part.buffer_row + part.num_rows for part in alive)]
+    return min(
+        start
+        for start in starts
+        if all(
+            start + num_rows <= part.buffer_row or part.buffer_row + part.num_rows <= start
+            for part in alive
+        )
+    )
+
+
+def idle(schedule: Schedule) -> Schedule:
+    """The schedule with stages that do nothing: its parts enter, turn and leave."""
+    table = np.full_like(schedule.forward, IDLE)
+    return replace(schedule, forward=table, backward=table)
 
 
 SCHEDULES: dict[ScheduleName, Callable[[Plan], Schedule]] = {
@@ -199,9 +219,10 @@ def check(schedule: Schedule) -> None:
 
     Every item passes every stage once in each direction, in the tick after its neighbour; the
     tokens of a sequence go forward in ascending and backward in descending order; a part is
-    embedded before, turned between and left after its passes; rows have one part at a time.
+    embedded before, turned between and left after its passes, one part in a tick; rows have one
+    part at a time.
     """
-    part_of, P = schedule.part_of, schedule.num_stages
+    part_of, P = np.array(schedule.part_of), schedule.num_stages
     if schedule.forward.shape != schedule.backward.shape:
         raise ValueError("the tables of both directions have different shapes")
     forward = _ticks(schedule.forward, len(schedule.items))
@@ -216,33 +237,39 @@ def check(schedule: Schedule) -> None:
             raise ValueError(f"item {i} goes backward before its part turns, or has left")
         if item.row + item.num_rows > part.row + part.num_rows:
             raise ValueError(f"item {i} is of several parts")
-        for j, other in enumerate(schedule.items):
-            is_next = other.row == item.row and other.token == item.token + item.num_tokens
-            in_order = (forward[i] < forward[j]).all() and (backward[i] > backward[j]).all()
-            if is_next and not in_order:
-                raise ValueError(f"item {j} does not follow item {i}")
+    in_order = sorted(
+        range(len(part_of)), key=lambda i: (schedule.items[i].row, schedule.items[i].token)
+    )
+    for i, j in pairwise(in_order):
+        is_same = schedule.items[i].row == schedule.items[j].row
+        if is_same and not ((forward[i] < forward[j]) & (backward[i] > backward[j])).all():
+            raise ValueError(f"item {j} does not follow item {i}")
+    _check_parts(schedule, part_of, backward)
+
+
+def _check_parts(schedule: Schedule, part_of: np.ndarray, backward: np.ndarray) -> None:
+    """`part_of` each item, and its ticks `[item, stage]`."""
+    for name in ("enters", "turns", "leaves"):
+        ticks = [getattr(part, name) for part in schedule.parts]
+        if len(set(ticks)) < len(ticks):
+            raise ValueError(f"{name} is the same tick for several parts")
+    first, last = (
+        np.array([of(backward[part_of == i], 0) for i in range(len(schedule.parts))])
+        for of in (np.min, np.max)
+    )
     for i, part in enumerate(schedule.parts):
         if part.buffer_row + part.num_rows > schedule.num_rows:
             raise ValueError(f"part {i} has no rows")
+        if part.num_rows > schedule.num_gradient_rows:
+            raise ValueError(f"part {i} has no rows for gradients")
         for j, other in enumerate(schedule.parts[:i]):
+            is_shared = set(part.buffer_rows) & set(other.buffer_rows)
             is_apart = part.leaves < other.enters or other.leaves < part.enters
-            if not is_apart and _overlap(part, other):
+            if is_shared and not is_apart:
                 raise ValueError(f"parts {j} and {i} have the same rows at a time")
-            is_apart = not _overlap(part, other, schedule.num_gradient_rows)
-            for stage in range(P):
-                own = [
-                    [backward[k, stage] for k, of in enumerate(part_of) if of == n] for n in (i, j)
-                ]
-                if not (is_apart or max(own[0]) < min(own[1]) or max(own[1]) < min(own[0])):
-                    raise ValueError(f"parts {j} and {i} have the same gradients at a time")
-
-
-def most_alive(schedule: Schedule) -> int:
-    """The sequences that are between entering and leaving, at most at a time."""
-    return max(
-        sum(part.num_rows for part in schedule.parts if part.enters <= tick <= part.leaves)
-        for tick in range(schedule.num_ticks)
-    )
+            take_turns = ((last[i] < first[j]) | (last[j] < first[i])).all()
+            if schedule.num_gradient_rows < schedule.num_rows and not take_turns:
+                raise ValueError(f"parts {j} and {i} have the same gradients at a time")
 
 
 def _slices(plan: Plan) -> list[tuple[int, int, Item]]:
@@ -263,11 +290,3 @@ def _ticks(table: np.ndarray, num_items: int) -> np.ndarray:
             raise ValueError(f"stage {stage} does not have every item once")
         ticks[column[when], stage] = when
     return ticks
-
-
-def _overlap(part: Part, other: Part, modulo: int | None = None) -> bool:
-    rows = (
-        {(p.buffer_row + n) % modulo if modulo else p.buffer_row + n for n in range(p.num_rows)}
-        for p in (part, other)
-    )
-    return not set.isdisjoint(*rows)

@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from tpipe_jax.attention import Attention, KVCache
 from tpipe_jax.block import Params, merge_heads, split_heads
-from tpipe_jax.inplace import Position, read, run_if, wrapped, write
+from tpipe_jax.inplace import Position, in_turn, read, run_if, write
 from tpipe_jax.key_blocks import query_block
 from tpipe_jax.layer import BlockFunctions
 
@@ -42,7 +42,7 @@ class Gradients(NamedTuple):
     """What the backward pass of one layer has gathered so far."""
 
     cache: KVCache
-    """Sums, float32, for the sequences that go backward at a time: rows are used in turns."""
+    """Sums, float32, for the sequences that go backward at a time."""
     params: Params
     """Sums, float32; without those of linear layers, if these are deferred."""
     d_outputs: dict[str, Array]
@@ -97,7 +97,8 @@ class Stage(NamedTuple):
         cache = gradients[0].cache
         if self.takes_turns:  # the rows may have been another sequence's
             is_first = at.token + L == cache.k.shape[-2]
-            gradients = run_if(is_first, partial(_without_cache, at, B), gradients)
+            d_at = in_turn(at._replace(token=0), cache.k, len(saved[0].cache.k))
+            gradients = run_if(is_first, partial(_without_cache, d_at, B), gradients)
 
         def layer(n: int, carry: tuple[Array, Gradients]) -> tuple[Array, Gradients]:
             return self._layer_backward(n, saved[n], *carry, at)
@@ -168,7 +169,8 @@ class Stage(NamedTuple):
         d_q, d_cache = self.attention.backward(
             q, cache, at, attn, lse, d_attn_BHLK, d_cache, starts_BL1
         )
-        d_qkv = d_q, *(read(d, wrapped(at, d), B, L).astype(d_q.dtype) for d in d_cache)
+        d_at = in_turn(at, d_cache.k, len(cache.k))
+        d_qkv = d_q, *(read(d, d_at, B, L).astype(d_q.dtype) for d in d_cache)
         positions = _positions(at, L, starts_BL1)
         _, qkv_vjp, seen_before = jax.vjp(
             replay(lambda params, x, tape: self.block.qkv(params, x, positions, tape)),
@@ -311,9 +313,7 @@ def _without_cache(at: Position, num_rows: int, gradients: list[Gradients]) -> l
     """With gradients of keys and values that are zero for some sequences."""
 
     def cleared(d: Array) -> Array:
-        return write(
-            d, jnp.zeros((num_rows, *d.shape[1:]), d.dtype), wrapped(at._replace(token=0), d)
-        )
+        return write(d, jnp.zeros((num_rows, *d.shape[1:]), d.dtype), at)
 
     return [g._replace(cache=KVCache(*map(cleared, g.cache))) for g in gradients]
 

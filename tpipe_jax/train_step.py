@@ -233,19 +233,19 @@ def make_stage_work(config: Config, mesh: Mesh, items: Sequence[Item]) -> Wrappe
     times.
     """
     dtype = compute_dtype(config.precision, mesh)
+    num_rows = max(item.row + item.num_rows for item in items)
 
     def local(params: Params, x_BTD: Array, forward: Array, backward: Array) -> Array:
         stage = make_stage(config, mesh, for_compute(config, mesh, params))
         x_BTD = x_BTD.astype(dtype)
-        B = len(x_BTD)
-        saved = empty_saved_of(config, mesh, B)
+        saved = empty_saved_of(config, mesh, num_rows)
         y_BTD, saved = sweep(forward, items, stage.forward, x_BTD, saved)
         d_x_BTD, gradients = sweep(
             backward,
             items,
             partial(stage.backward, saved),
             x_BTD,
-            empty_gradients_of(config, mesh, B),
+            empty_gradients_of(config, mesh, num_rows),
             reverse=True,
         )
         total = sum(
