@@ -305,7 +305,7 @@ def test_a_step_without_slices_sets_up_their_buffers(mesh: Mesh, monkeypatch: py
         config = dataclasses.replace(CONFIG, train=train, plan=plan)
         rest.append(profiler._time_outside(config, mesh)[2])
     assert sizes[0] > KEPT * 64 * 64 > 5 * sizes[1]
-    assert rest[1] == pytest.approx(rest[0], rel=0.25)
+    assert max(rest) < sizes[0] / 5
 
 
 @pytest.mark.parametrize(

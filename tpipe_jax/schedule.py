@@ -203,9 +203,11 @@ def _free_row(alive: Sequence[Part], num_rows: int) -> int:
 
 
 def idle(schedule: Schedule) -> Schedule:
-    """The schedule with stages that do nothing: its parts enter, turn and leave."""
+    """The schedule with stages that do nothing: its parts enter, turn and leave. The one item that
+    is left, which never comes, is so small that it needs no memory.
+    """
     table = np.full_like(schedule.forward, IDLE)
-    return replace(schedule, forward=table, backward=table)
+    return replace(schedule, items=(Item(0, 0, 1, 1),), forward=table, backward=table)
 
 
 SCHEDULES: dict[ScheduleName, Callable[[Plan], Schedule]] = {
