@@ -15,7 +15,6 @@ Each adds its part to `bench/results/schedules.json`.
 """
 
 import argparse
-import dataclasses
 import json
 import os
 import random
@@ -31,6 +30,7 @@ import results
 from emulated import load_sleep, program
 from tpipe_jax.config import (
     Config,
+    MemoryConfig,
     MeshConfig,
     ModelConfig,
     PlanConfig,
@@ -88,14 +88,12 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
                 MeshConfig(pipe=2),
                 PlanConfig("uniform:4", "uniform:" + str(batch_size), schedule=name),
                 TrainConfig(batch_size=batch_size),
+                memory=MemoryConfig(remat="dots", limit_gib=1e3),
             )
             plan = read_settings(config)
             assert isinstance(plan, Plan)
             mesh = make_mesh(config.mesh, jax.devices()[:2])
             optimizer = make_optimizer(config.optim, config.train.num_steps)
-            config = dataclasses.replace(
-                config, memory=dataclasses.replace(config.memory, remat="dots", limit_gib=1e3)
-            )
             analysis = fitting_step(config, mesh, plan, optimizer)[1].memory_analysis()
             assert analysis
             megabytes[name][batch_size] = analysis.temp_size_in_bytes / 1e6
@@ -165,8 +163,8 @@ def choice(args: argparse.Namespace) -> dict[str, Any]:
             + f": {loss:+.1%}",
             flush=True,
         )
-        cases.append({"stages": num_stages, "batch": batch_size, "tokens": seq_len, "model": name})
-        cases[-1] |= {"chosen": chosen, "seconds": seconds, "loss": loss}
+        case = {"stages": num_stages, "batch": batch_size, "tokens": seq_len, "model": name}
+        cases.append(case | {"chosen": chosen, "seconds": seconds, "loss": loss})
     good = sum(case["loss"] <= 0.03 for case in cases)
     print(f"{good} of {len(cases)} within 3% of the fastest")
     return {"cases": cases}

@@ -2,9 +2,9 @@
 
 Stages take different branches, so what a branch exchanges must stay within one stage: there, all
 devices of 'model' take the same branch. Other exchanges wait for devices that never come, but in
-branches that all devices take alike (`inplace.run_on_all_if`). GSPMD
-inserts exchanges where operators are divided in ways that don't fit together, so every program is
-looked through before it runs.
+branches that all devices take alike (`inplace.run_on_all_if`). GSPMD inserts exchanges where
+operators are divided in ways that don't fit together, so every program is looked through before it
+runs.
 """
 
 import math

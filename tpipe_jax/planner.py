@@ -267,8 +267,8 @@ def _moved(estimator: Estimator, slicing: Slicing, size: int, i: int, step: int)
 def _within(
     estimator: Estimator, limit_bytes: float | None, turns: tuple[int, ...] | None = None
 ) -> Estimator:
-    """Without the slices that take too much memory if all goes forward before any goes backward, or
-    whatever the others are if these batch slices take turns.
+    """Without the slices that take too much memory. The batch is kept whole, as under terapipe, or,
+    if these batch slices take turns, as little of it as the shortest slices allow.
     """
     if limit_bytes is None:
         return estimator
