@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from test_latency import profile
+from tpipe_jax import planner
 from tpipe_jax.config import ScheduleName, UserError
 from tpipe_jax.estimate import predicted_timeline
 from tpipe_jax.latency import LatencyTable, Memory
@@ -55,6 +56,17 @@ def test_1f1b_is_planned_with_its_own_makespan(num_stages: int):
         other = Plan(num_stages, sizes, (tokens,) * num_batch, schedule="1f1b")
         assert seconds(planning.plan) <= makespan(table, other) * (1 + 1e-9)
         assert planning.plan.prediction.lower_bound_seconds <= makespan(table, other) * (1 + 1e-9)
+
+
+def test_moved_cuts_make_1f1b_faster(monkeypatch: pytest.MonkeyPatch):
+    """Where the context costs as much as the tokens, slices that are best for terapipe are not."""
+    i, j = np.ogrid[1:9, 0:8]
+    times = np.where(i + j <= 8, i * (1.0 + 2 * j + i), np.inf)[None]
+    table, request = LatencyTable(4, times, 2.5 * times), PlanRequest(5, 3, 32, schedule="1f1b")
+    moved = find_plan(table, request, [1.0] * 5).plan
+    monkeypatch.setattr(planner, "MOST_MOVES", 0)
+    assert seconds(moved) < 0.98 * seconds(find_plan(table, request, [1.0] * 5).plan)
+    assert seconds(moved) == pytest.approx(makespan(table, moved))
 
 
 def test_given_slices_are_kept_under_1f1b():

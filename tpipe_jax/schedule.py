@@ -176,8 +176,6 @@ def one_forward_one_backward(plan: Plan) -> Schedule:
         row = sum(part.num_rows for part in parts)
         parts.append(Part(row, size, _free_row(alive, size), enters, turns, leaves))
     num_rows = max(part.buffer_row + part.num_rows for part in parts)
-    if num_rows > plan.batch_size:  # gaps between unequal parts
-        num_rows, parts = plan.batch_size, [replace(part, buffer_row=part.row) for part in parts]
     num_ticks = parts[-1].leaves + 1
     forward, backward = (np.full((num_ticks, P), IDLE, np.int32) for _ in range(2))
     for stage in range(P):
