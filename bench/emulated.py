@@ -134,7 +134,10 @@ def emulate(plan: Plan, times: list[Times], tick_seconds: float, rounds: int) ->
 
 
 def program(plan: Plan, times: list[Times], slowdown: float) -> Callable[[], Any]:
-    """The pipeline of a training step, compiled, with stages that sleep."""
+    """The pipeline of a training step, compiled, with stages that sleep for the times of forward
+    and backward passes and, if there are three, for gradients of weights; the chunks of a stage
+    share them.
+    """
     import jax
     import jax.numpy as jnp
     from jax.sharding import AxisType, PartitionSpec
@@ -145,29 +148,31 @@ def program(plan: Plan, times: list[Times], slowdown: float) -> Callable[[], Any
     schedule, T = make_schedule(plan), plan.seq_len
     sleep = jax.ffi.ffi_call("sleep", jax.ShapeDtypeStruct((), jnp.float32))
 
-    def asleep(direction: Times) -> Callable[..., tuple[jax.Array, tuple[()]]]:
+    def asleep(own: Times) -> Callable[[jax.Array, Position], jax.Array]:
         seconds_BT = np.zeros((plan.batch_size, T), np.float32)
-        for position, seconds in direction.items():
-            seconds_BT[position] = slowdown * seconds
+        for position, seconds in own.items():
+            seconds_BT[position] = slowdown * seconds / plan.num_chunks
 
-        def work(x_BLD: jax.Array, at: Position, state: tuple[()]):
+        def work(x: jax.Array, at: Position) -> jax.Array:
             duration = jnp.asarray(seconds_BT)[at.batch_row, at.token]
-            return x_BLD + sleep(x_BLD[0, 0, 0], duration), state
+            return x + sleep(x.ravel()[0], duration)
 
         return work
 
-    forward, backward = map(asleep, times)
+    forward, backward, *weights = map(asleep, times)
 
     def step(x_BTD: jax.Array) -> jax.Array:
         work = StepWork(
             embed=lambda row, num_rows: jax.lax.dynamic_slice_in_dim(x_BTD, row, num_rows),
-            forward=forward,
+            forward=lambda chunk, x_BLD, at, saved: (forward(x_BLD, at), saved),
             turn=lambda y_BTD, row, sums: (y_BTD, sums),
-            backward=lambda saved, *args: backward(*args),
+            backward=lambda saved, chunk, d_BLD, at, slept: (backward(d_BLD, at), slept),
+            weights=lambda saved, chunk, shape, at, slept: weights[0](slept, at),
             leave=lambda d_x_BTD, row, sums: sums + d_x_BTD.sum(),
         )
         trunk_RTD = jnp.zeros((schedule.num_rows, T, 1))
-        return execute(schedule, work, trunk_RTD, (), (), varying(jnp.zeros(1)))[-1]
+        _, slept, sums = execute(schedule, work, trunk_RTD, (), jnp.zeros(1), varying(jnp.zeros(1)))
+        return slept + sums
 
     devices = jax.devices()[: plan.num_stages]
     types = (AxisType.Auto,) * 3

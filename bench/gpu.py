@@ -56,11 +56,12 @@ from tpipe_jax.memory import GIB, limit_bytes, program_bytes
 from tpipe_jax.mesh import make_mesh, put_rows
 from tpipe_jax.model import num_params
 from tpipe_jax.optim import make_optimizer
-from tpipe_jax.plans import Plan, read_settings
+from tpipe_jax.plan_settings import read_settings
+from tpipe_jax.plans import Plan
 from tpipe_jax.precision import compute_dtype, resolve_precision
 from tpipe_jax.profiler import Profiler
 from tpipe_jax.remat import POLICIES, saved_names
-from tpipe_jax.schedule import SCHEDULES, make_schedule
+from tpipe_jax.schedule import make_schedule
 from tpipe_jax.train_state import abstract_rows, abstract_state, init_state
 from tpipe_jax.train_step import make_train_step
 
@@ -207,7 +208,7 @@ def variants(args: argparse.Namespace) -> list[tuple[int, bool, int, ScheduleNam
     """Numbers of slices, whether gradients of weights are deferred until all are done, and batch
     slices with each schedule, of which deferring needs the first.
     """
-    schedules = list(SCHEDULES) if args.batch_slices > 1 else ["terapipe"]
+    schedules: list[ScheduleName] = ["terapipe", "1f1b"] if args.batch_slices > 1 else ["terapipe"]
     return [
         (n, is_deferred, args.batch_slices, schedule)
         for n in args.slices

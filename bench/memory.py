@@ -29,7 +29,8 @@ from tpipe_jax.config import (
 from tpipe_jax.memory import budget, fitting_step, program_bytes
 from tpipe_jax.mesh import make_mesh
 from tpipe_jax.optim import make_optimizer
-from tpipe_jax.plans import Plan, read_settings
+from tpipe_jax.plan_settings import read_settings
+from tpipe_jax.plans import Plan
 from tpipe_jax.schedule import make_schedule
 
 SLICES = (1, 4, 16)

@@ -18,8 +18,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 import results
+from tpipe_jax.plan_settings import uniform
 from tpipe_jax.planner import find_plan
-from tpipe_jax.plans import Plan, PlanRequest, uniform
+from tpipe_jax.plans import Plan, PlanRequest
 from v100 import (
     SETTINGS,
     UNIFORM,

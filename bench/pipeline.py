@@ -38,7 +38,8 @@ from typing import Any
 
 import results
 from tpipe_jax.config import Config, MemoryConfig, MeshConfig, ModelConfig, PlanConfig, TrainConfig
-from tpipe_jax.plans import Plan, read_settings
+from tpipe_jax.plan_settings import read_settings, settled
+from tpipe_jax.plans import Plan
 
 NUM_STAGES = 2
 CASES = ("1x512", "1x1024", "1x2048", "1x4096", "1x8192", "2x1024", "4x1024", "8x1024")
@@ -148,7 +149,8 @@ def work(args: argparse.Namespace) -> None:
     for slices, plan in plans.items():
         programs[f"two stages, {slices}"] = Program(args, TWO_STAGES, plan)
         for name in args.schedule:
-            other = replace(plan, schedule=name, prediction=None)
+            num_chunks = 2 if name == "interleaved" else 1
+            other = replace(plan, schedule=name, num_chunks=num_chunks, prediction=None)
             programs[f"two stages, {slices}, {name}"] = Program(args, TWO_STAGES, other)
         for name, memory in policies(args).items():
             programs[f"two stages, {slices}, {name}"] = Program(args, TWO_STAGES, plan, memory)
@@ -244,7 +246,7 @@ class Program:
         from tpipe_jax.train_state import init_state
         from tpipe_jax.train_step import make_train_step
 
-        config = replace(make_config(args, mesh_config), memory=memory)
+        config = settled(replace(make_config(args, mesh_config), memory=memory), plan)
         devices = jax.devices() if config.mesh.num_devices > 1 else jax.local_devices()
         mesh = make_mesh(config.mesh, devices)
         self.plan = plan

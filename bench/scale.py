@@ -29,7 +29,8 @@ from tpipe_jax.flags import CONFIGS, exit_status, load_config
 from tpipe_jax.mesh import make_mesh
 from tpipe_jax.model import num_params
 from tpipe_jax.optim import make_optimizer
-from tpipe_jax.plans import Plan, read_settings
+from tpipe_jax.plan_settings import read_settings
+from tpipe_jax.plans import Plan
 from tpipe_jax.schedule import make_schedule
 from tpipe_jax.stage_setup import activation_bytes_per_token, cache_bytes_per_token
 from tpipe_jax.train_state import abstract_rows, abstract_state, state_bytes

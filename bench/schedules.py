@@ -7,8 +7,8 @@
 
 `memory` compiles the training step of two stages for 4 to 64 sequences and prints the temporary
 bytes of XLA's memory analysis. `cores` times steps of 1, 4 and 16 sequences on two real cores
-(`bench/pipeline.py`, both schedules in turns). `emulated` lets 8, 24 and 48 stages sleep through
-the planned slices of either schedule (`bench/emulated.py`) and compares with the simulated
+(`bench/pipeline.py`, all schedules in turns). `emulated` lets 8, 24 and 48 stages sleep through
+the planned slices of each schedule (`bench/emulated.py`) and compares with the simulated
 makespan. `choice` draws models, meshes and batches, lets the planner choose, and measures what it
 chose and what it did not, asleep as well.
 Each adds its part to `bench/results/schedules.json`.
@@ -38,8 +38,9 @@ from tpipe_jax.config import (
     TrainConfig,
 )
 from tpipe_jax.estimate import predicted_timeline
+from tpipe_jax.plan_settings import read_settings
 from tpipe_jax.planner import find_plan
-from tpipe_jax.plans import Plan, PlanRequest, read_settings
+from tpipe_jax.plans import Plan, PlanRequest
 from tpipe_jax.schedule import SCHEDULES, make_schedule, slice_order
 from v100 import SETTINGS, fit, latency_table
 
@@ -106,14 +107,15 @@ def cores(args: argparse.Namespace) -> dict[str, Any]:
     """Steps of `bench/pipeline.py` by batch."""
     figures = {}
     for batch_size in args.batch_size or [1, 4, 16]:
-        others = [f"--schedule={name}" for name in SCHEDULES if name != "terapipe"]
+        others = [name for name in SCHEDULES if name != "terapipe"]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rows.json"
             command = [sys.executable, str(Path(__file__).with_name("pipeline.py"))]
             command += ["--seq-len=512", "--slices=uniform:4", f"--rounds={args.rounds}"]
             command += [f"--batch-size={batch_size}", f"--batch-slices={batch_size}"]
             environment = os.environ | {"XLA_FLAGS": ""}
-            more = others if batch_size > 1 else []
+            names = others if batch_size > 1 else ["interleaved"]
+            more = [f"--schedule={name}" for name in names]
             subprocess.run([*command, *more, f"--json={path}"], check=True, env=environment)
             figures[batch_size] = json.loads(path.read_text())
     return {"rounds": args.rounds, "programs": figures}
@@ -123,17 +125,17 @@ def emulated(args: argparse.Namespace) -> dict[str, Any]:
     """Simulated and measured makespans by stages and schedule, and bubbles."""
     load_sleep()
     print(
-        f"{'stages':>6} {'schedule':10}{'slices':>8}{'simulated':>12}{'measured':>10}{'ratio':>8}"
+        f"{'stages':>6} {'schedule':14}{'slices':>8}{'simulated':>12}{'measured':>10}{'ratio':>8}"
     )
     figures: dict[int, Any] = {}
     for num_stages in args.stages:
-        request = PlanRequest(num_stages, 16, 2048)
+        request = request_of(num_stages, 16, 2048)
         figures[num_stages] = {}
         for name, plan in plans_of(request, "8 GPT3-44B").items():
             found = asleep(plan, args.rounds)
             figures[num_stages][name] = found
             print(
-                f"{num_stages:6} {name:10}{found['items']:8}{found['simulated']:11.3f}s"
+                f"{num_stages:6} {name:14}{found['items']:8}{found['simulated']:11.3f}s"
                 f"{found['measured']:9.3f}s{found['measured'] / found['simulated']:8.3f}"
                 f"   bubble {found['bubble']:.1%}, {found['rows']} sequences kept",
                 flush=True,
@@ -150,7 +152,7 @@ def choice(args: argparse.Namespace) -> dict[str, Any]:
         batch_size = draw.choice([2, 3, 4, 6, 8, 12])
         seq_len = draw.choice([512, 1024, 2048])
         name = draw.choice(["1 GPT3-1B", "5 GPT3-13B", "8 GPT3-44B"])
-        request = PlanRequest(num_stages, batch_size, seq_len)
+        request = request_of(num_stages, batch_size, seq_len)
         chosen = planned(request, name).plan.schedule
         seconds = {
             schedule: asleep(plan, args.rounds)["measured"]
@@ -158,7 +160,7 @@ def choice(args: argparse.Namespace) -> dict[str, Any]:
         }
         loss = seconds[chosen] / min(seconds.values()) - 1
         print(
-            f"{name:12}{num_stages:3} stages{batch_size:4} x {seq_len:5}: {chosen:9} taken, "
+            f"{name:12}{num_stages:3} stages{batch_size:4} x {seq_len:5}: {chosen:13} taken, "
             + ", ".join(f"{own} {time_:.3f} s" for own, time_ in seconds.items())
             + f": {loss:+.1%}",
             flush=True,
@@ -170,11 +172,16 @@ def choice(args: argparse.Namespace) -> dict[str, Any]:
     return {"cases": cases}
 
 
+def request_of(num_stages: int, batch_size: int, seq_len: int) -> PlanRequest:
+    """Of stages with layers enough for four chunks each."""
+    return PlanRequest(num_stages, batch_size, seq_len, num_layers=4 * num_stages)
+
+
 def planned(request: PlanRequest, setting_name: str) -> Any:
     """What the planner makes of the request, with layers of a setting of the paper."""
     [setting] = [s for s in SETTINGS if s.name == setting_name]
     setting = setting._replace(
-        num_layers=request.num_stages,
+        num_layers=request.num_layers or setting.num_layers,
         num_stages=request.num_stages,
         batch_size=request.batch_size,
         seq_len=request.seq_len,
@@ -193,10 +200,13 @@ def asleep(plan: Plan, rounds: int) -> dict[str, Any]:
     """Runs a plan with stages that sleep; seconds as simulated and measured, not slowed down."""
     import jax
 
-    schedule, timeline = make_schedule(plan), predicted_timeline(plan, [1.0] * plan.num_stages)
     assert plan.prediction
+    schedule, num_chunks = make_schedule(plan), plan.num_chunks
+    timeline = predicted_timeline(plan, [1 / num_chunks] * (num_chunks * plan.num_stages))
     order = slice_order(schedule, plan)
-    nested = plan.prediction.slice_forward_seconds, plan.prediction.slice_backward_seconds
+    prediction = plan.prediction
+    nested = [prediction.slice_forward_seconds, prediction.slice_backward_seconds]
+    nested += [prediction.slice_weight_seconds] if prediction.slice_weight_seconds else []
     times = [
         {
             (item.row, item.token): own[m][n]
@@ -205,7 +215,7 @@ def asleep(plan: Plan, rounds: int) -> dict[str, Any]:
         for own in nested
     ]
     mean = statistics.mean(seconds for own in times for seconds in own.values())
-    slowdown = TICK_SECONDS / mean
+    slowdown = TICK_SECONDS / (mean / num_chunks)
     run = program(plan, times, slowdown)
     measured = []
     for _ in range(rounds):
@@ -215,6 +225,7 @@ def asleep(plan: Plan, rounds: int) -> dict[str, Any]:
     return {
         "items": len(schedule.items),
         "rows": schedule.num_rows,
+        "chunks": num_chunks,
         "bubble": timeline.bubble,
         "simulated": timeline.step_seconds,
         "measured": statistics.median(measured),

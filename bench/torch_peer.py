@@ -31,7 +31,8 @@ from typing import Any
 
 import results
 from tpipe_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
-from tpipe_jax.plans import Plan, uniform
+from tpipe_jax.plan_settings import uniform
+from tpipe_jax.plans import Plan
 
 TORCH_PIPELINE = Path(__file__).with_name("torch_pipeline.py")
 VOCAB_SIZE = 256

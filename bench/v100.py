@@ -150,12 +150,30 @@ def step_seconds(setting: Setting, cluster: Cluster, token_slices: tuple[int, ..
     return float(stage + wait) + reduction_seconds(setting, cluster)
 
 
+def deferred_seconds(
+    setting: Setting, cluster: Cluster, rows: Any, tokens: Any, context: Any
+) -> tuple[Any, Any]:
+    """Seconds of a stage for a backward pass without gradients of weights, and for these; what a
+    layer takes at least is halved between them.
+    """
+    D, N = setting.d_model, setting.num_operators
+    weights = FORMAT_BYTES * 12 * D * D / N / HBM_BYTES_PER_SECOND
+    products = rows * 24 * tokens * D * D / N / cluster.flops_per_second
+    layers = setting.num_layers / setting.num_stages
+    _, whole = slice_seconds(setting, cluster, rows, tokens, context)
+    later = layers * np.maximum(FLOOR_SECONDS / 2, products + 4 * weights)
+    return np.maximum(whole - later, layers * FLOOR_SECONDS / 2), later
+
+
 def latency_table(setting: Setting, cluster: Cluster) -> LatencyTable:
     """Seconds of a stage for every slice in whole units, its transfers included."""
     num_units = setting.seq_len // UNIT_TOKENS
     b = np.arange(1, setting.batch_size + 1)[:, None, None]
     i = np.arange(1, num_units + 1)[None, :, None]
     j = np.arange(num_units)[None, None, :]
-    times = slice_seconds(setting, cluster, b, i * UNIT_TOKENS, j * UNIT_TOKENS)
-    forward, backward = (np.where(i + j <= num_units, t, np.inf) for t in times)
-    return LatencyTable(UNIT_TOKENS, forward, backward)
+    slices = setting, cluster, b, i * UNIT_TOKENS, j * UNIT_TOKENS
+    forward, backward, inputs, weights = (
+        np.where(i + j <= num_units, t, np.inf)
+        for t in (*slice_seconds(*slices), *deferred_seconds(*slices))
+    )
+    return LatencyTable(UNIT_TOKENS, forward, backward, deferred=(inputs, weights))

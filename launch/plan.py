@@ -40,7 +40,14 @@ def plan_from_file(flags: FilePlanFlags) -> None:
     from tpipe_jax.plans import PlanRequest
 
     schedule = None if flags.schedule == "auto" else flags.schedule
-    request = PlanRequest(flags.num_stages, flags.batch_size, flags.seq_len, schedule=schedule)
+    request = PlanRequest(
+        flags.num_stages,
+        flags.batch_size,
+        flags.seq_len,
+        schedule=schedule,
+        num_chunks=flags.chunks,
+        num_layers=flags.num_layers,
+    )
     factors = flags.stage_factors or (1.0,) * flags.num_stages
     limit = None if flags.memory_limit_gib is None else flags.memory_limit_gib * GIB
     table = load_table(flags.latency)
@@ -51,14 +58,14 @@ def plan_from_file(flags: FilePlanFlags) -> None:
         )
     planning = find_plan(table, request, factors, limit)
     console = Console()
-    console.show_planning(planning, factors)
-    write_plan(flags.workdir, table, planning.plan, factors)
+    console.show_planning(planning)
+    write_plan(flags.workdir, table, planning.plan, planning.chunk_factors)
     console.say(f"plan.json and plan.png are in {flags.workdir}")
 
 
 def plan_by_measuring(*args: Any) -> None:
     """Profiles the model of a config on its devices and plans its slices."""
-    from tpipe_jax.autoplan import plan_run
+    from tpipe_jax.plan_run import plan_run
 
     plan_run(*args)
 

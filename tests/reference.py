@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 from tpipe_jax import model
 from tpipe_jax.config import Config, ModelConfig
 from tpipe_jax.loss import IGNORE
-from tpipe_jax.mesh import layer_counts, padded_vocab_size
-from tpipe_jax.plans import Plan, read_settings
+from tpipe_jax.mesh import padded_vocab_size
+from tpipe_jax.plan_settings import read_settings
+from tpipe_jax.plans import Plan
 
 Params = Any  # nested dictionaries and lists of arrays
 
@@ -49,15 +50,13 @@ def loss(config: ModelConfig, params: Params, rows: Array) -> Array:
     return -found_BT.mean(where=targets_BT != IGNORE)
 
 
-def to_stages(params: Params, mesh: Mesh) -> Params:
+def to_stages(params: Params, mesh: Mesh, num_chunks: int = 1) -> Params:
     """The model's parameters as the mesh holds them (`mesh.param_specs`), made of whole ones."""
-    num_stages = mesh.shape["pipe"]
-    blocks, counts = params["blocks"], layer_counts(len(params["blocks"]), num_stages)
-    start = np.cumsum([0, *counts])
+    num_stages, blocks = mesh.shape["pipe"], params["blocks"]
     padding = jax.tree.map(jnp.zeros_like, blocks[0])
     slots = [
-        [blocks[start[s] + n] if n < counts[s] else padding for s in range(num_stages)]
-        for n in range(counts[0])
+        [padding if layer is None else blocks[layer] for layer in slot]
+        for slot in _slots(len(blocks), num_stages, num_chunks)
     ]
     table_VD = params["embed"]["tokens"]
     num_rows = padded_vocab_size(ModelConfig(vocab_size=len(table_VD)), mesh)
@@ -68,17 +67,34 @@ def to_stages(params: Params, mesh: Mesh) -> Params:
     }
 
 
-def from_stages(params: Params, num_layers: int, vocab_size: int) -> Params:
+def from_stages(params: Params, num_layers: int, vocab_size: int, num_chunks: int = 1) -> Params:
     """The inverse of `to_stages`."""
     num_stages = jax.tree.leaves(params["blocks"])[0].shape[0]
-    counts = layer_counts(num_layers, num_stages)
+    places = {
+        layer: (n, stage)
+        for n, slot in enumerate(_slots(num_layers, num_stages, num_chunks))
+        for stage, layer in enumerate(slot)
+    }
     blocks = [
-        jax.tree.map(lambda a, s=s: a[s], params["blocks"][n])
-        for s in range(num_stages)
-        for n in range(counts[s])
+        jax.tree.map(lambda a, s=stage: a[s], params["blocks"][n])
+        for n, stage in (places[layer] for layer in range(num_layers))
     ]
     tokens = params["embed"]["tokens"][:vocab_size]
     return params | {"embed": params["embed"] | {"tokens": tokens}, "blocks": blocks}
+
+
+def _slots(num_layers: int, num_stages: int, num_chunks: int) -> list[list[int | None]]:
+    """Which layer is in the nth place of each stage: the layers in order, as evenly as they go over
+    chunks, of which stages have one after another.
+    """
+    parts = np.array_split(np.arange(num_layers), num_chunks * num_stages)
+    slots = []
+    for first in range(0, len(parts), num_stages):
+        own = [part.tolist() for part in parts[first : first + num_stages]]
+        longest = max(map(len, own))
+        padded = [part + [None] * (longest - len(part)) for part in own]
+        slots += map(list, zip(*padded, strict=True))
+    return slots
 
 
 def plan_of(config: Config) -> Plan:

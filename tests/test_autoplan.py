@@ -15,9 +15,9 @@ import pytest
 from runs import Lines, changed, launch, metrics, run, small_config
 from test_latency import profile
 from tpipe_jax import autoplan
-from tpipe_jax.autoplan import plan_run
 from tpipe_jax.config import Config, UserError
 from tpipe_jax.latency import Profile, Sample, load_table
+from tpipe_jax.plan_run import plan_run
 from tpipe_jax.plans import PlanRequest, load_plan
 from tpipe_jax.profiler import profile_key
 

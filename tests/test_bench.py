@@ -126,7 +126,7 @@ def test_figures_of_a_program_agree():
     rate = float(re.findall(r"runs at (\S+) TFLOP/s", done.stdout)[0])
     pattern = r"^xla, full +(\d+ \w+)" + r" +([\d.]+)%?" * 6 + "$"
     rows = re.findall(pattern, done.stdout, re.MULTILINE)
-    names = [f"{n} {schedule}" for n in (1, 2) for schedule in SCHEDULES]
+    names = [f"{n} {schedule}" for n in (1, 2) for schedule in ("terapipe", "1f1b")]
     assert [row[0] for row in rows] == names, done.stdout
     matrices, pairs = 12 * D * D * L + D * V, B * T * (T + 1) / 2
     flops = 3 * (2 * matrices * B * T + 4 * D * pairs * L)

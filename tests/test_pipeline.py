@@ -53,13 +53,19 @@ class Case(NamedTuple):
     batch_slices: str
     batch_size: int
     schedule: ScheduleName = "terapipe"
+    chunks: int | None = None
 
     @property
     def config(self) -> Config:
         return Config(
             model=ModelConfig(self.num_layers, 16, 2, 24, vocab_size=11, seq_len=12),
             mesh=self.mesh,
-            plan=PlanConfig(self.token_slices, self.batch_slices, schedule=self.schedule),
+            plan=PlanConfig(
+                self.token_slices,
+                self.batch_slices,
+                schedule=self.schedule,
+                chunks=self.chunks,
+            ),
             train=TrainConfig(batch_size=self.batch_size * self.mesh.data),
         )
 
@@ -98,8 +104,11 @@ def unpipelined(config: ModelConfig, batch_size: int) -> tuple[Array, Params]:
 def compile_step(config: Config, make: Any = make_loss_and_grads) -> Compiled:
     """Loss, or loss and gradients, compiled for parameters and rows that lie where they should."""
     devices = open_mesh(config.mesh)
+    num_chunks = config.plan.num_chunks
     params = jax.eval_shape(
-        lambda: reference.to_stages(model.init(config.model, jax.random.key(0)), devices)
+        lambda: reference.to_stages(
+            model.init(config.model, jax.random.key(0)), devices, num_chunks
+        )
     )
     rows = jax.ShapeDtypeStruct((config.train.batch_size, config.model.seq_len + 1), jnp.int32)
     specs = mesh.param_specs(config.model, len(params["blocks"])), PartitionSpec("data")
@@ -115,7 +124,8 @@ def compile_step(config: Config, make: Any = make_loss_and_grads) -> Compiled:
 def run_step(config: Config, make: Any = make_loss_and_grads) -> Any:
     """What the compiled step makes of the parameters and rows drawn above."""
     devices, step = open_mesh(config.mesh), compile_step(config, make)
-    params = jax.device_get(reference.to_stages(draw_params(config.model), devices))
+    staged = reference.to_stages(draw_params(config.model), devices, config.plan.num_chunks)
+    params = jax.device_get(staged)
     places = mesh.shardings(devices, mesh.param_specs(config.model, len(params["blocks"])))
     rows = mesh.put_rows(devices, draw_rows(config))
     return jax.device_get(step(jax.device_put(params, places), rows))
@@ -124,11 +134,13 @@ def run_step(config: Config, make: Any = make_loss_and_grads) -> Any:
 def check_gradients(config: Config) -> None:
     loss, grads = run_step(config)
     chex.assert_type(jax.tree.leaves(grads), jnp.float32)
-    got = reference.from_stages(grads, config.model.num_layers, config.model.vocab_size)
+    num_chunks = config.plan.num_chunks
+    sizes = config.model.num_layers, config.model.vocab_size, num_chunks
+    got = reference.from_stages(grads, *sizes)
     expected = unpipelined(config.model, config.train.batch_size)
     reference.assert_close((loss, got), expected, TOLERANCE)
     # Layers and tokens that are padding count in the global norm: their gradients are zeros.
-    padded = reference.to_stages(got, open_mesh(config.mesh))
+    padded = reference.to_stages(got, open_mesh(config.mesh), num_chunks)
     chex.assert_trees_all_equal(grads, jax.device_get(padded))
 
 
@@ -145,7 +157,9 @@ def cases(draw: st.DrawFn) -> Case:
     num_layers = draw(st.integers(1, min(5, 2 * num_stages)))
     batch_size = draw(st.integers(1, 4))
     batch_slices = draw(lists(batch_size, 3) | st.just("uniform:1"))
-    schedules = sorted(SCHEDULES) if "," in batch_slices else ["terapipe"]
+    has_several, has_chunks = "," in batch_slices, 1 < num_stages <= num_layers / 2
+    schedules = ["terapipe"] + ["1f1b"] * has_several + ["interleaved"] * has_chunks
+    schedules += ["1f1b-deferred"] * (has_several and num_stages > 1)
     return Case(
         MeshConfig(data=draw(st.integers(1, 2)), pipe=num_stages),
         num_layers,
@@ -173,6 +187,13 @@ def test_gradients_equal_those_of_the_unpipelined_model(case: Case) -> None:
         Case(MeshConfig(1, 3, 1), 3, "7,5", "1,2,1,2,1,2", 9, "1f1b"),
         Case(MeshConfig(), 2, "7,5", "1,2,1", 4, "1f1b"),
         Case(MeshConfig(2, 2, 2), 3, "7,5", "uniform:4", 4, "1f1b"),
+        # Fewer slices than stages, which wait for the first to come round, and more, which wait.
+        Case(MeshConfig(1, 3, 1), 7, "12", "2", 2, "interleaved"),
+        Case(MeshConfig(1, 2, 1), 5, "7,5", "1,2", 3, "interleaved"),
+        Case(MeshConfig(2, 2, 2), 6, "5,4,3", "uniform:1", 2, "interleaved", 3),
+        Case(MeshConfig(1, 2, 1), 3, "5,4,3", "uniform:5", 5, "1f1b-deferred"),
+        Case(MeshConfig(1, 3, 1), 3, "7,5", "1,2,1,2", 6, "1f1b-deferred"),
+        Case(MeshConfig(2, 2, 2), 3, "7,5", "uniform:4", 4, "1f1b-deferred"),
     ],
     ids=str,
 )
@@ -250,13 +271,13 @@ def test_deferred_products_go_part_by_part(
     part: tuple[int, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    shapes, of_part = set(), stage_module._weight_gradients
+    shapes, of_part = set(), stage_module._linear_gradients
 
     def noted(*args: Any) -> Params:
         shapes.update(value.shape[:2] for value in args[-1].values())
         return of_part(*args)
 
-    monkeypatch.setattr(stage_module, "_weight_gradients", noted)
+    monkeypatch.setattr(stage_module, "_linear_gradients", noted)
     monkeypatch.setattr(stage_module, "DEFERRED_TOKENS", tokens)
     batch_size = sum(map(int, batch_slices.split(",")))
     config = Case(mesh, 3, f"7,{seq_len - 7}", batch_slices, batch_size).config
@@ -269,9 +290,9 @@ def test_deferred_products_go_part_by_part(
     assert shapes == {part}
 
 
-@pytest.mark.parametrize("schedule", ["terapipe", "1f1b"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_loss_alone_equals_the_loss_with_gradients(schedule: ScheduleName) -> None:
-    config = Case(MeshConfig(data=2, pipe=2), 3, "5,5,2", "1,1,1,1", 4, schedule).config
+    config = Case(MeshConfig(data=2, pipe=2), 4, "5,5,2", "1,1,1,1", 4, schedule).config
     expected, _ = unpipelined(config.model, config.train.batch_size)
     reference.assert_close(run_step(config, make_loss), expected, TOLERANCE)
 
@@ -314,12 +335,13 @@ def test_memory_does_not_grow_with_the_slices() -> None:
     assert sixteen <= 1.1 * eight
 
 
-def test_memory_does_not_grow_with_the_batch_under_1f1b() -> None:
+@pytest.mark.parametrize("schedule", ["1f1b", "1f1b-deferred"])
+def test_memory_does_not_grow_with_the_batch_under_1f1b(schedule: ScheduleName) -> None:
     """But for the tokens of the batch, which are 1% of it here."""
     few, many = (
         temporary_bytes(dataclasses.replace(config, plan=plan))
         for config in (long_config(4, (1,) * 4), long_config(4, (1,) * 32))
-        for plan in [dataclasses.replace(config.plan, schedule="1f1b")]
+        for plan in [dataclasses.replace(config.plan, schedule=schedule)]
     )
     assert few <= many <= 1.05 * few
     assert few < temporary_bytes(long_config(4, (1,) * 4))

@@ -20,8 +20,9 @@ from tpipe_jax.config import (
     UserError,
 )
 from tpipe_jax.mesh import make_mesh
-from tpipe_jax.plans import Plan, PlanRequest, load_plan, parse_slices, read_settings
-from tpipe_jax.plans import unit_tokens as unit_tokens_of
+from tpipe_jax.plan_settings import parse_slices, read_settings
+from tpipe_jax.plan_settings import unit_tokens as unit_tokens_of
+from tpipe_jax.plans import Plan, PlanRequest, load_plan
 from tpipe_jax.schedule import make_schedule
 from tpipe_jax.train_step import make_loss_and_grads
 

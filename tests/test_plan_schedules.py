@@ -11,8 +11,9 @@ from tpipe_jax import planner
 from tpipe_jax.config import ScheduleName, UserError
 from tpipe_jax.estimate import predicted_timeline
 from tpipe_jax.latency import LatencyTable, Memory
+from tpipe_jax.plan_settings import uniform
 from tpipe_jax.planner import GIB, Planning, find_plan
-from tpipe_jax.plans import Plan, PlanRequest, uniform
+from tpipe_jax.plans import Plan, PlanRequest
 from tpipe_jax.schedule import make_schedule, slice_order
 from tpipe_jax.simulate import simulate
 

@@ -15,8 +15,9 @@ from test_latency import profile
 from tpipe_jax.config import UserError
 from tpipe_jax.estimate import predicted_timeline
 from tpipe_jax.latency import LatencyTable
+from tpipe_jax.plan_settings import uniform
 from tpipe_jax.planner import GIB, find_plan
-from tpipe_jax.plans import Plan, PlanRequest, load_plan, uniform
+from tpipe_jax.plans import Plan, PlanRequest, load_plan
 
 UNIT, NUM_UNITS, BATCH = 4, 8, 3
 

@@ -28,8 +28,9 @@ from tpipe_jax.layer import block_functions
 from tpipe_jax.mesh import make_mesh, put_rows
 from tpipe_jax.model import self_attention
 from tpipe_jax.optim import make_optimizer
-from tpipe_jax.profiler import MAX_TICKS, MIN_SECONDS, Profiler, Program, Shape, shapes_to_time
+from tpipe_jax.profiler import MAX_TICKS, MIN_SECONDS, Profiler, Program
 from tpipe_jax.schedule import IDLE, Item
+from tpipe_jax.slice_shapes import Shape, shapes_to_time
 from tpipe_jax.train_state import abstract_state, state_bytes
 
 

@@ -15,6 +15,7 @@ from tpipe_jax.schedule import (
     Item,
     Part,
     check,
+    deferred_weights,
     idle,
     make_schedule,
     one_forward_one_backward,
@@ -23,8 +24,12 @@ from tpipe_jax.schedule import (
 )
 
 plans = st.builds(
-    lambda num_stages, parts, schedule: Plan(
-        num_stages, tuple(b for b, _ in parts), tuple(t for _, t in parts), schedule=schedule
+    lambda num_stages, parts, schedule, num_chunks: Plan(
+        num_stages,
+        tuple(b for b, _ in parts),
+        tuple(t for _, t in parts),
+        schedule=schedule,
+        num_chunks=num_chunks if schedule == "interleaved" else 1,
     ),
     st.integers(1, 6),
     st.lists(
@@ -35,6 +40,7 @@ plans = st.builds(
         max_size=5,
     ),
     st.sampled_from(sorted(SCHEDULES)),
+    st.integers(2, 4),
 )
 
 
@@ -46,7 +52,7 @@ def test_terapipe_of_three_stages_and_four_items():
     idle = [[x, x, x]] * 6
     assert schedule.forward.tolist() == forward + idle
     assert schedule.backward.tolist() == idle + backward
-    assert schedule.parts == (Part(0, 1, 0, enters=0, turns=5, leaves=11),)
+    assert schedule.parts == (Part(0, 1, 0, enters=0, turns=5, leaves=11, ends=11),)
 
 
 def test_1f1b_of_three_stages_and_four_sequences_of_two_slices():
@@ -76,6 +82,45 @@ def test_1f1b_on_one_stage_has_one_sequence_at_a_time():
     assert schedule.num_rows == 1
 
 
+def test_chunks_of_a_stage_follow_each_other():
+    """Three slices of two chunks on two stages, of which the first has none to wait for."""
+    schedule = make_schedule(Plan(2, (1,), ((4, 3, 2),), schedule="interleaved", num_chunks=2))
+    x = IDLE
+    assert [(item.token, item.chunk) for item in schedule.items] == [
+        *[(0, 0), (4, 0), (7, 0), (0, 1), (4, 1), (7, 1)]
+    ]
+    assert schedule.forward[:7].T.tolist() == [[0, 1, 2, 3, 4, 5, x], [x, 0, 1, 2, 3, 4, 5]]
+    assert schedule.backward[7:].T.tolist() == [[x, 5, 4, 3, 2, 1, 0], [5, 4, 3, 2, 1, 0, x]]
+
+
+def test_a_slice_alone_goes_round():
+    schedule = make_schedule(Plan(3, (1,), ((4,),), schedule="interleaved", num_chunks=2))
+    x = IDLE
+    assert schedule.forward[:6].T.tolist() == [
+        [0, x, x, 1, x, x],
+        [x, 0, x, x, 1, x],
+        [x, x, 0, x, x, 1],
+    ]
+
+
+def test_gradients_of_weights_wait_for_ticks_that_would_idle():
+    """The others save up what they leave out while only they have a slice to go forward."""
+    schedule = deferred_weights(Plan(3, (1,) * 5, ((8,),) * 5))
+    x = IDLE
+    assert schedule.backward.T.tolist() == [
+        [x, x, x, x, 0, 1, 2, 3, 4, x],
+        [x, x, x, 0, 1, 2, 3, 4, x, x],
+        [x, x, 0, 1, 2, 3, 4, x, x, x],
+    ]
+    assert schedule.weights is not None
+    columns = schedule.weights.swapaxes(0, 1).tolist()
+    assert [[[i for i in row if i != x] for row in own] for own in columns] == [
+        [[], [], [], [], [], [0], [1], [2], [3], [4]],
+        [[], [], [], [], [], [], [0], [1], [2, 3], [4]],
+        [[], [], [], [], [], [], [], [0, 1], [2, 3], [4]],
+    ]
+
+
 def test_items_lie_where_the_slices_before_them_end():
     schedule = terapipe(Plan(2, (2, 1), ((5, 3), (6, 1, 1))))
     assert schedule.items == (
@@ -95,7 +140,7 @@ def test_every_table_can_be_followed(plan: Plan):
         assert item.shape == (plan.batch_slices[m], plan.token_slices[m][n])
         assert item.row == sum(plan.batch_slices[:m])
         assert item.token == sum(plan.token_slices[m][:n])
-    assert len(set(schedule.items)) == sum(map(len, plan.token_slices))
+    assert len(set(schedule.items)) == plan.num_chunks * sum(map(len, plan.token_slices))
     assert sum(part.num_rows for part in schedule.parts) == plan.batch_size
 
 
@@ -104,7 +149,7 @@ def test_rows_are_as_few_as_the_table_allows(plan: Plan):
     """But for gaps between parts of unequal sizes, and never more than the batch has."""
     schedule = make_schedule(plan)
     most = max(
-        sum(part.num_rows for part in schedule.parts if part.enters <= tick <= part.leaves)
+        sum(part.num_rows for part in schedule.parts if part.enters <= tick <= part.ends)
         for tick in range(schedule.num_ticks)
     )
     assert most <= schedule.num_rows <= plan.batch_size
@@ -125,6 +170,23 @@ def test_an_idle_schedule_has_its_parts():
     assert (resting.forward == IDLE).all()
     assert (resting.backward == IDLE).all()
     assert (resting.num_ticks, resting.num_rows) == (schedule.num_ticks, schedule.num_rows)
+
+
+@given(plans)
+def test_few_gradients_of_weights_wait(plan: Plan):
+    """Beside those of the tick itself, as many as slices that have gone back to the first stage
+    while others came, and to the last one before.
+    """
+    schedule = deferred_weights(plan)
+    for stage in range(plan.num_stages):
+        waiting = 0
+        for items, item in zip(
+            schedule.weights[:, stage], schedule.backward[:, stage], strict=True
+        ):
+            waiting -= (items != IDLE).sum()
+            assert 0 <= waiting <= 2 * (plan.num_stages - 1)
+            waiting += item != IDLE
+        assert waiting == 0
 
 
 @given(st.integers(1, 6), st.integers(1, 6))
@@ -174,6 +236,7 @@ FIRST, SECOND, *REST = TABLES.parts
         ({"parts": (FIRST, replace(SECOND, enters=0), *REST)}, "enters is the same tick"),
         ({"parts": (replace(FIRST, leaves=8), SECOND, *REST)}, "leaves is the same tick"),
         ({"forward": TABLES.forward[1:]}, "different shapes"),
+        ({"parts": (replace(FIRST, ends=5), SECOND, *REST)}, "part 0 ends before it has left"),
     ],
 )
 def test_tables_that_cannot_be_followed_are_refused(changes: dict[str, Any], reason: str):
@@ -185,7 +248,38 @@ def test_tables_that_cannot_be_followed_are_refused(changes: dict[str, Any], rea
 def test_gradients_of_two_sequences_at_a_time_need_rows():
     """TeraPipe with a part for each sequence, whose slices alternate."""
     schedule = terapipe(Plan(2, (1, 1), ((5, 3), (5, 3))))
-    parts = Part(0, 1, 0, 0, 3, 9), Part(1, 1, 1, 1, 4, 8)
+    parts = Part(0, 1, 0, 0, 3, 9, 9), Part(1, 1, 1, 1, 4, 8, 8)
     check(replace(schedule, parts=parts))
     with pytest.raises(ValueError, match="parts 0 and 1 have the same gradients"):
         check(replace(schedule, parts=parts, num_gradient_rows=1))
+
+
+def test_rows_that_are_needed_to_their_end_are_no_other_part_s():
+    schedule = one_forward_one_backward(Plan(2, (1,) * 6, ((8,),) * 6))
+    first, second, third, fourth, *rest = schedule.parts
+    assert first.buffer_row == fourth.buffer_row
+    longer = replace(first, ends=fourth.enters)
+    with pytest.raises(ValueError, match="parts 0 and 3 have the same rows"):
+        check(replace(schedule, parts=(longer, second, third, fourth, *rest)))
+
+
+def test_a_chunk_that_comes_too_early_is_refused():
+    """Where the slice has not gone through the one before it."""
+    schedule = make_schedule(Plan(2, (1,), ((4, 4),), schedule="interleaved", num_chunks=2))
+    check(schedule)
+    items = [replace(item, chunk=1 - item.chunk) for item in schedule.items]
+    with pytest.raises(ValueError, match="item 0 enters before item 2 has gone through its chunk"):
+        check(replace(schedule, items=tuple(items)))
+
+
+def test_gradients_of_weights_that_come_too_early_or_late_are_refused():
+    schedule = deferred_weights(Plan(2, (1,) * 3, ((4, 4),) * 3))
+    check(schedule)
+    earlier = np.concatenate([schedule.weights[1:], schedule.weights[:1]])
+    with pytest.raises(ValueError, match="taken before their backward pass"):
+        check(replace(schedule, weights=earlier))
+    with pytest.raises(ValueError, match="stage 0 does not have every item once"):
+        check(replace(schedule, weights=np.full_like(schedule.weights, IDLE)))
+    *parts, last = schedule.parts
+    with pytest.raises(ValueError, match="taken after their part has ended"):
+        check(replace(schedule, parts=(*parts, replace(last, ends=last.leaves))))

@@ -3,6 +3,7 @@
 import itertools
 from functools import cache
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,7 +49,7 @@ def test_a_transfer_holds_a_stage(num_stages: int, times: list[tuple[float, floa
     work = sum(forward) + sum(backward)
     assert timeline.bubble == pytest.approx(1 - work / timeline.step_seconds)
     for box in timeline.boxes:
-        own = (backward if box.is_backward else forward)[box.item]
+        own = (backward if box.kind == "backward" else forward)[box.item]
         assert box.stop_seconds - box.start_seconds == pytest.approx(own)
 
 
@@ -62,7 +63,7 @@ def test_makespan_of_unequal_stages_is_the_longest_path(
     """Of all ways through the grid of items and stages, forward and then backward."""
     S, P = len(times), len(factors)
     schedule = terapipe(Plan(P, (1,), ((1,) * S,)))
-    timeline = simulate(schedule, *map(list, zip(*times, strict=True)), stage_factors=factors)
+    timeline = simulate(schedule, *map(list, zip(*times, strict=True)), chunk_factors=factors)
 
     def longest(own: list[float], stages: list[float]) -> float:
         return max(
@@ -78,51 +79,69 @@ def test_makespan_of_unequal_stages_is_the_longest_path(
     assert timeline.step_seconds == pytest.approx(expected)
 
 
-def longest_path(schedule: Schedule, forward: list[float], backward: list[float]) -> float:
+PHASES = "weights", "forward", "backward"  # of a tick
+Times = dict[str, list[float]]  # of each item, by phase
+
+
+def longest_path(schedule: Schedule, times: Times, factors: list[float]) -> float:
     """When the last stage is done, by the rules that a stage goes on once the one before it is
     done with the same direction of the tick, and all once all are where a part needs them.
     """
-    P = schedule.num_stages
-    turns = {part.turns for part in schedule.parts}
-    between = {tick for part in schedule.parts for tick in (part.enters, part.leaves + 1)}
+    P, num_chunks = schedule.num_stages, 1 + max(item.chunk for item in schedule.items)
+    weights = np.full((schedule.num_ticks, P, 1), IDLE)
+    tables = {
+        "weights": weights if schedule.weights is None else schedule.weights,
+        "forward": schedule.forward[..., None],
+        "backward": schedule.backward[..., None],
+    }
+    meetings = {
+        "weights": {tick for part in schedule.parts for tick in (part.enters, part.leaves + 1)},
+        "backward": {part.turns for part in schedule.parts},
+        "forward": set(),
+    }
 
     @cache
-    def done(tick: int, is_backward: bool, stage: int) -> float:
-        """With its own work in a direction of a tick."""
-        if tick < 0:
-            return 0.0
-        table, times = (schedule.backward, backward) if is_backward else (schedule.forward, forward)
-        before = (tick, False) if is_backward else (tick - 1, True)
-        waits_for = range(P) if tick in (turns if is_backward else between) else [stage]
-        start = max(handed(*before, s) for s in waits_for)
-        item = table[tick, stage]
-        return start + (times[item] if item != IDLE else 0.0)
+    def done(tick: int, phase: int, stage: int) -> float:
+        """With its own work in a phase of a tick."""
+        name = PHASES[phase]
+        waits_for = range(P) if tick in meetings[name] else [stage]
+        start = max(handed(tick, phase - 1, s) for s in waits_for)
+        items = [item for item in tables[name][tick, stage].tolist() if item != IDLE]
+        of_chunk = [factors[schedule.items[item].chunk * P + stage] for item in items]
+        return start + sum(a * times[name][i] for a, i in zip(of_chunk, items, strict=True))
 
-    def handed(tick: int, is_backward: bool, stage: int) -> float:
+    def handed(tick: int, phase: int, stage: int) -> float:
         """And with what its neighbour hands on, if any stage has work."""
-        if tick < 0:
-            return 0.0
-        giver = stage + 1 if is_backward else stage - 1
-        table = schedule.backward if is_backward else schedule.forward
-        is_idle = (table[tick] == IDLE).all() or not 0 <= giver < P
-        return max(done(tick, is_backward, s) for s in ([stage] if is_idle else [stage, giver]))
+        if phase < 0:
+            return handed(tick - 1, phase + 3, stage) if tick else 0.0
+        giver = stage + {"weights": 0, "forward": -1, "backward": 1}[PHASES[phase]]
+        if num_chunks > 1:
+            giver %= P
+        is_idle = (tables[PHASES[phase]][tick] == IDLE).all() or not 0 <= giver < P
+        return max(done(tick, phase, s) for s in ([stage] if is_idle else [stage, giver]))
 
-    return max(handed(schedule.num_ticks - 1, True, s) for s in range(P))
+    return max(handed(schedule.num_ticks - 1, 2, s) for s in range(P))
 
 
 @given(plans, st.data())
 def test_makespan_is_the_longest_path_through_the_table(plan: Plan, data: st.DataObject):
     schedule = make_schedule(plan)
     count = len(schedule.items)
-    forward, backward = (
-        data.draw(st.lists(seconds, min_size=count, max_size=count)) for _ in range(2)
+    times = {name: data.draw(st.lists(seconds, min_size=count, max_size=count)) for name in PHASES}
+    num_chunks = plan.num_stages * plan.num_chunks
+    factors = data.draw(st.lists(st.floats(0.1, 1), min_size=num_chunks, max_size=num_chunks))
+    timeline = simulate(
+        schedule,
+        times["forward"],
+        times["backward"],
+        weight_seconds=times["weights"],
+        chunk_factors=factors,
     )
-    timeline = simulate(schedule, forward, backward)
-    assert timeline.step_seconds == pytest.approx(longest_path(schedule, forward, backward))
+    assert timeline.step_seconds == pytest.approx(longest_path(schedule, times, factors))
 
 
 @given(st.integers(1, 5), st.integers(1, 6), st.integers(1, 4), seconds, seconds)
-def test_equal_slices_take_as_long_under_both_schedules(
+def test_equal_slices_take_as_long_under_terapipe_and_1f1b(
     num_stages: int, num_sequences: int, num_slices: int, forward: float, backward: float
 ):
     """(S + P - 1)(f + b)."""
@@ -133,3 +152,35 @@ def test_equal_slices_take_as_long_under_both_schedules(
         timeline = simulate(schedule, [forward] * count, [backward] * count)
         expected = (count + num_stages - 1) * (forward + backward)
         assert timeline.step_seconds == pytest.approx(expected)
+
+
+@given(st.integers(2, 5), st.integers(1, 3), st.integers(1, 3), st.integers(2, 4), seconds, seconds)
+def test_chunks_divide_the_time_in_which_stages_wait(
+    num_stages: int, num_sequences: int, more: int, num_chunks: int, forward: float, backward: float
+):
+    """(S + (P - 1) / v)(f + b), where there are as many slices as stages."""
+    num_slices = -(-num_stages // num_sequences) + more
+    slices = (1,) * num_sequences, ((1,) * num_slices,) * num_sequences
+    plan = Plan(num_stages, *slices, schedule="interleaved", num_chunks=num_chunks)
+    schedule, count = make_schedule(plan), num_sequences * num_slices
+    factors = [1 / num_chunks] * (num_chunks * num_stages)
+    times = [forward] * len(schedule.items), [backward] * len(schedule.items)
+    timeline = simulate(schedule, *times, chunk_factors=factors)
+    expected = (count + (num_stages - 1) / num_chunks) * (forward + backward)
+    assert timeline.step_seconds == pytest.approx(expected)
+
+
+@given(st.integers(1, 5), st.integers(0, 4), st.integers(1, 3), seconds)
+def test_gradients_of_weights_fill_the_time_in_which_stages_wait(
+    num_stages: int, more: int, num_slices: int, unit: float
+):
+    """S (f + b + w) + (P - 1) (f + b - w), as zero bubble's 1F1B (Qi et al. 2024, ZB-H1), where
+    all three are as long and slices enough that none are left when the first ones come back.
+    """
+    num_sequences = 2 * num_stages + more
+    slices = (1,) * num_sequences, ((1,) * num_slices,) * num_sequences
+    schedule = make_schedule(Plan(num_stages, *slices, schedule="1f1b-deferred"))
+    count = num_sequences * num_slices
+    units = [unit] * count
+    timeline = simulate(schedule, units, units, weight_seconds=units)
+    assert timeline.step_seconds == pytest.approx((3 * count + num_stages - 1) * unit)

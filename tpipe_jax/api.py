@@ -26,8 +26,9 @@ from tpipe_jax.latency import LatencyTable
 from tpipe_jax.memory import fitting_step
 from tpipe_jax.mesh import check_model, find_devices, make_mesh, put_rows
 from tpipe_jax.optim import make_optimizer
+from tpipe_jax.plan_settings import read_settings
 from tpipe_jax.planner import find_plan
-from tpipe_jax.plans import Plan, PlanRequest, check_plan, read_settings
+from tpipe_jax.plans import Plan, PlanRequest, check_plan
 from tpipe_jax.precision import resolve_precision
 from tpipe_jax.train_state import TrainState, abstract_rows, init_state
 from tpipe_jax.trained import Trained

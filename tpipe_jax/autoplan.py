@@ -5,7 +5,7 @@ of a model with errors is one whose errors flatter it, unless it has been measur
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,29 +13,28 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tpipe_jax.backends import resolve_attention
-from tpipe_jax.config import Config, UserError, resolved
+from tpipe_jax.config import Config, UserError
 from tpipe_jax.console import Console
 from tpipe_jax.latency import LatencyTable, Profile, load_table, read_profile
 from tpipe_jax.memory import fitting_policy, limit_bytes
-from tpipe_jax.mesh import check_model, layer_counts, make_mesh
 from tpipe_jax.optim import make_optimizer
-from tpipe_jax.plan_files import write_plan
+from tpipe_jax.placement import chunk_factors
+from tpipe_jax.plan_settings import unit_tokens
 from tpipe_jax.planner import Planning, find_plan
-from tpipe_jax.plans import Plan, PlanRequest, read_plan, read_settings, unit_tokens
-from tpipe_jax.precision import resolve_precision
+from tpipe_jax.plans import Plan, PlanRequest, read_plan
 from tpipe_jax.processes import from_first
 from tpipe_jax.profiler import Profiler, profile_key
-from tpipe_jax.workdir import changed_settings, describe_in_files
 from tpipe_jax.writing import writing_to
 
 MAX_REFINEMENTS = 3  # of seconds each; mostly one or two are enough
 
 
-def stage_factors(config: Config) -> list[float]:
-    """The work of each stage over that of the one with most layers."""
-    counts = layer_counts(config.model.num_layers, config.mesh.pipe)
-    return [count / max(counts) for count in counts]
+def stage_factors(config: Config, plan: Plan | None = None) -> list[float]:
+    """The work of each stage over that of the one with most layers; under a plan, of each chunk of
+    each stage (`placement.chunk_factors`).
+    """
+    num_chunks = plan.num_chunks if plan else 1
+    return chunk_factors(config.model.num_layers, config.mesh.pipe, num_chunks)
 
 
 def plan_slices(
@@ -90,37 +89,6 @@ def plan_slices(
 def as_first(plan: Plan) -> Plan:
     """The plan of process 0, since all processes must run one program."""
     return read_plan(json.loads(from_first(json.dumps(plan.to_dict()))))
-
-
-def plan_run(
-    config: Config, workdir: Path, devices: Sequence[jax.Device], console: Console
-) -> None:
-    """Plans as a run of this config would, and leaves what it would leave, and plan.png.
-
-    The workdir may be that of the run, which then need not measure again. Raises `UserError` for
-    settings that don't fit the devices, or that leave nothing to plan.
-    """
-    mesh = make_mesh(config.mesh, devices)
-    config = resolve_attention(resolve_precision(resolved(config), mesh), mesh)
-    check_model(config.model, config.mesh)
-    request = read_settings(config)
-    if isinstance(request, Plan):
-        raise UserError(
-            "there is nothing to plan, since the settings have all slices: leave "
-            "config.plan.token_slices or config.plan.batch_slices, and config.plan.file, at auto."
-        )
-    changes = changed_settings(config, workdir) if jax.process_index() == 0 else []
-    if changes and (workdir / "metrics.jsonl").exists():
-        raise UserError(
-            f"--workdir={workdir} holds a run with other settings ({'; '.join(changes)}), whose "
-            "plan would be overwritten: choose another folder."
-        )
-    table, planning = plan_slices(config, request, mesh, workdir, console)
-    console.show_planning(planning, stage_factors(config))
-    if jax.process_index() == 0:
-        describe_in_files(config, workdir, planning.plan, stage_factors(config))
-        write_plan(workdir, table, planning.plan, stage_factors(config))
-    console.say(f"plan.json, plan.png and latency.json are in {workdir}")
 
 
 def _measured_before(path: Path, config: Config, mesh: Mesh) -> Profile | None:

@@ -49,6 +49,7 @@ class Checkpoints:
         say: Callable[[str], None],
     ) -> None:
         self._folder, self._config, self._model, self._say = folder, config, model, say
+        self.num_chunks = 1  # of each stage, in states that are saved and restored
         self._identity = identity_of(model)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
@@ -108,7 +109,7 @@ class Checkpoints:
         self.wait()
         if step != self._last_step:
             self._num_saves += 1
-            parts = list(pieces(self._model, state))
+            parts = list(pieces(self._model, state, self.num_chunks))
             self._started = time.monotonic()
             save = self._thread.submit(self._save, step, parts, self._num_saves)
             self._saving = step, save
@@ -121,7 +122,7 @@ class Checkpoints:
 
         Raises `UserError` if something of it is missing.
         """
-        return restore(self._folder / str(step), self._model, like)
+        return restore(self._folder / str(step), self._model, like, self.num_chunks)
 
     def raise_failure(self, timeout_seconds: float = math.inf) -> None:
         """Raises `UserError` if a save has failed meanwhile, and waits for one that has been under
@@ -242,7 +243,7 @@ class Checkpoints:
             ) from error
 
 
-def restore(checkpoint: Path, model: ModelConfig, like: PyTree) -> PyTree:
+def restore(checkpoint: Path, model: ModelConfig, like: PyTree, num_chunks: int = 1) -> PyTree:
     """A state as saved, or a part of one, bitwise, in the shardings of `like`.
 
     Raises `UserError` if something of it is missing.
@@ -259,7 +260,9 @@ def restore(checkpoint: Path, model: ModelConfig, like: PyTree) -> PyTree:
     paths, likes = zip(*leaves, strict=True)
     try:
         with ThreadPoolExecutor(NUM_READERS) as pool:
-            arrays = pool.map(lambda path, a: restored(model, path, a, read), paths, likes)
+            arrays = pool.map(
+                lambda path, a: restored(model, path, a, read, num_chunks), paths, likes
+            )
             return jax.tree.unflatten(structure, list(arrays))
     except (ValueError, OSError) as error:  # TensorStore's for all that goes wrong
         raise UserError(

@@ -82,6 +82,9 @@ class MeshConfig:
     """Pipeline stages."""
     model: Count = 1
     """Devices that share each operator of a stage (operator partitioning)."""
+    auto: bool = False
+    """Whether to divide as many devices, or all GPUs or TPUs, in the way that is planned to be the
+    fastest; --config.mesh=auto sets it. Each way is profiled first."""
     order: str = "pipe,data,model"
     """The three from the one that goes across hosts first to the one that stays inside a host."""
 
@@ -90,7 +93,7 @@ class MeshConfig:
         return self.data * self.pipe * self.model
 
 
-ScheduleName = Literal["terapipe", "1f1b"]
+ScheduleName = Literal["terapipe", "1f1b", "interleaved", "1f1b-deferred"]
 
 
 @dataclass(frozen=True)
@@ -105,11 +108,21 @@ class PlanConfig:
     batch_size / mesh.data, as 2,1,1."""
     unit_tokens: Count | None = None
     """Tokens that planned slices are multiples of; None means 8, and more in long sequences."""
-    schedule: Literal["auto", "terapipe", "1f1b"] = "auto"
+    schedule: Literal["auto", ScheduleName] = "auto"
     """In which order the slices pass the stages: terapipe sends all forward and then all backward;
-    1f1b sends a batch slice backward while the next ones go forward, and so keeps few of them."""
+    interleaved too, but through one chunk of each stage after another, so that stages wait less;
+    1f1b sends a batch slice backward while the next ones go forward, and so keeps few of them;
+    1f1b-deferred takes gradients of weights when a stage would wait. auto means the fastest."""
+    chunks: Annotated[int, Range(2)] | None = None
+    """Chunks of layers of each stage under interleaved; None means the faster of 2 and 4, and 2
+    where all slices are given."""
     file: str | None = None
     """A plan.json to train with instead, as launch/plan.py writes it."""
+
+    @property
+    def num_chunks(self) -> int:
+        """Of each stage, under the schedule that is named."""
+        return (self.chunks or 2) if self.schedule == "interleaved" else 1
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,38 @@
 """What the user sees on the terminal: the run at its start, its progress, and its end. No jax."""
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tpipe_jax.config import MeshConfig
 from tpipe_jax.estimate import predicted_timeline
 from tpipe_jax.planner import TIE, Alternative, Planning
 from tpipe_jax.plans import Plan
 
 if TYPE_CHECKING:
     from tpipe_jax.mesh import HostPart
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A way to divide the devices."""
+
+    mesh: MeshConfig
+    planning: Planning | None = None
+    reason: str = ""
+    """Why there is no planning."""
+
+    @property
+    def seconds(self) -> float:
+        """Of a step; infinite where there is none."""
+        prediction = self.planning.plan.prediction if self.planning else None
+        return prediction.step_seconds if prediction else math.inf
 
 
 class Console:
@@ -58,9 +77,9 @@ class Console:
         table.add_row("all of a step, as XLA plans it", _megabytes(total_bytes) + of_limit)
         self._rich.print(table)
 
-    def show_plan(self, plan: Plan, stage_factors: Sequence[float]) -> None:
+    def show_plan(self, plan: Plan, chunk_factors: Sequence[float]) -> None:
         """A line for each slice; batch slices that are alike are shown once."""
-        title = f"plan, schedule {plan.schedule}"
+        title = f"plan, schedule {_schedule(plan)}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         names = ["batch slices", "sequences", "slice", "tokens", "context"]
         for name in names + ["forward", "backward"] * (plan.prediction is not None):
@@ -85,16 +104,16 @@ class Console:
                 context += num_tokens
         self._rich.print(table)
         if plan.prediction:
-            bubble = predicted_timeline(plan, stage_factors).bubble
+            bubble = predicted_timeline(plan, chunk_factors).bubble
             self.say(
                 f"predicted step {milliseconds(plan.prediction.step_seconds)}, of which "
                 f"{milliseconds(plan.prediction.outside_seconds)} outside of the pipeline; "
                 f"bubble {bubble:.0%}"
             )
 
-    def show_planning(self, planning: Planning, stage_factors: Sequence[float]) -> None:
+    def show_planning(self, planning: Planning) -> None:
         """The plan, how sure it is, and what other schedules and simpler plans would take."""
-        self.show_plan(planning.plan, stage_factors)
+        self.show_plan(planning.plan, planning.chunk_factors)
         if len(planning.options) > 1:
             self._show_options(planning)
         prediction = planning.plan.prediction
@@ -130,12 +149,31 @@ class Console:
             is_taken = option.plan.schedule == planning.plan.schedule
             num_bytes = option.activation_bytes
             table.add_row(
-                option.plan.schedule,
+                _schedule(option.plan),
                 milliseconds(option.plan.prediction.step_seconds),
                 f"{option.bubble:.0%}",
                 "unknown" if num_bytes is None else _megabytes(num_bytes),
                 _reason(planning) if is_taken else "" if option.fits else "does not fit",
             )
+        self._rich.print(table)
+
+    def show_ranking(self, ranking: Sequence[Ranked]) -> None:
+        """A line for each way to divide the devices."""
+        title = "ways to divide the devices, the first is taken"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for name in ("data", "pipe", "model", "step", "bubble"):
+            table.add_column(name, justify="right")
+        table.add_column("plan")
+        for ranked in ranking:
+            sizes = [str(getattr(ranked.mesh, axis)) for axis in ("data", "pipe", "model")]
+            if ranked.planning is None:
+                table.add_row(*sizes, "-", "-", f"does not serve: {ranked.reason}")
+                continue
+            plan = ranked.planning.plan
+            bubble = predicted_timeline(plan, ranked.planning.chunk_factors).bubble
+            count = sum(map(len, plan.token_slices))
+            slices = f"{_schedule(plan)}, {_count(count, 'slice')}"
+            table.add_row(*sizes, milliseconds(ranked.seconds), f"{bubble:.0%}", slices)
         self._rich.print(table)
 
     def show_agreement(self, predicted_seconds: float, measured_seconds: float) -> None:
@@ -197,6 +235,11 @@ class Console:
             console=self._rich,
             refresh_per_second=2,  # the cores are busy
         )
+
+
+def _schedule(plan: Plan) -> str:
+    """The name of its schedule, with the chunks of each stage if there are several."""
+    return plan.schedule + f", {plan.num_chunks} chunks" * (plan.num_chunks > 1)
 
 
 def _reason(planning: Planning) -> str:

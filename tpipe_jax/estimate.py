@@ -8,6 +8,7 @@ import numpy as np
 
 from tpipe_jax.config import ScheduleName, UserError
 from tpipe_jax.latency import LatencyTable, Memory
+from tpipe_jax.placement import chunk_factors
 from tpipe_jax.plans import Nested, Plan, PlanRequest, Prediction
 from tpipe_jax.schedule import make_schedule, slice_order
 from tpipe_jax.simulate import Timeline, simulate
@@ -26,14 +27,17 @@ class Estimator:
     forward: np.ndarray
     """Seconds `[b - 1, stop, start]` of b sequences between two cuts; infinite if not allowed."""
     backward: np.ndarray
+    deferred: tuple[np.ndarray, np.ndarray] | None = None
+    """Backward passes without gradients of weights, and these, where that is known."""
 
     @classmethod
     def of(
         cls, table: LatencyTable, request: PlanRequest, stage_factors: Sequence[float]
     ) -> "Estimator":
         """Raises `UserError` if the sequence is not of the latencies' unit."""
-        cuts, times = _times(table, request)
-        return cls(table, request, tuple(stage_factors), cuts, *times)
+        cuts, (forward, backward, *deferred) = _times(table, request)
+        known = (deferred[0], deferred[1]) if deferred else None
+        return cls(table, request, tuple(stage_factors), cuts, forward, backward, known)
 
     @property
     def times(self) -> tuple[np.ndarray, np.ndarray]:
@@ -45,15 +49,29 @@ class Estimator:
         sizes = np.arange(1, len(self.forward) + 1)[:, None, None]
         return sizes * (self.cuts[None, :, None] - self.cuts[None, None, :])
 
+    def chunk_factors(self, num_chunks: int) -> list[float]:
+        """The work of each chunk of each stage over the times given, chunk c of stage s at
+        c P + s.
+        """
+        layers = self.request.num_layers
+        if num_chunks > 1 and layers is not None:
+            return chunk_factors(layers, self.request.num_stages, num_chunks)
+        return [factor / num_chunks for factor in self.stage_factors] * num_chunks
+
     def without(self, is_left_out: np.ndarray) -> "Estimator":
         """With some slices not allowed."""
         forward, backward = (np.where(is_left_out, np.inf, t) for t in self.times)
         return replace(self, forward=forward, backward=backward)
 
-    def plan_of(self, slicing: Slicing, schedule: ScheduleName) -> Plan:
+    def plan_of(self, slicing: Slicing, schedule: ScheduleName, num_chunks: int = 1) -> Plan:
         """A slicing as a plan in tokens, with the times of its slices and what it takes."""
         token_slices = tuple(tuple(np.diff(self.cuts[list(own)]).tolist()) for own in slicing.cuts)
-        plan = Plan(self.request.num_stages, slicing.batch_slices, token_slices, schedule=schedule)
+        slices = slicing.batch_slices, token_slices
+        plan = Plan(self.request.num_stages, *slices, schedule=schedule, num_chunks=num_chunks)
+        backward, weights = self.backward, None
+        if schedule == "1f1b-deferred":
+            assert self.deferred
+            backward, weights = self.deferred
         transfer = [
             [self._transfer_seconds(b * n) for n in own]
             for b, own in zip(plan.batch_slices, token_slices, strict=True)
@@ -62,7 +80,8 @@ class Estimator:
             step_seconds=slicing.seconds + self.outside_seconds,
             outside_seconds=self.outside_seconds,
             slice_forward_seconds=_of_slices(slicing, self.forward),
-            slice_backward_seconds=_of_slices(slicing, self.backward),
+            slice_backward_seconds=_of_slices(slicing, backward),
+            slice_weight_seconds=None if weights is None else _of_slices(slicing, weights),
             slice_transfer_seconds=tuple(map(tuple, transfer)),
             is_optimal=False,
             lower_bound_seconds=0.0,
@@ -70,7 +89,7 @@ class Estimator:
         plan = replace(plan, prediction=prediction)
         if schedule == "terapipe" and min(self.stage_factors) == max(self.stage_factors):
             return plan  # whose formula is exact
-        seconds = predicted_timeline(plan, self.stage_factors).step_seconds
+        seconds = predicted_timeline(plan, self.chunk_factors(num_chunks)).step_seconds
         seconds += self.outside_seconds
         return replace(plan, prediction=replace(prediction, step_seconds=seconds))
 
@@ -103,8 +122,11 @@ class Estimator:
         schedule, profile = make_schedule(plan), self.table.profile
         if profile is None:
             return None
-        rows = schedule.num_rows, schedule.num_gradient_rows
-        return profile.memory.activation_bytes(*(n * plan.seq_len for n in rows))
+        return profile.memory.activation_bytes(
+            schedule.num_rows * plan.seq_len,
+            schedule.num_gradient_rows * plan.seq_len,
+            is_deferred=plan.schedule == "1f1b-deferred",
+        )
 
     def least_activation_bytes(
         self, batch_slices: tuple[int, ...], schedule: ScheduleName
@@ -125,36 +147,44 @@ class Estimator:
         return memory.step_bytes(activation_bytes, max(b * n for b, n in plan.shapes))
 
 
-def predicted_timeline(plan: Plan, stage_factors: Sequence[float]) -> Timeline:
+def predicted_timeline(plan: Plan, chunk_factors: Sequence[float]) -> Timeline:
     """The pipeline's part of a step, from a plan that has a prediction."""
-    assert plan.prediction is not None
-    schedule = make_schedule(plan)
-    forward, backward, transfer = (
-        [nested[m][n] for m, n in slice_order(schedule, plan)]
-        for nested in (
-            plan.prediction.slice_forward_seconds,
-            plan.prediction.slice_backward_seconds,
-            plan.prediction.slice_transfer_seconds,
-        )
+    prediction, schedule = plan.prediction, make_schedule(plan)
+    assert prediction is not None
+    order = slice_order(schedule, plan)
+
+    def of_items(nested: Nested) -> list[float]:
+        return [nested[m][n] for m, n in order]
+
+    transfer, weights = of_items(prediction.slice_transfer_seconds), prediction.slice_weight_seconds
+    forward, backward = (
+        [t - x for t, x in zip(of_items(times), transfer, strict=True)]
+        for times in (prediction.slice_forward_seconds, prediction.slice_backward_seconds)
     )
-    work = ([t - x for t, x in zip(times, transfer, strict=True)] for times in (forward, backward))
-    return simulate(schedule, *work, stage_factors=stage_factors, transfer_seconds=transfer)
+    return simulate(
+        schedule,
+        forward,
+        backward,
+        weight_seconds=None if weights is None else of_items(weights),
+        chunk_factors=chunk_factors,
+        transfer_seconds=transfer,
+    )
 
 
-def _times(
-    table: LatencyTable, request: PlanRequest
-) -> tuple[np.ndarray, tuple[np.ndarray, np.ndarray]]:
+def _times(table: LatencyTable, request: PlanRequest) -> tuple[np.ndarray, list[np.ndarray]]:
     """Where a sequence may be cut, in tokens, and seconds `[b - 1, stop, start]` between the cuts,
-    forward and backward.
+    as `LatencyTable.arrays`.
     """
     if request.token_slices is not None:
         assert table.profile is not None
         cuts = np.cumsum([0, *request.token_slices])
         b = np.arange(1, request.batch_size + 1)[:, None, None]
         stop, start = cuts[None, :, None], cuts[None, None, :]
-        times = table.profile.slice_seconds(b, np.maximum(stop - start, 1), start)
+        num_tokens = np.maximum(stop - start, 1)
+        times = table.profile.slice_seconds(b, num_tokens, start)
+        deferred = table.profile.without_weights(times[1], b, num_tokens) or ()
         is_next = np.eye(len(cuts), k=-1, dtype=bool)
-        return cuts, (np.where(is_next, times[0], np.inf), np.where(is_next, times[1], np.inf))
+        return cuts, [np.where(is_next, t, np.inf) for t in (*times, *deferred)]
     num_units, rest = divmod(request.seq_len, table.unit_tokens)
     if rest:
         raise UserError(

@@ -11,7 +11,8 @@ from tpipe_jax.collectives import compile_checked
 from tpipe_jax.config import BYTES, BYTES_NAME, IGNORE, Config, PlanConfig, UserError
 from tpipe_jax.data import make_sequences, with_packing
 from tpipe_jax.mesh import put_rows
-from tpipe_jax.plans import Plan, read_settings
+from tpipe_jax.plan_settings import read_settings
+from tpipe_jax.plans import Plan
 from tpipe_jax.schedule import make_schedule
 from tpipe_jax.sources import Share
 from tpipe_jax.tokenizer import open_tokenizer

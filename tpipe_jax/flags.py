@@ -18,6 +18,7 @@ from tpipe_jax.config import (
     MeshConfig,
     NonNegative,
     Range,
+    ScheduleName,
     UserError,
     check_field,
     from_dict,
@@ -80,8 +81,13 @@ class FilePlanFlags:
     """Tokens of a sequence."""
     stage_factors: tuple[float, ...] | None = None
     """The time of each stage over those of the file, all alike if left out."""
-    schedule: Literal["auto", "terapipe", "1f1b"] = "auto"
+    schedule: Literal["auto", ScheduleName] = "auto"
     """As config.plan.schedule."""
+    num_layers: int | None = None
+    """Layers of the model, of which stages have chunks under interleaved; planned only if given, or
+    asked for."""
+    chunks: int | None = None
+    """As config.plan.chunks."""
     memory_limit_gib: float | None = None
     """What a step may use of a device's memory, if the file tells what it needs."""
     workdir: Path = Path("runs/plan")
@@ -265,6 +271,12 @@ def parse_file_plan(args: list[str], program: str) -> FilePlanFlags:
         if getattr(flags, name) < 1:
             option = name.replace("_", "-")
             raise UserError(f"--{option}={getattr(flags, name)} must be at least 1.")
+    if flags.num_layers is not None and flags.num_layers < 1:
+        raise UserError(f"--num-layers={flags.num_layers} must be at least 1.")
+    if flags.chunks is not None and (flags.chunks < 2 or flags.schedule != "interleaved"):
+        raise UserError(
+            f"--chunks={flags.chunks} is a number of at least 2, for --schedule=interleaved."
+        )
     limit = flags.memory_limit_gib
     if limit is not None and not 0 <= limit < math.inf:
         raise UserError(f"--memory-limit-gib={limit} must be a number that is not negative.")
@@ -376,13 +388,17 @@ def _check_processes(flags: ProcessFlags) -> None:
 
 
 def _take_config(args: list[str]) -> tuple[Path, list[str]]:
-    """Splits --config=FILE or --config FILE off the arguments; the last one counts."""
+    """Splits --config=FILE or --config FILE off the arguments; the last one counts. What is left
+    has config.mesh=auto as the field that it stands for.
+    """
     path, rest, words = CONFIGS / "quickstart.py", [], iter(args)
     for word in words:
         if word == "--config":
             path = Path(next(words, ""))
         elif word.startswith("--config="):
             path = Path(word.removeprefix("--config="))
+        elif word == "--config.mesh=auto":
+            rest.append("--config.mesh.auto=True")
         else:
             rest.append(word)
     return path, rest

@@ -25,6 +25,8 @@ from tpipe_jax.config import UserError
 from tpipe_jax.key_blocks import context_read
 from tpipe_jax.plans import MAX_SECONDS
 
+DEFERRED = "backward_inputs", "backward_weights"  # what is known of deferred gradients of weights
+
 
 class Sample(NamedTuple):
     """What a stage took for one slice."""
@@ -125,17 +127,31 @@ class Memory:
     gathered_bytes_per_token: int = 0
     """What the backward passes of a sequence leave to its earlier tokens; in older files a part of
     what is saved."""
+    deferred_bytes_per_token: int = 0
+    """What is saved besides for gradients of weights that are taken later."""
 
-    def activation_bytes(self, saved_tokens: int, gathered_tokens: int) -> float:
+    def activation_bytes(
+        self, saved_tokens: int, gathered_tokens: int, *, is_deferred: bool = False
+    ) -> float:
         """What is kept of sequences, of so many tokens."""
         return (
-            self.saved_bytes_per_token * saved_tokens
-            + self.gathered_bytes_per_token * gathered_tokens
-        )
+            self.saved_bytes_per_token + is_deferred * self.deferred_bytes_per_token
+        ) * saved_tokens + self.gathered_bytes_per_token * gathered_tokens
 
     def step_bytes(self, activation_bytes: float, slice_tokens: Any) -> Any:
         """All of it, with a longest slice of so many tokens."""
         return self.fixed_bytes + activation_bytes + self.working_bytes_per_token * slice_tokens
+
+
+class Deferral(NamedTuple):
+    """What gradients of weights take if they are taken later, seconds: each a constant, and for
+    each token of the slice.
+    """
+
+    weights: tuple[float, float]
+    """They themselves."""
+    saved: tuple[float, float]
+    """By how much shorter the backward pass is without them."""
 
 
 @dataclass(frozen=True)
@@ -154,6 +170,8 @@ class Profile:
     memory: Memory
     key: dict[str, Any]
     """What the measurements depend on."""
+    deferral: Deferral | None = None
+    """None where it was not measured."""
 
     def models(self) -> tuple[LatencyModel, LatencyModel]:
         """The fitted models, forward and backward, without the transfer."""
@@ -173,6 +191,21 @@ class Profile:
         )
         return forward, backward
 
+    def without_weights(
+        self, backward_seconds: np.ndarray, num_rows: Any, num_tokens: Any
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Backward passes of slices without the gradients of weights, and these; None if that was
+        not measured.
+        """
+        if self.deferral is None:
+            return None
+        size = np.multiply(num_rows, num_tokens)
+        weights, saved = (constant + per_token * size for constant, per_token in self.deferral)
+        # A pass still hands on what it makes.
+        least = self.transfer[0] + self.transfer[1] * size
+        inputs = np.maximum(backward_seconds - saved, least)
+        return inputs, np.broadcast_to(np.maximum(weights, 0), inputs.shape)
+
     def table(self, unit_tokens: int) -> "LatencyTable":
         """The times of all slices in whole units."""
         num_units = self.seq_len // unit_tokens
@@ -180,8 +213,13 @@ class Profile:
         i = np.arange(1, num_units + 1)[None, :, None]
         j = np.arange(num_units)[None, None, :]
         times = self.slice_seconds(b, i * unit_tokens, j * unit_tokens)
-        forward, backward = (np.where(i + j <= num_units, t, np.inf) for t in times)
-        return LatencyTable(unit_tokens, forward, backward, self)
+        deferred = self.without_weights(times[1], b, i * unit_tokens)
+        forward, backward, *deferred = (
+            np.where(i + j <= num_units, t, np.inf) for t in (*times, *(deferred or ()))
+        )
+        return LatencyTable(
+            unit_tokens, forward, backward, self, (deferred[0], deferred[1]) if deferred else None
+        )
 
 
 @dataclass(frozen=True)
@@ -193,25 +231,27 @@ class LatencyTable:
     backward: np.ndarray
     profile: Profile | None = None
     """Where the times come from, if they were measured here."""
+    deferred: tuple[np.ndarray, np.ndarray] | None = None
+    """The backward passes without gradients of weights, and these, where that is known."""
 
-    def by_cuts(self, num_units: int) -> tuple[np.ndarray, np.ndarray]:
-        """Forward and backward times as `[b - 1, stop, start]`, as the slicer takes them."""
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All times, by their names in the file."""
+        deferred = dict(zip(DEFERRED, self.deferred or (), strict=False))
+        return {"forward": self.forward, "backward": self.backward} | deferred
+
+    def by_cuts(self, num_units: int) -> list[np.ndarray]:
+        """All times as `[b - 1, stop, start]`, as the slicer takes them."""
         stop, start = np.arange(num_units + 1)[:, None], np.arange(num_units + 1)[None, :]
         _, num_slices, num_contexts = self.forward.shape
         known = (stop > start) & (stop - start <= num_slices) & (start < num_contexts)
         i, j = np.where(known, stop - start - 1, 0), np.where(known, start, 0)
-        forward, backward = (
-            np.where(known, t[:, i, j], np.inf) for t in (self.forward, self.backward)
-        )
-        return forward, backward
+        return [np.where(known, t[:, i, j], np.inf) for t in self.arrays.values()]
 
     def save(self, path: Path) -> None:
         """Writes `latency.json`, complete or not at all."""
-        content: dict[str, Any] = {
-            "unit_tokens": self.unit_tokens,
-            "forward": _to_lists(self.forward),
-            "backward": _to_lists(self.backward),
-        }
+        content: dict[str, Any] = {"unit_tokens": self.unit_tokens}
+        content |= {name: _to_lists(times) for name, times in self.arrays.items()}
         if self.profile:
             content["profile"] = dataclasses.asdict(self.profile)
         partial = path.with_name(f".{path.name}.partial")
@@ -224,12 +264,14 @@ def read_profile(content: dict[str, Any]) -> Profile:
 
     Raises KeyError, TypeError or ValueError for what is none.
     """
+    deferral = content.get("deferral")
     profile = Profile(
         **content
         | {
             "samples": tuple(Sample(*sample) for sample in content["samples"]),
             "transfer": tuple(content["transfer"]),
             "memory": Memory(**content["memory"]),
+            "deferral": Deferral(*map(tuple, deferral)) if deferral else None,
         }
     )
     counts = [profile.batch_size, profile.seq_len, profile.key_block]
@@ -239,6 +281,8 @@ def read_profile(content: dict[str, Any]) -> Profile:
     times = [*profile.transfer, profile.outside_seconds, *dataclasses.astuple(profile.memory)]
     if len(profile.transfer) != 2 or not all(0 <= t < math.inf for t in times):
         raise ValueError("a figure is not finite and positive")
+    if not all(len(pair) == 2 and all(map(math.isfinite, pair)) for pair in profile.deferral or ()):
+        raise ValueError("what deferred gradients of weights take is not two pairs of numbers")
     if not all(0 < t <= MAX_SECONDS for sample in profile.samples for t in sample[3:5]):
         raise ValueError("a sample is not a time")
     profile.models()  # raises where there are too few samples
@@ -260,21 +304,21 @@ def load_table(path: Path) -> LatencyTable:
         raise wrong(f"it cannot be read ({error})") from error
     if not isinstance(content, dict):
         raise wrong("it is not an object")
-    missing = [key for key in ("unit_tokens", "forward", "backward") if key not in content]
-    if missing:
+    names = ["forward", "backward", *(DEFERRED if any(key in content for key in DEFERRED) else ())]
+    if missing := [key for key in ("unit_tokens", *names) if key not in content]:
         raise wrong(f"it has no {missing[0]}")
     unit = content["unit_tokens"]
     if not isinstance(unit, int) or isinstance(unit, bool) or unit < 1:
         raise wrong(f"unit_tokens={unit!r} is not a positive whole number")
-    forward, backward = (_to_array(content[key], key, wrong) for key in ("forward", "backward"))
-    if forward.shape != backward.shape:
-        raise wrong(
-            f"forward has the shape {_by(forward.shape)} and backward {_by(backward.shape)}"
-        )
-    holes = np.argwhere(np.isfinite(forward) != np.isfinite(backward))
-    if len(holes):
-        b, i, j = holes[0].tolist()
-        raise wrong(f"only one of forward and backward has a time at [{b}][{i}][{j}]")
+    forward, *others = (_to_array(content[key], key, wrong) for key in names)
+    for name, other in zip(names[1:], others, strict=True):
+        if forward.shape != other.shape:
+            raise wrong(f"forward has the shape {_by(forward.shape)} and {name} {_by(other.shape)}")
+        holes = np.argwhere(np.isfinite(forward) != np.isfinite(other))
+        if len(holes):
+            b, i, j = holes[0].tolist()
+            raise wrong(f"only one of forward and {name} has a time at [{b}][{i}][{j}]")
+    backward, *deferred = others
     try:
         profile = read_profile(content["profile"]) if content.get("profile") else None
         if profile and profile.seq_len != unit * forward.shape[2]:
@@ -283,7 +327,9 @@ def load_table(path: Path) -> LatencyTable:
             )
     except (KeyError, TypeError, ValueError) as error:
         raise wrong(f"its profile cannot be used ({error!r})") from error
-    return LatencyTable(unit, forward, backward, profile)
+    return LatencyTable(
+        unit, forward, backward, profile, (deferred[0], deferred[1]) if deferred else None
+    )
 
 
 def _to_lists(times: np.ndarray) -> list[list[list[float | None]]]:

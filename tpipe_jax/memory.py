@@ -18,7 +18,8 @@ from tpipe_jax.collectives import compile_checked
 from tpipe_jax.config import Config, UserError
 from tpipe_jax.loss import chunk_tokens
 from tpipe_jax.mesh import padded_vocab_size
-from tpipe_jax.plans import Plan, PlanRequest, uniform, unit_tokens
+from tpipe_jax.plan_settings import settled, uniform, unit_tokens
+from tpipe_jax.plans import Plan, PlanRequest
 from tpipe_jax.processes import host_names
 from tpipe_jax.remat import candidates
 from tpipe_jax.schedule import Schedule, check, make_schedule
@@ -118,6 +119,7 @@ def fitting_step(
 
     Raises `UserError` if none does.
     """
+    config = settled(config, plan)
     limit, needed, trial = limit_bytes(config, mesh), 0, config
     schedule = make_schedule(plan)
     check(schedule)
@@ -151,14 +153,17 @@ def fitting_policy(
     num_slices = request.seq_len // unit_tokens(config)
     token_slices = request.token_slices or uniform(request.seq_len, num_slices)
     slices = batch_slices, (token_slices,) * len(batch_slices)
-    smallest = min(
-        (Plan(request.num_stages, *slices, schedule=name) for name in request.schedules),
-        key=lambda plan: make_schedule(plan).num_rows,
-    )
-    parts = budget(first, mesh, make_schedule(smallest), optimizer)
-    if limit is None or 2 * sum(parts.values()) < limit:
+    plans = [Plan(request.num_stages, *slices, schedule=name) for name in request.schedules]
+
+    def needed(plan: Plan) -> int:
+        parts = budget(settled(first, plan), mesh, make_schedule(plan), optimizer)
+        return sum(parts.values())
+
+    smallest = min(plans, key=needed)
+    if limit is None or 2 * needed(smallest) < limit:
         return first  # it will do, as the step itself will show
-    return fitting_step(config, mesh, smallest, optimizer)[0]
+    fitting, _ = fitting_step(config, mesh, smallest, optimizer)
+    return _with_policy(config, fitting.memory.remat)
 
 
 def _with_policy(config: Config, remat: str) -> Config:

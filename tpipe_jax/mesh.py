@@ -1,4 +1,4 @@
-"""The mesh of devices, the sharding rules, and which stage has which layer."""
+"""The mesh of devices, and the sharding rules."""
 
 import ctypes
 import math
@@ -166,18 +166,6 @@ def check_model(config: ModelConfig, mesh: MeshConfig) -> None:
                 f"config.mesh.model={mesh.model} does not divide {name}{sign}{value}: "
                 "pick a divisor."
             )
-
-
-def layer_counts(num_layers: int, num_stages: int) -> list[int]:
-    """Layers of each stage, as even as they go; earlier stages have one more."""
-    return [num_layers // num_stages + (s < num_layers % num_stages) for s in range(num_stages)]
-
-
-def stage_layers(num_layers: int, num_stages: int) -> np.ndarray:
-    """Which layer is the nth of each stage, `[n, stage]`; -1 where a stage has no nth layer."""
-    counts = np.array(layer_counts(num_layers, num_stages))
-    n = np.arange(counts.max())[:, None]
-    return np.where(n < counts, np.cumsum(counts) - counts + n, -1)
 
 
 def padded_vocab_size(config: ModelConfig, mesh: Mesh) -> int:

@@ -1,8 +1,9 @@
 """A state's arrays as the model has them, whatever mesh they lie on.
 
 On a mesh, a block's array is one of those of the nth layer of each stage, `[P, ...]`, zeros where a
-stage has no nth layer, and the token embedding has rows of padding (`mesh.param_specs`). In the
-model a layer is a layer, under its own number, and the vocabulary is as long as it is.
+stage has no nth layer, which depends on how many chunks stages have (`placement`), and the token
+embedding has rows of padding (`mesh.param_specs`). In the model a layer is a layer, under its own
+number, and the vocabulary is as long as it is.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from jax import Array
 from jax.tree_util import DictKey, KeyPath, SequenceKey
 
 from tpipe_jax.config import ModelConfig
-from tpipe_jax.mesh import stage_layers
+from tpipe_jax.placement import stage_layers
 
 Shape = tuple[int, ...]
 Index = tuple[slice, ...]  # with start and stop
@@ -35,15 +36,17 @@ class Piece(NamedTuple):
     data: np.ndarray
 
 
-def arrays(config: ModelConfig, state: Any) -> Iterator[tuple[str, Shape, np.dtype]]:
+def arrays(
+    config: ModelConfig, state: Any, num_chunks: int = 1
+) -> Iterator[tuple[str, Shape, np.dtype]]:
     """Name, shape and type of all arrays of a state, which may be abstract."""
     for path, array in jax.tree.leaves_with_path(state):
         whole = tuple(slice(0, n) for n in array.shape)
-        for name, shape, _, _ in _Leaf(config, path, array.shape).parts(whole):
+        for name, shape, _, _ in _Leaf(config, path, array.shape, num_chunks).parts(whole):
             yield name, shape, array.dtype
 
 
-def pieces(config: ModelConfig, state: Any) -> Iterator[Piece]:
+def pieces(config: ModelConfig, state: Any, num_chunks: int = 1) -> Iterator[Piece]:
     """All parts of a state that this process has, copied; all processes together have each part
     once.
     """
@@ -53,7 +56,7 @@ def pieces(config: ModelConfig, state: Any) -> Iterator[Piece]:
             if shard.replica_id == 0:
                 shard.data.copy_to_host_async()
     for path, array in leaves:
-        leaf = _Leaf(config, path, array.shape)
+        leaf = _Leaf(config, path, array.shape, num_chunks)
         for shard in array.addressable_shards:
             if shard.replica_id == 0:
                 # On a CPU it would be a view, and XLA copies what it cannot reuse for that.
@@ -66,11 +69,12 @@ def restored(
     path: KeyPath,
     like: jax.ShapeDtypeStruct,
     read: Callable[[str, Shape, Index], np.ndarray],
+    num_chunks: int = 1,
 ) -> Array:
     """An array of a state, in the sharding of `like`, from parts of the model's arrays, which
     `read(name, shape, index)` returns.
     """
-    leaf = _Leaf(config, path, like.shape)
+    leaf = _Leaf(config, path, like.shape, num_chunks)
 
     @cache  # since several devices may have it
     def part(*bounds: tuple[int, int]) -> np.ndarray:
@@ -89,13 +93,13 @@ def restored(
 class _Leaf:
     """An array of the state on a mesh, and what it is made of."""
 
-    def __init__(self, config: ModelConfig, path: KeyPath, shape: Shape) -> None:
+    def __init__(self, config: ModelConfig, path: KeyPath, shape: Shape, num_chunks: int) -> None:
         self._path, self._shape = path, shape
         self._vocab_size = config.vocab_size
         at = [i for i, key in enumerate(path[:-1]) if key == DictKey("blocks")]
         self._slot = at[0] + 1 if at else None  # where the path has the place of a layer in a stage
         if self._slot is not None:
-            layers = stage_layers(config.num_layers, shape[0])
+            layers = stage_layers(config.num_layers, shape[0], num_chunks)
             self._layers: list[int] = layers[path[self._slot].idx].tolist()
         self._is_vocabulary = path[-2:] == (DictKey("embed"), DictKey("tokens"))
 

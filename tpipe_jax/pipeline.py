@@ -8,9 +8,10 @@ schedule say what to do at each tick; items of one shape share one compiled body
 position is a run-time value. What a stage keeps between items (attention caches, saved activations,
 sums of gradients) is the state that the scan carries and updates in place.
 
-Forward and backward passes are the same lane with the stages in opposite order. `execute` follows a
-schedule, with both lanes in a tick; `sweep` is one lane alone. There is no differentiation through
-the scan, which would keep a copy of the state for every tick.
+Forward and backward passes are the same lane with the stages in opposite order. Where stages have
+several chunks of layers, what the last stage has made of an item goes to the first, for the next
+chunk. `execute` follows a schedule, with both lanes in a tick; `sweep` is one lane alone. There is
+no differentiation through the scan, which would keep a copy of the state for every tick.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +33,8 @@ Saved = TypeVar("Saved")
 Gradients = TypeVar("Gradients")
 Sums = TypeVar("Sums")
 Carry = tuple[State, Array, Array]  # state, trunk, and the box that goes round the stages
-Work = Callable[[Array, Position, State], tuple[Array, State]]
+Work = Callable[[int, Array, Position, State], tuple[Array, State]]
+Shape = tuple[int, int]
 
 
 def varying(tree: State, axes: Sequence[str] = ("data", "pipe")) -> State:
@@ -85,13 +87,17 @@ class StepWork(NamedTuple):
     embed: Callable[[Array | int, int], Array]
     """`(row, num_rows)` to `x [b, T, D]`, what the first stage is given."""
     forward: Work
-    """`(x [B, L, D], position, saved)` to `(y [B, L, D], saved)`."""
+    """`(chunk, x [B, L, D], position, saved)` to `(y [B, L, D], saved)`."""
     turn: Callable[[Array, Array | int, Any], tuple[Array, Any]]
     """`(y [b, T, D], row, sums)`, where y is read on the last stage only, to what that is given
     backward, and the sums, with the loss.
     """
-    backward: Callable[[Any, Array, Position, Any], tuple[Array, Any]] | None = None
-    """`(saved, d_y [B, L, D], position, gradients)` to `(d_x [B, L, D], gradients)`."""
+    backward: Callable[[Any, int, Array, Position, Any], tuple[Array, Any]] | None = None
+    """`(saved, chunk, d_y [B, L, D], position, gradients)` to `(d_x [B, L, D], gradients)`."""
+    weights: Callable[[Any, int, Shape, Position, Any], Any] | None = None
+    """`(saved, chunk, (B, L), position, gradients)` to the gradients, with those of weights, where
+    backward passes leave them out.
+    """
     leave: Callable[[Array, Array | int, Any], Any] | None = None
     """`(d_x [b, T, D], row, sums)`, where d_x is read on the first stage only, to the sums."""
 
@@ -115,9 +121,10 @@ def execute(
         sums: what all stages add up together.
     """
     num_stages, (_, T, D) = schedule.num_stages, trunk_RTD.shape
-    placed = schedule.items, schedule.buffer_rows
-    forward = _Lane(*placed, num_stages)
-    backward = _Lane(*placed, num_stages, reverse=True)
+    forward, backward = (
+        _Lane(schedule.items, schedule.buffer_rows, num_stages, reverse)
+        for reverse in (False, True)
+    )
 
     def tick(carry, row):
         trunk, ahead, back, saved, gradients, sums = carry
@@ -137,6 +144,10 @@ def execute(
             return work.leave(d_x_BTD, part.row, sums)
 
         trunk = _on_part(schedule.parts, row["enters"], embed, trunk)
+        if "weights" in row:
+            assert work.weights
+            take = partial(work.weights, saved)
+            gradients = forward.each_alone(take, row["weights"], gradients)
         saved, trunk, ahead = run_on_all_if(
             row["any_forward"],
             partial(forward.tick, work.forward, row["forward"]),
@@ -153,21 +164,46 @@ def execute(
             sums = _on_part(schedule.parts, row["leaves"], leave, sums)
         return (trunk, ahead, back, saved, gradients, sums), None
 
+    ahead, back = (lane.empty_box(D, trunk_RTD.dtype) for lane in (forward, backward))
+    start = *varying((trunk_RTD, ahead, back, saved, gradients)), sums
+    rows = _kept(_tick_rows(schedule, is_training=work.backward is not None))
+    (_, _, _, saved, gradients, sums), _ = lax.scan(tick, start, rows)
+    return saved, gradients, sums
+
+
+def _tick_rows(schedule: Schedule, is_training: bool) -> dict[str, np.ndarray]:
+    """What the ticks are told."""
     rows = {
         "enters": schedule.parts_at(lambda part: part.enters),
         "forward": schedule.forward,
         "any_forward": (schedule.forward != IDLE).any(1),
         "turns": schedule.parts_at(lambda part: part.turns),
+    }
+    if not is_training:  # what comes after the last turn is backward
+        return {name: a[: 1 + max(p.turns for p in schedule.parts)] for name, a in rows.items()}
+    rows |= {
         "backward": schedule.backward,
         "any_backward": (schedule.backward != IDLE).any(1),
         "leaves": schedule.parts_at(lambda part: part.leaves),
     }
-    if not work.backward:  # what comes after the last turn is backward
-        rows = {name: a[: 1 + max(p.turns for p in schedule.parts)] for name, a in rows.items()}
-    ahead, back = (lane.empty_box(D, trunk_RTD.dtype) for lane in (forward, backward))
-    start = *varying((trunk_RTD, ahead, back, saved, gradients)), sums
-    (_, _, _, saved, gradients, sums), _ = lax.scan(tick, start, _kept(rows))
-    return saved, gradients, sums
+    return rows if schedule.weights is None else rows | {"weights": schedule.weights}
+
+
+def each_alone(
+    table: Array,
+    items: Sequence[Item],
+    function: Callable[[int, Shape, Position, State], State],
+    state: State,
+) -> State:
+    """`function(chunk, (B, L), position, state)` for each item of a table `[tick, stage, n]`, as
+    `execute` takes gradients of weights.
+    """
+    lane = _Lane(items, [item.row for item in items], table.shape[1])
+
+    def tick(state: State, row: Array) -> tuple[State, None]:
+        return lane.each_alone(function, row, state), None
+
+    return lax.scan(tick, varying(state), _kept(table))[0]
 
 
 def sweep(
@@ -184,7 +220,7 @@ def sweep(
     Args:
         table: `[tick, stage]`, the index of the item or IDLE; a run-time value if it is an Array.
         items: what the indices stand for.
-        work: what a stage does: `(x [B, L, D], position, state)` to `(y [B, L, D], state)`.
+        work: what a stage does: `(chunk, x [B, L, D], position, state)` to `(y [B, L, D], state)`.
         trunk_BTD: what the items are cut from on the stage where they enter.
         state: what this stage keeps between items, a tree of arrays.
         reverse: whether items enter at the last stage and leave at the first.
@@ -215,39 +251,79 @@ class _Lane:
         num_stages: int,
         reverse: bool = False,
     ) -> None:
-        self._entry, step = (num_stages - 1, -1) if reverse else (0, 1)
-        self._neighbours = [(s, s + step) for s in range(num_stages) if 0 <= s + step < num_stages]
-        self._shapes = sorted({item.shape for item in items})
-        self._shape_of = jnp.array([self._shapes.index(item.shape) for item in items])
+        ends, step = ((num_stages - 1, 0), -1) if reverse else ((0, num_stages - 1), 1)
+        self._entry, self._exit = ends
+        self._is_ring = any(item.chunk for item in items)
+        pairs = [(s, s + step) for s in range(num_stages) if s != self._exit]
+        self._neighbours = pairs + [(self._exit, self._entry)] * self._is_ring
+        self._items = items
         self._places = jnp.array(
             [(first, item.token, item.row) for first, item in zip(buffer_rows, items, strict=True)]
         )
 
     def empty_box(self, width: int, dtype: Any) -> Array:
         """What goes from stage to stage."""
-        longest = max(B for B, _ in self._shapes), max(L for _, L in self._shapes)
+        shapes = [item.shape for item in self._items]
+        longest = max(B for B, _ in shapes), max(L for _, L in shapes)
         return jnp.zeros((*longest, width), dtype)
 
     def tick(self, work: Work, row: Array, carry: Carry) -> Carry:
         """Each stage works on its item of the row, `[P]`, and hands the result on."""
         stage = lax.axis_index("pipe")
-        index = row[stage]
-        at = Position(*self._places[index])
 
-        def run(shape: tuple[int, int], carry: Carry) -> Carry:
-            state, trunk, box_BLD = carry
-            B, L = shape
+        def run(kind: tuple[int, Shape], at: Position, carry: Carry) -> Carry:
+            (chunk, (B, L)), (state, trunk, box_BLD) = kind, carry
             x_BLD = jnp.where(stage == self._entry, read(trunk, at, B, L), box_BLD[:B, :L])
-            y_BLD, state = work(x_BLD, at, state)
+            y_BLD, state = work(chunk, x_BLD, at, state)
             return state, write(trunk, y_BLD, at), write(box_BLD, y_BLD, Position(0, 0))
 
-        for kind, shape in enumerate(self._shapes):
-            is_due = (index != IDLE) & (self._shape_of[index] == kind)
-            carry = run_if(is_due, partial(run, shape), carry)
-        state, trunk, box_BLD = carry
+        kinds = [(item.chunk, item.shape) for item in self._items]
+        state, trunk, box_BLD = self._by_kind(kinds, row[stage], run, carry)
         if self._neighbours:
             box_BLD = lax.ppermute(box_BLD, "pipe", self._neighbours)
+        if self._is_ring:  # where it waits for its turn in the next chunk
+
+            def put(shape: Shape, at: Position, trunk: Array) -> Array:
+                B, L = shape
+                return write(trunk, box_BLD[:B, :L], at)
+
+            index = jnp.where(stage == self._entry, row[self._exit], IDLE)
+            trunk = self._by_kind([item.shape for item in self._items], index, put, trunk)
         return state, trunk, box_BLD
+
+    def each_alone(
+        self, function: Callable[[int, Shape, Position, State], State], row: Array, state: State
+    ) -> State:
+        """`function(chunk, (B, L), position, state)` for each of a stage's items of the row,
+        `[P, n]`, which are handed to nobody.
+        """
+        own = row[lax.axis_index("pipe")]
+
+        def run(kind: tuple[int, Shape], at: Position, state: State) -> State:
+            return function(*kind, at, state)
+
+        def one(n: Array, state: State) -> State:
+            kinds = [(item.chunk, item.shape) for item in self._items]
+            return self._by_kind(kinds, own[n], run, state)
+
+        return lax.fori_loop(0, len(own), one, state)
+
+    def _by_kind(
+        self,
+        kinds: Sequence[Any],
+        index: Array,
+        function: Callable[[Any, Position, State], State],
+        state: State,
+    ) -> State:
+        """`function(kind, position, state)` of the item, of which each has one of a few kinds, that
+        are known when the program is compiled; the state as it is for IDLE.
+        """
+        distinct, at = sorted(set(kinds)), Position(*self._places[index])
+        kind_of = jnp.array([distinct.index(kind) for kind in kinds])
+        for n, kind in enumerate(distinct):
+            is_due = (index != IDLE) & (kind_of[index] == n)
+            state = run_if(is_due, partial(function, kind, at), state)
+        return state
 
 
 class _Rows(NamedTuple):

@@ -18,16 +18,16 @@ from tpipe_jax.writing import writing_to
 
 
 def write_plan(
-    workdir: Path, table: LatencyTable, plan: Plan, stage_factors: Sequence[float]
+    workdir: Path, table: LatencyTable, plan: Plan, chunk_factors: Sequence[float]
 ) -> None:
     """Writes both files. Raises `UserError` if it cannot."""
     with writing_to(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         plan.save(workdir / "plan.json")
-        draw_plan(workdir / "plan.png", table, plan, stage_factors)
+        draw_plan(workdir / "plan.png", table, plan, chunk_factors)
 
 
-def draw_plan(path: Path, table: LatencyTable, plan: Plan, stage_factors: Sequence[float]) -> None:
+def draw_plan(path: Path, table: LatencyTable, plan: Plan, chunk_factors: Sequence[float]) -> None:
     """Writes a PNG: latencies as measured and fitted, the fit's error, the predicted timeline."""
     assert plan.prediction is not None
     figure = Figure(figsize=(13, 9), layout="constrained")
@@ -39,14 +39,14 @@ def draw_plan(path: Path, table: LatencyTable, plan: Plan, stage_factors: Sequen
     if table.profile and tests:
         _draw_errors(panels[2], table.profile, tests)
     axes = bottom.subplots()
-    schedule, timeline = make_schedule(plan), predicted_timeline(plan, stage_factors)
+    schedule, timeline = make_schedule(plan), predicted_timeline(plan, chunk_factors)
     kinds = draw_boxes(axes, schedule, timeline, "s")
     axes.set_title(
         f"predicted timeline: {timeline.step_seconds:.4g} s in the pipeline, "
         f"{plan.prediction.outside_seconds:.3g} s outside of it, bubble {timeline.bubble:.0%}",
         fontsize=10,
     )
-    bottom.legend(handles=kinds, loc="outside lower right", ncols=2, frameon=False, fontsize=8)
+    bottom.legend(handles=kinds, loc="outside lower right", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=110)
 
 

@@ -4,14 +4,15 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
 from tpipe_jax.config import ScheduleName, UserError
 from tpipe_jax.estimate import Estimator, predicted_timeline
-from tpipe_jax.latency import LatencyTable
+from tpipe_jax.latency import DEFERRED, LatencyTable
+from tpipe_jax.plan_settings import uniform as uniform_parts
 from tpipe_jax.plans import Plan, PlanRequest
-from tpipe_jax.plans import uniform as uniform_parts
 from tpipe_jax.slicer import ROUNDING, Slicing, fastest_slicing, least_longest, least_work
 
 GIB = 2**30
@@ -52,6 +53,8 @@ class Planning:
     """A plan with its prediction, and how it was found."""
 
     plan: Plan
+    chunk_factors: tuple[float, ...]
+    """The work of each chunk of each stage, of the plan (`Estimator.chunk_factors`)."""
     options: tuple[Option, ...]
     """One for each schedule that there was to choose from."""
     unsliced: Alternative | None
@@ -75,11 +78,7 @@ def find_plan(
     there is none.
     """
     start = time.perf_counter()
-    if request.schedule not in (None, *replace(request, schedule=None).schedules):
-        raise UserError(
-            f"the schedule {request.schedule} needs several batch slices, and there is only one: "
-            "plan for terapipe, which is the same then, or for more sequences."
-        )
+    _check_schedule(table, request)
     estimator = Estimator.of(table, request, stage_factors)
     found = [_under(name, estimator, memory_limit_bytes) for name in request.schedules]
     options = [option for option, _ in found if option]
@@ -95,11 +94,36 @@ def find_plan(
     )
     return Planning(
         chosen.plan,
+        tuple(estimator.chunk_factors(chosen.plan.num_chunks)),
         tuple(options),
         Alternative.of(unsliced) if unsliced else None,
         Alternative.of(uniform) if uniform else None,
         num_solves=sum(num_solves for _, num_solves in found),
         search_seconds=time.perf_counter() - start,
+    )
+
+
+def _check_schedule(table: LatencyTable, request: PlanRequest) -> None:
+    """Raises `UserError` if the schedule that is asked for can't serve, or can't be planned."""
+    schedule = request.schedule
+    if schedule == "interleaved" and not request.chunk_options:
+        raise UserError(
+            f"the schedule {schedule} needs several stages, each with a layer for each of its "
+            f"chunks, and there are {request.num_stages} stages of {request.num_layers or 'some'} "
+            "layers: plan for terapipe, or for other stages."
+        )
+    if schedule == "1f1b-deferred" and table.deferred is None:
+        raise UserError(
+            f"the schedule {schedule} can't be planned, since the latencies come without "
+            f"{' and '.join(DEFERRED)}: plan from a config of several stages and sequences, or "
+            "for 1f1b."
+        )
+    if schedule in (None, "interleaved") or schedule in replace(request, schedule=None).schedules:
+        return
+    few = "stages" if request.num_stages == 1 and schedule == "1f1b-deferred" else "batch slices"
+    raise UserError(
+        f"the schedule {schedule} needs several {few}, and there is only one: plan for terapipe, "
+        "which is the same then, or for more of them."
     )
 
 
@@ -121,7 +145,9 @@ def _under(
     """The best plan under a schedule, if there is any, and how many programmes were solved: the
     best of those that keep to the memory, or else of all.
     """
-    search = SEARCHES[schedule]
+    if schedule == "1f1b-deferred" and estimator.deferred is None:
+        return None, 0  # what its slices take is not known
+    search = _terapipe if schedule == "terapipe" else partial(_best_found, schedule)
     plan, num_solves = search(estimator, limit_bytes)
     fits = plan is not None
     if plan is None and limit_bytes is not None:
@@ -129,7 +155,7 @@ def _under(
         num_solves += more
     if plan is None:
         return None, num_solves
-    bubble = predicted_timeline(plan, estimator.stage_factors).bubble
+    bubble = predicted_timeline(plan, estimator.chunk_factors(plan.num_chunks)).bubble
     return Option(plan, bubble, estimator.activation_bytes(plan), fits), num_solves
 
 
@@ -152,38 +178,46 @@ def _terapipe(estimator: Estimator, limit_bytes: float | None) -> tuple[Plan | N
     return _with_bound(plan, slicing.lower_bound_seconds), slicing.num_solves
 
 
-def _one_forward_one_backward(
-    estimator: Estimator, limit_bytes: float | None
+def _best_found(
+    schedule: ScheduleName, estimator: Estimator, limit_bytes: float | None
 ) -> tuple[Plan | None, int]:
-    """The best plan that was found: of those that are fastest with all forward before any backward,
-    for each size of batch slices, and of equal slices, made faster by moving cuts.
+    """The best plan under another schedule that was found: of those that are fastest with all
+    forward before any backward, for each size of batch slices and number of chunks, and of equal
+    slices, made faster by moving cuts.
     """
-    slicings: list[Slicing] = []
-    for sizes in _batch_slices(estimator):
-        allowed = _within(estimator, limit_bytes, sizes)
-        fastest = fastest_slicing(
-            *allowed.times, sum(sizes), estimator.stage_factors, batch_slices=sizes
-        )
-        slicings += [fastest] if fastest else []
-        if estimator.request.token_slices is None:
-            uniform = _uniform(allowed, [sizes], range(1, len(estimator.cuts)))
-            slicings += uniform[:MOST_UNIFORM]
-            slicings += uniform and [max(uniform, key=lambda slicing: len(slicing.cuts[0]))]
-    num_solves = sum(slicing.num_solves for slicing in slicings)
+    slicings: list[tuple[int, Slicing]] = []  # with numbers of chunks
+    is_interleaved = schedule == "interleaved"
+    for num_chunks in estimator.request.chunk_options if is_interleaved else (1,):
+        for sizes in _batch_slices(estimator, at_least=1 if is_interleaved else 2):
+            allowed = _within(estimator, limit_bytes, schedule, sizes)
+            fastest = fastest_slicing(
+                *allowed.times,
+                sum(sizes),
+                estimator.stage_factors,
+                batch_slices=sizes,
+                num_chunks=num_chunks,
+            )
+            found = [fastest] if fastest else []
+            if estimator.request.token_slices is None:
+                uniform = _uniform(allowed, [sizes], range(1, len(estimator.cuts)))
+                found += uniform[:MOST_UNIFORM]
+                found += uniform and [max(uniform, key=lambda slicing: len(slicing.cuts[0]))]
+            slicings += [(num_chunks, slicing) for slicing in found]
+    num_solves = sum(slicing.num_solves for _, slicing in slicings)
 
-    def seconds(slicing: Slicing) -> float:
-        plan = estimator.plan_of(slicing, "1f1b")
+    def seconds(num_chunks: int, slicing: Slicing) -> float:
+        plan = estimator.plan_of(slicing, schedule, num_chunks)
         if limit_bytes is not None and estimator.step_bytes(plan) > limit_bytes:
             return np.inf
         return _step_seconds(plan)
 
-    known = [(seconds(slicing), slicing) for slicing in slicings]
-    least, best = min(known, key=lambda pair: pair[0], default=(np.inf, None))
+    known = [(seconds(*option), *option) for option in slicings]
+    least, num_chunks, best = min(known, key=lambda found: found[0], default=(np.inf, 1, None))
     if best is None or least == np.inf:
         return None, num_solves
-    best = _with_moved_cuts(estimator, best, least, seconds)
-    bound = _lower_bound_seconds(estimator)
-    return _with_bound(estimator.plan_of(best, "1f1b"), bound), num_solves
+    best = _with_moved_cuts(estimator, best, least, partial(seconds, num_chunks))
+    plan = estimator.plan_of(best, schedule, num_chunks)
+    return _with_bound(plan, _lower_bound_seconds(estimator, plan)), num_solves
 
 
 def _with_moved_cuts(
@@ -207,31 +241,33 @@ def _with_moved_cuts(
     return best
 
 
-def _lower_bound_seconds(estimator: Estimator) -> float:
-    """No schedule takes less: each stage has all work, and before and after that a slice has to
-    come to it and back.
+def _lower_bound_seconds(estimator: Estimator, plan: Plan) -> float:
+    """No slices take less under the schedule of a plan, with as many chunks: each stage has all
+    work, and before and after that a slice has to come to it and back.
     """
-    request = estimator.request
-    work = least_work(*estimator.times, request.batch_size, request.batch_slices)
-    shortest = sum(float(t[np.isfinite(t)].min()) for t in estimator.times)
-    before = itertools.accumulate(estimator.stage_factors, initial=0.0)  # of the stages before each
+    request, P = estimator.request, plan.num_stages
+    (forward, backward), later = estimator.times, 0.0
+    if plan.schedule == "1f1b-deferred":
+        assert estimator.deferred
+        backward, later = estimator.deferred
+    work = least_work(forward, backward + later, request.batch_size, request.batch_slices)
+    shortest = sum(float(t[np.isfinite(t)].min()) for t in (forward, backward))
+    factors = np.reshape(estimator.chunk_factors(plan.num_chunks), (plan.num_chunks, P))
+    before = itertools.accumulate(factors[0], initial=0.0)  # of the stages before each
     return max(
-        a * work + b * shortest for a, b in zip(estimator.stage_factors, before, strict=False)
+        a * work + b * shortest for a, b in zip(factors.sum(0).tolist(), before, strict=False)
     )
 
 
-SEARCHES = {"terapipe": _terapipe, "1f1b": _one_forward_one_backward}
-
-
-def _batch_slices(estimator: Estimator) -> list[tuple[int, ...]]:
-    """The sizes of batch slices to try: the given ones, or equal ones, at least two."""
+def _batch_slices(estimator: Estimator, at_least: int) -> list[tuple[int, ...]]:
+    """The sizes of batch slices to try: the given ones, or equal ones, so many at least."""
     request = estimator.request
     if request.batch_slices is not None:
         return [request.batch_slices]
     counts = {
         -(-request.batch_size // size)
         for size in range(1, len(estimator.forward) + 1)
-        if size & (size - 1) == 0 and 2 * size <= request.batch_size
+        if size & (size - 1) == 0 and at_least * size <= request.batch_size
     }
     return [uniform_parts(request.batch_size, count) for count in sorted(counts)]
 
@@ -265,18 +301,20 @@ def _moved(estimator: Estimator, slicing: Slicing, size: int, i: int, step: int)
 
 
 def _within(
-    estimator: Estimator, limit_bytes: float | None, turns: tuple[int, ...] | None = None
+    estimator: Estimator,
+    limit_bytes: float | None,
+    schedule: ScheduleName = "terapipe",
+    batch_slices: tuple[int, ...] | None = None,
 ) -> Estimator:
-    """Without the slices that take too much memory. The batch is kept whole, as under terapipe, or,
-    if these batch slices take turns, as little of it as the shortest slices allow.
+    """Without the slices that take too much memory, where as little is kept as the shortest slices
+    allow.
     """
     if limit_bytes is None:
         return estimator
-    memory, seq_len = estimator.memory, estimator.request.seq_len
-    kept = memory.activation_bytes(*(estimator.request.batch_size * seq_len,) * 2)
-    if turns is not None:
-        kept = estimator.least_activation_bytes(turns, "1f1b")
-    return estimator.without(memory.step_bytes(kept, estimator.slice_tokens) > limit_bytes)
+    batch_slices = batch_slices or (estimator.request.batch_size,)
+    kept = estimator.least_activation_bytes(batch_slices, schedule)
+    needed = estimator.memory.step_bytes(kept, estimator.slice_tokens)
+    return estimator.without(needed > limit_bytes)
 
 
 def _with_bound(plan: Plan, lower_bound_seconds: float) -> Plan:

@@ -1,13 +1,16 @@
 """The plan of a step: how the batch of a data shard and its sequences are cut, in plain numbers."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from tpipe_jax.config import Config, ScheduleName, UserError
+import numpy as np
+
+from tpipe_jax.config import ScheduleName, UserError
 
 Nested = tuple[tuple[float, ...], ...]
+CHUNKS = 2, 4  # of a stage, that the planner tries
 MAX_SECONDS = 1e9  # that a file may give for a time; sums of such are finite
 
 
@@ -21,6 +24,8 @@ class Prediction:
     slice_forward_seconds: Nested
     """For each slice of each batch slice, how long it holds a stage."""
     slice_backward_seconds: Nested
+    slice_weight_seconds: Nested | None
+    """For gradients of weights, where its backward pass leaves these out."""
     slice_transfer_seconds: Nested
     """The part of both in which the slice is handed on."""
     is_optimal: bool
@@ -37,6 +42,8 @@ class Plan:
     token_slices: tuple[tuple[int, ...], ...]
     prediction: Prediction | None = None
     schedule: ScheduleName = "terapipe"
+    num_chunks: int = 1
+    """Of each stage."""
 
     @property
     def batch_size(self) -> int:
@@ -58,6 +65,7 @@ class Plan:
         content: dict[str, Any] = {
             "num_stages": self.num_stages,
             "schedule": self.schedule,
+            "num_chunks": self.num_chunks,
             "batch_slices": self.batch_slices,
             "token_slices": self.token_slices,
         }
@@ -68,6 +76,7 @@ class Plan:
                 "slice_forward_seconds": self.prediction.slice_forward_seconds,
                 "slice_backward_seconds": self.prediction.slice_backward_seconds,
                 "slice_transfer_seconds": self.prediction.slice_transfer_seconds,
+                "slice_weight_seconds": self.prediction.slice_weight_seconds,
                 "optimal": self.prediction.is_optimal,
                 "lower_bound_seconds": self.prediction.lower_bound_seconds,
             }
@@ -89,138 +98,35 @@ class PlanRequest:
     batch_slices: tuple[int, ...] | None = None
     token_slices: tuple[int, ...] | None = None
     schedule: ScheduleName | None = None
+    num_chunks: int | None = None
+    """Of each stage, under interleaved."""
+    num_layers: int | None = None
+    """None where it is not known, and stages may have any number of chunks."""
 
     @property
     def schedules(self) -> tuple[ScheduleName, ...]:
-        """Those that may be planned: with one batch slice, 1f1b would be terapipe."""
+        """Those that may be planned: with one batch slice, 1f1b would be terapipe, and on one stage
+        nothing waits.
+        """
         if self.schedule:
             return (self.schedule,)
         is_one = self.batch_size == 1 or len(self.batch_slices or (1, 1)) == 1
-        return ("terapipe",) if is_one else get_args(ScheduleName)
+        is_possible: dict[ScheduleName, bool] = {
+            "terapipe": self.num_chunks is None,
+            "1f1b": not is_one and self.num_chunks is None,
+            "interleaved": self.num_layers is not None and bool(self.chunk_options),
+            "1f1b-deferred": not is_one and self.num_chunks is None and self.num_stages > 1,
+        }
+        return tuple(name for name, is_one_of_them in is_possible.items() if is_one_of_them)
 
-
-def read_settings(config: Config) -> Plan | PlanRequest:
-    """The plan that the settings spell out or name, or what they leave to the planner.
-
-    Raises `UserError` where they don't fit each other.
-    """
-    train, mesh = config.train, config.mesh
-    if train.batch_size % mesh.data:
-        raise UserError(
-            f"config.train.batch_size={train.batch_size} is not a multiple of "
-            f"config.mesh.data={mesh.data}: set a batch size of "
-            f"{mesh.data * max(1, round(train.batch_size / mesh.data))}, or another mesh."
-        )
-    batch_slices = parse_slices(
-        config.plan.batch_slices,
-        train.batch_size // mesh.data,
-        "config.plan.batch_slices",
-        "the batch of one data shard, config.train.batch_size / config.mesh.data",
-    )
-    token_slices = parse_slices(
-        config.plan.token_slices,
-        config.model.seq_len,
-        "config.plan.token_slices",
-        "config.model.seq_len",
-    )
-    unit_tokens(config)
-    schedule = _read_schedule(config, batch_slices)
-    request = PlanRequest(
-        mesh.pipe,
-        train.batch_size // mesh.data,
-        config.model.seq_len,
-        batch_slices,
-        token_slices,
-        schedule,
-    )
-    if config.plan.file is not None:
-        if batch_slices or token_slices:
-            raise UserError(
-                f"config.plan.file={config.plan.file} and slices of their own exclude each other: "
-                "leave config.plan.batch_slices and config.plan.token_slices at auto."
-            )
-        if config.plan.schedule == "auto":
-            request = replace(request, schedule=None)  # the file's own
-        return load_plan(Path(config.plan.file), request)
-    if batch_slices and token_slices:
-        slices = batch_slices, (token_slices,) * len(batch_slices)
-        return Plan(mesh.pipe, *slices, schedule=schedule or "terapipe")
-    return request
-
-
-def _read_schedule(config: Config, batch_slices: tuple[int, ...] | None) -> ScheduleName | None:
-    """None where it is the planner's to choose. Raises `UserError` where it has no use."""
-    schedule = config.plan.schedule
-    if schedule == "1f1b":
-        num_rows = config.train.batch_size // config.mesh.data
-        if num_rows == 1 or len(batch_slices or (1, 1)) == 1:
-            raise UserError(
-                f"config.plan.schedule={schedule} sends one batch slice backward while others go "
-                f"forward, and a data shard has only one: set config.plan.schedule=terapipe, or "
-                f"config.{'plan.batch_slices' if num_rows > 1 else 'train.batch_size'} so that "
-                "there are several."
-            )
-        if config.memory.defer_weight_grads:
-            raise UserError(
-                f"config.plan.schedule={schedule} keeps a part of the batch at a time, and "
-                "config.memory.defer_weight_grads=true needs all of it: leave one of them out."
-            )
-    if schedule == "auto":
-        return "terapipe" if config.memory.defer_weight_grads else None
-    return schedule
-
-
-def unit_tokens(config: Config) -> int:
-    """What planned slices are multiples of: 8 tokens unless set, and more in long sequences.
-
-    Raises `UserError` if the setting does not divide the sequence.
-    """
-    seq_len, unit = config.model.seq_len, config.plan.unit_tokens
-    if unit is None:
-        return next(n for n in range(max(8, seq_len // 256), 0, -1) if seq_len % n == 0)
-    if seq_len % unit:
-        raise UserError(
-            f"config.plan.unit_tokens={unit} does not divide config.model.seq_len={seq_len}: pick "
-            "a divisor."
-        )
-    return unit
-
-
-def parse_slices(text: str, total: int, setting: str, total_name: str) -> tuple[int, ...] | None:
-    """Reads `uniform:N`, a list as `96,64,56,40`, or `auto` as None.
-
-    Uniform slices differ by one where N does not divide the total; the longer ones come first,
-    since they have the shorter context. Raises `UserError` for anything but positive lengths that
-    sum to `total`.
-    """
-    if text.strip() == "auto":
-        return None
-    kind, _, count = text.partition(":")
-    if kind.strip() == "uniform" and count.strip().isdecimal():
-        num = int(count)
-        if not 1 <= num <= total:
-            raise UserError(
-                f"{setting}={text} must ask for 1 to {total} slices, since {total_name} is {total}."
-            )
-        return uniform(total, num)
-    parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(
-            f"{setting}={text} is neither auto nor uniform:N nor a list of positive lengths as "
-            "96,64,56,40."
-        )
-    slices = tuple(map(int, parts))
-    if sum(slices) != total:
-        raise UserError(
-            f"{setting}={text} sums to {sum(slices)}, but {total_name} is {total}: "
-            f"change the slices, or let uniform:{min(len(slices), total)} divide it."
-        )
-    return slices
-
-
-def uniform(total: int, num: int) -> tuple[int, ...]:
-    """`num` parts of `total` that differ by at most one, the larger ones first."""
-    return tuple(total // num + (i < total % num) for i in range(num))
+    @property
+    def chunk_options(self) -> tuple[int, ...]:
+        """How many chunks of each stage may be planned under interleaved."""
+        if self.num_stages == 1:
+            return ()
+        numbers = (self.num_chunks,) if self.num_chunks else CHUNKS
+        most = np.inf if self.num_layers is None else self.num_layers // self.num_stages
+        return tuple(n for n in numbers if n <= most)
 
 
 def read_plan(content: Any) -> Plan:
@@ -243,7 +149,11 @@ def read_plan(content: Any) -> Plan:
     schedule = content.get("schedule", "terapipe")
     if schedule not in get_args(ScheduleName):
         raise ValueError(f"it has a schedule that is not known, {schedule!r}")
-    return Plan(num_stages, batch_slices, token_slices, _read_prediction(content), schedule)
+    num_chunks = content.get("num_chunks", 1)
+    if not isinstance(num_chunks, int) or (num_chunks > 1) != (schedule == "interleaved"):
+        raise ValueError(f"it has {num_chunks!r} chunks of a stage under {schedule}")
+    prediction = _read_prediction(content)
+    return Plan(num_stages, batch_slices, token_slices, prediction, schedule, num_chunks)
 
 
 def load_plan(path: Path, request: PlanRequest) -> Plan:
@@ -275,12 +185,24 @@ def check_plan(name: str, plan: Plan, request: PlanRequest) -> None:
         ),
         ("a number of stages of", {plan.num_stages}, "config.mesh.pipe", request.num_stages),
         ("a schedule of", {plan.schedule}, "config.plan.schedule", schedule),
+        (
+            "a number of chunks of",
+            {plan.num_chunks},
+            "config.plan.chunks",
+            request.num_chunks or plan.num_chunks,
+        ),
     ):
         if planned != {wanted}:
             raise UserError(
                 f"{name} is for {what} {', '.join(map(str, sorted(planned)))}, "
                 f"but {setting} is {wanted}: plan anew with launch/plan.py, or change the setting."
             )
+    most = request.num_layers
+    if most is not None and plan.num_chunks * plan.num_stages > max(most, plan.num_stages):
+        raise UserError(
+            f"{name} is for {plan.num_chunks} chunks of {plan.num_stages} stages each, but "
+            f"config.model.num_layers is {most}: plan anew with launch/plan.py."
+        )
 
 
 def _read_prediction(content: dict[str, Any]) -> Prediction | None:
@@ -289,29 +211,35 @@ def _read_prediction(content: dict[str, Any]) -> Prediction | None:
     try:
         slices = content["token_slices"]
         none = [[0.0] * len(own) for own in slices]
-        forward, backward, transfer = (
-            tuple(tuple(map(_seconds, times)) for times in nested)
-            for nested in (
-                content["slice_forward_seconds"],
-                content["slice_backward_seconds"],
-                content.get("slice_transfer_seconds", none),
-            )
-        )
+
+        def times(key: str, default: Any = None) -> Nested:
+            nested = content[key] if default is None else content.get(key) or default
+            return tuple(tuple(map(_seconds, own)) for own in nested)
+
+        has_weights = content.get("slice_weight_seconds") is not None
         prediction = Prediction(
             step_seconds=_seconds(content["predicted_step_seconds"]),
             outside_seconds=_seconds(content.get("outside_seconds", 0)),
-            slice_forward_seconds=forward,
-            slice_backward_seconds=backward,
-            slice_transfer_seconds=transfer,
+            slice_forward_seconds=times("slice_forward_seconds"),
+            slice_backward_seconds=times("slice_backward_seconds"),
+            slice_transfer_seconds=times("slice_transfer_seconds", none),
+            slice_weight_seconds=times("slice_weight_seconds") if has_weights else None,
             is_optimal=bool(content["optimal"]),
             lower_bound_seconds=_seconds(content["lower_bound_seconds"]),
         )
+        if (content.get("schedule") == "1f1b-deferred") != has_weights:
+            raise ValueError("times of gradients of weights are of 1f1b-deferred")
     except KeyError as error:
         raise ValueError(f"it has no {error.args[0]}") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"its predicted times are no times ({error})") from error
-    for times in (forward, backward, transfer):
-        if list(map(len, times)) != list(map(len, slices)):
+    for nested in (
+        prediction.slice_forward_seconds,
+        prediction.slice_backward_seconds,
+        prediction.slice_transfer_seconds,
+        prediction.slice_weight_seconds or none,
+    ):
+        if list(map(len, nested)) != list(map(len, slices)):
             raise ValueError("its predicted times are not of its slices")
     return prediction
 

@@ -16,7 +16,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -29,43 +29,41 @@ import tpipe_jax
 from tpipe_jax.backends import attention_backend, make_attention
 from tpipe_jax.block import Params
 from tpipe_jax.collectives import compile_checked
-from tpipe_jax.config import Config, to_dict
-from tpipe_jax.latency import Memory, Profile, Sample
+from tpipe_jax.config import Config, ScheduleName, to_dict
+from tpipe_jax.latency import Deferral, Memory, Profile, Sample
 from tpipe_jax.layer import block_digest
 from tpipe_jax.memory import budget, limit_bytes, program_bytes
 from tpipe_jax.mesh import put_rows
 from tpipe_jax.optim import make_optimizer
-from tpipe_jax.plans import Plan, uniform, unit_tokens
+from tpipe_jax.plan_settings import uniform, unit_tokens
+from tpipe_jax.plans import Plan
 from tpipe_jax.precision import compute_format
 from tpipe_jax.remat import saved_names
 from tpipe_jax.schedule import IDLE, Item, Schedule, idle, make_schedule, terapipe
+from tpipe_jax.slice_shapes import Shape, contexts, shapes_to_time, some_shapes
 from tpipe_jax.stage_setup import activation_bytes_per_token, trunk_bytes_per_token
 from tpipe_jax.train_state import abstract_state, init_state, state_bytes
-from tpipe_jax.train_step import make_stage_work, make_train_step, make_transfer
+from tpipe_jax.train_step import (
+    make_stage_work,
+    make_train_step,
+    make_transfer,
+    make_weights_work,
+)
 
 MAX_TICKS = 32
 REPEATS = 7  # for medians
 MIN_SECONDS = 0.02  # of the busy ticks of one measurement, and not less than idle sweeps take
 LONG_SECONDS = 2.0  # of measurements after which three are enough
 
+# Stages are timed with all their chunks, and gradients of weights in their backward passes: what
+# these schedules change about that follows from it.
+WHOLE: dict[str, ScheduleName] = {"interleaved": "terapipe", "1f1b-deferred": "1f1b"}
+
 OnPart = Callable[[], None]  # called after each part of the work
 
 
 def _nothing() -> None:
     pass
-
-
-class Shape(NamedTuple):
-    """Slices to time: of one shape, after several contexts."""
-
-    num_rows: int
-    num_tokens: int
-    contexts: tuple[int, ...]
-    is_test: bool = False
-
-    @property
-    def size(self) -> int:
-        return self.num_rows * self.num_tokens
 
 
 def profile_key(config: Config, mesh: Mesh) -> dict[str, Any]:
@@ -90,42 +88,6 @@ def profile_key(config: Config, mesh: Mesh) -> dict[str, Any]:
     }
 
 
-def shapes_to_time(batch_size: int, seq_len: int, unit: int, num_stages: int) -> list[Shape]:
-    """Lengths near a half, a quarter ... of the sequence, and a few numbers of sequences.
-
-    Lengths are odd multiples of the unit, since powers of two are often faster or slower than all
-    around them. The whole sequence comes first. Several sequences are timed at three lengths, and
-    some shapes between those of the grid to tell the error. Lengths that no plan for so few stages
-    needs are not timed.
-    """
-    num_units = seq_len // unit
-    least = num_units // max(32, 2 * num_stages)
-    halves = (num_units >> n for n in range(1, num_units.bit_length() + 1))
-    units = {min(n | 1, num_units) for n in (num_units - 2, *halves) if n >= least}
-    lengths = [n * unit for n in sorted(units)]
-    some = sorted({lengths[0], lengths[len(lengths) // 2], lengths[-1]})
-    sizes = [n for n in (2 << k for k in range(0, 32, 2)) if n < batch_size]
-    sizes += [batch_size] if batch_size > 1 else []
-    between = [(a + b) // 2 // unit * unit for a, b in itertools.pairwise(lengths)][::-1]
-
-    shapes = [(1, seq_len), *((1, n) for n in lengths if n != seq_len)]
-    shapes += [(b, n) for b in sizes for n in some]
-    tests = zip((1, 3, 6, 4), between, strict=False)
-    tests = dict.fromkeys((min(b, batch_size), n) for b, n in tests if n)
-    return [Shape(b, n, _contexts(seq_len, n, unit, (0, 0.5, 1))) for b, n in shapes] + [
-        Shape(b, n, _contexts(seq_len, n, unit, (0, 0.25, 0.75)), is_test=True)
-        for b, n in tests
-        if (b, n) not in shapes
-    ]
-
-
-def _contexts(
-    seq_len: int, num_tokens: int, unit: int, shares: tuple[float, ...]
-) -> tuple[int, ...]:
-    """Some of the contexts that such a slice may have, in whole units."""
-    return tuple(sorted({int((seq_len - num_tokens) * share / unit) * unit for share in shares}))
-
-
 class Program(NamedTuple):
     """What times the slices of one shape."""
 
@@ -138,6 +100,7 @@ class Profiler:
     """Times slices of a model on a mesh. All processes of a run must make the same calls."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
+        config = _with_schedule(config, WHOLE.get(config.plan.schedule, config.plan.schedule))
         self._config, self._mesh = config, mesh
         self._batch_size = config.train.batch_size // config.mesh.data
         self._seq_len = config.model.seq_len
@@ -178,6 +141,7 @@ class Profiler:
             outside_seconds=self._outside_seconds,
             memory=self._memory(programs),
             key=profile_key(self._config, self._mesh),
+            deferral=self._time_deferral(programs) if self._may_defer else None,
         )
 
     def refine(self, profile: Profile, wanted: Iterable[tuple[int, int]]) -> Profile:
@@ -186,7 +150,7 @@ class Profiler:
         A whole sequence is timed next to them, since the machine's speed may have changed.
         """
         unit, seq_len = unit_tokens(self._config), self._seq_len
-        new = [Shape(b, n, _contexts(seq_len, n, unit, (0, 0.5, 1))) for b, n in wanted]
+        new = [Shape(b, n, contexts(seq_len, n, unit, (0, 0.5, 1))) for b, n in wanted]
         now, *seconds = self._time(self._compile([self._whole, *new], _nothing), _nothing)
         before = next(s for s in profile.samples if s[:3] == (1, seq_len, 0))
         drift = sum(before[3:5]) / now.sum()
@@ -200,18 +164,21 @@ class Profiler:
         new = [shape for shape in shapes if shape not in self._programs]
 
         def program(shape: Shape) -> Program:
-            items = [Item(0, context, *shape[:2]) for context in shape.contexts]
-            work = make_stage_work(self._config, self._mesh, items)
-            forward, backward = self._num_ticks(shape)
-            tables = self._table(IDLE, forward), self._table(IDLE, backward)
-            compiled = compile_checked(work, self._mesh, *self._inputs, *tables)
+            compiled = self._program(self._config, shape)
             advance()
-            return Program(compiled, (forward, backward))
+            return compiled
 
         num_threads = 1 if jax.process_count() > 1 else min(os.cpu_count() or 1, 8)
         with ThreadPoolExecutor(num_threads) as pool:
             self._programs |= zip(new, pool.map(program, new), strict=True)
         return {shape: self._programs[shape] for shape in shapes}
+
+    def _program(self, config: Config, shape: Shape) -> Program:
+        items = [Item(0, context, *shape[:2]) for context in shape.contexts]
+        work, num_ticks = make_stage_work(config, self._mesh, items), self._num_ticks(shape)
+        tables = (self._table(IDLE, n) for n in num_ticks)
+        compiled = compile_checked(work, self._mesh, *self._inputs, *tables)
+        return Program(compiled, num_ticks)
 
     def _num_ticks(self, shape: Shape) -> tuple[int, int]:
         """Of the forward and of the backward sweep that times a slice."""
@@ -261,8 +228,7 @@ class Profiler:
 
     def _time_transfer(self, shapes: list[Shape]) -> tuple[float, float]:
         """Seconds of a tick without work: a constant, and for each token that is handed over."""
-        by_size = sorted(shapes, key=lambda shape: shape.size)
-        chosen = by_size[0], by_size[len(by_size) // 2], by_size[-1]
+        chosen = some_shapes(shapes)
         tables = self._table(IDLE, MAX_TICKS), self._table(IDLE, 3 * MAX_TICKS)
         seconds = []
         for shape in chosen:
@@ -271,9 +237,36 @@ class Profiler:
             turns = [[self._seconds(*run) for run in runs] for _ in range(1 + REPEATS)]
             few, many = np.median(turns[1:], 0)
             seconds.append((many - few) / (2 * MAX_TICKS))
-        sizes = [shape.size for shape in chosen]
-        per_token, constant = np.polyfit(sizes, _agree(np.array(seconds)), 1)
-        return max(float(constant), 0.0), max(float(per_token), 0.0)
+        constant, per_token = _line(chosen, _agree(np.array(seconds)))
+        return max(constant, 0.0), max(per_token, 0.0)
+
+    def _time_deferral(self, programs: dict[Shape, Program]) -> Deferral:
+        """From slices of a few sizes; gradients of weights don't depend on the context."""
+        chosen, later = some_shapes(list(programs)), _with_schedule(self._config, "1f1b-deferred")
+        weights, saved = [], []
+        for shape in chosen:
+            bare = shape._replace(contexts=(0,))
+            deferred, num_ticks = self._program(later, bare), programs[shape].num_ticks[1]
+            work = make_weights_work(later, self._mesh, Item(0, 0, *shape[:2]))
+            tables = [self._table(item, num_ticks)[..., None] for item in (IDLE, 0)]
+            alone = compile_checked(work, self._mesh, *self._inputs, tables[0])
+            rows = []
+            for _ in range(1 + REPEATS):  # the first one warms up
+                turns = [self._turn(bare, program) for program in (programs[shape], deferred)]
+                backward = [busy[0, 1] - idle for idle, busy in turns]
+                idle, busy = (self._seconds(alone, table) for table in tables)
+                rows.append((busy - idle, backward[0] - backward[1]))
+            of_shape = np.median(rows[1:], 0) / num_ticks
+            weights.append(of_shape[0])
+            saved.append(of_shape[1])
+        of_weights, of_saved = (_line(chosen, _agree(np.array(a))) for a in (weights, saved))
+        return Deferral(of_weights, of_saved)
+
+    @property
+    def _may_defer(self) -> bool:
+        """Whether a schedule may take gradients of weights later."""
+        is_deferred = self._config.memory.defer_weight_grads
+        return self._config.mesh.pipe > 1 and self._batch_size > 1 and not is_deferred
 
     def _memory(self, programs: dict[Shape, Program]) -> Memory:
         """From the compiler's own figures; those of the programs differ by the slice, and by what
@@ -285,10 +278,13 @@ class Profiler:
         temporary = np.array([_temporary_bytes(p.compiled) for p in programs.values()]) - kept
         least, more = sizes.argmin(), sizes > sizes.min()
         slopes = (temporary[more] - temporary[least]) / (sizes[more] - sizes[least])
+        later = _with_schedule(self._config, "1f1b-deferred")
+        deferred, _ = activation_bytes_per_token(later, self._mesh)
         return Memory(
             fixed_bytes=self._fixed_bytes,
             saved_bytes_per_token=saved + trunk_bytes_per_token(self._config, self._mesh),
             gathered_bytes_per_token=gathered,
+            deferred_bytes_per_token=deferred - saved,
             working_bytes_per_token=math.ceil(max([0.0, *slopes])),
         )
 
@@ -300,6 +296,18 @@ class Profiler:
         start = time.perf_counter()
         jax.block_until_ready(run(*self._inputs, *tables))
         return time.perf_counter() - start
+
+
+def _with_schedule(config: Config, schedule: Literal["auto", ScheduleName]) -> Config:
+    return dataclasses.replace(
+        config, plan=dataclasses.replace(config.plan, schedule=schedule, chunks=None)
+    )
+
+
+def _line(shapes: Sequence[Shape], seconds: np.ndarray) -> tuple[float, float]:
+    """A constant, and for each token."""
+    per_token, constant = np.polyfit([shape.size for shape in shapes], seconds, 1)
+    return float(constant), float(per_token)
 
 
 def _resting(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> Schedule:

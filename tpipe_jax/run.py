@@ -19,7 +19,8 @@ from tpipe_jax.memory import budget, fitting_step, limit_bytes, program_bytes
 from tpipe_jax.mesh import check_model, make_mesh
 from tpipe_jax.metrics import check_tracker
 from tpipe_jax.optim import make_optimizer
-from tpipe_jax.plans import Plan, PlanRequest, read_settings
+from tpipe_jax.plan_settings import read_settings
+from tpipe_jax.plans import Plan, PlanRequest
 from tpipe_jax.precision import resolve_precision
 from tpipe_jax.remat import candidates
 from tpipe_jax.schedule import make_schedule

@@ -21,6 +21,13 @@ All stages do as much in a tick of both, so that it costs nothing that they wait
 both take (S + P - 1) forward and (S + P - 1) backward passes for S equal items on P stages. But the
 second keeps only a few sequences alive, however many there are.
 
+Two others shorten the (P - 1) passes in which stages wait. If each stage has v chunks of layers, as
+the stages s, P + s, 2 P + s ... of a pipeline of v P would, all slices go round v times, and stages
+wait for passes through a chunk, 1 / v as long (interleaved, after Narayanan et al. 2021, here with
+all forward before any backward). Or backward passes leave gradients of weights for ticks in which
+their stage would idle (1f1b-deferred, after Qi et al. 2024, zero bubble): it waits for (P - 1)
+(f + b - w), if those take w and the pass without them b.
+
 The executor in `pipeline.py` follows any tables that `check` accepts. No jax.
 """
 
@@ -38,12 +45,15 @@ IDLE = -1
 
 @dataclass(frozen=True)
 class Item:
-    """One piece of work: `num_rows` sequences from `row` on by `num_tokens` from `token` on."""
+    """One piece of work: `num_rows` sequences from `row` on by `num_tokens` from `token` on, in one
+    chunk of each stage.
+    """
 
     row: int
     token: int
     num_rows: int
     num_tokens: int
+    chunk: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -60,13 +70,15 @@ class Part:
     row: int
     num_rows: int
     buffer_row: int
-    """The first of the rows that the stages keep of these sequences, from `enters` to `leaves`."""
+    """The first of the rows that the stages keep of these sequences, from `enters` to `ends`."""
     enters: int
     """Embedded before the forward passes of this tick."""
     turns: int
     """Its losses are taken between forward and backward passes of this tick."""
     leaves: int
     """Gradients of its embedding are taken after the backward passes of this tick."""
+    ends: int
+    """No later tick needs its rows."""
 
     @property
     def buffer_rows(self) -> range:
@@ -86,6 +98,9 @@ class Schedule:
     num_gradient_rows: int
     """Of these, how many it keeps gradients of keys and values for; if fewer, parts take turns in
     the first of them."""
+    weights: np.ndarray | None = None
+    """`[tick, stage, n]`: the items whose gradients of weights are taken in a tick, before its
+    passes, if the backward passes leave them out."""
 
     @property
     def num_stages(self) -> int:
@@ -134,15 +149,19 @@ def terapipe(plan: Plan) -> Schedule:
 
     They enter as the first token slice of all batch slices, then the second of all: so neighbouring
     stages mostly work on slices that take as long, and devices that exchange results all at once
-    wait little.
+    wait little. All have gone through a chunk of the last stage, or are on their way to it, when
+    the first goes on to the next chunk of the first.
     """
-    items = tuple(item for _, _, item in sorted(_slices(plan), key=lambda s: (s[1], s[0])))
-    S, P = len(items), plan.num_stages
-    tick, stage = np.arange(S + P - 1)[:, None], np.arange(P)[None, :]
-    is_due = (tick >= stage) & (tick - stage < S)
-    forward = np.where(is_due, tick - stage, IDLE).astype(np.int32)
-    idle = np.full_like(forward, IDLE)
-    part = Part(0, plan.batch_size, 0, enters=0, turns=S + P - 2, leaves=2 * (S + P - 1) - 1)
+    slices = [item for _, _, item in sorted(_slices(plan), key=lambda s: (s[1], s[0]))]
+    S, P = len(slices), plan.num_stages
+    items = tuple(replace(item, chunk=c) for c in range(plan.num_chunks) for item in slices)
+    entries = [c * max(S, P) + n for c in range(plan.num_chunks) for n in range(S)]
+    num_ticks = entries[-1] + P
+    forward = np.full((num_ticks, P), IDLE, np.int32)
+    for stage in range(P):
+        forward[np.array(entries) + stage, stage] = range(len(items))
+    idle, last = np.full_like(forward, IDLE), 2 * num_ticks - 1
+    part = Part(0, plan.batch_size, 0, enters=0, turns=num_ticks - 1, leaves=last, ends=last)
     # Backward is forward run in reverse: last item first, last stage first.
     return Schedule(
         items,
@@ -171,19 +190,76 @@ def one_forward_one_backward(plan: Plan) -> Schedule:
         turns = forward_entries[-1] + P - 1
         start = max(turns, 1 + max(backward_entries.values(), default=-1))
         backward_entries |= {first + count - 1 - n: start + n for n in range(count)}
-        leaves = start + count - 1 + P - 1
-        alive = [part for part in parts if part.leaves >= enters]
-        row = sum(part.num_rows for part in parts)
-        parts.append(Part(row, size, _free_row(alive, size), enters, turns, leaves))
-    num_rows = max(part.buffer_row + part.num_rows for part in parts)
+        leaves, row = start + count - 1 + P - 1, sum(part.num_rows for part in parts)
+        parts.append(Part(row, size, 0, enters, turns, leaves, ends=leaves))
     num_ticks = parts[-1].leaves + 1
     forward, backward = (np.full((num_ticks, P), IDLE, np.int32) for _ in range(2))
     for stage in range(P):
         for item, entry in enumerate(forward_entries):
             forward[entry + stage, stage] = item
             backward[backward_entries[item] + P - 1 - stage, stage] = item
-    return Schedule(
-        items, tuple(parts), forward, backward, num_rows, min(num_rows, max(plan.batch_slices))
+    return _with_rows(Schedule(items, tuple(parts), forward, backward, 0, 0))
+
+
+def deferred_weights(plan: Plan) -> Schedule:
+    """1F1B whose backward passes leave the gradients of weights for later.
+
+    The first stage, where slices come back last, takes those of each in the tick after, and all
+    others as many as make their tick as long: none before anything has come back to the first, one
+    a tick in the steady state, and what they have saved up when they would idle.
+    """
+    schedule = one_forward_one_backward(plan)
+    passes = [table.tolist() for table in (schedule.forward, schedule.backward)]
+    waiting: list[list[int]] = [[] for _ in range(plan.num_stages)]
+    rows: list[list[list[int]]] = []  # [tick][stage], the items
+    while len(rows) < schedule.num_ticks or any(waiting):
+        idle = [IDLE] * plan.num_stages
+        forward, backward = (own[len(rows)] if len(rows) < len(own) else idle for own in passes)
+        loads = [(f != IDLE) + (b != IDLE) for f, b in zip(forward, backward, strict=True)]
+        longest = max(*loads, loads[0] + len(waiting[0]), 1)
+        counts = [longest - load for load in loads]
+        rows.append([own[:count] for own, count in zip(waiting, counts, strict=True)])
+        waiting = [
+            own[count:] + [item] * (item != IDLE)
+            for own, count, item in zip(waiting, counts, backward, strict=True)
+        ]
+    weights = np.full((len(rows), plan.num_stages, max(len(i) for r in rows for i in r)), IDLE)
+    for tick, row in enumerate(rows):
+        for stage, items in enumerate(row):
+            weights[tick, stage, : len(items)] = items
+    more = ((0, len(rows) - schedule.num_ticks), (0, 0))
+    part_of = np.array(schedule.part_of)
+    parts = (
+        replace(part, ends=max(part.leaves, _last_tick(weights, part_of == i)))
+        for i, part in enumerate(schedule.parts)
+    )
+    return _with_rows(
+        replace(
+            schedule,
+            parts=tuple(parts),
+            forward=np.pad(schedule.forward, more, constant_values=IDLE),
+            backward=np.pad(schedule.backward, more, constant_values=IDLE),
+            weights=weights.astype(np.int32),
+        )
+    )
+
+
+def _last_tick(table: np.ndarray, is_wanted: np.ndarray) -> int:
+    """The last tick with any of the wanted items."""
+    found = (table != IDLE) & is_wanted[table]
+    return int(np.flatnonzero(found.reshape(len(table), -1).any(1)).max())
+
+
+def _with_rows(schedule: Schedule) -> Schedule:
+    """Its parts in the lowest rows of the buffers that are free."""
+    parts: list[Part] = []
+    for part in schedule.parts:
+        alive = [other for other in parts if other.ends >= part.enters]
+        parts.append(replace(part, buffer_row=_free_row(alive, part.num_rows)))
+    num_rows = max(part.buffer_row + part.num_rows for part in parts)
+    longest = max(part.num_rows for part in parts)
+    return replace(
+        schedule, parts=tuple(parts), num_rows=num_rows, num_gradient_rows=min(num_rows, longest)
     )
 
 
@@ -205,22 +281,25 @@ def idle(schedule: Schedule) -> Schedule:
     is left, which never comes, is so small that it needs no memory.
     """
     table = np.full_like(schedule.forward, IDLE)
-    return replace(schedule, items=(Item(0, 0, 1, 1),), forward=table, backward=table)
+    return replace(schedule, items=(Item(0, 0, 1, 1),), forward=table, backward=table, weights=None)
 
 
 SCHEDULES: dict[ScheduleName, Callable[[Plan], Schedule]] = {
     "terapipe": terapipe,
     "1f1b": one_forward_one_backward,
+    "interleaved": terapipe,
+    "1f1b-deferred": deferred_weights,
 }
 
 
 def check(schedule: Schedule) -> None:
     """Raises ValueError unless the executor can follow the tables.
 
-    Every item passes every stage once in each direction, in the tick after its neighbour; the
-    tokens of a sequence go forward in ascending and backward in descending order; a part is
-    embedded before, turned between and left after its passes, one part in a tick; rows have one
-    part at a time.
+    Every item passes every stage once in each direction, in the tick after its neighbour; a slice
+    goes through the chunks one after another; the tokens of a sequence go forward in ascending and
+    backward in descending order; a part is embedded before, turned between and left after its
+    passes, one part in a tick; gradients of weights come after the backward pass of the item; rows
+    have one part at a time.
     """
     part_of, P = np.array(schedule.part_of), schedule.num_stages
     if schedule.forward.shape != schedule.backward.shape:
@@ -237,14 +316,33 @@ def check(schedule: Schedule) -> None:
             raise ValueError(f"item {i} goes backward before its part turns, or has left")
         if item.row + item.num_rows > part.row + part.num_rows:
             raise ValueError(f"item {i} is of several parts")
+    _check_order(schedule.items, forward, backward)
+    if schedule.weights is not None:
+        weights = _ticks(schedule.weights, len(schedule.items))
+        if not (weights > backward).all():
+            raise ValueError("gradients of weights are taken before their backward pass")
+        ends = np.array([part.ends for part in schedule.parts])[part_of]
+        if not (weights <= ends[:, None]).all():
+            raise ValueError("gradients of weights are taken after their part has ended")
+    _check_parts(schedule, part_of, backward)
+
+
+def _check_order(items: Sequence[Item], forward: np.ndarray, backward: np.ndarray) -> None:
+    """From the ticks of the items, `[item, stage]`."""
     in_order = sorted(
-        range(len(part_of)), key=lambda i: (schedule.items[i].row, schedule.items[i].token)
+        range(len(items)), key=lambda i: (items[i].row, items[i].chunk, items[i].token)
     )
     for i, j in pairwise(in_order):
-        is_same = schedule.items[i].row == schedule.items[j].row
+        is_same = (items[i].row, items[i].chunk) == (items[j].row, items[j].chunk)
         if is_same and not ((forward[i] < forward[j]) & (backward[i] > backward[j])).all():
             raise ValueError(f"item {j} does not follow item {i}")
-    _check_parts(schedule, part_of, backward)
+    of_slice: dict[tuple[int, int], list[int]] = {}
+    for i in in_order:
+        of_slice.setdefault((items[i].row, items[i].token), []).append(i)
+    for own in of_slice.values():
+        for i, j in pairwise(own):
+            if not (forward[i, -1] < forward[j, 0] and backward[j, 0] < backward[i, -1]):
+                raise ValueError(f"item {j} enters before item {i} has gone through its chunk")
 
 
 def _check_parts(schedule: Schedule, part_of: np.ndarray, backward: np.ndarray) -> None:
@@ -258,13 +356,15 @@ def _check_parts(schedule: Schedule, part_of: np.ndarray, backward: np.ndarray) 
         for of in (np.min, np.max)
     )
     for i, part in enumerate(schedule.parts):
+        if part.ends < part.leaves:
+            raise ValueError(f"part {i} ends before it has left")
         if part.buffer_row + part.num_rows > schedule.num_rows:
             raise ValueError(f"part {i} has no rows")
         if part.num_rows > schedule.num_gradient_rows:
             raise ValueError(f"part {i} has no rows for gradients")
         for j, other in enumerate(schedule.parts[:i]):
             is_shared = set(part.buffer_rows) & set(other.buffer_rows)
-            is_apart = part.leaves < other.enters or other.leaves < part.enters
+            is_apart = part.ends < other.enters or other.ends < part.enters
             if is_shared and not is_apart:
                 raise ValueError(f"parts {j} and {i} have the same rows at a time")
             take_turns = ((last[i] < first[j]) | (last[j] < first[i])).all()
@@ -284,9 +384,9 @@ def _slices(plan: Plan) -> list[tuple[int, int, Item]]:
 def _ticks(table: np.ndarray, num_items: int) -> np.ndarray:
     """`[item, stage]`: when. Raises ValueError if it is not once."""
     ticks = np.empty((num_items, table.shape[1]), np.int64)
-    for stage, column in enumerate(table.T):
-        when = np.flatnonzero(column != IDLE)
-        if sorted(column[when].tolist()) != list(range(num_items)):
+    for stage, column in enumerate(np.moveaxis(table, 1, 0)):
+        found = column != IDLE
+        if sorted(column[found].tolist()) != list(range(num_items)):
             raise ValueError(f"stage {stage} does not have every item once")
-        ticks[column[when], stage] = when
+        ticks[column[found], stage] = np.nonzero(found)[0]
     return ticks

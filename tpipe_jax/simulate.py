@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from tpipe_jax.schedule import IDLE, Schedule
+
+Kind = Literal["forward", "backward", "weights"]
 
 
 @dataclass(frozen=True)
@@ -12,7 +15,8 @@ class Box:
 
     stage: int
     item: int
-    is_backward: bool
+    kind: Kind
+    """A pass, or the gradients of weights that a backward pass has left out."""
     start_seconds: float
     stop_seconds: float
 
@@ -38,7 +42,8 @@ def simulate(
     forward_seconds: Sequence[float],
     backward_seconds: Sequence[float],
     *,
-    stage_factors: Sequence[float] | None = None,
+    weight_seconds: Sequence[float] | None = None,
+    chunk_factors: Sequence[float] | None = None,
     transfer_seconds: Sequence[float] | None = None,
 ) -> Timeline:
     """The timeline of a schedule as the executor follows it.
@@ -51,12 +56,16 @@ def simulate(
         schedule: any one that the executor can follow.
         forward_seconds: the work on each item in the forward pass.
         backward_seconds: the work on each item in the backward pass.
+        weight_seconds: that on the gradients of weights, which a schedule takes by themselves.
         transfer_seconds: how long a stage is held, after its work on an item, until that is handed
             on; none without.
-        stage_factors: what each stage takes over all these times; all alike without.
+        chunk_factors: what a chunk of a stage takes over all these times, chunk c of stage s at
+            c * P + s; 1 without. A transfer takes as much longer, or less long, as that of the same
+            stage without chunks.
     """
     P = schedule.num_stages
-    factors = stage_factors or [1.0] * P
+    num_chunks = 1 + max(item.chunk for item in schedule.items)
+    factors = chunk_factors or [1.0] * (P * num_chunks)
     transfers = transfer_seconds or [0.0] * len(schedule.items)
     enters, turns, leaves = (
         {getattr(part, when) for part in schedule.parts} for when in ("enters", "turns", "leaves")
@@ -64,17 +73,24 @@ def simulate(
     boxes: list[Box] = []
     free = [0.0] * P
 
-    def go(row: Sequence[int], seconds: Sequence[float], step: int) -> None:
+    def work(stage: int, item: int, seconds: Sequence[float], kind: Kind) -> float:
+        """Does it when the stage is free; returns when that is so again."""
+        factor = factors[schedule.items[item].chunk * P + stage]
+        start, stop = free[stage], free[stage] + factor * seconds[item]
+        boxes.append(Box(stage, item, kind, start, stop))
+        return stop + num_chunks * factor * transfers[item] * (kind != "weights")
+
+    def go(row: Sequence[int], seconds: Sequence[float], kind: Kind) -> None:
         """All stages' work in one direction of a tick."""
         nonlocal free
-        done = list(free)
-        for stage, item in enumerate(row):
-            if item != IDLE:
-                start = free[stage]
-                stop = start + factors[stage] * seconds[item]
-                done[stage] = stop + factors[stage] * transfers[item]
-                boxes.append(Box(stage, item, step < 0, start, stop))
-        free = [max(done[s], done[s - step]) if 0 <= s - step < P else done[s] for s in range(P)]
+        done = [
+            free[stage] if item == IDLE else work(stage, item, seconds, kind)
+            for stage, item in enumerate(row)
+        ]
+        before = [s - 1 if kind == "forward" else s + 1 for s in range(P)]
+        if num_chunks > 1:
+            before = [s % P for s in before]
+        free = [max(done[s], done[n]) if 0 <= n < P else done[s] for s, n in enumerate(before)]
 
     def meet(tick: int, ticks: set[int]) -> None:
         nonlocal free
@@ -82,12 +98,18 @@ def simulate(
             free = [max(free)] * P
 
     tables = schedule.forward.tolist(), schedule.backward.tolist()
+    weights = [] if schedule.weights is None else schedule.weights.tolist()
     for tick, (forward, backward) in enumerate(zip(*tables, strict=True)):
         meet(tick, enters)
+        for stage, items in enumerate(weights[tick] if weights else []):
+            for item in items:
+                if item != IDLE:
+                    assert weight_seconds
+                    free[stage] = work(stage, item, weight_seconds, "weights")
         if any(item != IDLE for item in forward):
-            go(forward, forward_seconds, 1)
+            go(forward, forward_seconds, "forward")
         meet(tick, turns)
         if any(item != IDLE for item in backward):
-            go(backward, backward_seconds, -1)
+            go(backward, backward_seconds, "backward")
         meet(tick, leaves)
     return Timeline(tuple(boxes), max(free), P)

@@ -47,6 +47,7 @@ def fastest_slicing(
     stage_factors: Sequence[float],
     *,
     batch_slices: Sequence[int] | None = None,
+    num_chunks: int = 1,
     max_solves: int = 20_000,
 ) -> Slicing | None:
     """Plans batch slices and the token slices of each of them jointly, for the least step time.
@@ -60,6 +61,7 @@ def fastest_slicing(
             is max(a) sum(f + b) + (sum(a) - max(a)) (max f + max b), which the true time may stay
             below but never exceeds.
         batch_slices: the sizes to keep to, or None to choose them.
+        num_chunks: in how many pieces the stages pass each slice on: they wait for one piece.
         max_solves: dynamic programmes after which the search stops without its proof.
 
     Returns:
@@ -67,7 +69,7 @@ def fastest_slicing(
     """
     times = _Times(np.stack([forward, backward]), batch_size, batch_slices)
     slowest = max(stage_factors)
-    weights = slowest, sum(stage_factors) - slowest
+    weights = slowest, (sum(stage_factors) - slowest) / num_chunks
     best, lower_bound, num_solves = _search(times, weights, max_solves)
     if best is None:
         return None
@@ -77,7 +79,9 @@ def fastest_slicing(
         bounds = []
         for factor in set(stage_factors):
             num_stages = sum(a >= factor for a in stage_factors)
-            _, bound, more = _search(times, (factor, factor * (num_stages - 1)), max_solves)
+            _, bound, more = _search(
+                times, (factor, factor * (num_stages - 1) / num_chunks), max_solves
+            )
             bounds.append(bound)
             num_solves += more
         lower_bound = max(bounds)

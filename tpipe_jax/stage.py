@@ -5,7 +5,7 @@ the backward pass, which returns the saved value and routes the gradient to the 
 that XLA drops the computation.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -15,39 +15,29 @@ from jax import Array, lax
 
 from tpipe_jax.attention import Attention, KVCache
 from tpipe_jax.block import Params, merge_heads, split_heads
+from tpipe_jax.buffers import Gradients, Saved
 from tpipe_jax.inplace import Position, in_turn, read, run_if, write
 from tpipe_jax.key_blocks import query_block
 from tpipe_jax.layer import BlockFunctions
 
 LayerState = TypeVar("LayerState")
+Value = TypeVar("Value")
 
 OWN = ("x", "q", "attn", "lse")  # values of the stage; the others are the block's
-# What all devices of 'model' hold; they divide the rest.
-UNDIVIDED = ("x", "middle", "out", "norm_1", "norm_2")
 # About as many in each product of deferred weight gradients: enough for a device to be busy longer
 # than adding the product to its sum takes. On a CPU 256 to 1024 are alike (docs/design.md).
 DEFERRED_TOKENS = 1024
 
 
-class Saved(NamedTuple):
-    """What the backward pass of a layer needs of its forward pass, whatever the slices."""
+class Chunk(NamedTuple):
+    """Layers of a stage that a slice goes through one after another."""
 
-    cache: KVCache
-    values: dict[str, Array]
-    """The input x `[B, T, D]`, and by name what is not computed again: q `[B, G H, T, K]`, attn
-    `[B, T, G H K]` with its lse `[B, G H, T, 1]`, other values of the block `[B, T, width]`."""
-
-
-class Gradients(NamedTuple):
-    """What the backward pass of one layer has gathered so far."""
-
-    cache: KVCache
-    """Sums, float32, for the sequences that go backward at a time."""
-    params: Params
-    """Sums, float32; without those of linear layers, if these are deferred."""
-    d_outputs: dict[str, Array]
-    """With respect to the outputs of linear layers, `[B, T, ...]`, if these are deferred; else
-    empty."""
+    slots: range
+    """Their places in the lists of what each layer has."""
+    num_active: Array | int
+    """How many of them are layers of this stage, a run-time scalar; the others are padding."""
+    min_active: int
+    """The least `num_active` of all stages: these layers need no condition."""
 
 
 class Stage(NamedTuple):
@@ -56,10 +46,7 @@ class Stage(NamedTuple):
     block: BlockFunctions
     attention: Attention
     params: list[Params]
-    num_active: Array | int
-    """How many of `params` are layers of this stage, a run-time scalar; the others are padding."""
-    min_active: int
-    """The least `num_active` of all stages: these layers need no condition."""
+    chunks: tuple[Chunk, ...]
     starts_BT1: Array | None = None
     """Where the document of each token begins in its sequence, `[B, T, 1]` int32, where documents
     do not see each other; None where they do."""
@@ -67,7 +54,7 @@ class Stage(NamedTuple):
     """Whether sequences go backward one after another in the same rows of `Gradients.cache`."""
 
     def infer(
-        self, x_BLD: Array, at: Position, caches: list[KVCache]
+        self, chunk: int, x_BLD: Array, at: Position, caches: list[KVCache]
     ) -> tuple[Array, list[KVCache]]:
         """Runs a slice and keeps nothing but its keys and values."""
 
@@ -75,9 +62,11 @@ class Stage(NamedTuple):
             y_BLD, cache, _ = self._layer(n, *carry, at)
             return y_BLD, cache
 
-        return self._each_layer(layer, x_BLD, caches)
+        return self._each_layer(self.chunks[chunk], layer, x_BLD, caches)
 
-    def forward(self, x_BLD: Array, at: Position, saved: list[Saved]) -> tuple[Array, list[Saved]]:
+    def forward(
+        self, chunk: int, x_BLD: Array, at: Position, saved: list[Saved]
+    ) -> tuple[Array, list[Saved]]:
         """Runs a slice and saves what its backward pass needs."""
 
         def layer(n: int, carry: tuple[Array, Saved]) -> tuple[Array, Saved]:
@@ -87,10 +76,15 @@ class Stage(NamedTuple):
                 cache, {name: write(buffers[name], values[name], at) for name in buffers}
             )
 
-        return self._each_layer(layer, x_BLD, saved)
+        return self._each_layer(self.chunks[chunk], layer, x_BLD, saved)
 
     def backward(
-        self, saved: list[Saved], d_y_BLD: Array, at: Position, gradients: list[Gradients]
+        self,
+        saved: list[Saved],
+        chunk: int,
+        d_y_BLD: Array,
+        at: Position,
+        gradients: list[Gradients],
     ) -> tuple[Array, list[Gradients]]:
         """Walks back through the layers; the slices of a sequence must come in descending order."""
         B, L, _ = d_y_BLD.shape
@@ -103,13 +97,32 @@ class Stage(NamedTuple):
         def layer(n: int, carry: tuple[Array, Gradients]) -> tuple[Array, Gradients]:
             return self._layer_backward(n, saved[n], *carry, at)
 
-        return self._each_layer(layer, d_y_BLD, gradients, reverse=True)
+        return self._each_layer(self.chunks[chunk], layer, d_y_BLD, gradients, reverse=True)
+
+    def weight_gradients(
+        self,
+        saved: list[Saved],
+        chunk: int,
+        shape: tuple[int, int],
+        at: Position,
+        gradients: list[Gradients],
+    ) -> list[Gradients]:
+        """Adds those of the linear layers for a slice, `(B, L)`, whose backward pass has left them
+        out.
+        """
+
+        def layer(n: int, carry: tuple[tuple[()], Gradients]) -> tuple[tuple[()], Gradients]:
+            more = self._weight_gradients(n, saved[n], carry[1].d_outputs, shape, at)
+            return (), _with_more(carry[1], more)
+
+        return self._each_layer(self.chunks[chunk], layer, (), gradients)[1]
 
     def param_gradients(self, saved: list[Saved], gradients: list[Gradients]) -> list[Params]:
         """Gradients of the parameters of each layer after the last slice, float32."""
         return [
-            d.params | (self._deferred(n, saved[n], d.d_outputs) if d.d_outputs else {})
+            d.params | (self._deferred(n, saved[n], d.d_outputs) if is_left else {})
             for n, d in enumerate(gradients)
+            for is_left in [d.params.keys().isdisjoint(self.block.linears)]
         ]
 
     def _layer(
@@ -184,9 +197,8 @@ class Stage(NamedTuple):
         if d_outputs:
             d_outputs = {name: write(d_outputs[name], d_taps[name], at) for name in d_outputs}
         else:
-            d_others |= _weight_gradients(linears, params, seen_before | seen, d_taps)
-        d_params = jax.tree.map(jnp.add, d_params, d_others)
-        return d_x_BLD, Gradients(d_cache, d_params, d_outputs)
+            d_others |= _linear_gradients(linears, params, seen_before | seen, d_taps)
+        return d_x_BLD, _with_more(Gradients(d_cache, d_params, d_outputs), d_others)
 
     def _attention_again(
         self, n: int, values: dict[str, Array], cache: KVCache, at: Position
@@ -212,27 +224,41 @@ class Stage(NamedTuple):
         def add_part(i: Array, sums: Params) -> Params:
             row, token = jnp.divmod(i, T // num_tokens)
             at = Position(row * num_rows, token * num_tokens, row * num_rows)
-
-            def part(buffers: dict[str, Array]) -> dict[str, Array]:
-                return {n: read(b, at, num_rows, num_tokens) for n, b in buffers.items()}
-
-            values = part(saved.values)
-            of_block = _of_block(values)
-            seen: dict[str, Array] = {}
-
-            def tape(name: str, value: Array) -> Array:
-                return seen.setdefault(name, of_block.get(name, value))
-
-            positions = _positions(at, num_tokens, self._starts(at, num_rows, num_tokens))
-            q, _, _ = self.block.qkv(self.params[n], values["x"], positions, tape)
-            attn_BHLK = split_heads(values["attn"], q.shape[1])
-            self.block.finish(self.params[n], values["x"], attn_BHLK, tape)
-            more = _weight_gradients(self.block.linears, weights, seen, part(d_outputs))
+            shape = num_rows, num_tokens
+            more = self._weight_gradients(n, saved, d_outputs, shape, at)
             return jax.tree.map(jnp.add, sums, more)
 
         weights = {name: self.params[n][name] for name in self.block.linears}
         zeros = jax.tree.map(lambda a: jnp.zeros_like(a, jnp.float32), weights)
         return lax.fori_loop(0, B // num_rows * (T // num_tokens), add_part, zeros)
+
+    def _weight_gradients(
+        self,
+        n: int,
+        saved: Saved,
+        d_outputs: dict[str, Array],
+        shape: tuple[int, int],
+        at: Position,
+    ) -> Params:
+        """Gradients of the weights of a layer for a slice, from what the passes have kept of it."""
+
+        def own(buffers: dict[str, Array]) -> dict[str, Array]:
+            return {name: read(buffer, at, *shape) for name, buffer in buffers.items()}
+
+        values = own(saved.values)
+        of_block = _of_block(values)
+        seen: dict[str, Array] = {}
+
+        def tape(name: str, value: Array) -> Array:
+            return seen.setdefault(name, of_block.get(name, value))
+
+        B, L = shape
+        positions = _positions(at, L, self._starts(at, B, L))
+        q, _, _ = self.block.qkv(self.params[n], values["x"], positions, tape)
+        attn_BHLK = split_heads(values["attn"], q.shape[1])
+        self.block.finish(self.params[n], values["x"], attn_BHLK, tape)
+        weights = {name: self.params[n][name] for name in self.block.linears}
+        return _linear_gradients(self.block.linears, weights, seen, own(d_outputs))
 
     def _starts(self, at: Position, num_rows: int, num_tokens: int) -> Array | None:
         """Where the documents of a slice's tokens begin, `[B, L, 1]`."""
@@ -242,71 +268,20 @@ class Stage(NamedTuple):
 
     def _each_layer(
         self,
-        layer: Callable[[int, tuple[Array, LayerState]], tuple[Array, LayerState]],
-        x_BLD: Array,
+        chunk: Chunk,
+        layer: Callable[[int, tuple[Value, LayerState]], tuple[Value, LayerState]],
+        value: Value,
         states: list[LayerState],
         reverse: bool = False,
-    ) -> tuple[Array, list[LayerState]]:
-        states, order = list(states), range(len(self.params))
-        for n in reversed(order) if reverse else order:
-            run, carry = partial(layer, n), (x_BLD, states[n])
-            if n < self.min_active:
-                x_BLD, states[n] = run(carry)
+    ) -> tuple[Value, list[LayerState]]:
+        states, order = list(states), list(enumerate(chunk.slots))
+        for place, n in reversed(order) if reverse else order:
+            run, carry = partial(layer, n), (value, states[n])
+            if place < chunk.min_active:
+                value, states[n] = run(carry)
             else:
-                x_BLD, states[n] = run_if(n < self.num_active, run, carry)
-        return x_BLD, states
-
-
-def empty_caches(num_layers: int, shape_BHTK: tuple[int, ...], dtype: jnp.dtype) -> list[KVCache]:
-    """Zeroed keys and values of every layer, or gradients with respect to them."""
-    return [
-        KVCache(jnp.zeros(shape_BHTK, dtype), jnp.zeros(shape_BHTK, dtype))
-        for _ in range(num_layers)
-    ]
-
-
-def empty_saved(
-    caches: list[KVCache], widths: Mapping[str, int], num_queries: int, names: Sequence[str]
-) -> list[Saved]:
-    """Zeroed buffers of every layer for its input and those of the named values that it has.
-
-    `widths` are those of the input x and of the block's own values, and `num_queries` the heads.
-    """
-
-    def values(cache: KVCache) -> dict[str, Array]:
-        B, _, T, K = cache.k.shape
-        shapes = {name: (B, T, width) for name, width in widths.items()}
-        shapes |= {"attn": (B, T, num_queries * K), "q": (B, num_queries, T, K)}
-        kept = [name for name in ("x", *names) if name in shapes]
-        own = {name: jnp.zeros(shapes[name], cache.k.dtype) for name in kept}
-        return own | ({"lse": jnp.zeros((B, num_queries, T, 1))} if "attn" in kept else {})
-
-    return [Saved(cache, values(cache)) for cache in caches]
-
-
-def empty_gradients(
-    d_caches: list[KVCache],
-    block_shapes: Params,
-    linears: Mapping[str, tuple[str, str]],
-    is_deferred: bool,
-    dtype: jnp.dtype,
-) -> list[Gradients]:
-    """Zeroed sums and buffers of every layer; `block_shapes` is a tree of what has a shape."""
-
-    def sums() -> Params:
-        summed = {
-            name: shapes
-            for name, shapes in block_shapes.items()
-            if not (is_deferred and name in linears)
-        }
-        return jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), summed)
-
-    def d_outputs(d_cache: KVCache) -> dict[str, Array]:
-        B, _, T, _ = d_cache.k.shape
-        widths = {name: block_shapes[n]["kernel"].shape[-1] for n, (_, name) in linears.items()}
-        return {name: jnp.zeros((B, T, width), dtype) for name, width in widths.items()}
-
-    return [Gradients(d, sums(), d_outputs(d) if is_deferred else {}) for d in d_caches]
+                value, states[n] = run_if(place < chunk.num_active, run, carry)
+        return value, states
 
 
 def _without_cache(at: Position, num_rows: int, gradients: list[Gradients]) -> list[Gradients]:
@@ -335,7 +310,13 @@ def _divisor(total: int, near: int) -> int:
     return total if total % size else size
 
 
-def _weight_gradients(
+def _with_more(gradients: Gradients, more: Params) -> Gradients:
+    """With gradients of some parameters added to their sums."""
+    sums = {name: jax.tree.map(jnp.add, gradients.params[name], more[name]) for name in more}
+    return gradients._replace(params=gradients.params | sums)
+
+
+def _linear_gradients(
     linears: Mapping[str, tuple[str, str]],
     params: Params,
     inputs: dict[str, Array],

@@ -13,21 +13,22 @@ from tpipe_jax import loss
 from tpipe_jax.attention import KVCache
 from tpipe_jax.backends import make_attention
 from tpipe_jax.block import Params
-from tpipe_jax.config import Config
-from tpipe_jax.layer import block_class, block_functions, heads, param_shapes, value_widths
-from tpipe_jax.mesh import layer_counts
-from tpipe_jax.pipeline import varying
-from tpipe_jax.precision import compute_dtype
-from tpipe_jax.remat import saved_names
-from tpipe_jax.stage import (
+from tpipe_jax.buffers import (
     UNDIVIDED,
+    Deferral,
     Gradients,
     Saved,
-    Stage,
     empty_caches,
     empty_gradients,
     empty_saved,
 )
+from tpipe_jax.config import Config
+from tpipe_jax.layer import block_class, block_functions, heads, param_shapes, value_widths
+from tpipe_jax.pipeline import varying
+from tpipe_jax.placement import chunk_counts, chunk_slots, layer_counts
+from tpipe_jax.precision import compute_dtype
+from tpipe_jax.remat import saved_names
+from tpipe_jax.stage import Chunk, Stage
 
 
 def for_compute(config: Config, mesh: Mesh, params: Params) -> Params:
@@ -55,14 +56,17 @@ def make_stage(
     config: Config, mesh: Mesh, params: Params, starts_BT1: Array | None = None
 ) -> Stage:
     """The layers, from parameters of this device."""
-    counts = layer_counts(config.model.num_layers, lax.axis_size("pipe"))
+    num_stages = lax.axis_size("pipe")
+    counts = chunk_counts(config.model.num_layers, num_stages, config.plan.num_chunks)
     block = block_functions(config.model, compute_dtype(config.precision, mesh))
     return Stage(
         block,
         make_attention(config, mesh),
         params["blocks"],
-        jnp.array(counts)[lax.axis_index("pipe")],
-        min(counts),
+        tuple(
+            Chunk(slots, jnp.array(own)[lax.axis_index("pipe")], min(own))
+            for slots, own in zip(chunk_slots(counts), counts, strict=True)
+        ),
         starts_BT1,
     )
 
@@ -83,15 +87,27 @@ def empty_caches_of(config: Config, mesh: Mesh, dtype: Any, num_rows: int) -> li
     return empty_caches(layers_per_stage(config, mesh), shape, dtype)
 
 
-def empty_gradients_of(config: Config, mesh: Mesh, num_rows: int) -> list[Gradients]:
-    """What the backward passes of so many sequences at a time fill on this device."""
+def empty_gradients_of(
+    config: Config, mesh: Mesh, num_rows: int, num_cache_rows: int
+) -> list[Gradients]:
+    """What the backward passes of so many sequences, and of so many at a time, fill on this
+    device.
+    """
     return empty_gradients(
-        empty_caches_of(config, mesh, jnp.float32, num_rows),
+        empty_caches_of(config, mesh, jnp.float32, num_cache_rows),
         param_shapes(config.model),
         block_class(config.model).linears,
-        config.memory.defer_weight_grads,
+        deferral(config),
+        num_rows,
         compute_dtype(config.precision, mesh),
     )
+
+
+def deferral(config: Config) -> Deferral:
+    """What is done about gradients of weights."""
+    if config.plan.schedule == "1f1b-deferred":
+        return "some ticks"
+    return "to the end" if config.memory.defer_weight_grads else "none"
 
 
 def layers_per_stage(config: Config, mesh: Mesh) -> int:
@@ -106,12 +122,13 @@ def cache_shape(config: Config, num_rows: int) -> tuple[int, int, int, int]:
 
 
 def activation_bytes_per_token(config: Config, mesh: Mesh) -> tuple[int, int]:
-    """What the forward passes keep on a device, and what the backward passes gather besides, for
-    each token of a sequence.
+    """What is kept on a device for each token of a sequence in the pipeline, and besides for each
+    of one that goes backward.
     """
-    gathered = [(d.cache, d.d_outputs) for d in _shapes(config, mesh, empty_gradients_of)]
+    d_outputs = [d.d_outputs for d in _shapes(config, mesh, _empty_gradients_of_one)]
     saved = _shapes(config, mesh, empty_saved_of)
-    return _bytes_per_token(config, mesh, saved), _bytes_per_token(config, mesh, gathered)
+    _, gathered = cache_bytes_per_token(config, mesh)
+    return _bytes_per_token(config, mesh, (saved, d_outputs)), gathered
 
 
 def trunk_bytes_per_token(config: Config, mesh: Mesh) -> int:
@@ -123,9 +140,13 @@ def cache_bytes_per_token(config: Config, mesh: Mesh) -> tuple[int, int]:
     """Of `activation_bytes_per_token`, what are keys, values and their gradients."""
     saved, gathered = (
         _bytes_per_token(config, mesh, [d.cache for d in _shapes(config, mesh, buffers)])
-        for buffers in (empty_saved_of, empty_gradients_of)
+        for buffers in (empty_saved_of, _empty_gradients_of_one)
     )
     return saved, gathered
+
+
+def _empty_gradients_of_one(config: Config, mesh: Mesh, num_rows: int) -> list[Gradients]:
+    return empty_gradients_of(config, mesh, num_rows, num_rows)
 
 
 def _shapes(config: Config, mesh: Mesh, buffers: Callable[..., list[Any]]) -> list[Any]:

@@ -26,7 +26,7 @@ from tpipe_jax.config import Config, UserError
 from tpipe_jax.plans import Plan
 from tpipe_jax.processes import gathered
 from tpipe_jax.schedule import IDLE, Schedule
-from tpipe_jax.simulate import Box, Timeline
+from tpipe_jax.simulate import Box, Kind, Timeline
 from tpipe_jax.workdir import add_measured_ticks
 
 Result = TypeVar("Result")
@@ -160,15 +160,16 @@ def stage_boxes(
     if len(found) != 2:
         return []
     boxes = []
-    tables = (schedule.forward, False), (schedule.backward, True)
-    for (transfers, starts), (table, is_backward) in zip(sorted(found), tables, strict=True):
+    kinds: tuple[Kind, Kind] = "forward", "backward"
+    tables = zip((schedule.forward, schedule.backward), kinds, strict=True)
+    for (transfers, starts), (table, kind) in zip(sorted(found), tables, strict=True):
         column = table[(table != IDLE).any(1), stage].tolist()
         if len(transfers) != len(column) or starts[0] > transfers[0]:
             return []
         for item, stop in zip(column, transfers, strict=True):
             if item != IDLE:
                 start = starts[bisect_right(starts, stop) - 1]
-                boxes.append(Box(stage, item, is_backward, start, stop))
+                boxes.append(Box(stage, item, kind, start, stop))
     return boxes
 
 

@@ -11,9 +11,19 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from tpipe_jax.schedule import Schedule
-from tpipe_jax.simulate import Timeline
+from tpipe_jax.simulate import Kind, Timeline
 
 EXPECTED, MEASURED = 0, 1  # kinds of timelines in a trace
+STYLES: dict[Kind, dict[str, Any]] = {
+    "forward": {},
+    "backward": {"alpha": 0.55, "hatch": "///"},
+    "weights": {"alpha": 0.3, "hatch": "..."},
+}
+LABELS: dict[Kind, str] = {
+    "forward": "forward",
+    "backward": "backward",
+    "weights": "gradients of weights",
+}
 
 
 def draw_timeline(
@@ -25,7 +35,7 @@ def draw_timeline(
     kinds = draw_boxes(axes, schedule, timeline, unit)
     busy = f"stages are busy {1 - timeline.bubble:.0%} of the time"
     axes.set_title(f"{title}\n{busy}", fontsize=10)
-    figure.legend(handles=kinds, loc="outside lower right", ncols=2, frameon=False, fontsize=8)
+    figure.legend(handles=kinds, loc="outside lower right", ncols=3, frameon=False, fontsize=8)
     figure.savefig(path, dpi=130)
 
 
@@ -42,9 +52,9 @@ def draw_boxes(
     for box in timeline.boxes:
         shade = colours(0.15 + 0.75 * box.item / max(1, num_items - 1))
         width = box.stop_seconds - box.start_seconds
-        style: dict[str, Any] = {"alpha": 0.55} if box.is_backward else {}
-        if box.is_backward and not are_many:
-            style["hatch"] = "///"
+        style = dict(STYLES[box.kind])
+        if are_many:
+            style.pop("hatch", None)
         corner = box.start_seconds, box.stage - 0.4
         edge = "none" if are_many else "white"
         rectangles.append(
@@ -71,9 +81,11 @@ def draw_boxes(
     axes.set_yticks(range(0, num_stages, step), [f"stage {s}" for s in range(0, num_stages, step)])
     axes.spines[["top", "right", "left"]].set_visible(False)
     grey: dict[str, Any] = {"facecolor": "grey", "edgecolor": "white"}
+    shown = {box.kind for box in timeline.boxes}
     return [
-        Patch(label="forward", **grey),
-        Patch(label="backward", alpha=0.55, hatch="///", **grey),
+        Patch(label=LABELS[kind], **style, **grey)
+        for kind, style in STYLES.items()
+        if kind in shown
     ]
 
 
@@ -89,6 +101,7 @@ def trace_events(
     for stage in range(timeline.num_stages):
         thread = {"ph": "M", "pid": kind, "tid": stage}
         events.append(thread | {"name": "thread_name", "args": {"name": f"stage {stage}"}})
+    has_chunks = any(item.chunk for item in schedule.items)
     for box in timeline.boxes:
         item = schedule.items[box.item]
         events.append(
@@ -96,8 +109,9 @@ def trace_events(
                 "ph": "X",
                 "pid": kind,
                 "tid": box.stage,
-                "cat": "backward" if box.is_backward else "forward",
-                "name": f"{item.num_rows} x {item.num_tokens} at {item.row}, {item.token}",
+                "cat": box.kind,
+                "name": f"{item.num_rows} x {item.num_tokens} at {item.row}, {item.token}"
+                + f", chunk {item.chunk}" * has_chunks,
                 "ts": 1e6 * box.start_seconds,
                 "dur": 1e6 * (box.stop_seconds - box.start_seconds),
             }
@@ -121,5 +135,9 @@ def read_trace(path: Path, kind: int) -> list[dict[str, Any]]:
 
 
 def work_of(events: list[dict[str, Any]]) -> list[tuple[int, str, str]]:
-    """Which stage works on what in which direction, in order."""
-    return sorted((e["tid"], e["cat"], e["name"]) for e in events if e["ph"] == "X")
+    """Which stage works on what in which direction, in order; gradients of weights, which measured
+    ticks don't have, are left out.
+    """
+    return sorted(
+        (e["tid"], e["cat"], e["name"]) for e in events if e["ph"] == "X" and e["cat"] != "weights"
+    )

@@ -22,9 +22,9 @@ from tpipe_jax.mesh import (
     padded_vocab_size,
     param_specs,
     shardings,
-    stage_layers,
 )
 from tpipe_jax.model import block_keys, init
+from tpipe_jax.placement import stage_layers
 from tpipe_jax.precision import LossScale, new_loss_scale
 
 
@@ -101,7 +101,10 @@ def _new_params(config: Config, mesh: Mesh) -> Params:
     return params | {
         "embed": params["embed"] | {"tokens": jnp.pad(table_VD, ((0, fill), (0, 0)))},
         "blocks": [
-            blocks(layer_P) for layer_P in stage_layers(model.num_layers, mesh.shape["pipe"])
+            blocks(layer_P)
+            for layer_P in stage_layers(
+                model.num_layers, mesh.shape["pipe"], config.plan.num_chunks
+            )
         ],
     }
 

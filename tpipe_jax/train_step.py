@@ -15,15 +15,24 @@ from jax.stages import Wrapped
 from tpipe_jax import loss
 from tpipe_jax.attention import KVCache
 from tpipe_jax.block import Params
+from tpipe_jax.buffers import empty_caches
 from tpipe_jax.config import IGNORE, Config, UserError
 from tpipe_jax.health import next_health
 from tpipe_jax.inplace import Position
 from tpipe_jax.mesh import manual_part, param_specs
 from tpipe_jax.optim import clipped, global_norm
-from tpipe_jax.pipeline import StepWork, execute, from_stage, needs_sums, psum, sweep, varying
+from tpipe_jax.pipeline import (
+    StepWork,
+    each_alone,
+    execute,
+    from_stage,
+    needs_sums,
+    psum,
+    sweep,
+    varying,
+)
 from tpipe_jax.precision import compute_dtype, compute_format, next_loss_scale
 from tpipe_jax.schedule import IDLE, Item, Schedule
-from tpipe_jax.stage import empty_caches
 from tpipe_jax.stage_setup import (
     cache_shape,
     empty_caches_of,
@@ -117,6 +126,7 @@ def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapp
             stage.forward,
             turn,
             stage.backward,
+            stage.weight_gradients,
             leave,
         )
         saved, gradients, sums = execute(
@@ -124,7 +134,7 @@ def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapp
             work,
             _trunk(config, schedule, dtype),
             empty_saved_of(config, mesh, schedule.num_rows),
-            empty_gradients_of(config, mesh, schedule.num_gradient_rows),
+            empty_gradients_of(config, mesh, schedule.num_rows, schedule.num_gradient_rows),
             loss.no_sums(params["embed"], head.norm),
         )
         d_blocks = stage.param_gradients(saved, gradients)
@@ -182,12 +192,16 @@ def make_decode(config: Config, mesh: Mesh) -> Wrapped:
         positions_LD = lax.dynamic_slice_in_dim(params["embed"]["positions"], first, L)
         embed = params["embed"] | {"positions": positions_LD}
 
-        def work(x_BLD: Array, at: Position, caches: list[KVCache]) -> tuple[Array, list[KVCache]]:
-            return stage.infer(x_BLD, Position(at.row, first), caches)
+        def work(
+            chunk: int, x_BLD: Array, at: Position, caches: list[KVCache]
+        ) -> tuple[Array, list[KVCache]]:
+            return stage.infer(chunk, x_BLD, Position(at.row, first), caches)
 
+        chunks = range(len(stage.chunks))
         y_BLD, caches = sweep(
-            np.where(np.eye(num_stages, dtype=bool), 0, IDLE),  # one item, from stage to stage
-            [Item(0, 0, B, L)],
+            # One slice, from stage to stage, in each chunk.
+            np.concatenate([np.where(np.eye(num_stages, dtype=bool), c, IDLE) for c in chunks]),
+            [Item(0, 0, B, L, chunk=c) for c in chunks],
             work,
             loss.embed(embed, tokens_BL, compute_dtype(config.precision, mesh)),
             jax.tree.map(lambda a: a[0], caches),
@@ -245,7 +259,7 @@ def make_stage_work(config: Config, mesh: Mesh, items: Sequence[Item]) -> Wrappe
             items,
             partial(stage.backward, saved),
             x_BTD,
-            empty_gradients_of(config, mesh, num_rows),
+            empty_gradients_of(config, mesh, num_rows, num_rows),
             reverse=True,
         )
         total = sum(
@@ -256,13 +270,36 @@ def make_stage_work(config: Config, mesh: Mesh, items: Sequence[Item]) -> Wrappe
     return _over_mesh(config, mesh, local, lambda _: PartitionSpec(), num_scalars=2)
 
 
+def make_weights_work(config: Config, mesh: Mesh, item: Item) -> Wrapped:
+    """`(params, x [B, T, D], table [tick, stage, 1])` to a number: the gradients of weights alone
+    of the item, whose values are not those of x, but zeros.
+    """
+
+    def local(params: Params, x_BTD: Array, table: Array) -> Array:
+        stage = make_stage(config, mesh, for_compute(config, mesh, params))
+        rows = item.num_rows
+        saved, gradients = lax.optimization_barrier(  # lest products with zeros be left out
+            varying(
+                (
+                    empty_saved_of(config, mesh, rows),
+                    empty_gradients_of(config, mesh, rows, rows),
+                )
+            )
+        )
+        gradients = each_alone(table, [item], partial(stage.weight_gradients, saved), gradients)
+        total = sum(a.sum() for a in jax.tree.leaves([d.params for d in gradients]))
+        return psum(jnp.asarray(total), ("data", "pipe"))
+
+    return _over_mesh(config, mesh, local, lambda _: PartitionSpec(), num_scalars=1)
+
+
 def make_transfer(config: Config, mesh: Mesh, item: Item) -> Wrapped:
     """`(params, x [B, T, D], table)` to a number: the ticks of a sweep whose stages do no work."""
 
     def local(params: Params, x_BTD: Array, table: Array) -> Array:
         x_BTD = jnp.where(lax.axis_index("pipe") == 0, x_BTD, 0)
         x_BTD = x_BTD.astype(compute_dtype(config.precision, mesh))
-        y_BTD, _ = sweep(table, [item], lambda x_BLD, at, state: (x_BLD, state), x_BTD, ())
+        y_BTD, _ = sweep(table, [item], lambda chunk, x_BLD, at, state: (x_BLD, state), x_BTD, ())
         return psum(y_BTD.astype(jnp.float32).sum(), ("data", "pipe"))
 
     return _over_mesh(config, mesh, local, lambda _: PartitionSpec(), num_scalars=1)

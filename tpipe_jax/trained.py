@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from tpipe_jax.backends import resolve_attention
 from tpipe_jax.block import Params
 from tpipe_jax.checkpoint import newest_sound, restore
-from tpipe_jax.config import Config, resolved
+from tpipe_jax.config import Config, PlanConfig, resolved
 from tpipe_jax.mesh import check_model, make_mesh
 from tpipe_jax.optim import make_optimizer
 from tpipe_jax.precision import resolve_precision
@@ -34,7 +34,7 @@ def load(workdir: Path, step: int | None, config: Config, devices: Sequence[jax.
     Raises `UserError` if there is none, or if it does not fit the mesh.
     """
     checkpoint, model = newest_sound(workdir, step)
-    config = resolved(replace(config, model=model))
+    config = resolved(replace(config, model=model, plan=PlanConfig()))  # stages without chunks
     check_model(config.model, config.mesh)
     mesh = make_mesh(config.mesh, devices[: config.mesh.num_devices])
     config = resolve_attention(resolve_precision(config, mesh), mesh)

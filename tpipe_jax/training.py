@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from tpipe_jax.auto_mesh import choose_mesh
 from tpipe_jax.autoplan import as_first, plan_slices, stage_factors
 from tpipe_jax.block import Params
 from tpipe_jax.checkpoint import Checkpoints
@@ -20,11 +22,12 @@ from tpipe_jax.loop import Loop, Within, expect_within, put_batch
 from tpipe_jax.memory import out_of_memory
 from tpipe_jax.mesh import (
     host_parts,
-    layer_counts,
     operators_span_hosts,
 )
 from tpipe_jax.metrics import Metrics
 from tpipe_jax.model import num_params
+from tpipe_jax.placement import layer_counts
+from tpipe_jax.plan_settings import settled
 from tpipe_jax.plans import Plan, PlanRequest
 from tpipe_jax.precision import is_slow
 from tpipe_jax.processes import gathered, host_names
@@ -53,6 +56,8 @@ def train(
     the slices are planned, which may take a minute of measuring, and training starts. Raises
     `UserError` where they don't fit.
     """
+    if config.mesh.auto:
+        config = choose_mesh(resolved(config), devices, workdir, console)
     run = prepare(resolved(config), devices)
     config = run.config
     is_first = jax.process_index() == 0  # which alone writes, but for checkpoints
@@ -103,6 +108,8 @@ def _train(
         stop.check()
         within("planning slices", is_step=False)
         plan = _planned(run, workdir, console, stop.check)
+        config = settled(config, plan)
+        run, checkpoints.num_chunks = replace(run, config=config), plan.num_chunks
         within("compiling", is_step=False)
         programs = compile_programs(run, plan, console)
         stop.check()
@@ -116,7 +123,7 @@ def _train(
     held_out = [put_batch(run, run.held_out, i) for i in range(config.train.eval_batches)]
     metrics = None
     if jax.process_index() == 0:
-        describe_in_files(run.described, workdir, plan, stage_factors(config))
+        describe_in_files(run.described, workdir, plan, stage_factors(config, plan))
         metrics = Metrics(workdir, first_step, config)
     with closing(metrics) if metrics else nullcontext():
         log = StepLog(config, plan, run.mesh, metrics, console)
@@ -168,10 +175,10 @@ def _planned(run: Run, workdir: Path, console: Console, check: Callable[[], None
     config = run.config
     if isinstance(run.plan, PlanRequest):
         _, planning = plan_slices(config, run.plan, run.mesh, workdir, console, check)
-        console.show_planning(planning, stage_factors(config))
+        console.show_planning(planning)
         return planning.plan
     plan = as_first(run.plan)
-    console.show_plan(plan, stage_factors(config))
+    console.show_plan(plan, stage_factors(config, plan))
     return plan
 
 

@@ -54,7 +54,7 @@ def changed_settings(config: Config, workdir: Path) -> list[str]:
 
 
 def describe_in_files(
-    config: Config, workdir: Path, plan: Plan, stage_factors: Sequence[float]
+    config: Config, workdir: Path, plan: Plan, chunk_factors: Sequence[float]
 ) -> None:
     """Writes config.json, plan.json, timeline.png and timeline.json, which keeps the measured ticks
     of an earlier start with these slices. Raises `UserError` if it cannot.
@@ -63,15 +63,20 @@ def describe_in_files(
     slices = f"{len(schedule.items)} slices ({'sequences x ' * (plan.batch_size > 1)}tokens)"
     title = f"{slices} on {schedule.num_stages} stages, "
     if plan.prediction:
-        timeline, unit, name = predicted_timeline(plan, stage_factors), "s", "predicted"
+        timeline, unit, name = predicted_timeline(plan, chunk_factors), "s", "predicted"
         title += "as wide as the time that they should take"
     else:
         cost = [
             item.num_rows * forward_flops(config.model, item.num_tokens, item.token) / 1e9
             for item in schedule.items
         ]
-        # A backward pass takes about twice the operations of a forward pass.
-        timeline = simulate(schedule, cost, [2 * c for c in cost], stage_factors=stage_factors)
+        # A backward pass takes about twice the operations of a forward pass, half of them for
+        # gradients of weights.
+        later = None if schedule.weights is None else cost
+        backward = [2 * c for c in cost] if later is None else cost
+        timeline = simulate(
+            schedule, cost, backward, weight_seconds=later, chunk_factors=chunk_factors
+        )
         unit, title = "GFLOP in a layer", title + "as wide as their floating-point operations"
         name = "operations: a second is a GFLOP in a layer"
     events = trace_events(EXPECTED, name, schedule, timeline)
