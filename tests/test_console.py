@@ -26,7 +26,7 @@ PLAN = Plan(2, (2, 2, 1, 3), ((5, 3), (5, 3), (8,), (8,)), PREDICTION)
 
 
 def test_plan_has_a_line_for_each_different_slice(capsys: pytest.CaptureFixture[str]):
-    Console().show_plan(PLAN, [1.0, 1.0])
+    Console().show_plan(PLAN)
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[2:6] == [
         ["2", "2", "0", "5", "0", "1", "ms", "2", "ms"],
@@ -39,7 +39,7 @@ def test_plan_has_a_line_for_each_different_slice(capsys: pytest.CaptureFixture[
 
 
 def test_plan_without_prediction_has_no_times(capsys: pytest.CaptureFixture[str]):
-    Console().show_plan(Plan(2, (2,), ((5, 3),)), [1.0, 1.0])
+    Console().show_plan(Plan(2, (2,), ((5, 3),)))
     out = capsys.readouterr().out
     assert "tokens" in out
     assert "forward" not in out
@@ -48,7 +48,7 @@ def test_plan_without_prediction_has_no_times(capsys: pytest.CaptureFixture[str]
 
 def test_planning_is_compared_with_plainer_plans(capsys: pytest.CaptureFixture[str]):
     unsliced, uniform = Alternative(1, 1, 0.114), Alternative(4, 2, 0.0627)
-    Console().show_planning(Planning(PLAN, (), unsliced, uniform, 7, 0.5), [1.0, 1.0])
+    Console().show_planning(Planning(PLAN, (1.0, 1.0), (), unsliced, uniform, 7, 0.5))
     out = capsys.readouterr().out
     assert "no plan is faster under these latencies: proven, 7 programmes solved in 0.50 s" in out
     assert "unsliced would take 114 ms, +100.0%: 1 batch slice of 1 token slice" in out
@@ -57,7 +57,7 @@ def test_planning_is_compared_with_plainer_plans(capsys: pytest.CaptureFixture[s
 
 def test_a_plan_without_proof_tells_its_bound(capsys: pytest.CaptureFixture[str]):
     plan = replace(PLAN, prediction=replace(PREDICTION, is_optimal=False))
-    Console().show_planning(Planning(plan, (), None, None, 7, 0.5), [1.0, 1.0])
+    Console().show_planning(Planning(plan, (1.0, 1.0), (), None, None, 7, 0.5))
     out = capsys.readouterr().out
     assert "no plan is faster than 50 ms under these latencies" in out
     assert "proven" not in out
@@ -108,8 +108,8 @@ def test_schedules_are_compared(
     capsys: pytest.CaptureFixture[str],
 ):
     taken, other = option("1f1b", 0.05, 3e6, True), option("terapipe", *others)
-    planning = Planning(taken.plan, (other, taken), None, None, 7, 0.5)
-    Console().show_planning(planning, [1.0, 1.0])
+    planning = Planning(taken.plan, (1.0, 1.0), (other, taken), None, None, 7, 0.5)
+    Console().show_planning(planning)
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     [of_other] = [line for line in lines if line.startswith("terapipe")]
     [of_taken] = [line for line in lines if line.startswith("1f1b")]

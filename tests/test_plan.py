@@ -125,11 +125,13 @@ def test_what_is_left_to_the_planner_is_a_request():
             )
         )
 
-    assert read() == PlanRequest(3, 4, 16, None, None)
-    assert read(token_slices=" auto ", batch_slices="3,1") == PlanRequest(3, 4, 16, (3, 1), None)
-    assert read(token_slices="uniform:2") == PlanRequest(3, 4, 16, None, (8, 8))
+    assert read() == PlanRequest(3, 4, 16, None, None, num_layers=4)
+    assert read(token_slices=" auto ", batch_slices="3,1") == PlanRequest(
+        3, 4, 16, (3, 1), None, num_layers=4
+    )
+    assert read(token_slices="uniform:2") == PlanRequest(3, 4, 16, None, (8, 8), num_layers=4)
     assert read(token_slices="16", batch_slices="4") == Plan(3, (4,), ((16,),))
-    assert read(schedule="1f1b") == PlanRequest(3, 4, 16, schedule="1f1b")
+    assert read(schedule="1f1b") == PlanRequest(3, 4, 16, schedule="1f1b", num_layers=4)
     given = read(token_slices="uniform:2", batch_slices="uniform:4", schedule="1f1b")
     assert given == Plan(3, (1,) * 4, ((8, 8),) * 4, schedule="1f1b")
 

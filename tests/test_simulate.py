@@ -110,17 +110,20 @@ def longest_path(schedule: Schedule, times: Times, factors: list[float]) -> floa
         of_chunk = [factors[schedule.items[item].chunk * P + stage] for item in items]
         return start + sum(a * times[name][i] for a, i in zip(of_chunk, items, strict=True))
 
+    @cache
     def handed(tick: int, phase: int, stage: int) -> float:
         """And with what its neighbour hands on, if any stage has work."""
         if phase < 0:
-            return handed(tick - 1, phase + 3, stage) if tick else 0.0
+            return handed(tick - 1, 2, stage) if tick else 0.0
         giver = stage + {"weights": 0, "forward": -1, "backward": 1}[PHASES[phase]]
         if num_chunks > 1:
             giver %= P
         is_idle = (tables[PHASES[phase]][tick] == IDLE).all() or not 0 <= giver < P
         return max(done(tick, phase, s) for s in ([stage] if is_idle else [stage, giver]))
 
-    return max(handed(schedule.num_ticks - 1, 2, s) for s in range(P))
+    for tick, phase in itertools.product(range(schedule.num_ticks), range(3)):
+        times_of_all = [handed(tick, phase, s) for s in range(P)]  # kept, so that none recurs far
+    return max(times_of_all)
 
 
 @given(plans, st.data())

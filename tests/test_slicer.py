@@ -214,7 +214,7 @@ def makespan(
         [t[0, stop, start] for start, stop in itertools.pairwise(cuts)] for t in (forward, backward)
     )
     plan = Plan(len(stage_factors), (1,), ((1,) * len(f),))
-    return simulate(terapipe(plan), f, g, stage_factors=stage_factors).step_seconds
+    return simulate(terapipe(plan), f, g, chunk_factors=stage_factors).step_seconds
 
 
 @given(grids(max_units=6, max_size=1), factors)

@@ -26,7 +26,7 @@ class Diary(NamedTuple):
     """`[items, 3]`: row, token and number of tokens."""
 
 
-def write_down(x_BLD: Array, at: Position, diary: Diary) -> tuple[Array, Diary]:
+def write_down(chunk: int, x_BLD: Array, at: Position, diary: Diary) -> tuple[Array, Diary]:
     """Appends the number of the stage, from 1, to each value as a decimal."""
     entry = jnp.stack([at.row, at.token, jnp.int32(x_BLD.shape[1])])
     seen = lax.dynamic_update_slice(diary.seen, entry[None], (diary.count, 0))

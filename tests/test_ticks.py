@@ -38,10 +38,21 @@ EVENTS = [
 
 def test_work_lies_between_the_conditional_s_start_and_the_transfer():
     """Stage 0 idles in the last tick forward and in the first one backward."""
-    first = [Box(0, 0, False, 1, 2), Box(0, 1, False, 3.5, 6), Box(0, 1, True, 12.5, 14)]
-    assert stage_boxes(EVENTS, LANES, SCHEDULE, 0) == [*first, Box(0, 0, True, 15.5, 18)]
-    second = [Box(1, 0, False, 3.5, 6), Box(1, 1, False, 6.75, 7), Box(1, 1, True, 10, 11)]
-    assert stage_boxes(EVENTS[::-1], LANES, SCHEDULE, 1) == [*second, Box(1, 0, True, 12.5, 14)]
+    first = [
+        Box(0, 0, "forward", 1, 2),
+        Box(0, 1, "forward", 3.5, 6),
+        Box(0, 1, "backward", 12.5, 14),
+    ]
+    assert stage_boxes(EVENTS, LANES, SCHEDULE, 0) == [*first, Box(0, 0, "backward", 15.5, 18)]
+    second = [
+        Box(1, 0, "forward", 3.5, 6),
+        Box(1, 1, "forward", 6.75, 7),
+        Box(1, 1, "backward", 10, 11),
+    ]
+    assert stage_boxes(EVENTS[::-1], LANES, SCHEDULE, 1) == [
+        *second,
+        Box(1, 0, "backward", 12.5, 14),
+    ]
 
 
 def test_ticks_with_both_directions():
@@ -56,14 +67,14 @@ def test_ticks_with_both_directions():
         )
     ]
     first = stage_boxes(events, LANES, schedule, 0)
-    assert [(box.item, box.is_backward, box.start_seconds) for box in first] == [
-        *[(0, False, 0), (1, False, 1)],
-        *[(0, True, 2.5), (1, True, 3.5)],
+    assert [(box.item, box.kind, box.start_seconds) for box in first] == [
+        *[(0, "forward", 0), (1, "forward", 1)],
+        *[(0, "backward", 2.5), (1, "backward", 3.5)],
     ]
     last = stage_boxes(events, LANES, schedule, 1)
-    assert [(box.item, box.is_backward, box.start_seconds) for box in last] == [
-        *[(0, False, 1), (1, False, 2)],
-        *[(0, True, 1.5), (1, True, 2.5)],
+    assert [(box.item, box.kind, box.start_seconds) for box in last] == [
+        *[(0, "forward", 1), (1, "forward", 2)],
+        *[(0, "backward", 1.5), (1, "backward", 2.5)],
     ]
 
 
@@ -101,8 +112,8 @@ def test_a_lane_is_a_conditional_that_hands_on():
 
 
 def test_boxes_of_all_processes_start_at_nought():
-    texts = [to_text([Box(1, 0, False, 7.5, 8)]), to_text([Box(0, 0, False, 7, 7.25)])]
-    boxes = Box(1, 0, False, 0.5, 1), Box(0, 0, False, 0, 0.25)
+    texts = [to_text([Box(1, 0, "forward", 7.5, 8)]), to_text([Box(0, 0, "forward", 7, 7.25)])]
+    boxes = Box(1, 0, "forward", 0.5, 1), Box(0, 0, "forward", 0, 0.25)
     assert merged(texts, 2) == Timeline(boxes, 1, 2)
     assert merged(texts, 3) is None  # a stage has none
     assert merged(["[]"], 1) is None

@@ -82,11 +82,11 @@ class MeshConfig:
     """Pipeline stages."""
     model: Count = 1
     """Devices that share each operator of a stage (operator partitioning)."""
-    auto: bool = False
-    """Whether to divide as many devices, or all GPUs or TPUs, in the way that is planned to be the
-    fastest; --config.mesh=auto sets it. Each way is profiled first."""
     order: str = "pipe,data,model"
     """The three from the one that goes across hosts first to the one that stays inside a host."""
+    auto: bool = False
+    """Whether to divide as many devices, or all GPUs or TPUs, in the way that is planned to be the
+    fastest, which config.mesh=auto asks for. Each way is profiled first."""
 
     @property
     def num_devices(self) -> int:

@@ -24,13 +24,13 @@ class Prediction:
     slice_forward_seconds: Nested
     """For each slice of each batch slice, how long it holds a stage."""
     slice_backward_seconds: Nested
-    slice_weight_seconds: Nested | None
-    """For gradients of weights, where its backward pass leaves these out."""
     slice_transfer_seconds: Nested
     """The part of both in which the slice is handed on."""
     is_optimal: bool
     lower_bound_seconds: float
     """No plan under its schedule takes less, says the model."""
+    slice_weight_seconds: Nested | None = None
+    """Of gradients of weights, where backward passes leave these out."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +65,11 @@ class Plan:
         content: dict[str, Any] = {
             "num_stages": self.num_stages,
             "schedule": self.schedule,
-            "num_chunks": self.num_chunks,
             "batch_slices": self.batch_slices,
             "token_slices": self.token_slices,
         }
+        if self.num_chunks > 1:
+            content["num_chunks"] = self.num_chunks
         if self.prediction:
             content |= {
                 "predicted_step_seconds": self.prediction.step_seconds,
@@ -76,10 +77,11 @@ class Plan:
                 "slice_forward_seconds": self.prediction.slice_forward_seconds,
                 "slice_backward_seconds": self.prediction.slice_backward_seconds,
                 "slice_transfer_seconds": self.prediction.slice_transfer_seconds,
-                "slice_weight_seconds": self.prediction.slice_weight_seconds,
                 "optimal": self.prediction.is_optimal,
                 "lower_bound_seconds": self.prediction.lower_bound_seconds,
             }
+            if self.prediction.slice_weight_seconds:
+                content["slice_weight_seconds"] = self.prediction.slice_weight_seconds
         return content
 
     def save(self, path: Path) -> None:
