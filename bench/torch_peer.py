@@ -30,20 +30,20 @@ from pathlib import Path
 from typing import Any
 
 import results
-from tpipe_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
-from tpipe_jax.plan_settings import uniform
+from tpipe_jax.config import Config, MeshConfig, ModelConfig, ScheduleName, TrainConfig
+from tpipe_jax.plan_settings import settled, uniform
 from tpipe_jax.plans import Plan
 
 TORCH_PIPELINE = Path(__file__).with_name("torch_pipeline.py")
 VOCAB_SIZE = 256
 CASES = ("1x1024", "2x1024", "4x1024", "8x1024", "1x4096")
-# Sequences of a batch slice by token slices of a sequence.
-SLICINGS = {
-    "1x1024": ((1, 4), (1, 8)),
-    "2x1024": ((1, 4), (2, 8)),
-    "4x1024": ((1, 2), (1, 4)),
-    "8x1024": ((1, 1), (1, 2)),
-    "1x4096": ((1, 8), (1, 16)),
+# Sequences of a batch slice by token slices of a sequence, and the schedule.
+PLANS: dict[str, list[tuple[int, int, ScheduleName]]] = {
+    "1x1024": [(1, 4, "terapipe"), (1, 8, "terapipe"), (1, 4, "interleaved")],
+    "2x1024": [(1, 4, "terapipe"), (1, 4, "interleaved"), (1, 4, "1f1b-deferred")],
+    "4x1024": [(1, 2, "terapipe"), (1, 2, "interleaved"), (1, 2, "1f1b-deferred")],
+    "8x1024": [(1, 1, "terapipe"), (1, 1, "interleaved"), (1, 1, "1f1b-deferred")],
+    "1x4096": [(1, 8, "terapipe"), (1, 16, "terapipe"), (1, 8, "interleaved")],
 }
 MODEL = {"num-layers": 8, "d-model": 512, "num-heads": 4}
 
@@ -199,13 +199,16 @@ def work(args: argparse.Namespace) -> None:
     [case] = args.cases
     batch_size, seq_len = map(int, case.split("x"))
     programs = {}
-    for rows, parts in SLICINGS[case]:
+    for rows, parts, schedule in PLANS[case]:
         plan = Plan(
             2,
             (rows,) * (batch_size // rows),
             (uniform(seq_len, parts),) * (batch_size // rows),
+            schedule=schedule,
+            num_chunks=2 if schedule == "interleaved" else 1,
         )
-        programs[f"{batch_size // rows} x {parts} slices"] = make_program(plan)
+        name = f"{batch_size // rows} x {parts} slices, {schedule}"
+        programs[name] = make_program(plan)
     # Longer slices are slower on one core, too: the gradients of weights transpose their inputs.
     parts = uniform(seq_len, max(1, seq_len // 1024))
     whole = make_program(Plan(1, (1,) * batch_size, (parts,) * batch_size))
@@ -237,6 +240,7 @@ def make_program(plan: Plan) -> Callable[[], object]:
         mesh=MeshConfig(pipe=plan.num_stages),
         train=TrainConfig(batch_size=plan.batch_size),
     )
+    config = settled(config, plan)
     devices = jax.devices() if plan.num_stages > 1 else jax.local_devices()
     mesh = make_mesh(config.mesh, devices)
     params = init_state(config, mesh, make_optimizer(config.optim, 1)).params

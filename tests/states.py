@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 import reference
 from tpipe_jax import model
-from tpipe_jax.config import Config, MeshConfig, ModelConfig, OptimConfig, resolved
+from tpipe_jax.config import Config, MeshConfig, ModelConfig, OptimConfig, PlanConfig, resolved
 from tpipe_jax.mesh import make_mesh
 from tpipe_jax.optim import make_optimizer
 from tpipe_jax.train_state import TrainState, abstract_state
@@ -17,8 +17,11 @@ from tpipe_jax.train_state import TrainState, abstract_state
 MODEL = ModelConfig(num_layers=5, d_model=16, num_heads=4, vocab_size=11, seq_len=8)
 
 
-def abstract(config: MeshConfig, shard_state: bool | None = None) -> tuple[Mesh, TrainState]:
-    run = resolved(Config(MODEL, config, optim=OptimConfig(shard_state=shard_state)))
+def abstract(
+    config: MeshConfig, shard_state: bool | None = None, num_chunks: int = 1
+) -> tuple[Mesh, TrainState]:
+    plan = PlanConfig(schedule="interleaved", chunks=num_chunks) if num_chunks > 1 else PlanConfig()
+    run = resolved(Config(MODEL, config, plan, optim=OptimConfig(shard_state=shard_state)))
     mesh = make_mesh(config, jax.devices()[: config.num_devices])
     return mesh, abstract_state(run, mesh, make_optimizer(run.optim, 10))
 
@@ -35,12 +38,14 @@ def numbered() -> Any:
     return jax.tree.unflatten(structure, arrays)
 
 
-def state_on(config: MeshConfig, shard_state: bool | None = None, number: int = 7) -> TrainState:
+def state_on(
+    config: MeshConfig, shard_state: bool | None = None, number: int = 7, num_chunks: int = 1
+) -> TrainState:
     """A state with these parameters, moments that are twice and three times as large, and counts
     and scalars of `number`.
     """
-    mesh, like = abstract(config, shard_state)
-    params = reference.to_stages(numbered(), mesh)
+    mesh, like = abstract(config, shard_state, num_chunks)
+    params = reference.to_stages(numbered(), mesh, num_chunks)
     factors = {"mu": 2, "nu": 3}
 
     def fill(path: Any, leaf: jax.ShapeDtypeStruct) -> Array:

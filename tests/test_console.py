@@ -26,7 +26,7 @@ PLAN = Plan(2, (2, 2, 1, 3), ((5, 3), (5, 3), (8,), (8,)), PREDICTION)
 
 
 def test_plan_has_a_line_for_each_different_slice(capsys: pytest.CaptureFixture[str]):
-    Console().show_plan(PLAN)
+    Console().show_plan(PLAN, [1.0, 1.0])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[2:6] == [
         ["2", "2", "0", "5", "0", "1", "ms", "2", "ms"],
@@ -39,7 +39,7 @@ def test_plan_has_a_line_for_each_different_slice(capsys: pytest.CaptureFixture[
 
 
 def test_plan_without_prediction_has_no_times(capsys: pytest.CaptureFixture[str]):
-    Console().show_plan(Plan(2, (2,), ((5, 3),)))
+    Console().show_plan(Plan(2, (2,), ((5, 3),)), [1.0, 1.0])
     out = capsys.readouterr().out
     assert "tokens" in out
     assert "forward" not in out

@@ -15,7 +15,7 @@ import reference
 import runs
 from tpipe_jax import convert, model
 from tpipe_jax import gpt2 as gpt2_files
-from tpipe_jax.config import Config, MeshConfig, ModelConfig, PrecisionConfig, UserError
+from tpipe_jax.config import Config, MeshConfig, ModelConfig, PlanConfig, PrecisionConfig, UserError
 from tpipe_jax.generate import Generator, chooser
 from tpipe_jax.mesh import make_mesh, param_specs, shardings
 from tpipe_jax.model import num_params
@@ -23,6 +23,7 @@ from tpipe_jax.tokenizer import open_tokenizer, train_bpe
 from tpipe_jax.trained import load
 
 MODEL = ModelConfig(num_layers=3, d_model=16, num_heads=2, vocab_size=29, seq_len=8)
+PLAN = PlanConfig()
 MESHES = [MeshConfig(), MeshConfig(data=2, pipe=2), MeshConfig(pipe=3, model=2)]
 
 
@@ -32,10 +33,12 @@ def params_of(config: ModelConfig) -> Any:
     return jax.tree.map(lambda a: 25 * a if a.ndim > 1 else a, params)
 
 
-def generator(mesh_config: MeshConfig, config: ModelConfig = MODEL) -> Generator:
-    whole = Config(model=config, mesh=mesh_config, precision=PrecisionConfig("float32"))
+def generator(
+    mesh_config: MeshConfig, config: ModelConfig = MODEL, plan: PlanConfig = PLAN
+) -> Generator:
+    whole = Config(config, mesh_config, plan, precision=PrecisionConfig("float32"))
     mesh = make_mesh(mesh_config, jax.devices()[: mesh_config.num_devices])
-    staged = reference.to_stages(params_of(config), mesh)
+    staged = reference.to_stages(params_of(config), mesh, plan.num_chunks)
     specs = param_specs(MODEL, len(staged["blocks"]))
     return Generator(whole, mesh, jax.device_put(staged, shardings(mesh, specs)))
 
@@ -70,6 +73,15 @@ def test_draws_as_the_plain_model_does(mesh: MeshConfig):
         got = list(itertools.islice(made.tokens_after(prompt, chooser(4, seed=5)), 14))
         assert got == plainly(prompt, 14, chooser(4, seed=5))
         assert len(set(got)) >= 3
+
+
+def test_draws_through_the_chunks_of_each_stage():
+    """As a run does under the schedule interleaved."""
+    config = replace(MODEL, num_layers=7)
+    made = generator(MeshConfig(pipe=3), config, PlanConfig(schedule="interleaved", chunks=2))
+    got = list(itertools.islice(made.tokens_after([3, 1, 4], chooser(4, seed=5)), 14))
+    assert got == plainly([3, 1, 4], 14, chooser(4, seed=5), config)
+    assert len(set(got)) >= 3
 
 
 def test_a_prompt_of_several_parts():

@@ -26,11 +26,11 @@ MESHES = [
 ]
 
 
-def gathered(state: TrainState) -> dict[str, np.ndarray]:
+def gathered(state: TrainState, num_chunks: int = 1) -> dict[str, np.ndarray]:
     """The arrays of the model that the pieces make, each element exactly once."""
     arrays: dict[str, np.ndarray] = {}
     times: dict[str, np.ndarray] = {}
-    for piece in pieces(MODEL, state):
+    for piece in pieces(MODEL, state, num_chunks):
         whole = arrays.setdefault(piece.name, np.zeros(piece.shape, piece.data.dtype))
         count = times.setdefault(piece.name, np.zeros(piece.shape, int))
         whole[piece.index] = piece.data
@@ -64,9 +64,19 @@ def test_pieces_make_the_arrays_of_the_model(config: MeshConfig, shard_state: bo
         assert got[name].dtype == (array.dtype if array.ndim else got[name].dtype)
 
 
+@pytest.mark.parametrize("num_chunks", [2, 3])
+def test_pieces_of_stages_with_chunks_are_the_same(num_chunks: int) -> None:
+    state = state_on(MeshConfig(2, 2, 2), num_chunks=num_chunks)
+    got, want = gathered(state, num_chunks), expected()
+    assert got.keys() == want.keys()
+    for name, array in want.items():
+        np.testing.assert_array_equal(got[name], array, err_msg=name)
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2])
 @pytest.mark.parametrize("config", MESHES, ids=str)
-def test_a_state_is_restored_on_any_mesh(config: MeshConfig) -> None:
-    arrays, (_, like) = expected(), abstract(config)
+def test_a_state_is_restored_on_any_mesh(config: MeshConfig, num_chunks: int) -> None:
+    arrays, (_, like) = expected(), abstract(config, num_chunks=num_chunks)
     asked: Counter[str] = Counter()
 
     def read(name: str, shape: tuple[int, ...], index: Any) -> np.ndarray:
@@ -75,8 +85,10 @@ def test_a_state_is_restored_on_any_mesh(config: MeshConfig) -> None:
         return arrays[name][index]
 
     leaves, structure = jax.tree.flatten_with_path(like)
-    got = jax.tree.unflatten(structure, [restored(MODEL, *leaf, read) for leaf in leaves])
-    want = state_on(config)
+    got = jax.tree.unflatten(
+        structure, [restored(MODEL, *leaf, read, num_chunks) for leaf in leaves]
+    )
+    want = state_on(config, num_chunks=num_chunks)
     chex.assert_trees_all_equal_shapes_and_dtypes(got, want)
     chex.assert_trees_all_equal(jax.device_get(got), jax.device_get(want))
     assert jax.tree.map(lambda a: a.sharding, got) == jax.tree.map(lambda a: a.sharding, like)

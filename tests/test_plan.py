@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -16,11 +17,12 @@ from tpipe_jax.config import (
     MeshConfig,
     ModelConfig,
     PlanConfig,
+    ScheduleName,
     TrainConfig,
     UserError,
 )
 from tpipe_jax.mesh import make_mesh
-from tpipe_jax.plan_settings import parse_slices, read_settings
+from tpipe_jax.plan_settings import parse_slices, read_settings, settled
 from tpipe_jax.plan_settings import unit_tokens as unit_tokens_of
 from tpipe_jax.plans import Plan, PlanRequest, load_plan
 from tpipe_jax.schedule import make_schedule
@@ -136,6 +138,7 @@ def test_what_is_left_to_the_planner_is_a_request():
     assert given == Plan(3, (1,) * 4, ((8, 8),) * 4, schedule="1f1b")
 
 
+@pytest.mark.parametrize("schedule", ["1f1b", "1f1b-deferred"])
 @pytest.mark.parametrize(
     ("batch_size", "changes", "sentence"),
     [
@@ -144,13 +147,84 @@ def test_what_is_left_to_the_planner_is_a_request():
         (4, {"memory": MemoryConfig(defer_weight_grads=True)}, r"defer_weight_grads=true needs"),
     ],
 )
-def test_1f1b_needs_several_batch_slices(batch_size: int, changes: dict, sentence: str):
+def test_1f1b_needs_several_batch_slices(
+    batch_size: int, changes: dict, sentence: str, schedule: ScheduleName
+):
+    changes = dict(changes)
     memory = changes.pop("memory", MemoryConfig())
-    plan = PlanConfig(**changes, schedule="1f1b")
-    with pytest.raises(UserError, match=rf"config\.plan\.schedule=1f1b .*{sentence}"):
+    plan = PlanConfig(**changes, schedule=schedule)
+    with pytest.raises(UserError, match=rf"config\.plan\.schedule={schedule} .*{sentence}"):
         read_settings(Config(plan=plan, train=TrainConfig(batch_size=batch_size), memory=memory))
     plan = replace(plan, schedule="auto")
     read_settings(Config(plan=plan, train=TrainConfig(batch_size=batch_size), memory=memory))
+
+
+@pytest.mark.parametrize(
+    ("fields", "num_stages", "sentence"),
+    [
+        ({"chunks": 2}, 1, "schedule=interleaved shortens .*pipe=1 has one: set another"),
+        ({"schedule": "interleaved"}, 1, "pipe=1 has one: set another schedule, or more stages"),
+        ({"schedule": "1f1b-deferred"}, 1, "pipe=1 has one: set another schedule, or more stages"),
+        ({"schedule": "interleaved"}, 3, "2 chunks of each of .*pipe=3 stages needs .*, 6, and"),
+        ({"schedule": "interleaved", "chunks": 3}, 2, "3 chunks of each of .* layers, 6, and"),
+        ({"chunks": 3}, 2, "3 chunks of each of .* layers, 6, and config.model.num_layers=4"),
+        ({"schedule": "1f1b", "chunks": 2}, 2, "chunks=2 is for .*=interleaved, not 1f1b"),
+    ],
+)
+def test_schedules_that_cannot_serve_are_refused(fields: dict, num_stages: int, sentence: str):
+    """Of four layers and eight sequences."""
+    config = Config(mesh=MeshConfig(pipe=num_stages), plan=PlanConfig(**fields))
+    with pytest.raises(UserError, match=sentence):
+        read_settings(config)
+
+
+def test_chunks_are_those_that_are_given_or_that_layers_allow():
+    def request(num_stages: int, **fields: Any) -> PlanRequest:
+        config = Config(
+            model=ModelConfig(num_layers=8),
+            mesh=MeshConfig(pipe=num_stages),
+            plan=PlanConfig(**fields),
+        )
+        found = read_settings(config)
+        assert isinstance(found, PlanRequest)
+        return found
+
+    everything = "terapipe", "1f1b", "interleaved", "1f1b-deferred"
+    assert (request(2).schedules, request(2).chunk_options) == (everything, (2, 4))
+    assert request(4).chunk_options == (2,)
+    assert request(5).schedules == ("terapipe", "1f1b", "1f1b-deferred")
+    assert request(1).schedules == ("terapipe", "1f1b")
+    assert request(2, batch_slices="8").schedules == ("terapipe", "interleaved")
+    assert request(2, chunks=3).schedules == ("interleaved",)
+    assert request(2, chunks=3).chunk_options == (3,)
+    assert request(2, schedule="interleaved").schedules == ("interleaved",)
+
+
+def test_a_plan_says_where_layers_lie():
+    slices = {"token_slices": "uniform:2", "batch_slices": "uniform:1"}
+    config = Config(mesh=MeshConfig(pipe=2), plan=PlanConfig(**slices, schedule="interleaved"))
+    plan = read_settings(config)
+    assert isinstance(plan, Plan)
+    assert plan.num_chunks == 2
+    found = Config(mesh=MeshConfig(pipe=2))
+    assert found.plan.num_chunks == 1
+    assert settled(found, plan).plan.num_chunks == 2
+    assert settled(config, replace(plan, schedule="1f1b", num_chunks=1)).plan.num_chunks == 1
+
+
+def test_a_plan_of_chunks_is_kept_as_a_file(tmp_path: Path):
+    path, plan = tmp_path / "plan.json", Plan(2, (1,), ((3, 1),), None, "interleaved", 3)
+    plan.save(path)
+    assert load_plan(path, PlanRequest(2, 1, 4)) == plan
+    assert load_plan(path, PlanRequest(2, 1, 4, num_layers=6)) == plan
+    with pytest.raises(UserError, match=r"3 chunks of 2 stages each, but .*num_layers is 5"):
+        load_plan(path, PlanRequest(2, 1, 4, num_layers=5))
+    with pytest.raises(UserError, match=r"chunks of 3, but config.plan.chunks is 2"):
+        load_plan(path, PlanRequest(2, 1, 4, num_chunks=2))
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"num_chunks": 1}))
+    with pytest.raises(UserError, match="1 chunks of a stage under interleaved"):
+        load_plan(path, PlanRequest(2, 1, 4))
 
 
 def test_deferred_products_are_planned_under_terapipe():

@@ -10,7 +10,7 @@ from test_latency import profile
 from tpipe_jax import planner
 from tpipe_jax.config import ScheduleName, UserError
 from tpipe_jax.estimate import predicted_timeline
-from tpipe_jax.latency import LatencyTable, Memory
+from tpipe_jax.latency import Deferral, LatencyTable, Memory
 from tpipe_jax.plan_settings import uniform
 from tpipe_jax.planner import GIB, Planning, find_plan
 from tpipe_jax.plans import Plan, PlanRequest
@@ -29,32 +29,50 @@ def seconds(planned: Plan) -> float:
 
 def makespan(table: LatencyTable, planned: Plan) -> float:
     """From the file's own indices."""
-    schedule = make_schedule(planned)
+    schedule, num_chunks = make_schedule(planned), planned.num_chunks
+    arrays = [table.forward, table.backward]
+    if planned.schedule == "1f1b-deferred":
+        assert table.deferred is not None
+        arrays[1:] = table.deferred
     times = []
-    for own in (table.forward, table.backward):
+    for own in arrays:
         times.append([])
         for m, n in slice_order(schedule, planned):
             tokens = planned.token_slices[m]
             context = sum(tokens[:n]) // table.unit_tokens
             units = tokens[n] // table.unit_tokens
             times[-1].append(float(own[planned.batch_slices[m] - 1, units - 1, context]))
-    return simulate(schedule, *times).step_seconds
+    return simulate(
+        schedule,
+        *times[:2],
+        weight_seconds=times[2] if len(times) > 2 else None,
+        chunk_factors=[1 / num_chunks] * (planned.num_stages * num_chunks),
+    ).step_seconds
 
 
+DEFERRAL = Deferral(weights=(0.5, 0.25), saved=(0.25, 0.125))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "1f1b-deferred"])
 @pytest.mark.parametrize("num_stages", [1, 2, 5])
-def test_1f1b_is_planned_with_its_own_makespan(num_stages: int):
+def test_a_schedule_is_planned_with_its_own_makespan(num_stages: int, schedule: ScheduleName):
     """And found is no worse than any plan of equal slices."""
-    table = replace(profile().table(16), profile=None)
-    request = PlanRequest(num_stages, 4, 128, schedule="1f1b")
+    if num_stages == 1 and schedule != "1f1b":
+        return
+    table = replace(profile(deferral=DEFERRAL).table(16), profile=None)
+    num_chunks = 3 if schedule == "interleaved" else None
+    request = PlanRequest(num_stages, 4, 128, schedule=schedule, num_chunks=num_chunks)
     planning = find_plan(table, request, [1.0] * num_stages)
-    assert planning.plan.schedule == "1f1b"
+    assert planning.plan.schedule == schedule
+    assert planning.plan.num_chunks == (num_chunks or 1)
     assert seconds(planning.plan) == pytest.approx(makespan(table, planning.plan))
     assert planning.plan.prediction is not None
     assert planning.plan.prediction.lower_bound_seconds <= seconds(planning.plan) * (1 + 1e-9)
     for num_batch, num_tokens in itertools.product((2, 4), range(1, 9)):
         tokens = tuple(16 * n for n in uniform(8, num_tokens))
         sizes = uniform(4, num_batch)
-        other = Plan(num_stages, sizes, (tokens,) * num_batch, schedule="1f1b")
+        slices = sizes, (tokens,) * num_batch
+        other = Plan(num_stages, *slices, schedule=schedule, num_chunks=num_chunks or 1)
         assert seconds(planning.plan) <= makespan(table, other) * (1 + 1e-9)
         assert planning.plan.prediction.lower_bound_seconds <= makespan(table, other) * (1 + 1e-9)
 
@@ -137,6 +155,77 @@ def test_a_limit_leaves_the_schedule_that_keeps_less():
     assert [option.plan.schedule for option in free.options] == ["terapipe"]
 
 
+def test_deferred_gradients_of_weights_are_timed_and_kept():
+    """Backward passes are shorter by what is saved, and what comes later takes what it takes."""
+    table = profile(deferral=DEFERRAL).table(8)
+    assert table.deferred is not None
+    inputs, weights = table.deferred
+    assert weights[1, 2, 0] == 0.5 + 0.25 * 2 * 24
+    assert inputs[1, 2, 3] == pytest.approx(table.backward[1, 2, 3] - 0.25 - 0.125 * 2 * 24)
+    request = PlanRequest(2, 8, 128, (1,) * 8, (128,), "1f1b-deferred")
+    measured = profile(deferral=DEFERRAL, memory=Memory(1000, 7, 100, 3, 5)).table(8)
+    [option] = find_plan(measured, request, [1.0] * 2).options
+    rows = make_schedule(option.plan).num_rows
+    assert option.activation_bytes == (7 + 5) * rows * 128 + 3 * 128
+    assert option.plan.prediction is not None
+    assert option.plan.prediction.slice_weight_seconds == ((0.5 + 0.25 * 128,),) * 8
+
+
+def test_of_all_schedules_the_fastest_is_taken():
+    """Two slices of a sequence on four stages: chunks wait a half, or a quarter, as long."""
+    table = profile(deferral=DEFERRAL).table(8)
+    names = [
+        option.plan.schedule
+        for option in find_plan(table, PlanRequest(4, 8, 128, num_layers=16), [1.0] * 4).options
+    ]
+    assert names == ["terapipe", "1f1b", "interleaved", "1f1b-deferred"]
+    few = PlanRequest(4, 1, 128, (1,), (64, 64), num_layers=16)
+    planning = find_plan(profile(transfer=(0.0, 0.0)).table(8), few, [1.0] * 4)
+    assert [option.plan.schedule for option in planning.options] == ["terapipe", "interleaved"]
+    assert (planning.plan.schedule, planning.plan.num_chunks) == ("interleaved", 4)
+    assert planning.chunk_factors == (0.25,) * 16
+    whole, chunks = planning.options
+    assert chunks.bubble < whole.bubble
+    assert chunks.activation_bytes == whole.activation_bytes
+    # A transfer comes with each chunk, and may outweigh what is gained.
+    slow = find_plan(profile(transfer=(1e4, 0.0)).table(8), few, [1.0] * 4)
+    assert slow.plan.schedule == "terapipe"
+
+
+def test_chunks_of_unequal_layers():
+    """Five layers on two stages: chunks of 2, 1, 1 and 1."""
+    request = PlanRequest(2, 2, 128, schedule="interleaved", num_layers=5)
+    planning = find_plan(profile().table(8), request, [1.0, 2 / 3])
+    assert planning.chunk_factors == pytest.approx((2 / 3, 1 / 3, 1 / 3, 1 / 3))
+    inside = predicted_timeline(planning.plan, planning.chunk_factors).step_seconds
+    assert seconds(planning.plan) == pytest.approx(inside)  # of another batch than was measured
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        (PlanRequest(1, 4, 128, schedule="interleaved"), "and there are 1 stages of some layers"),
+        (PlanRequest(2, 4, 128, schedule="interleaved", num_layers=3), "2 stages of 3 layers"),
+        (PlanRequest(2, 4, 128, schedule="1f1b-deferred"), "without backward_inputs and backward"),
+        (PlanRequest(2, 1, 128, schedule="1f1b"), "1f1b needs several batch slices"),
+    ],
+    ids=str,
+)
+def test_schedules_that_cannot_be_planned_are_refused(request_: PlanRequest, sentence: str):
+    with pytest.raises(UserError, match=sentence):
+        plan(request_)
+
+
+@pytest.mark.parametrize(
+    ("num_stages", "batch_size", "few"), [(1, 4, "stages"), (2, 1, "batch slices")]
+)
+def test_deferral_needs_stages_and_sequences(num_stages: int, batch_size: int, few: str):
+    table = profile(deferral=DEFERRAL).table(8)
+    request = PlanRequest(num_stages, batch_size, 128, schedule="1f1b-deferred")
+    with pytest.raises(UserError, match=f"1f1b-deferred needs several {few}"):
+        find_plan(table, request, [1.0] * num_stages)
+
+
 @pytest.mark.parametrize(
     ("request_", "schedules"),
     [
@@ -159,8 +248,3 @@ def test_stages_of_unequal_speed_under_1f1b():
     inside = predicted_timeline(planned, factors).step_seconds
     assert seconds(planned) == pytest.approx(inside + planned.prediction.outside_seconds)
     assert planned.prediction.lower_bound_seconds <= seconds(planned)
-
-
-def test_1f1b_of_one_sequence_is_refused():
-    with pytest.raises(UserError, match="1f1b needs several batch slices, and there is only one"):
-        plan(PlanRequest(2, 1, 128, schedule="1f1b"))

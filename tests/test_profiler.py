@@ -24,6 +24,7 @@ from tpipe_jax.config import (
     PrecisionConfig,
     TrainConfig,
 )
+from tpipe_jax.latency import Deferral
 from tpipe_jax.layer import block_functions
 from tpipe_jax.mesh import make_mesh, put_rows
 from tpipe_jax.model import self_attention
@@ -105,11 +106,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(Profiler, "_compile", compile_)
     monkeypatch.setattr(Profiler, "_seconds", lambda self, *args: clock.read(self, *args))
     monkeypatch.setattr(Profiler, "_time_transfer", lambda self, shapes: (1e-5, 1e-7))
+    monkeypatch.setattr(Profiler, "_time_deferral", lambda self, programs: DEFERRAL)
     outside = {}, 0.25, 10**6
     monkeypatch.setattr(profiler, "_time_outside", lambda config, mesh: outside)
     return clock
 
 
+DEFERRAL = Deferral(weights=(0.0, 1.5e-4), saved=(0.0, 1e-4))
 KEPT = 4 * (8 * 16 + 64 + 2)  # bytes of a token, as `test_saved_bytes_are_those_of_the_buffers` has
 CONFIG = Config(
     model=ModelConfig(num_layers=2, d_model=16, num_heads=2, vocab_size=11, seq_len=64),
@@ -361,3 +364,35 @@ def test_a_real_profile_is_of_this_machine(mesh: Mesh):
     assert sum(profile.transfer) > 0
     assert profile.memory.working_bytes_per_token > 0
     assert profile.memory.fixed_bytes > 4 * model.num_params(config.model) / 2
+
+
+def test_deferral_is_timed_beside_what_it_replaces(mesh: Mesh, monkeypatch: pytest.MonkeyPatch):
+    """Without gradients of weights a backward pass takes 2 of 3 parts, and they alone 1.5."""
+
+    def program(self: Profiler, config: Config, shape: Shape) -> Program:
+        run: Any = SimpleNamespace(shape=shape, is_deferred=config.plan.schedule == "1f1b-deferred")
+        return Program(run, (3, 5))
+
+    def seconds(self: Profiler, run: Any, *tables: np.ndarray) -> float:
+        work = [len(t) * (t.ravel()[0] != IDLE) * run.shape.size * 1e-4 for t in tables]
+        if len(tables) == 1:
+            return 0.5 + 1.5 * work[0]
+        return 0.5 + work[0] + (2 if run.is_deferred else 3) * work[1]
+
+    def compiled(work: Any, mesh: Mesh, *args: Any) -> Any:
+        return SimpleNamespace(shape=work)
+
+    monkeypatch.setattr(Profiler, "__init__", lambda self: None)
+    monkeypatch.setattr(Profiler, "_program", program)
+    monkeypatch.setattr(Profiler, "_seconds", seconds)
+    monkeypatch.setattr(profiler, "compile_checked", compiled)
+    monkeypatch.setattr(
+        profiler, "make_weights_work", lambda config, mesh, item: Shape(*item.shape, (0,))
+    )
+    made = Profiler()  # pyrefly: ignore
+    made._config, made._mesh, made._inputs = CONFIG, mesh, ()
+    shapes = [Shape(1, 64, (0,)), Shape(1, 17, (0, 8)), Shape(4, 33, (0,))]
+    programs = {shape: program(made, CONFIG, shape) for shape in shapes}
+    weights, saved = made._time_deferral(programs)
+    assert weights == pytest.approx((0, 1.5e-4), abs=1e-9)
+    assert saved == pytest.approx((0, 1e-4), abs=1e-9)

@@ -104,6 +104,18 @@ def test_losses_do_not_depend_on_the_mesh(config: Config, tmp_path: Path):
     np.testing.assert_allclose(losses["2x2x2"], losses["1x2x1"], rtol=1e-4)
 
 
+def test_a_run_goes_on_under_another_schedule(config: Config, tmp_path: Path):
+    """Whose stages have other layers: checkpoints have those of the model."""
+    config = changed(config, model={"num_layers": 5}, train={"sample_tokens": 3})
+    for num_steps, schedule in ((2, "interleaved"), (4, "1f1b-deferred"), (6, "interleaved")):
+        plan = {"schedule": schedule, "batch_slices": "uniform:4"}
+        other = changed(config, train={"num_steps": num_steps}, plan=plan)
+        run(other, tmp_path / "others")
+    run(config, tmp_path / "one")
+    losses = [[line["loss"] for line in metrics(tmp_path / name)] for name in ("others", "one")]
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
 def test_shorter_formats_train_as_float32_does(config: Config, tmp_path: Path):
     for compute in ("float32", "bfloat16", "float16"):
         run(changed(config, precision={"compute": compute}), tmp_path / compute)

@@ -105,7 +105,8 @@ def make_train_step(
     slices = slices or plan(config, devices=devices)
     config, mesh = _on_mesh(config, devices)
     batch_size = config.train.batch_size // config.mesh.data
-    request = PlanRequest(config.mesh.pipe, batch_size, config.model.seq_len)
+    num_layers = config.model.num_layers
+    request = PlanRequest(config.mesh.pipe, batch_size, config.model.seq_len, num_layers=num_layers)
     check_plan("the plan", slices, request)
     return TrainStep(config, slices, mesh)
 

@@ -153,7 +153,15 @@ def fitting_policy(
     num_slices = request.seq_len // unit_tokens(config)
     token_slices = request.token_slices or uniform(request.seq_len, num_slices)
     slices = batch_slices, (token_slices,) * len(batch_slices)
-    plans = [Plan(request.num_stages, *slices, schedule=name) for name in request.schedules]
+    plans = [
+        Plan(
+            request.num_stages,
+            *slices,
+            schedule=name,
+            num_chunks=request.chunk_options[0] if name == "interleaved" else 1,
+        )
+        for name in request.schedules
+    ]
 
     def needed(plan: Plan) -> int:
         parts = budget(settled(first, plan), mesh, make_schedule(plan), optimizer)

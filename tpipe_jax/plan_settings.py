@@ -68,7 +68,8 @@ def settled(config: Config, plan: Plan) -> Config:
 
 def _read_schedule(config: Config, batch_slices: tuple[int, ...] | None) -> ScheduleName | None:
     """None where it is the planner's to choose. Raises `UserError` where it has no use."""
-    schedule, mesh = config.plan.schedule, config.mesh
+    mesh, chunks = config.mesh, config.plan.chunks
+    schedule = "interleaved" if chunks and config.plan.schedule == "auto" else config.plan.schedule
     if schedule in ("1f1b", "1f1b-deferred"):
         num_rows = config.train.batch_size // mesh.data
         if num_rows == 1 or len(batch_slices or (1, 1)) == 1:
@@ -88,12 +89,12 @@ def _read_schedule(config: Config, batch_slices: tuple[int, ...] | None) -> Sche
             f"config.plan.schedule={schedule} shortens the time in which stages wait for each "
             "other, and config.mesh.pipe=1 has one: set another schedule, or more stages."
         )
-    if config.plan.chunks and schedule not in ("auto", "interleaved"):
+    if chunks and schedule != "interleaved":
         raise UserError(
-            f"config.plan.chunks={config.plan.chunks} is for config.plan.schedule=interleaved, not "
-            f"{schedule}: leave one of them out."
+            f"config.plan.chunks={chunks} is for config.plan.schedule=interleaved, not {schedule}: "
+            "leave one of them out."
         )
-    num_chunks = config.plan.chunks or config.plan.num_chunks
+    num_chunks = chunks or config.plan.num_chunks
     if num_chunks > 1 and num_chunks * mesh.pipe > config.model.num_layers:
         raise UserError(
             f"config.plan.schedule={schedule} with {num_chunks} chunks of each of "

@@ -114,10 +114,10 @@ class PlanRequest:
             return (self.schedule,)
         is_one = self.batch_size == 1 or len(self.batch_slices or (1, 1)) == 1
         is_possible: dict[ScheduleName, bool] = {
-            "terapipe": self.num_chunks is None,
-            "1f1b": not is_one and self.num_chunks is None,
+            "terapipe": True,
+            "1f1b": not is_one,
             "interleaved": self.num_layers is not None and bool(self.chunk_options),
-            "1f1b-deferred": not is_one and self.num_chunks is None and self.num_stages > 1,
+            "1f1b-deferred": not is_one and self.num_stages > 1,
         }
         return tuple(name for name, is_one_of_them in is_possible.items() if is_one_of_them)
 

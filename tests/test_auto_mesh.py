@@ -1,0 +1,157 @@
+"""config.mesh=auto: which mesh is taken, and what is said of the others."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+
+from runs import Lines, changed, metrics, small_config
+from test_latency import profile
+from tpipe_jax import autoplan
+from tpipe_jax.auto_mesh import choose_mesh, factorisations
+from tpipe_jax.config import Config, MeshConfig, UserError
+from tpipe_jax.console import Ranked
+from tpipe_jax.flags import parse
+from tpipe_jax.latency import Profile, Sample
+from tpipe_jax.profiler import profile_key
+from tpipe_jax.training import train
+
+pytestmark = pytest.mark.usefixtures("kept_programs")
+
+
+class Seen(Lines):
+    """Keeps the ranking."""
+
+    ranking: tuple[Ranked, ...] = ()
+
+    def show_ranking(self, ranking: Any) -> None:
+        super().show_ranking(ranking)
+        self.ranking = tuple(ranking)
+
+
+class FakeProfiler:
+    """Stages take as long as their layers, sequences and share of operators say; a model that is
+    divided has transfers besides.
+    """
+
+    seconds_per_token, calls = 1e-3, 0
+
+    def __init__(self, config: Config, mesh: Any) -> None:
+        self._config, self._mesh = config, mesh
+
+    def profile(self, on_progress: Any) -> Profile:
+        type(self).calls += 1
+        config, mesh = self._config, self._config.mesh
+        batch_size, seq_len = config.train.batch_size // mesh.data, config.model.seq_len
+        layers = -(-config.model.num_layers // mesh.pipe)
+        each = self.seconds_per_token * layers / mesh.model + 3e-4 * (mesh.model - 1)
+        samples = tuple(
+            Sample(b, i, j, each * b * i, 2 * each * b * i, False)
+            for b in sorted({1, batch_size})
+            for i in (2, 8, seq_len)
+            for j in (0, 2, 4, 8)
+            if i + j <= seq_len
+        )
+        return profile(
+            batch_size=batch_size,
+            seq_len=seq_len,
+            samples=samples,
+            transfer=(1e-5, 0.0),
+            outside_seconds=0.01,
+            key_block=1,
+            key=profile_key(config, self._mesh),
+        )
+
+    def refine(self, before: Profile, wanted: list[tuple[int, int]]) -> Profile:
+        each = before.samples[0].forward_seconds / before.samples[0].num_tokens
+        more = tuple(Sample(b, i, 0, each * b * i, 2 * each * b * i, False) for b, i in wanted)
+        return dataclasses.replace(before, samples=before.samples + more)
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+    monkeypatch.setattr(autoplan, "Profiler", FakeProfiler)
+    monkeypatch.setattr(FakeProfiler, "calls", 0)
+    return changed(
+        small_config(tmp_path),
+        model={"num_layers": 2},
+        mesh={"pipe": 4, "auto": True},
+        plan={"token_slices": "auto", "batch_slices": "auto", "unit_tokens": 2},
+        train={"num_steps": 2, "eval_every": 100, "eval_batches": 1},
+    )
+
+
+def sizes(mesh: MeshConfig) -> tuple[int, int, int]:
+    return mesh.data, mesh.pipe, mesh.model
+
+
+def test_every_way_to_divide_the_devices():
+    found = [sizes(mesh) for mesh in factorisations(MeshConfig(), 12)]
+    assert len(found) == len(set(found)) == 18
+    assert all(data * pipe * model == 12 for data, pipe, model in found)
+    assert found[0] == (1, 12, 1)
+    assert found[-1] == (1, 1, 12)
+
+
+def test_the_fastest_mesh_is_taken(config: Config, tmp_path: Path):
+    """Four sequences over four shards have no stage to wait for and no operator to divide. Four
+    stages have two layers, and two heads are not for four.
+    """
+    console = Seen()
+    chosen = choose_mesh(config, jax.devices()[:4], tmp_path / "run", console)
+    assert sizes(chosen.mesh) == (4, 1, 1)
+    seconds = [ranked.seconds for ranked in console.ranking]
+    assert seconds == sorted(seconds)
+    assert {sizes(ranked.mesh) for ranked in console.ranking} == {
+        *[(1, 4, 1), (2, 2, 1), (1, 2, 2), (4, 1, 1), (2, 1, 2), (1, 1, 4)]
+    }
+    reasons = {sizes(ranked.mesh): ranked.reason for ranked in console.ranking}
+    assert reasons[1, 4, 1] == "there are 2 layers."
+    assert "config.mesh.model=4 does not divide" in reasons[1, 1, 4]
+    best = json.loads((tmp_path / "run" / "latency.json").read_text())
+    assert best["profile"]["key"]["mesh"]["data"] == 4
+    # What was measured is kept.
+    calls = FakeProfiler.calls
+    assert calls == 4
+    assert choose_mesh(config, jax.devices()[:4], tmp_path / "run", console) == chosen
+    assert FakeProfiler.calls == calls
+
+
+def test_one_sequence_is_for_stages(config: Config, tmp_path: Path):
+    config = changed(config, train={"batch_size": 1})
+    console = Seen()
+    chosen = choose_mesh(config, jax.devices()[:2], tmp_path / "run", console)
+    assert sizes(chosen.mesh) == (1, 2, 1)
+    assert "batch_size=1 is not a multiple" in console.ranking[-1].reason
+
+
+def test_a_run_trains_on_the_mesh_that_is_found(config: Config, tmp_path: Path):
+    console = Seen()
+    for num_steps in (2, 3):  # and goes on with it
+        steps = changed(config, train={"num_steps": num_steps})
+        train(steps, tmp_path / "run", jax.devices()[:4], console)
+    assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3]
+    described = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert [described["mesh"][axis] for axis in ("data", "pipe", "model")] == [4, 1, 1]
+    assert not any("changed since" in text for text in console.said if "num_steps" not in text)
+
+
+def test_no_mesh_serves(config: Config, tmp_path: Path):
+    config = changed(config, train={"batch_size": 3}, model={"num_layers": 1, "num_heads": 1})
+    with pytest.raises(UserError, match="finds no way to divide 2 devices"):
+        choose_mesh(config, jax.devices()[:2], tmp_path / "run", Seen())
+    assert not (tmp_path / "run" / "latency.json").exists()
+
+
+def test_slices_that_are_given_have_no_times(config: Config, tmp_path: Path):
+    config = changed(config, plan={"token_slices": "uniform:2", "batch_slices": "uniform:1"})
+    with pytest.raises(UserError, match="the settings have all slices, whose times are not known"):
+        choose_mesh(config, jax.devices()[:1], tmp_path / "run", Seen())
+
+
+def test_the_flag(tmp_path: Path):
+    assert parse(["--config.mesh=auto", "--config.mesh.pipe=4"], "program").config.mesh.auto
+    assert not parse(["--config.mesh.pipe=4"], "program").config.mesh.auto
