@@ -197,7 +197,7 @@ def make_plans(args: argparse.Namespace) -> dict[str, Plan]:
         return plans
     import jax
 
-    from tpipe_jax.autoplan import plan_slices, stage_factors
+    from tpipe_jax.autoplan import plan_slices, work_factors
     from tpipe_jax.console import Console
     from tpipe_jax.mesh import make_mesh
     from tpipe_jax.planner import find_plan
@@ -219,7 +219,7 @@ def make_plans(args: argparse.Namespace) -> dict[str, Plan]:
 
     def with_prediction(plan: Plan) -> Plan:
         fixed = replace(request, batch_slices=plan.batch_slices, token_slices=plan.token_slices[0])
-        return find_plan(table, fixed, stage_factors(config)).plan
+        return find_plan(table, fixed, work_factors(config)).plan
 
     return {
         slices: planning.plan if slices == "auto" else with_prediction(plan)

@@ -35,11 +35,14 @@ def plan_from_file(flags: FilePlanFlags) -> None:
     """Plans without a device and without jax."""
     from tpipe_jax.console import Console
     from tpipe_jax.latency import load_table
+    from tpipe_jax.placement import chunk_factors
     from tpipe_jax.plan_files import write_plan
     from tpipe_jax.planner import GIB, find_plan
     from tpipe_jax.plans import PlanRequest
 
     schedule = None if flags.schedule == "auto" else flags.schedule
+    if flags.chunks and schedule is None:
+        schedule = "interleaved"
     request = PlanRequest(
         flags.num_stages,
         flags.batch_size,
@@ -48,7 +51,9 @@ def plan_from_file(flags: FilePlanFlags) -> None:
         num_chunks=flags.chunks,
         num_layers=flags.num_layers,
     )
-    factors = flags.stage_factors or (1.0,) * flags.num_stages
+    factors = flags.stage_factors or chunk_factors(
+        flags.num_layers or flags.num_stages, flags.num_stages
+    )
     limit = None if flags.memory_limit_gib is None else flags.memory_limit_gib * GIB
     table = load_table(flags.latency)
     if (flags.workdir / "metrics.jsonl").exists():

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import pytest
 
+import tpipe_jax
 from runs import Lines, changed, metrics, small_config
 from test_latency import profile
 from tpipe_jax import autoplan
@@ -16,6 +17,7 @@ from tpipe_jax.config import Config, MeshConfig, UserError
 from tpipe_jax.console import Ranked
 from tpipe_jax.flags import parse
 from tpipe_jax.latency import Profile, Sample
+from tpipe_jax.plan_run import plan_run
 from tpipe_jax.profiler import profile_key
 from tpipe_jax.training import train
 
@@ -139,6 +141,45 @@ def test_a_run_trains_on_the_mesh_that_is_found(config: Config, tmp_path: Path):
     assert not any("changed since" in text for text in console.said if "num_steps" not in text)
 
 
+def test_what_is_planned_is_what_a_run_finds(config: Config, tmp_path: Path):
+    """Nothing is measured again, and the state of the optimiser is divided as on that mesh."""
+    workdir, console = tmp_path / "run", Seen()
+    plan_run(config, workdir, jax.devices()[:4], console)
+    calls = FakeProfiler.calls
+    assert calls == 4
+    train(config, workdir, jax.devices()[:4], console)
+    assert FakeProfiler.calls == calls
+    described = json.loads((workdir / "config.json").read_text())
+    assert described["optim"]["shard_state"]
+    assert described["mesh"]["data"] == 4
+    # A file that is damaged is measured again.
+    (workdir / "meshes" / "2x2x1" / "latency.json").write_text("{")
+    choose_mesh(config, jax.devices()[:4], workdir, console)
+    assert FakeProfiler.calls == calls + 1
+
+
+def test_files_of_others_are_kept(config: Config, tmp_path: Path):
+    workdir = tmp_path / "run"
+    workdir.mkdir()
+    (workdir / "latency.json").write_text(
+        '{"unit_tokens": 8, "forward": [[[1]]], "backward": [[[1]]]}'
+    )
+    with pytest.raises(UserError, match="was not measured here, and would be overwritten"):
+        choose_mesh(config, jax.devices()[:4], workdir, Seen())
+    assert FakeProfiler.calls == 0
+    (workdir / "latency.json").unlink()
+    (workdir / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is not the folder of a run"):
+        choose_mesh(config, jax.devices()[:4], workdir, Seen())
+
+
+def test_what_does_not_measure_needs_a_mesh(config: Config):
+    with pytest.raises(
+        UserError, match=r"config.mesh.auto=True is for training and launch/plan.py"
+    ):
+        tpipe_jax.make_train_step(config, devices=jax.devices()[:4])
+
+
 def test_no_mesh_serves(config: Config, tmp_path: Path):
     config = changed(config, train={"batch_size": 3}, model={"num_layers": 1, "num_heads": 1})
     with pytest.raises(UserError, match="finds no way to divide 2 devices"):
@@ -148,7 +189,7 @@ def test_no_mesh_serves(config: Config, tmp_path: Path):
 
 def test_slices_that_are_given_have_no_times(config: Config, tmp_path: Path):
     config = changed(config, plan={"token_slices": "uniform:2", "batch_slices": "uniform:1"})
-    with pytest.raises(UserError, match="the settings have all slices, whose times are not known"):
+    with pytest.raises(UserError, match="the settings have all slices, whose times are unknown"):
         choose_mesh(config, jax.devices()[:1], tmp_path / "run", Seen())
 
 

@@ -112,7 +112,7 @@ def test_a_run_measures_once_and_plans_its_slices(config: Config, tmp_path: Path
 
 def test_plan_json_is_the_formula_of_latency_json(config: Config, tmp_path: Path, calls: list[str]):
     """As another tool would check it, from the two files alone. Stages are alike here."""
-    config = changed(config, model={"num_layers": 4})
+    config = changed(config, model={"num_layers": 4}, plan={"schedule": "terapipe"})
     console = Lines()
     plan_run(config, tmp_path, jax.devices()[:2], console)
     latency, plan = (

@@ -86,18 +86,24 @@ def test_stages_that_sleep_take_no_less_than_their_makespan(
     monkeypatch.syspath_prepend(BENCH)
     emulated = importlib.import_module("emulated")
     emulated.load_sleep()
-    plan = Plan(3, (1, 1), ((5, 3), (4, 4)), schedule=name)
+    num_chunks = 2 if name == "interleaved" else 1
+    plan = Plan(3, (1, 1), ((5, 3), (4, 4)), schedule=name, num_chunks=num_chunks)
     schedule = make_schedule(plan)
-    seconds = np.random.default_rng(0).uniform(0.05, 0.15, (2, len(schedule.items)))
-    times = [
-        {(item.row, item.token): float(t) for item, t in zip(schedule.items, own, strict=True)}
-        for own in seconds
-    ]
+    draw = np.random.default_rng(0)
+    positions = dict.fromkeys((item.row, item.token) for item in schedule.items)
+    times = [{position: float(draw.uniform(0.05, 0.15)) for position in positions} for _ in "fbw"]
+    seconds = [[own[item.row, item.token] for item in schedule.items] for own in times]
     run = emulated.program(plan, times, slowdown=2)
     start = time.perf_counter()
     jax.block_until_ready(run())
     measured = time.perf_counter() - start
-    assert measured >= 2 * simulate(schedule, *seconds.tolist()).step_seconds
+    makespan = simulate(
+        schedule,
+        *seconds[:2],
+        weight_seconds=seconds[2],
+        chunk_factors=[1 / num_chunks] * (3 * num_chunks),
+    ).step_seconds
+    assert measured >= 2 * makespan
 
 
 @pytest.fixture(scope="module")

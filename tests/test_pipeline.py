@@ -254,6 +254,12 @@ def test_what_is_saved_changes_nothing(memory: MemoryConfig) -> None:
     check_gradients(dataclasses.replace(config, memory=memory))
 
 
+@pytest.mark.parametrize("remat", ["full", "hidden", "none"])
+def test_gradients_of_weights_come_later_whatever_is_saved(remat: str) -> None:
+    config = Case(MeshConfig(pipe=2), 3, "7,5", "uniform:3", 3, "1f1b-deferred").config
+    check_gradients(dataclasses.replace(config, memory=MemoryConfig(remat=remat)))
+
+
 @pytest.mark.parametrize(
     ("mesh", "seq_len", "batch_slices", "tokens", "part"),
     [

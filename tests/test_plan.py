@@ -24,7 +24,7 @@ from tpipe_jax.config import (
 from tpipe_jax.mesh import make_mesh
 from tpipe_jax.plan_settings import parse_slices, read_settings, settled
 from tpipe_jax.plan_settings import unit_tokens as unit_tokens_of
-from tpipe_jax.plans import Plan, PlanRequest, load_plan
+from tpipe_jax.plans import Plan, PlanRequest, Prediction, load_plan
 from tpipe_jax.schedule import make_schedule
 from tpipe_jax.train_step import make_loss_and_grads
 
@@ -225,6 +225,23 @@ def test_a_plan_of_chunks_is_kept_as_a_file(tmp_path: Path):
     path.write_text(json.dumps(content | {"num_chunks": 1}))
     with pytest.raises(UserError, match="1 chunks of a stage under interleaved"):
         load_plan(path, PlanRequest(2, 1, 4))
+    for number in (0, -2, True, "2"):
+        path.write_text(json.dumps(content | {"schedule": "terapipe", "num_chunks": number}))
+        with pytest.raises(UserError, match="a size in it is not a positive whole number"):
+            load_plan(path, PlanRequest(2, 1, 4))
+
+
+def test_a_plan_with_times_of_gradients_of_weights_is_kept_as_a_file(tmp_path: Path):
+    path, ones = tmp_path / "plan.json", ((1.0, 2.0), (3.0, 4.0))
+    times = Prediction(9.0, 0.0, ones, ones, ones, False, 8.0, ones)
+    plan = Plan(2, (1, 1), ((3, 1), (3, 1)), times, "1f1b-deferred")
+    plan.save(path)
+    assert load_plan(path, PlanRequest(2, 2, 4)) == plan
+    content = json.loads(path.read_text())
+    for wrong, sentence in (([], "not of its slices"), (None, "are of 1f1b-deferred")):
+        path.write_text(json.dumps(content | {"slice_weight_seconds": wrong}))
+        with pytest.raises(UserError, match=sentence):
+            load_plan(path, PlanRequest(2, 2, 4))
 
 
 def test_deferred_products_are_planned_under_terapipe():

@@ -29,7 +29,7 @@ from tpipe_jax.layer import block_functions
 from tpipe_jax.mesh import make_mesh, put_rows
 from tpipe_jax.model import self_attention
 from tpipe_jax.optim import make_optimizer
-from tpipe_jax.profiler import MAX_TICKS, MIN_SECONDS, Profiler, Program
+from tpipe_jax.profiler import MAX_TICKS, MIN_SECONDS, Profiler, Program, may_defer
 from tpipe_jax.schedule import IDLE, Item
 from tpipe_jax.slice_shapes import Shape, shapes_to_time
 from tpipe_jax.train_state import abstract_state, state_bytes
@@ -396,3 +396,23 @@ def test_deferral_is_timed_beside_what_it_replaces(mesh: Mesh, monkeypatch: pyte
     weights, saved = made._time_deferral(programs)
     assert weights == pytest.approx((0, 1.5e-4), abs=1e-9)
     assert saved == pytest.approx((0, 1e-4), abs=1e-9)
+
+
+def test_deferral_is_timed_where_it_may_be_planned():
+    def is_timed(schedule: str, pipe: int = 2, batch_size: int = 4, defer: bool = False) -> bool:
+        plan: Any = {"schedule": schedule}
+        return may_defer(
+            Config(
+                mesh=MeshConfig(pipe=pipe, data=2),
+                plan=PlanConfig(**plan),
+                train=TrainConfig(batch_size=batch_size),
+                memory=MemoryConfig(defer_weight_grads=defer),
+            )
+        )
+
+    assert is_timed("auto")
+    assert is_timed("1f1b-deferred")
+    assert not any(map(is_timed, ("terapipe", "1f1b", "interleaved")))
+    assert not is_timed("auto", pipe=1)
+    assert not is_timed("auto", batch_size=2)
+    assert not is_timed("auto", defer=True)

@@ -17,7 +17,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from tpipe_jax import training
-from tpipe_jax.autoplan import plan_slices, stage_factors
+from tpipe_jax.autoplan import plan_slices, work_factors
 from tpipe_jax.backends import resolve_attention
 from tpipe_jax.config import Config, MeshConfig, UserError, resolved
 from tpipe_jax.console import Console
@@ -53,7 +53,7 @@ def plan(
     if isinstance(request, Plan):
         return request
     if latencies is not None:
-        return find_plan(latencies, request, stage_factors(config)).plan
+        return find_plan(latencies, request, work_factors(config)).plan
     config, mesh = _on_mesh(config, devices)
     with tempfile.TemporaryDirectory() as folder:
         where = Path(workdir or folder)
@@ -146,6 +146,7 @@ def _on_mesh(config: Config, devices: Devices | None) -> tuple[Config, Mesh]:
 
 def _devices(mesh: MeshConfig) -> Devices:
     try:
-        return find_devices(mesh)[: mesh.num_devices]
+        devices = find_devices(mesh)
+        return devices if mesh.auto else devices[: mesh.num_devices]
     except RuntimeError:  # jax has been used before, and its devices are what they are
         return jax.devices()[: mesh.num_devices]

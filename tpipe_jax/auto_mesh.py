@@ -1,39 +1,44 @@
 """config.mesh=auto: of all ways to divide the devices, that of the fastest planned step."""
 
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import jax
 
-from tpipe_jax.autoplan import plan_slices
-from tpipe_jax.config import Config, MeshConfig, UserError
+from tpipe_jax.autoplan import plan_slices, read_own
+from tpipe_jax.backends import resolve_attention
+from tpipe_jax.config import Config, MeshConfig, NothingFits, UserError, resolved
 from tpipe_jax.console import Console, Ranked
 from tpipe_jax.memory import out_of_memory
+from tpipe_jax.mesh import check_model, make_mesh
+from tpipe_jax.plan_settings import read_settings
 from tpipe_jax.plans import Plan
-from tpipe_jax.run import prepare
+from tpipe_jax.precision import resolve_precision
+from tpipe_jax.workdir import changed_settings, write_config
 from tpipe_jax.writing import writing_to
 
 
 def choose_mesh(
-    config: Config,
-    devices: Sequence[jax.Device],
-    workdir: Path,
-    console: Console,
-    check: Callable[[], None] = lambda: None,
+    config: Config, devices: Sequence[jax.Device], workdir: Path, console: Console
 ) -> Config:
     """The config with the mesh of the fastest plan; prints all, ranked.
 
     Each mesh is measured and planned in a folder of its own in the workdir, unless that holds what
     was measured before, and the latencies of the one that is taken go into the workdir, where a
-    run finds them. Raises `UserError` if none serves, and what `check` raises.
+    run finds them. Raises `UserError` if none serves, or if the workdir is not that of a run.
     """
-    found: list[Ranked] = []
+    latency = workdir / "latency.json"
+    if jax.process_index() == 0:  # an error in one process ends all
+        changed_settings(config, workdir)
+        read_own(latency)
+    ranking = []
     for mesh in factorisations(config.mesh, len(devices)):
-        check()
-        found.append(_try(replace(config, mesh=mesh), devices, _folder(workdir, mesh), console))
-    ranking = sorted(found, key=lambda ranked: ranked.seconds)
+        console.say(f"mesh: data {mesh.data} x pipe {mesh.pipe} x model {mesh.model}")
+        folder = _folder(workdir, mesh)
+        ranking.append(_try(replace(config, mesh=mesh), devices, folder, console))
+    ranking.sort(key=lambda ranked: ranked.seconds)
     console.show_ranking(ranking)
     best = ranking[0]
     if best.planning is None:
@@ -44,7 +49,7 @@ def choose_mesh(
         )
     if jax.process_index() == 0:
         with writing_to(workdir):
-            shutil.copy(_folder(workdir, best.mesh) / "latency.json", workdir / "latency.json")
+            shutil.copy(_folder(workdir, best.mesh) / latency.name, latency)
     return replace(config, mesh=best.mesh)
 
 
@@ -53,24 +58,35 @@ def factorisations(mesh: MeshConfig, num_devices: int) -> Iterator[MeshConfig]:
     sizes = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
     for pipe in reversed(sizes):
         for model in (n for n in sizes if num_devices // pipe % n == 0):
-            yield replace(mesh, data=num_devices // pipe // model, pipe=pipe, model=model)
+            data = num_devices // pipe // model
+            yield replace(mesh, data=data, pipe=pipe, model=model, auto=False)
 
 
 def _try(config: Config, devices: Sequence[jax.Device], folder: Path, console: Console) -> Ranked:
-    """Measures and plans on a mesh, if that is possible."""
-    mesh = config.mesh
-    console.say(f"mesh: data {mesh.data} x pipe {mesh.pipe} x model {mesh.model}")
-    if mesh.pipe > config.model.num_layers:
-        return Ranked(mesh, reason=f"there are {config.model.num_layers} layers.")
+    """Measures and plans on a mesh, if it serves, which all processes find alike; other errors end
+    the run.
+    """
+    if config.mesh.pipe > config.model.num_layers:
+        return Ranked(config.mesh, reason=f"there are {config.model.num_layers} layers.")
+    mesh = make_mesh(config.mesh, devices)
     try:
-        run = prepare(config, devices)
-        if isinstance(run.plan, Plan):
-            return Ranked(mesh, reason="the settings have all slices, whose times are not known.")
-        with out_of_memory():
-            _, planning = plan_slices(run.config, run.plan, run.mesh, folder, console)
+        config = resolve_attention(resolve_precision(resolved(config), mesh), mesh)
+        check_model(config.model, config.mesh)
+        request = read_settings(config)
     except UserError as error:
-        return Ranked(mesh, reason=str(error))
-    return Ranked(mesh, planning)
+        return Ranked(config.mesh, reason=str(error))
+    if isinstance(request, Plan):
+        return Ranked(config.mesh, reason="the settings have all slices, whose times are unknown.")
+    if jax.process_index() == 0:
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_config(config, folder)
+    try:
+        with out_of_memory():
+            _, planning = plan_slices(config, request, mesh, folder, console)
+    except NothingFits as error:
+        return Ranked(config.mesh, reason=str(error))
+    return Ranked(config.mesh, planning)
 
 
 def _folder(workdir: Path, mesh: MeshConfig) -> Path:

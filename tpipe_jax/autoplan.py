@@ -29,7 +29,7 @@ from tpipe_jax.writing import writing_to
 MAX_REFINEMENTS = 3  # of seconds each; mostly one or two are enough
 
 
-def stage_factors(config: Config, plan: Plan | None = None) -> list[float]:
+def work_factors(config: Config, plan: Plan | None = None) -> list[float]:
     """The work of each stage over that of the one with most layers; under a plan, of each chunk of
     each stage (`placement.chunk_factors`).
     """
@@ -73,8 +73,9 @@ def plan_slices(
         table = profile.table(unit)
         if profiler:
             _save(path, table)
-        planning = find_plan(table, request, stage_factors(config), limit)
-        planning = replace(planning, plan=as_first(planning.plan))
+        planning = find_plan(table, request, work_factors(config), limit)
+        plan = as_first(planning.plan)
+        planning = replace(planning, plan=plan, chunk_factors=tuple(work_factors(config, plan)))
         new = planning.plan.shapes - {s[:2] for s in profile.samples if not s.is_test}
         if not new or num_refinements == MAX_REFINEMENTS:
             return table, planning
@@ -93,13 +94,13 @@ def as_first(plan: Plan) -> Plan:
 
 def _measured_before(path: Path, config: Config, mesh: Mesh) -> Profile | None:
     """What process 0 finds in its folder, if it is of these measurements."""
-    profile = _read_own(path) if jax.process_index() == 0 else None
+    profile = read_own(path) if jax.process_index() == 0 else None
     is_same = profile is not None and profile.key == profile_key(config, mesh)
     content = json.loads(from_first(json.dumps(asdict(profile) if profile and is_same else None)))
     return read_profile(content) if content else None
 
 
-def _read_own(path: Path) -> Profile | None:
+def read_own(path: Path) -> Profile | None:
     """The measurements in the file; other ones of ours may be overwritten."""
     if not path.exists():
         return None

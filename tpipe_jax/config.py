@@ -1,7 +1,7 @@
 """All settings of a run as frozen dataclasses: each field has a default, a meaning and a range.
 
 Rules that join several settings (slices that sum to the sequence, a mesh that fits the devices)
-live in `plans.py` and `mesh.py`.
+live in `plan_settings.py` and `mesh.py`.
 """
 
 import dataclasses
@@ -16,6 +16,10 @@ import tyro
 
 class UserError(Exception):
     """Something the user can mend: one sentence with setting, value, rule and remedy."""
+
+
+class NothingFits(UserError):
+    """No plan or no policy keeps to the memory or the latencies, as all processes find alike."""
 
 
 @dataclass(frozen=True)

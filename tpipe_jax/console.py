@@ -12,7 +12,7 @@ from rich.table import Table
 
 from tpipe_jax.config import MeshConfig
 from tpipe_jax.estimate import predicted_timeline
-from tpipe_jax.planner import TIE, Alternative, Planning
+from tpipe_jax.planner import TIE, Alternative, Planning, preferred
 from tpipe_jax.plans import Plan
 
 if TYPE_CHECKING:
@@ -248,7 +248,8 @@ def _reason(planning: Planning) -> str:
     if len(fitting) == 1:
         return "taken: the only one that fits"
     seconds = sorted(plan.prediction.step_seconds for plan in fitting if plan.prediction)
-    if seconds[1] > (1 + TIE) * seconds[0]:
+    usual = preferred(planning.plan.num_stages)
+    if seconds[1] > (1 + TIE) * seconds[0] or planning.plan.schedule != usual:
         return "taken: the fastest"
     is_one_stage = planning.plan.num_stages == 1
     return f"taken: as fast, {'keeps less' if is_one_stage else 'stages wait less'}"

@@ -53,10 +53,11 @@ class Estimator:
         """The work of each chunk of each stage over the times given, chunk c of stage s at
         c P + s.
         """
-        layers = self.request.num_layers
-        if num_chunks > 1 and layers is not None:
-            return chunk_factors(layers, self.request.num_stages, num_chunks)
-        return [factor / num_chunks for factor in self.stage_factors] * num_chunks
+        layers, P = self.request.num_layers, self.request.num_stages
+        if num_chunks == 1 or layers is None:
+            return [factor / num_chunks for factor in self.stage_factors] * num_chunks
+        shares = np.reshape(chunk_factors(layers, P, num_chunks), (num_chunks, P))
+        return (shares / shares.sum(0) * self.stage_factors).ravel().tolist()
 
     def without(self, is_left_out: np.ndarray) -> "Estimator":
         """With some slices not allowed."""

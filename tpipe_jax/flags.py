@@ -273,7 +273,8 @@ def parse_file_plan(args: list[str], program: str) -> FilePlanFlags:
             raise UserError(f"--{option}={getattr(flags, name)} must be at least 1.")
     if flags.num_layers is not None and flags.num_layers < 1:
         raise UserError(f"--num-layers={flags.num_layers} must be at least 1.")
-    if flags.chunks is not None and (flags.chunks < 2 or flags.schedule != "interleaved"):
+    is_interleaved = flags.schedule in ("auto", "interleaved")
+    if flags.chunks is not None and (flags.chunks < 2 or not is_interleaved):
         raise UserError(
             f"--chunks={flags.chunks} is a number of at least 2, for --schedule=interleaved."
         )

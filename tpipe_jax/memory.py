@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from tpipe_jax.collectives import compile_checked
-from tpipe_jax.config import Config, UserError
+from tpipe_jax.config import Config, NothingFits, UserError
 from tpipe_jax.loss import chunk_tokens
 from tpipe_jax.mesh import padded_vocab_size
 from tpipe_jax.plan_settings import settled, uniform, unit_tokens
@@ -138,7 +138,7 @@ def fitting_step(
         if limit is None or needed <= limit:
             return trial, step
     assert limit is not None
-    raise UserError(_too_little(trial, mesh, schedule, optimizer, limit, needed))
+    raise NothingFits(_too_little(trial, mesh, schedule, optimizer, limit, needed))
 
 
 def fitting_policy(

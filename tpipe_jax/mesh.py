@@ -75,6 +75,11 @@ def prepare_cpu(num_devices: int) -> None:
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
     """Mesh of the axes data, pipe and model. Raises `UserError` if the devices don't fit."""
+    if config.auto:
+        raise UserError(
+            "config.mesh.auto=True is for training and launch/plan.py, which measure: set "
+            "config.mesh.data, pipe and model."
+        )
     if len(devices) != config.num_devices:
         raise UserError(
             f"{_product(config)} devices, but there are {len(devices)} ({devices[0].device_kind}): "

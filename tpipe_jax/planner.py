@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from tpipe_jax.config import ScheduleName, UserError
+from tpipe_jax.config import NothingFits, ScheduleName, UserError
 from tpipe_jax.estimate import Estimator, predicted_timeline
 from tpipe_jax.latency import DEFERRED, LatencyTable
 from tpipe_jax.plan_settings import uniform as uniform_parts
@@ -87,7 +87,8 @@ def find_plan(
         raise _nothing_allowed(estimator, memory_limit_bytes)
     fastest = min(_step_seconds(option.plan) for option in fitting)
     as_fast = [o for o in fitting if _step_seconds(o.plan) <= (1 + TIE) * fastest]
-    chosen = min(as_fast, key=lambda option: option.plan.schedule != preferred(request.num_stages))
+    usual = preferred(request.num_stages)
+    chosen = min(as_fast, key=lambda o: (o.plan.schedule != usual, _step_seconds(o.plan)))
     allowed = _within(estimator, memory_limit_bytes)
     unsliced, uniform = (
         _best_uniform(allowed, counts) for counts in ([1], range(1, len(estimator.cuts)))
@@ -329,14 +330,14 @@ def _with_bound(plan: Plan, lower_bound_seconds: float) -> Plan:
     )
 
 
-def _nothing_allowed(estimator: Estimator, limit_bytes: float | None) -> UserError:
+def _nothing_allowed(estimator: Estimator, limit_bytes: float | None) -> NothingFits:
     """Why there is no plan: the memory, and then by how much, or the latencies."""
     request, table = estimator.request, estimator.table
     is_allowed = np.isfinite(estimator.forward + estimator.backward)
     tokens = np.where(is_allowed, estimator.slice_tokens, np.inf)
     longest = least_longest(tokens, request.batch_size, request.batch_slices)
     if limit_bytes is None or not np.isfinite(longest):
-        return UserError(
+        return NothingFits(
             f"no allowed slices cover {request.batch_size} sequences of {request.seq_len} tokens: "
             f"the latencies are for up to {len(table.forward)} sequences, slices of "
             f"{table.unit_tokens * table.forward.shape[1]} tokens and contexts of "
@@ -346,7 +347,7 @@ def _nothing_allowed(estimator: Estimator, limit_bytes: float | None) -> UserErr
     batch_slices = request.batch_slices or (1,) * request.batch_size
     saved = min(estimator.least_activation_bytes(batch_slices, n) for n in request.schedules)
     least = max(memory.step_bytes(saved, longest), limit_bytes)
-    return UserError(
+    return NothingFits(
         f"a memory limit of {limit_bytes / GIB:.3g} GiB is {(least - limit_bytes) / GIB:.3g} GiB "
         f"too little for any plan: {memory.fixed_bytes / GIB:.3g} GiB for parameters, gradients, "
         f"optimiser and loss, {saved / GIB:.3g} GiB saved for the backward passes of "

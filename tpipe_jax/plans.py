@@ -141,7 +141,13 @@ def read_plan(content: Any) -> Plan:
         raise ValueError(f"it has no {error.args[0]}") from error
     except TypeError as error:
         raise ValueError(f"it does not hold what a plan does ({error})") from error
-    counts = [num_stages, *batch_slices, *(n for slices in token_slices for n in slices)]
+    num_chunks = content.get("num_chunks", 1)
+    counts = [
+        num_stages,
+        num_chunks,
+        *batch_slices,
+        *(n for slices in token_slices for n in slices),
+    ]
     if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in counts):
         raise ValueError("a size in it is not a positive whole number")
     if not batch_slices or len(token_slices) != len(batch_slices):
@@ -151,8 +157,7 @@ def read_plan(content: Any) -> Plan:
     schedule = content.get("schedule", "terapipe")
     if schedule not in get_args(ScheduleName):
         raise ValueError(f"it has a schedule that is not known, {schedule!r}")
-    num_chunks = content.get("num_chunks", 1)
-    if not isinstance(num_chunks, int) or (num_chunks > 1) != (schedule == "interleaved"):
+    if (num_chunks > 1) != (schedule == "interleaved"):
         raise ValueError(f"it has {num_chunks!r} chunks of a stage under {schedule}")
     prediction = _read_prediction(content)
     return Plan(num_stages, batch_slices, token_slices, prediction, schedule, num_chunks)
@@ -239,7 +244,7 @@ def _read_prediction(content: dict[str, Any]) -> Prediction | None:
         prediction.slice_forward_seconds,
         prediction.slice_backward_seconds,
         prediction.slice_transfer_seconds,
-        prediction.slice_weight_seconds or none,
+        none if prediction.slice_weight_seconds is None else prediction.slice_weight_seconds,
     ):
         if list(map(len, nested)) != list(map(len, slices)):
             raise ValueError("its predicted times are not of its slices")

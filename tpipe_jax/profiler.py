@@ -72,12 +72,13 @@ def profile_key(config: Config, mesh: Mesh) -> dict[str, Any]:
     return {
         "model": settings["model"],
         "block": block_digest(config.model),
-        "mesh": settings["mesh"],
+        "mesh": {name: settings["mesh"][name] for name in ("data", "pipe", "model", "order")},
         "batch_size": config.train.batch_size,
         "precision": compute_format(config.precision, mesh),
         "attention": [attention_backend(config, mesh), config.attention.block],
         "saved": list(saved_names(config.memory.remat)),
         "defer_weight_grads": config.memory.defer_weight_grads,
+        "deferral": may_defer(config),
         "unit_tokens": unit_tokens(config),
         "devices": f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
         "processes": jax.process_count(),
@@ -86,6 +87,16 @@ def profile_key(config: Config, mesh: Mesh) -> dict[str, Any]:
         "jax": jax.__version__,
         "tpipe_jax": tpipe_jax.__version__,
     }
+
+
+def may_defer(config: Config) -> bool:
+    """Whether gradients of weights may be planned to be taken later."""
+    several = config.mesh.pipe > 1 and config.train.batch_size > config.mesh.data
+    return (
+        several
+        and config.plan.schedule in ("auto", "1f1b-deferred")
+        and not (config.memory.defer_weight_grads)
+    )
 
 
 class Program(NamedTuple):
@@ -100,6 +111,7 @@ class Profiler:
     """Times slices of a model on a mesh. All processes of a run must make the same calls."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
+        self._key, self._may_defer = profile_key(config, mesh), may_defer(config)
         config = _with_schedule(config, WHOLE.get(config.plan.schedule, config.plan.schedule))
         self._config, self._mesh = config, mesh
         self._batch_size = config.train.batch_size // config.mesh.data
@@ -140,7 +152,7 @@ class Profiler:
             transfer=self._time_transfer(shapes),
             outside_seconds=self._outside_seconds,
             memory=self._memory(programs),
-            key=profile_key(self._config, self._mesh),
+            key=self._key,
             deferral=self._time_deferral(programs) if self._may_defer else None,
         )
 
@@ -242,7 +254,9 @@ class Profiler:
 
     def _time_deferral(self, programs: dict[Shape, Program]) -> Deferral:
         """From slices of a few sizes; gradients of weights don't depend on the context."""
-        chosen, later = some_shapes(list(programs)), _with_schedule(self._config, "1f1b-deferred")
+        later = _with_schedule(self._config, "1f1b-deferred")
+        most_rows = _rows_that_fit(later, self._mesh)
+        chosen = some_shapes([shape for shape in programs if shape.num_rows <= most_rows])
         weights, saved = [], []
         for shape in chosen:
             bare = shape._replace(contexts=(0,))
@@ -261,12 +275,6 @@ class Profiler:
             saved.append(of_shape[1])
         of_weights, of_saved = (_line(chosen, _agree(np.array(a))) for a in (weights, saved))
         return Deferral(of_weights, of_saved)
-
-    @property
-    def _may_defer(self) -> bool:
-        """Whether a schedule may take gradients of weights later."""
-        is_deferred = self._config.memory.defer_weight_grads
-        return self._config.mesh.pipe > 1 and self._batch_size > 1 and not is_deferred
 
     def _memory(self, programs: dict[Shape, Program]) -> Memory:
         """From the compiler's own figures; those of the programs differ by the slice, and by what

@@ -25,8 +25,8 @@ Two others shorten the (P - 1) passes in which stages wait. If each stage has v 
 the stages s, P + s, 2 P + s ... of a pipeline of v P would, all slices go round v times, and stages
 wait for passes through a chunk, 1 / v as long (interleaved, after Narayanan et al. 2021, here with
 all forward before any backward). Or backward passes leave gradients of weights for ticks in which
-their stage would idle (1f1b-deferred, after Qi et al. 2024, zero bubble): it waits for (P - 1)
-(f + b - w), if those take w and the pass without them b.
+their stage would idle (1f1b-deferred, after Qi et al. 2024, zero bubble): with S >= 2 P - 1 it
+waits for (P - 1)(f + b - w), if those take w, no longer than f, and the pass without them b.
 
 The executor in `pipeline.py` follows any tables that `check` accepts. No jax.
 """

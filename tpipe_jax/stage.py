@@ -122,7 +122,7 @@ class Stage(NamedTuple):
         return [
             d.params | (self._deferred(n, saved[n], d.d_outputs) if is_left else {})
             for n, d in enumerate(gradients)
-            for is_left in [d.params.keys().isdisjoint(self.block.linears)]
+            for is_left in [d.d_outputs and d.params.keys().isdisjoint(self.block.linears)]
         ]
 
     def _layer(
@@ -254,8 +254,8 @@ class Stage(NamedTuple):
 
         B, L = shape
         positions = _positions(at, L, self._starts(at, B, L))
-        q, _, _ = self.block.qkv(self.params[n], values["x"], positions, tape)
-        attn_BHLK = split_heads(values["attn"], q.shape[1])
+        self.block.qkv(self.params[n], values["x"], positions, tape)
+        _, attn_BHLK, _ = self._attention_again(n, values, saved.cache, at)
         self.block.finish(self.params[n], values["x"], attn_BHLK, tape)
         weights = {name: self.params[n][name] for name in self.block.linears}
         return _linear_gradients(self.block.linears, weights, seen, own(d_outputs))

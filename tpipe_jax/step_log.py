@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from tpipe_jax.autoplan import stage_factors
+from tpipe_jax.autoplan import work_factors
 from tpipe_jax.config import Config, UserError
 from tpipe_jax.console import Console
 from tpipe_jax.estimate import predicted_timeline
@@ -47,7 +47,7 @@ class StepLog:
         self._peak_flops = peak_flops(config, self._device)
         self._bubble = None
         if plan.prediction:
-            self._bubble = predicted_timeline(plan, stage_factors(config, plan)).bubble
+            self._bubble = predicted_timeline(plan, work_factors(config, plan)).bubble
         self._tokens_per_step = config.train.batch_size * config.model.seq_len
         self._learning_rate = learning_rate(config.optim, config.train.num_steps)
         self._running: tuple[int, dict[str, Array]] | None = None

@@ -25,7 +25,7 @@ from tpipe_jax.collectives import conditionals, split_computations
 from tpipe_jax.config import Config, UserError
 from tpipe_jax.plans import Plan
 from tpipe_jax.processes import gathered
-from tpipe_jax.schedule import IDLE, Schedule
+from tpipe_jax.schedule import IDLE, Schedule, make_schedule
 from tpipe_jax.simulate import Box, Kind, Timeline
 from tpipe_jax.workdir import add_measured_ticks
 
@@ -103,14 +103,16 @@ def gathered_ticks(
         timeline = merged(texts, plan.num_stages)
         if not timeline:
             return "the trace does not show its ticks"
-        bubble = timeline.bubble
+        is_all = make_schedule(plan).weights is None
+        bubble = timeline.bubble if is_all else None
         try:
             add_measured_ticks(workdir, plan, step, timeline)
         except UserError as error:
             return str(error)
+        passes = "" if is_all else " with passes, gradients of weights aside"
         return (
             f"{timeline.step_seconds:.3g} s from the first slice to the last, stages busy "
-            f"{1 - timeline.bubble:.0%} of it; timeline.json has each tick"
+            f"{1 - timeline.bubble:.0%} of it{passes}; timeline.json has each tick"
         )
 
     outcome = gathered("ticks", to_text(boxes), report)

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tpipe_jax.auto_mesh import choose_mesh
-from tpipe_jax.autoplan import as_first, plan_slices, stage_factors
+from tpipe_jax.autoplan import as_first, plan_slices, work_factors
 from tpipe_jax.block import Params
 from tpipe_jax.checkpoint import Checkpoints
 from tpipe_jax.config import BYTES, BYTES_NAME, Config, resolved
@@ -57,7 +57,7 @@ def train(
     `UserError` where they don't fit.
     """
     if config.mesh.auto:
-        config = choose_mesh(resolved(config), devices, workdir, console)
+        config = choose_mesh(config, devices, workdir, console)
     run = prepare(resolved(config), devices)
     config = run.config
     is_first = jax.process_index() == 0  # which alone writes, but for checkpoints
@@ -123,7 +123,7 @@ def _train(
     held_out = [put_batch(run, run.held_out, i) for i in range(config.train.eval_batches)]
     metrics = None
     if jax.process_index() == 0:
-        describe_in_files(run.described, workdir, plan, stage_factors(config, plan))
+        describe_in_files(run.described, workdir, plan, work_factors(config, plan))
         metrics = Metrics(workdir, first_step, config)
     with closing(metrics) if metrics else nullcontext():
         log = StepLog(config, plan, run.mesh, metrics, console)
@@ -178,7 +178,7 @@ def _planned(run: Run, workdir: Path, console: Console, check: Callable[[], None
         console.show_planning(planning)
         return planning.plan
     plan = as_first(run.plan)
-    console.show_plan(plan, stage_factors(config, plan))
+    console.show_plan(plan, work_factors(config, plan))
     return plan
 
 
