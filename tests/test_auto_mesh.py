@@ -168,7 +168,7 @@ def test_files_of_others_are_kept(config: Config, tmp_path: Path):
         choose_mesh(config, jax.devices()[:4], workdir, Seen())
     assert FakeProfiler.calls == 0
     (workdir / "latency.json").unlink()
-    (workdir / "config.json").write_text("{}")
+    (workdir / "config.json").write_text("[]")
     with pytest.raises(UserError, match="is not the folder of a run"):
         choose_mesh(config, jax.devices()[:4], workdir, Seen())
 

@@ -95,25 +95,27 @@ def option(schedule: ScheduleName, seconds: float, num_bytes: float | None, fits
 
 
 @pytest.mark.parametrize(
-    ("others", "reason"),
+    ("names", "others", "reason"),
     [
-        ((0.1, 9e6, True), "taken: the fastest"),
-        ((0.0501, 9e6, True), "taken: as fast, stages wait less"),
-        ((0.01, None, False), "taken: the only one that fits"),
+        (("1f1b", "terapipe"), (0.1, 9e6, True), "taken: the fastest"),
+        (("terapipe", "1f1b"), (0.0499, 9e6, True), "taken: as fast, stages wait less"),
+        (("1f1b", "interleaved"), (0.0501, 9e6, True), "taken: the fastest"),
+        (("1f1b", "terapipe"), (0.01, None, False), "taken: the only one that fits"),
     ],
 )
 def test_schedules_are_compared(
+    names: tuple[ScheduleName, ScheduleName],
     others: tuple[float, float | None, bool],
     reason: str,
     capsys: pytest.CaptureFixture[str],
 ):
-    taken, other = option("1f1b", 0.05, 3e6, True), option("terapipe", *others)
+    taken, other = option(names[0], 0.05, 3e6, True), option(names[1], *others)
     planning = Planning(taken.plan, (1.0, 1.0), (other, taken), None, None, 7, 0.5)
     Console().show_planning(planning)
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    [of_other] = [line for line in lines if line.startswith("terapipe")]
-    [of_taken] = [line for line in lines if line.startswith("1f1b")]
-    assert of_taken.split()[:6] == ["1f1b", "50", "ms", "25%", "3.0", "MB"]
+    [of_other] = [line for line in lines if line.startswith(names[1])]
+    [of_taken] = [line for line in lines if line.startswith(names[0])]
+    assert of_taken.split()[:6] == [names[0], "50", "ms", "25%", "3.0", "MB"]
     assert of_taken.endswith(reason)
     assert of_other.split("25%")[1].split() == (
         ["9.0", "MB"] if others[2] else ["unknown", "does", "not", "fit"]

@@ -350,7 +350,8 @@ def test_memory_does_not_grow_with_the_batch_under_1f1b(schedule: ScheduleName) 
         for plan in [dataclasses.replace(config.plan, schedule=schedule)]
     )
     assert few <= many <= 1.05 * few
-    assert few < temporary_bytes(long_config(4, (1,) * 4))
+    whole = 8 if schedule == "1f1b-deferred" else 4  # for it has slices that wait as well
+    assert few < temporary_bytes(long_config(4, (1,) * whole))
 
 
 def test_devices_of_an_operator_save_what_the_estimate_says() -> None:

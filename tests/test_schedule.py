@@ -14,7 +14,6 @@ from tpipe_jax.schedule import (
     SCHEDULES,
     Item,
     Part,
-    check,
     deferred_weights,
     idle,
     make_schedule,
@@ -22,6 +21,7 @@ from tpipe_jax.schedule import (
     slice_order,
     terapipe,
 )
+from tpipe_jax.schedule_check import check
 
 plans = st.builds(
     lambda num_stages, parts, schedule, num_chunks: Plan(
@@ -175,9 +175,9 @@ def test_an_idle_schedule_has_its_parts():
 @given(plans)
 def test_few_gradients_of_weights_wait(plan: Plan):
     """Beside those of the tick itself, as many as slices that have gone back to the first stage
-    while others came, and to the last one before.
+    while others came, and to the last one before; there is a slot for each, and no more.
     """
-    schedule = deferred_weights(plan)
+    schedule, most = deferred_weights(plan), 0
     for stage in range(plan.num_stages):
         waiting = 0
         for items, item in zip(
@@ -186,7 +186,9 @@ def test_few_gradients_of_weights_wait(plan: Plan):
             waiting -= (items != IDLE).sum()
             assert 0 <= waiting <= 2 * (plan.num_stages - 1)
             waiting += item != IDLE
+            most = max(most, waiting)
         assert waiting == 0
+    assert schedule.num_slots == most
 
 
 @given(st.integers(1, 6), st.integers(1, 6))
@@ -280,6 +282,8 @@ def test_gradients_of_weights_that_come_too_early_or_late_are_refused():
         check(replace(schedule, weights=earlier))
     with pytest.raises(ValueError, match="stage 0 does not have every item once"):
         check(replace(schedule, weights=np.full_like(schedule.weights, IDLE)))
+    with pytest.raises(ValueError, match=r"are in a slot of stage . at a time"):
+        check(replace(schedule, slots=np.zeros_like(schedule.slots)))
     *parts, last = schedule.parts
     with pytest.raises(ValueError, match="taken after their part has ended"):
         check(replace(schedule, parts=(*parts, replace(last, ends=last.leaves))))

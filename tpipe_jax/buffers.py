@@ -32,8 +32,8 @@ class Gradients(NamedTuple):
     params: Params
     """Sums, float32; without those of linear layers, if these are left for the end."""
     d_outputs: dict[str, Array]
-    """With respect to the outputs of linear layers, `[B, T, ...]`, if gradients of their weights
-    are deferred; else empty."""
+    """With respect to the outputs of linear layers, `[B, T, ...]` or rows and tokens of slots, if
+    gradients of their weights are deferred; else empty."""
 
 
 def empty_caches(num_layers: int, shape_BHTK: tuple[int, ...], dtype: jnp.dtype) -> list[KVCache]:
@@ -68,11 +68,11 @@ def empty_gradients(
     block_shapes: Params,
     linears: Mapping[str, tuple[str, str]],
     deferral: Deferral,
-    num_rows: int,
+    outputs: tuple[int, int],
     dtype: jnp.dtype,
 ) -> list[Gradients]:
-    """Zeroed sums of every layer, and buffers for so many sequences; `block_shapes` is a tree of
-    what has a shape.
+    """Zeroed sums of every layer, and buffers with so many rows and tokens for what linear layers
+    give back; `block_shapes` is a tree of what has a shape.
     """
 
     def sums() -> Params:
@@ -80,10 +80,9 @@ def empty_gradients(
         summed = {name: shapes for name, shapes in block_shapes.items() if not is_left[name]}
         return jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), summed)
 
-    def d_outputs(d_cache: KVCache) -> dict[str, Array]:
-        T = d_cache.k.shape[-2]
+    def d_outputs() -> dict[str, Array]:
         widths = {name: block_shapes[n]["kernel"].shape[-1] for n, (_, name) in linears.items()}
-        return {name: jnp.zeros((num_rows, T, width), dtype) for name, width in widths.items()}
+        return {name: jnp.zeros((*outputs, width), dtype) for name, width in widths.items()}
 
     is_deferred = deferral != "none"
-    return [Gradients(d, sums(), d_outputs(d) if is_deferred else {}) for d in d_caches]
+    return [Gradients(d, sums(), d_outputs() if is_deferred else {}) for d in d_caches]

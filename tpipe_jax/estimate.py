@@ -123,10 +123,11 @@ class Estimator:
         schedule, profile = make_schedule(plan), self.table.profile
         if profile is None:
             return None
+        b, n = schedule.longest_shape
         return profile.memory.activation_bytes(
             schedule.num_rows * plan.seq_len,
             schedule.num_gradient_rows * plan.seq_len,
-            is_deferred=plan.schedule == "1f1b-deferred",
+            schedule.num_slots * b * n,
         )
 
     def least_activation_bytes(

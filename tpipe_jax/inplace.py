@@ -22,6 +22,8 @@ class Position(NamedTuple):
     token: Array | int
     batch_row: Array | int = 0
     """Its first sequence in the batch, of which buffers may hold a part at a time."""
+    slot_row: Array | int = 0
+    """The first row of its slot in buffers of as many slots as slices wait."""
 
 
 def in_turn(at: Position, buffer: Array, num_rows: int) -> Position:

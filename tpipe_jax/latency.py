@@ -128,15 +128,17 @@ class Memory:
     """What the backward passes of a sequence leave to its earlier tokens; in older files a part of
     what is saved."""
     deferred_bytes_per_token: int = 0
-    """What is saved besides for gradients of weights that are taken later."""
+    """What is left of a slice for gradients of weights that are taken later."""
 
     def activation_bytes(
-        self, saved_tokens: int, gathered_tokens: int, *, is_deferred: bool = False
+        self, saved_tokens: int, gathered_tokens: int, deferred_tokens: int = 0
     ) -> float:
-        """What is kept of sequences, of so many tokens."""
+        """What is kept of sequences and slices, of so many tokens."""
         return (
-            self.saved_bytes_per_token + is_deferred * self.deferred_bytes_per_token
-        ) * saved_tokens + self.gathered_bytes_per_token * gathered_tokens
+            self.saved_bytes_per_token * saved_tokens
+            + self.gathered_bytes_per_token * gathered_tokens
+            + self.deferred_bytes_per_token * deferred_tokens
+        )
 
     def step_bytes(self, activation_bytes: float, slice_tokens: Any) -> Any:
         """All of it, with a longest slice of so many tokens."""

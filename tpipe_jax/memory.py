@@ -22,10 +22,12 @@ from tpipe_jax.plan_settings import settled, uniform, unit_tokens
 from tpipe_jax.plans import Plan, PlanRequest
 from tpipe_jax.processes import host_names
 from tpipe_jax.remat import candidates
-from tpipe_jax.schedule import Schedule, check, make_schedule
+from tpipe_jax.schedule import Schedule, make_schedule
+from tpipe_jax.schedule_check import check
 from tpipe_jax.stage_setup import (
     activation_bytes_per_token,
     cache_bytes_per_token,
+    deferred_bytes_per_token,
     trunk_bytes_per_token,
 )
 from tpipe_jax.train_state import abstract_rows, abstract_state, state_bytes
@@ -47,6 +49,8 @@ def budget(
         sum(n * per_token for n, per_token in zip(rows, of(config, mesh), strict=True))
         for of in (cache_bytes_per_token, activation_bytes_per_token)
     )
+    b, n = schedule.longest_shape
+    activations += schedule.num_slots * b * n * deferred_bytes_per_token(config, mesh)
     params, opt_state = state_bytes(abstract_state(config, mesh, optimizer))
     num_rows = padded_vocab_size(model, mesh) // (mesh.shape["pipe"] * mesh.shape["model"])
     part_rows = max(part.num_rows for part in schedule.parts)

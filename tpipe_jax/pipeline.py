@@ -121,8 +121,9 @@ def execute(
         sums: what all stages add up together.
     """
     num_stages, (_, T, D) = schedule.num_stages, trunk_RTD.shape
+    slot_rows = None if schedule.slots is None else schedule.longest_shape[0] * schedule.slots
     forward, backward = (
-        _Lane(schedule.items, schedule.buffer_rows, num_stages, reverse)
+        _Lane(schedule.items, schedule.buffer_rows, num_stages, reverse, slot_rows)
         for reverse in (False, True)
     )
 
@@ -250,7 +251,9 @@ class _Lane:
         buffer_rows: Sequence[int],
         num_stages: int,
         reverse: bool = False,
+        slot_rows: np.ndarray | None = None,
     ) -> None:
+        """`slot_rows` `[item, stage]` are those of the items' positions, if they have slots."""
         ends, step = ((num_stages - 1, 0), -1) if reverse else ((0, num_stages - 1), 1)
         self._entry, self._exit = ends
         self._is_ring = any(item.chunk for item in items)
@@ -260,6 +263,7 @@ class _Lane:
         self._places = jnp.array(
             [(first, item.token, item.row) for first, item in zip(buffer_rows, items, strict=True)]
         )
+        self._slot_rows = None if slot_rows is None else jnp.asarray(slot_rows)
 
     def empty_box(self, width: int, dtype: Any) -> Array:
         """What goes from stage to stage."""
@@ -319,6 +323,8 @@ class _Lane:
         are known when the program is compiled; the state as it is for IDLE.
         """
         distinct, at = sorted(set(kinds)), Position(*self._places[index])
+        if self._slot_rows is not None:
+            at = at._replace(slot_row=self._slot_rows[index, lax.axis_index("pipe")])
         kind_of = jnp.array([distinct.index(kind) for kind in kinds])
         for n, kind in enumerate(distinct):
             is_due = (index != IDLE) & (kind_of[index] == n)

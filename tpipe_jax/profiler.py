@@ -41,7 +41,11 @@ from tpipe_jax.precision import compute_format
 from tpipe_jax.remat import saved_names
 from tpipe_jax.schedule import IDLE, Item, Schedule, idle, make_schedule, terapipe
 from tpipe_jax.slice_shapes import Shape, contexts, shapes_to_time, some_shapes
-from tpipe_jax.stage_setup import activation_bytes_per_token, trunk_bytes_per_token
+from tpipe_jax.stage_setup import (
+    activation_bytes_per_token,
+    deferred_bytes_per_token,
+    trunk_bytes_per_token,
+)
 from tpipe_jax.train_state import abstract_state, init_state, state_bytes
 from tpipe_jax.train_step import (
     make_stage_work,
@@ -287,12 +291,12 @@ class Profiler:
         least, more = sizes.argmin(), sizes > sizes.min()
         slopes = (temporary[more] - temporary[least]) / (sizes[more] - sizes[least])
         later = _with_schedule(self._config, "1f1b-deferred")
-        deferred, _ = activation_bytes_per_token(later, self._mesh)
+        deferred = deferred_bytes_per_token(later, self._mesh)
         return Memory(
             fixed_bytes=self._fixed_bytes,
             saved_bytes_per_token=saved + trunk_bytes_per_token(self._config, self._mesh),
             gathered_bytes_per_token=gathered,
-            deferred_bytes_per_token=deferred - saved,
+            deferred_bytes_per_token=deferred,
             working_bytes_per_token=math.ceil(max([0.0, *slopes])),
         )
 
@@ -339,13 +343,16 @@ def _resting(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation
 
 
 def _rows_that_fit(config: Config, mesh: Mesh) -> int:
-    """For how many sequences a stage has room beside parameters and gradients, at least one."""
+    """For how many sequences a stage has room beside parameters and gradients, at least one, if all
+    of each waits for gradients of weights.
+    """
     limit = limit_bytes(config, mesh)
     if limit is None:
         return config.train.batch_size
     optimizer = make_optimizer(config.optim, config.train.num_steps)
     params, opt_state = state_bytes(abstract_state(config, mesh, optimizer))
-    each = config.model.seq_len * sum(activation_bytes_per_token(config, mesh))
+    per_token = *activation_bytes_per_token(config, mesh), deferred_bytes_per_token(config, mesh)
+    each = config.model.seq_len * sum(per_token)
     return max(1, int((limit - 2 * params - opt_state) // each))
 
 

@@ -28,12 +28,12 @@ all forward before any backward). Or backward passes leave gradients of weights 
 their stage would idle (1f1b-deferred, after Qi et al. 2024, zero bubble): with S >= 2 P - 1 it
 waits for (P - 1)(f + b - w), if those take w, no longer than f, and the pass without them b.
 
-The executor in `pipeline.py` follows any tables that `check` accepts. No jax.
+The executor in `pipeline.py` follows any tables that `schedule_check.check` accepts. No jax.
 """
 
+import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 
@@ -101,6 +101,8 @@ class Schedule:
     weights: np.ndarray | None = None
     """`[tick, stage, n]`: the items whose gradients of weights are taken in a tick, before its
     passes, if the backward passes leave them out."""
+    slots: np.ndarray | None = None
+    """`[item, stage]`: in which slot a stage keeps what is left of an item for these."""
 
     @property
     def num_stages(self) -> int:
@@ -109,6 +111,16 @@ class Schedule:
     @property
     def num_ticks(self) -> int:
         return len(self.forward)
+
+    @property
+    def num_slots(self) -> int:
+        return 0 if self.slots is None else int(self.slots.max()) + 1
+
+    @property
+    def longest_shape(self) -> tuple[int, int]:
+        """The most sequences and the most tokens of an item."""
+        shapes = [item.shape for item in self.items]
+        return max(b for b, _ in shapes), max(n for _, n in shapes)
 
     @property
     def part_of(self) -> list[int]:
@@ -240,8 +252,24 @@ def deferred_weights(plan: Plan) -> Schedule:
             forward=np.pad(schedule.forward, more, constant_values=IDLE),
             backward=np.pad(schedule.backward, more, constant_values=IDLE),
             weights=weights.astype(np.int32),
+            slots=_slots(schedule.backward, rows, len(schedule.items)),
         )
     )
+
+
+def _slots(backward: np.ndarray, weights: list[list[list[int]]], num_items: int) -> np.ndarray:
+    """`[item, stage]`: the lowest slots that are free, from the tick of the backward pass to that
+    of the gradients of weights.
+    """
+    slots = np.full((num_items, backward.shape[1]), IDLE, np.int32)
+    for stage, column in enumerate(backward.T):
+        free = list(range(num_items))
+        for tick, item in enumerate(column):
+            for done in weights[tick][stage]:
+                heapq.heappush(free, int(slots[done, stage]))
+            if item != IDLE:
+                slots[item, stage] = heapq.heappop(free)
+    return slots
 
 
 def _last_tick(table: np.ndarray, is_wanted: np.ndarray) -> int:
@@ -280,8 +308,9 @@ def idle(schedule: Schedule) -> Schedule:
     """The schedule with stages that do nothing: its parts enter, turn and leave. The one item that
     is left, which never comes, is so small that it needs no memory.
     """
-    table = np.full_like(schedule.forward, IDLE)
-    return replace(schedule, items=(Item(0, 0, 1, 1),), forward=table, backward=table, weights=None)
+    table, item = np.full_like(schedule.forward, IDLE), Item(0, 0, 1, 1)
+    idle = replace(schedule, items=(item,), forward=table, backward=table)
+    return replace(idle, weights=None, slots=None)
 
 
 SCHEDULES: dict[ScheduleName, Callable[[Plan], Schedule]] = {
@@ -292,86 +321,6 @@ SCHEDULES: dict[ScheduleName, Callable[[Plan], Schedule]] = {
 }
 
 
-def check(schedule: Schedule) -> None:
-    """Raises ValueError unless the executor can follow the tables.
-
-    Every item passes every stage once in each direction, in the tick after its neighbour; a slice
-    goes through the chunks one after another; the tokens of a sequence go forward in ascending and
-    backward in descending order; a part is embedded before, turned between and left after its
-    passes, one part in a tick; gradients of weights come after the backward pass of the item; rows
-    have one part at a time.
-    """
-    part_of, P = np.array(schedule.part_of), schedule.num_stages
-    if schedule.forward.shape != schedule.backward.shape:
-        raise ValueError("the tables of both directions have different shapes")
-    forward = _ticks(schedule.forward, len(schedule.items))
-    backward = _ticks(schedule.backward, len(schedule.items))
-    if not ((np.diff(forward) == 1).all() and (np.diff(backward) == -1).all()):
-        raise ValueError("an item does not come one tick after its neighbour")
-    for i, item in enumerate(schedule.items):
-        part = schedule.parts[part_of[i]]
-        if not part.enters <= forward[i, 0] <= forward[i, P - 1] <= part.turns:
-            raise ValueError(f"item {i} goes forward before its part enters, or after its turn")
-        if not part.turns <= backward[i, P - 1] <= backward[i, 0] <= part.leaves:
-            raise ValueError(f"item {i} goes backward before its part turns, or has left")
-        if item.row + item.num_rows > part.row + part.num_rows:
-            raise ValueError(f"item {i} is of several parts")
-    _check_order(schedule.items, forward, backward)
-    if schedule.weights is not None:
-        weights = _ticks(schedule.weights, len(schedule.items))
-        if not (weights > backward).all():
-            raise ValueError("gradients of weights are taken before their backward pass")
-        ends = np.array([part.ends for part in schedule.parts])[part_of]
-        if not (weights <= ends[:, None]).all():
-            raise ValueError("gradients of weights are taken after their part has ended")
-    _check_parts(schedule, part_of, backward)
-
-
-def _check_order(items: Sequence[Item], forward: np.ndarray, backward: np.ndarray) -> None:
-    """From the ticks of the items, `[item, stage]`."""
-    in_order = sorted(
-        range(len(items)), key=lambda i: (items[i].row, items[i].chunk, items[i].token)
-    )
-    for i, j in pairwise(in_order):
-        is_same = (items[i].row, items[i].chunk) == (items[j].row, items[j].chunk)
-        if is_same and not ((forward[i] < forward[j]) & (backward[i] > backward[j])).all():
-            raise ValueError(f"item {j} does not follow item {i}")
-    of_slice: dict[tuple[int, int], list[int]] = {}
-    for i in in_order:
-        of_slice.setdefault((items[i].row, items[i].token), []).append(i)
-    for own in of_slice.values():
-        for i, j in pairwise(own):
-            if not (forward[i, -1] < forward[j, 0] and backward[j, 0] < backward[i, -1]):
-                raise ValueError(f"item {j} enters before item {i} has gone through its chunk")
-
-
-def _check_parts(schedule: Schedule, part_of: np.ndarray, backward: np.ndarray) -> None:
-    """`part_of` each item, and its ticks `[item, stage]`."""
-    for name in ("enters", "turns", "leaves"):
-        ticks = [getattr(part, name) for part in schedule.parts]
-        if len(set(ticks)) < len(ticks):
-            raise ValueError(f"{name} is the same tick for several parts")
-    first, last = (
-        np.array([of(backward[part_of == i], 0) for i in range(len(schedule.parts))])
-        for of in (np.min, np.max)
-    )
-    for i, part in enumerate(schedule.parts):
-        if part.ends < part.leaves:
-            raise ValueError(f"part {i} ends before it has left")
-        if part.buffer_row + part.num_rows > schedule.num_rows:
-            raise ValueError(f"part {i} has no rows")
-        if part.num_rows > schedule.num_gradient_rows:
-            raise ValueError(f"part {i} has no rows for gradients")
-        for j, other in enumerate(schedule.parts[:i]):
-            is_shared = set(part.buffer_rows) & set(other.buffer_rows)
-            is_apart = part.ends < other.enters or other.ends < part.enters
-            if is_shared and not is_apart:
-                raise ValueError(f"parts {j} and {i} have the same rows at a time")
-            take_turns = ((last[i] < first[j]) | (last[j] < first[i])).all()
-            if schedule.num_gradient_rows < schedule.num_rows and not take_turns:
-                raise ValueError(f"parts {j} and {i} have the same gradients at a time")
-
-
 def _slices(plan: Plan) -> list[tuple[int, int, Item]]:
     """The slices of a plan, one batch slice after another."""
     return [
@@ -379,14 +328,3 @@ def _slices(plan: Plan) -> list[tuple[int, int, Item]]:
         for m, own in enumerate(plan.token_slices)
         for n in range(len(own))
     ]
-
-
-def _ticks(table: np.ndarray, num_items: int) -> np.ndarray:
-    """`[item, stage]`: when. Raises ValueError if it is not once."""
-    ticks = np.empty((num_items, table.shape[1]), np.int64)
-    for stage, column in enumerate(np.moveaxis(table, 1, 0)):
-        found = column != IDLE
-        if sorted(column[found].tolist()) != list(range(num_items)):
-            raise ValueError(f"stage {stage} does not have every item once")
-        ticks[column[found], stage] = np.nonzero(found)[0]
-    return ticks

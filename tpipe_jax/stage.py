@@ -52,6 +52,8 @@ class Stage(NamedTuple):
     do not see each other; None where they do."""
     takes_turns: bool = False
     """Whether sequences go backward one after another in the same rows of `Gradients.cache`."""
+    has_slots: bool = False
+    """Whether slices wait in slots of `Gradients.d_outputs`."""
 
     def infer(
         self, chunk: int, x_BLD: Array, at: Position, caches: list[KVCache]
@@ -195,7 +197,8 @@ class Stage(NamedTuple):
             jnp.add, (d_others, d_taps, d_x_BLD), qkv_vjp(d_qkv)
         )
         if d_outputs:
-            d_outputs = {name: write(d_outputs[name], d_taps[name], at) for name in d_outputs}
+            place = self._outputs_at(at)
+            d_outputs = {name: write(d_outputs[name], d_taps[name], place) for name in d_outputs}
         else:
             d_others |= _linear_gradients(linears, params, seen_before | seen, d_taps)
         return d_x_BLD, _with_more(Gradients(d_cache, d_params, d_outputs), d_others)
@@ -242,10 +245,10 @@ class Stage(NamedTuple):
     ) -> Params:
         """Gradients of the weights of a layer for a slice, from what the passes have kept of it."""
 
-        def own(buffers: dict[str, Array]) -> dict[str, Array]:
+        def own(buffers: dict[str, Array], at: Position) -> dict[str, Array]:
             return {name: read(buffer, at, *shape) for name, buffer in buffers.items()}
 
-        values = own(saved.values)
+        values = own(saved.values, at)
         of_block = _of_block(values)
         seen: dict[str, Array] = {}
 
@@ -258,7 +261,13 @@ class Stage(NamedTuple):
         _, attn_BHLK, _ = self._attention_again(n, values, saved.cache, at)
         self.block.finish(self.params[n], values["x"], attn_BHLK, tape)
         weights = {name: self.params[n][name] for name in self.block.linears}
-        return _linear_gradients(self.block.linears, weights, seen, own(d_outputs))
+        return _linear_gradients(
+            self.block.linears, weights, seen, own(d_outputs, self._outputs_at(at))
+        )
+
+    def _outputs_at(self, at: Position) -> Position:
+        """Where gradients with respect to outputs of a slice are."""
+        return Position(at.slot_row, 0) if self.has_slots else at
 
     def _starts(self, at: Position, num_rows: int, num_tokens: int) -> Array | None:
         """Where the documents of a slice's tokens begin, `[B, L, 1]`."""

@@ -88,17 +88,17 @@ def empty_caches_of(config: Config, mesh: Mesh, dtype: Any, num_rows: int) -> li
 
 
 def empty_gradients_of(
-    config: Config, mesh: Mesh, num_rows: int, num_cache_rows: int
+    config: Config, mesh: Mesh, num_rows: int, outputs: tuple[int, int] | None = None
 ) -> list[Gradients]:
-    """What the backward passes of so many sequences, and of so many at a time, fill on this
-    device.
+    """What the backward passes of so many sequences at a time fill on this device; rows and tokens
+    for what linear layers give back are those of the sequences, unless there are others.
     """
     return empty_gradients(
-        empty_caches_of(config, mesh, jnp.float32, num_cache_rows),
+        empty_caches_of(config, mesh, jnp.float32, num_rows),
         param_shapes(config.model),
         block_class(config.model).linears,
         deferral(config),
-        num_rows,
+        outputs or (num_rows, config.model.seq_len),
         compute_dtype(config.precision, mesh),
     )
 
@@ -125,10 +125,16 @@ def activation_bytes_per_token(config: Config, mesh: Mesh) -> tuple[int, int]:
     """What is kept on a device for each token of a sequence in the pipeline, and besides for each
     of one that goes backward.
     """
-    d_outputs = [d.d_outputs for d in _shapes(config, mesh, _empty_gradients_of_one)]
-    saved = _shapes(config, mesh, empty_saved_of)
-    _, gathered = cache_bytes_per_token(config, mesh)
-    return _bytes_per_token(config, mesh, (saved, d_outputs)), gathered
+    saved, gathered = _shapes(config, mesh, empty_saved_of), cache_bytes_per_token(config, mesh)[1]
+    to_the_end = deferral(config) == "to the end"
+    left = deferred_bytes_per_token(config, mesh) if to_the_end else 0
+    return _bytes_per_token(config, mesh, saved) + left, gathered
+
+
+def deferred_bytes_per_token(config: Config, mesh: Mesh) -> int:
+    """Of a slice that waits for gradients of weights."""
+    d_outputs = [d.d_outputs for d in _shapes(config, mesh, empty_gradients_of)]
+    return _bytes_per_token(config, mesh, d_outputs)
 
 
 def trunk_bytes_per_token(config: Config, mesh: Mesh) -> int:
@@ -140,13 +146,9 @@ def cache_bytes_per_token(config: Config, mesh: Mesh) -> tuple[int, int]:
     """Of `activation_bytes_per_token`, what are keys, values and their gradients."""
     saved, gathered = (
         _bytes_per_token(config, mesh, [d.cache for d in _shapes(config, mesh, buffers)])
-        for buffers in (empty_saved_of, _empty_gradients_of_one)
+        for buffers in (empty_saved_of, empty_gradients_of)
     )
     return saved, gathered
-
-
-def _empty_gradients_of_one(config: Config, mesh: Mesh, num_rows: int) -> list[Gradients]:
-    return empty_gradients_of(config, mesh, num_rows, num_rows)
 
 
 def _shapes(config: Config, mesh: Mesh, buffers: Callable[..., list[Any]]) -> list[Any]:

@@ -109,7 +109,10 @@ def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapp
         count = _count(batch.targets_BT)
         weight, head = scale / count, make_head(config, mesh, params)
         stage = make_stage(config, mesh, params, batch.starts_BT1)
-        stage = stage._replace(takes_turns=schedule.num_gradient_rows < len(batch.tokens_BT))
+        stage = stage._replace(
+            takes_turns=schedule.num_gradient_rows < len(batch.tokens_BT),
+            has_slots=schedule.slots is not None,
+        )
 
         def turn(y_BTD: Array, row: Array | int, sums: loss.Sums) -> tuple[Array, loss.Sums]:
             targets = batch.part(row, len(y_BTD)).targets_BT
@@ -134,7 +137,7 @@ def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapp
             work,
             _trunk(config, schedule, dtype),
             empty_saved_of(config, mesh, schedule.num_rows),
-            empty_gradients_of(config, mesh, schedule.num_rows, schedule.num_gradient_rows),
+            empty_gradients_of(config, mesh, schedule.num_gradient_rows, _waiting(schedule)),
             loss.no_sums(params["embed"], head.norm),
         )
         d_blocks = stage.param_gradients(saved, gradients)
@@ -259,7 +262,7 @@ def make_stage_work(config: Config, mesh: Mesh, items: Sequence[Item]) -> Wrappe
             items,
             partial(stage.backward, saved),
             x_BTD,
-            empty_gradients_of(config, mesh, num_rows, num_rows),
+            empty_gradients_of(config, mesh, num_rows),
             reverse=True,
         )
         total = sum(
@@ -282,7 +285,7 @@ def make_weights_work(config: Config, mesh: Mesh, item: Item) -> Wrapped:
             varying(
                 (
                     empty_saved_of(config, mesh, rows),
-                    empty_gradients_of(config, mesh, rows, rows),
+                    empty_gradients_of(config, mesh, rows),
                 )
             )
         )
@@ -340,6 +343,12 @@ def _embedding(params: Params, batch: _Batch, dtype: Any) -> Callable[[Array | i
 def _trunk(config: Config, schedule: Schedule, dtype: Any) -> Array:
     """Room for the rows that are in the pipeline."""
     return jnp.zeros((schedule.num_rows, config.model.seq_len, config.model.d_model), dtype)
+
+
+def _waiting(schedule: Schedule) -> tuple[int, int] | None:
+    """Rows and tokens of all slots."""
+    num_rows, num_tokens = schedule.longest_shape
+    return (schedule.num_slots * num_rows, num_tokens) if schedule.num_slots else None
 
 
 def _over_mesh(
