@@ -152,7 +152,8 @@ def choice(args: argparse.Namespace) -> dict[str, Any]:
         batch_size = draw.choice([2, 3, 4, 6, 8, 12])
         seq_len = draw.choice([512, 1024, 2048])
         name = draw.choice(["1 GPT3-1B", "5 GPT3-13B", "8 GPT3-44B"])
-        request = request_of(num_stages, batch_size, seq_len)
+        layers_per_stage = draw.choice([1, 2, 4])
+        request = request_of(num_stages, batch_size, seq_len, layers_per_stage)
         chosen = planned(request, name).plan.schedule
         seconds = {
             schedule: asleep(plan, args.rounds)["measured"]
@@ -160,21 +161,24 @@ def choice(args: argparse.Namespace) -> dict[str, Any]:
         }
         loss = seconds[chosen] / min(seconds.values()) - 1
         print(
-            f"{name:12}{num_stages:3} stages{batch_size:4} x {seq_len:5}: {chosen:13} taken, "
+            f"{name:12}{num_stages:3} stages of {layers_per_stage} layers{batch_size:4} x {seq_len:5}: {chosen:13} taken, "
             + ", ".join(f"{own} {time_:.3f} s" for own, time_ in seconds.items())
             + f": {loss:+.1%}",
             flush=True,
         )
         case = {"stages": num_stages, "batch": batch_size, "tokens": seq_len, "model": name}
+        case |= {"layers_per_stage": layers_per_stage}
         cases.append(case | {"chosen": chosen, "seconds": seconds, "loss": loss})
     good = sum(case["loss"] <= 0.03 for case in cases)
     print(f"{good} of {len(cases)} within 3% of the fastest")
     return {"cases": cases}
 
 
-def request_of(num_stages: int, batch_size: int, seq_len: int) -> PlanRequest:
-    """Of stages with layers enough for four chunks each."""
-    return PlanRequest(num_stages, batch_size, seq_len, num_layers=4 * num_stages)
+def request_of(
+    num_stages: int, batch_size: int, seq_len: int, layers_per_stage: int = 4
+) -> PlanRequest:
+    """Of stages with so many layers each, and as many chunks at most."""
+    return PlanRequest(num_stages, batch_size, seq_len, num_layers=layers_per_stage * num_stages)
 
 
 def planned(request: PlanRequest, setting_name: str) -> Any:
