@@ -161,7 +161,8 @@ def choice(args: argparse.Namespace) -> dict[str, Any]:
         }
         loss = seconds[chosen] / min(seconds.values()) - 1
         print(
-            f"{name:12}{num_stages:3} stages of {layers_per_stage} layers{batch_size:4} x {seq_len:5}: {chosen:13} taken, "
+            f"{name:12}{num_stages:3} stages x {layers_per_stage} layers,{batch_size:3} x {seq_len:5}: "
+            f"{chosen:13} taken, "
             + ", ".join(f"{own} {time_:.3f} s" for own, time_ in seconds.items())
             + f": {loss:+.1%}",
             flush=True,
