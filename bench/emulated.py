@@ -167,7 +167,9 @@ def program(plan: Plan, times: list[Times], slowdown: float) -> Callable[[], Any
             forward=lambda chunk, x_BLD, at, saved: (forward(x_BLD, at), saved),
             turn=lambda y_BTD, row, sums: (y_BTD, sums),
             backward=lambda saved, chunk, d_BLD, at, slept: (backward(d_BLD, at), slept),
-            weights=lambda saved, chunk, shape, at, slept: weights[0](slept, at),
+            weights=lambda each, saved, slept: each(
+                lambda chunk, shape, at, slept: weights[0](slept, at), slept
+            ),
             leave=lambda d_x_BTD, row, sums: sums + d_x_BTD.sum(),
         )
         trunk_RTD = jnp.zeros((schedule.num_rows, T, 1))

@@ -160,9 +160,9 @@ def choice(args: argparse.Namespace) -> dict[str, Any]:
             for schedule, plan in plans_of(request, name).items()
         }
         loss = seconds[chosen] / min(seconds.values()) - 1
+        of_stage = f"{num_stages:3} stages x {layers_per_stage} layers"
         print(
-            f"{name:12}{num_stages:3} stages x {layers_per_stage} layers,{batch_size:3} x {seq_len:5}: "
-            f"{chosen:13} taken, "
+            f"{name:12}{of_stage},{batch_size:3} x {seq_len:5}: {chosen:13} taken, "
             + ", ".join(f"{own} {time_:.3f} s" for own, time_ in seconds.items())
             + f": {loss:+.1%}",
             flush=True,

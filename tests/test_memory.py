@@ -85,6 +85,37 @@ def test_the_budget_under_1f1b_is_near_what_the_compiler_says():
     assert sum(parts.values()) < needed("dots") < sum(whole.values())
 
 
+def test_the_budget_of_slices_that_wait_is_near_what_the_compiler_says():
+    """Four sequences, and three slices that wait for gradients of weights."""
+    config = dataclasses.replace(
+        with_memory(remat="dots"),
+        plan=PlanConfig("uniform:8", "uniform:8", schedule="1f1b-deferred"),
+        train=TrainConfig(batch_size=8),
+    )
+    plan = reference.plan_of(config)
+    schedule = make_schedule(plan)
+    assert (schedule.num_rows, schedule.num_slots) == (3, 3)
+    step = fitting_step(config, MESH, plan, OPTIMIZER)[1]
+    parts = budget(config, MESH, schedule, OPTIMIZER)
+    assert sum(parts.values()) == pytest.approx(program_bytes(step), rel=0.2)
+    bytes_of_slot = 64 * 4 * 9 * 64 * 2  # tokens, float32, widths, layers of a stage
+    in_turn = dataclasses.replace(config, plan=dataclasses.replace(config.plan, schedule="1f1b"))
+    others = budget(in_turn, MESH, make_schedule(reference.plan_of(in_turn)), OPTIMIZER)
+    more = parts["other activations"] - others["other activations"]
+    assert more == 3 * bytes_of_slot
+
+
+def test_a_plan_to_come_may_have_chunks():
+    """Those of the request; what fits is judged with them."""
+    request = PlanRequest(2, 4, 512, schedule="interleaved", num_layers=4)
+    limited = with_memory(limit_gib=1)
+    assert fitting_policy(limited, MESH, request, OPTIMIZER).memory.remat == "dots"
+    assert fitting_policy(limited, MESH, request, OPTIMIZER).plan == limited.plan
+    everything = dataclasses.replace(request, schedule=None)
+    tight = with_memory(limit_gib=1.5 * needed("dots") / GIB)
+    assert fitting_policy(tight, MESH, everything, OPTIMIZER).memory.remat == "dots"
+
+
 def test_what_fits_under_1f1b_alone_is_computed_again_no_more():
     """Judged by the shortest slices that either schedule may have."""
     request = PlanRequest(2, 8, 512)

@@ -79,7 +79,7 @@ def test_makespan_of_unequal_stages_is_the_longest_path(
     assert timeline.step_seconds == pytest.approx(expected)
 
 
-PHASES = "weights", "forward", "backward"  # of a tick
+PHASES = "forward", "backward", "weights"  # of a tick
 Times = dict[str, list[float]]  # of each item, by phase
 
 
@@ -95,9 +95,9 @@ def longest_path(schedule: Schedule, times: Times, factors: list[float]) -> floa
         "backward": schedule.backward[..., None],
     }
     meetings = {
-        "weights": {tick for part in schedule.parts for tick in (part.enters, part.leaves + 1)},
+        "forward": {part.enters for part in schedule.parts},
         "backward": {part.turns for part in schedule.parts},
-        "forward": set(),
+        "weights": {part.leaves for part in schedule.parts},
     }
 
     @cache

@@ -94,9 +94,10 @@ class StepWork(NamedTuple):
     """
     backward: Callable[[Any, int, Array, Position, Any], tuple[Array, Any]] | None = None
     """`(saved, chunk, d_y [B, L, D], position, gradients)` to `(d_x [B, L, D], gradients)`."""
-    weights: Callable[[Any, int, Shape, Position, Any], Any] | None = None
-    """`(saved, chunk, (B, L), position, gradients)` to the gradients, with those of weights, where
-    backward passes leave them out.
+    weights: Callable[[Any, Any, Any], Any] | None = None
+    """`(each, saved, gradients)` to the gradients, with those of weights of some slices, where
+    backward passes leave them out. `each(function, state)` calls `function(chunk, (B, L), position,
+    state)` for each of these slices.
     """
     leave: Callable[[Array, Array | int, Any], Any] | None = None
     """`(d_x [b, T, D], row, sums)`, where d_x is read on the first stage only, to the sums."""
@@ -145,10 +146,6 @@ def execute(
             return work.leave(d_x_BTD, part.row, sums)
 
         trunk = _on_part(schedule.parts, row["enters"], embed, trunk)
-        if "weights" in row:
-            assert work.weights
-            take = partial(work.weights, saved)
-            gradients = forward.each_alone(take, row["weights"], gradients)
         saved, trunk, ahead = run_on_all_if(
             row["any_forward"],
             partial(forward.tick, work.forward, row["forward"]),
@@ -163,6 +160,9 @@ def execute(
             )
         if work.leave:
             sums = _on_part(schedule.parts, row["leaves"], leave, sums)
+        if "weights" in row:  # last, since the next tick changes in place what they are taken from
+            assert work.weights
+            gradients = work.weights(partial(backward.each_alone, row["weights"]), saved, gradients)
         return (trunk, ahead, back, saved, gradients, sums), None
 
     ahead, back = (lane.empty_box(D, trunk_RTD.dtype) for lane in (forward, backward))
@@ -202,7 +202,7 @@ def each_alone(
     lane = _Lane(items, [item.row for item in items], table.shape[1])
 
     def tick(state: State, row: Array) -> tuple[State, None]:
-        return lane.each_alone(function, row, state), None
+        return lane.each_alone(row, function, state), None
 
     return lax.scan(tick, varying(state), _kept(table))[0]
 
@@ -296,7 +296,7 @@ class _Lane:
         return state, trunk, box_BLD
 
     def each_alone(
-        self, function: Callable[[int, Shape, Position, State], State], row: Array, state: State
+        self, row: Array, function: Callable[[int, Shape, Position, State], State], state: State
     ) -> State:
         """`function(chunk, (B, L), position, state)` for each of a stage's items of the row,
         `[P, n]`, which are handed to nobody.

@@ -99,7 +99,7 @@ class Schedule:
     """Of these, how many it keeps gradients of keys and values for; if fewer, parts take turns in
     the first of them."""
     weights: np.ndarray | None = None
-    """`[tick, stage, n]`: the items whose gradients of weights are taken in a tick, before its
+    """`[tick, stage, n]`: the items whose gradients of weights are taken in a tick, after its
     passes, if the backward passes leave them out."""
     slots: np.ndarray | None = None
     """`[item, stage]`: in which slot a stage keeps what is left of an item for these."""
@@ -216,25 +216,26 @@ def one_forward_one_backward(plan: Plan) -> Schedule:
 def deferred_weights(plan: Plan) -> Schedule:
     """1F1B whose backward passes leave the gradients of weights for later.
 
-    The first stage, where slices come back last, takes those of each in the tick after, and all
-    others as many as make their tick as long: none before anything has come back to the first, one
-    a tick in the steady state, and what they have saved up when they would idle.
+    The first stage, where slices come back last, takes those of each at once, and all others as
+    many as take as long, with the passes that follow: none before anything has come back to the
+    first, one a tick in the steady state, and what they have saved up when they would idle.
     """
     schedule = one_forward_one_backward(plan)
     passes = [table.tolist() for table in (schedule.forward, schedule.backward)]
     waiting: list[list[int]] = [[] for _ in range(plan.num_stages)]
+    idle = [IDLE] * plan.num_stages
     rows: list[list[list[int]]] = []  # [tick][stage], the items
     while len(rows) < schedule.num_ticks or any(waiting):
-        idle = [IDLE] * plan.num_stages
-        forward, backward = (own[len(rows)] if len(rows) < len(own) else idle for own in passes)
-        loads = [(f != IDLE) + (b != IDLE) for f, b in zip(forward, backward, strict=True)]
+        tick = len(rows)
+        _, backward = (own[tick] if tick < len(own) else idle for own in passes)
+        for own, item in zip(waiting, backward, strict=True):
+            own += [item] * (item != IDLE)
+        follow = [own[tick + 1] if tick + 1 < len(own) else idle for own in passes]
+        loads = [sum(item != IDLE for item in of_stage) for of_stage in zip(*follow, strict=True)]
         longest = max(*loads, loads[0] + len(waiting[0]), 1)
         counts = [longest - load for load in loads]
         rows.append([own[:count] for own, count in zip(waiting, counts, strict=True)])
-        waiting = [
-            own[count:] + [item] * (item != IDLE)
-            for own, count, item in zip(waiting, counts, backward, strict=True)
-        ]
+        waiting = [own[count:] for own, count in zip(waiting, counts, strict=True)]
     weights = np.full((len(rows), plan.num_stages, max(len(i) for r in rows for i in r)), IDLE)
     for tick, row in enumerate(rows):
         for stage, items in enumerate(row):
@@ -265,10 +266,10 @@ def _slots(backward: np.ndarray, weights: list[list[list[int]]], num_items: int)
     for stage, column in enumerate(backward.T):
         free = list(range(num_items))
         for tick, item in enumerate(column):
-            for done in weights[tick][stage]:
-                heapq.heappush(free, int(slots[done, stage]))
             if item != IDLE:
                 slots[item, stage] = heapq.heappop(free)
+            for done in weights[tick][stage]:
+                heapq.heappush(free, int(slots[done, stage]))
     return slots
 
 

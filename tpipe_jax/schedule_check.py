@@ -61,7 +61,7 @@ def _check_weights(schedule: Schedule, part_of: np.ndarray, backward: np.ndarray
     assert schedule.weights is not None
     assert schedule.slots is not None
     weights = _ticks(schedule.weights, len(schedule.items))
-    if not (weights > backward).all():
+    if not (weights >= backward).all():
         raise ValueError("gradients of weights are taken before their backward pass")
     ends = np.array([part.ends for part in schedule.parts])[part_of]
     if not (weights <= ends[:, None]).all():
@@ -70,7 +70,7 @@ def _check_weights(schedule: Schedule, part_of: np.ndarray, backward: np.ndarray
         order = np.lexsort((backward[:, stage], schedule.slots[:, stage]))
         for i, j in pairwise(order.tolist()):
             is_same = schedule.slots[i, stage] == schedule.slots[j, stage]
-            if is_same and backward[j, stage] < weights[i, stage]:
+            if is_same and backward[j, stage] <= weights[i, stage]:
                 raise ValueError(f"items {i} and {j} are in a slot of stage {stage} at a time")
 
 

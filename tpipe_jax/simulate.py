@@ -101,15 +101,15 @@ def simulate(
     weights = [] if schedule.weights is None else schedule.weights.tolist()
     for tick, (forward, backward) in enumerate(zip(*tables, strict=True)):
         meet(tick, enters)
-        for stage, items in enumerate(weights[tick] if weights else []):
-            for item in items:
-                if item != IDLE:
-                    assert weight_seconds
-                    free[stage] = work(stage, item, weight_seconds, "weights")
         if any(item != IDLE for item in forward):
             go(forward, forward_seconds, "forward")
         meet(tick, turns)
         if any(item != IDLE for item in backward):
             go(backward, backward_seconds, "backward")
         meet(tick, leaves)
+        for stage, items in enumerate(weights[tick] if weights else []):
+            for item in items:
+                if item != IDLE:
+                    assert weight_seconds
+                    free[stage] = work(stage, item, weight_seconds, "weights")
     return Timeline(tuple(boxes), max(free), P)

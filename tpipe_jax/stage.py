@@ -102,22 +102,25 @@ class Stage(NamedTuple):
         return self._each_layer(self.chunks[chunk], layer, d_y_BLD, gradients, reverse=True)
 
     def weight_gradients(
-        self,
-        saved: list[Saved],
-        chunk: int,
-        shape: tuple[int, int],
-        at: Position,
-        gradients: list[Gradients],
+        self, each: Callable[..., Any], saved: list[Saved], gradients: list[Gradients]
     ) -> list[Gradients]:
-        """Adds those of the linear layers for a slice, `(B, L)`, whose backward pass has left them
-        out.
+        """Adds those of the linear layers for slices whose backward passes have left them out, as
+        `pipeline.StepWork.weights`.
         """
 
-        def layer(n: int, carry: tuple[tuple[()], Gradients]) -> tuple[tuple[()], Gradients]:
-            more = self._weight_gradients(n, saved[n], carry[1].d_outputs, shape, at)
-            return (), _with_more(carry[1], more)
+        def of_slice(
+            chunk: int, shape: tuple[int, int], at: Position, sums: list[Params]
+        ) -> list[Params]:
+            def layer(n: int, carry: tuple[tuple[()], Params]) -> tuple[tuple[()], Params]:
+                d_outputs = gradients[n].d_outputs
+                more = self._weight_gradients(n, saved[n], d_outputs, shape, at)
+                return (), _sum(carry[1], more)
 
-        return self._each_layer(self.chunks[chunk], layer, (), gradients)[1]
+            return self._each_layer(self.chunks[chunk], layer, (), sums)[1]
+
+        # Without what is only read: XLA would copy it.
+        sums = each(of_slice, [d.params for d in gradients])
+        return [d._replace(params=own) for d, own in zip(gradients, sums, strict=True)]
 
     def param_gradients(self, saved: list[Saved], gradients: list[Gradients]) -> list[Params]:
         """Gradients of the parameters of each layer after the last slice, float32."""
@@ -201,7 +204,7 @@ class Stage(NamedTuple):
             d_outputs = {name: write(d_outputs[name], d_taps[name], place) for name in d_outputs}
         else:
             d_others |= _linear_gradients(linears, params, seen_before | seen, d_taps)
-        return d_x_BLD, _with_more(Gradients(d_cache, d_params, d_outputs), d_others)
+        return d_x_BLD, Gradients(d_cache, _sum(d_params, d_others), d_outputs)
 
     def _attention_again(
         self, n: int, values: dict[str, Array], cache: KVCache, at: Position
@@ -319,10 +322,10 @@ def _divisor(total: int, near: int) -> int:
     return total if total % size else size
 
 
-def _with_more(gradients: Gradients, more: Params) -> Gradients:
+def _sum(gradients: Params, more: Params) -> Params:
     """With gradients of some parameters added to their sums."""
-    sums = {name: jax.tree.map(jnp.add, gradients.params[name], more[name]) for name in more}
-    return gradients._replace(params=gradients.params | sums)
+    sums = {name: jax.tree.map(jnp.add, gradients[name], more[name]) for name in more}
+    return gradients | sums
 
 
 def _linear_gradients(

@@ -289,7 +289,7 @@ def make_weights_work(config: Config, mesh: Mesh, item: Item) -> Wrapped:
                 )
             )
         )
-        gradients = each_alone(table, [item], partial(stage.weight_gradients, saved), gradients)
+        gradients = stage.weight_gradients(partial(each_alone, table, [item]), saved, gradients)
         total = sum(a.sum() for a in jax.tree.leaves([d.params for d in gradients]))
         return psum(jnp.asarray(total), ("data", "pipe"))
 
