@@ -161,12 +161,16 @@ def program(plan: Plan, times: list[Times], slowdown: float) -> Callable[[], Any
 
     forward, backward, *weights = map(asleep, times)
 
+    def backward_pass(saved: Any, chunk: int, d_BLD: jax.Array, at: Position, slept: jax.Array):
+        d_BLD = backward(d_BLD, at)
+        return d_BLD, slept + d_BLD[0, 0]  # since gradients of weights wait for it
+
     def step(x_BTD: jax.Array) -> jax.Array:
         work = StepWork(
             embed=lambda row, num_rows: jax.lax.dynamic_slice_in_dim(x_BTD, row, num_rows),
             forward=lambda chunk, x_BLD, at, saved: (forward(x_BLD, at), saved),
             turn=lambda y_BTD, row, sums: (y_BTD, sums),
-            backward=lambda saved, chunk, d_BLD, at, slept: (backward(d_BLD, at), slept),
+            backward=backward_pass,
             weights=lambda each, saved, slept: each(
                 lambda chunk, shape, at, slept: weights[0](slept, at), slept
             ),
