@@ -138,6 +138,7 @@ def start_workers(options: list[str]) -> int:
 
 def work(args: argparse.Namespace) -> None:
     import jax
+    from jax.experimental import multihost_utils
 
     jax.config.update("jax_num_cpu_devices", 1)
     jax.distributed.initialize(f"127.0.0.1:{args.port}", NUM_STAGES, args.process_id)
@@ -159,6 +160,8 @@ def work(args: argparse.Namespace) -> None:
         programs["two data shards"] = Program(args, MeshConfig(data=2), halves)
         programs["two devices an operator"] = Program(args, MeshConfig(model=2), whole)
 
+    # Who waits for the first exchange gives up after half a minute, and a step may take longer.
+    multihost_utils.sync_global_devices("compiled")
     if not is_first:  # which has compiled it only to be as late as process 0 for what follows
         del programs["one core, no pipeline"]
     seconds: dict[str, list[float]] = {name: [] for name in programs}
