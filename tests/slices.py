@@ -33,7 +33,7 @@ class Slice(NamedTuple):
 
     def own(self, a: np.ndarray) -> np.ndarray:
         """What the slice may read of a cache, and of its gradient what it may change."""
-        row, token, _ = self.at
+        row, token, *_ = self.at
         return a[row : row + B, :, : token + self.q.shape[2]]
 
 

@@ -203,8 +203,8 @@ def _too_little(
     one_by_one = "config.plan.schedule=1f1b" + " with more batch slices" * (not has_batch_slices)
     could_take_turns = schedule.num_rows > 1 and len(schedule.parts) == 1
     remedies = {
-        one_by_one: could_take_turns and not config.memory.defer_weight_grads,
-        "config.plan.schedule=1f1b": schedule.num_slots > 0,
+        one_by_one: (could_take_turns and not config.memory.defer_weight_grads)
+        or schedule.num_slots > 0,
         "config.memory.defer_weight_grads=false": config.memory.defer_weight_grads,
         "config.memory.remat=full": config.memory.remat != "full",
         "a smaller config.train.batch_size or config.model.seq_len": True,
