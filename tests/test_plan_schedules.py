@@ -1,6 +1,7 @@
 """Plans under several schedules, and which one is taken."""
 
 import itertools
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +14,7 @@ from tpipe_jax.estimate import predicted_timeline
 from tpipe_jax.latency import Deferral, LatencyTable, Memory
 from tpipe_jax.plan_settings import uniform
 from tpipe_jax.planner import GIB, Planning, find_plan
-from tpipe_jax.plans import Plan, PlanRequest
+from tpipe_jax.plans import Plan, PlanRequest, read_plan
 from tpipe_jax.schedule import make_schedule, slice_order
 from tpipe_jax.simulate import simulate
 
@@ -68,6 +69,7 @@ def test_a_schedule_is_planned_with_its_own_makespan(num_stages: int, schedule: 
     planning = find_plan(table, request, [1.0] * num_stages)
     assert planning.plan.schedule == schedule
     assert planning.plan.num_chunks == (num_chunks or 1)
+    assert read_plan(json.loads(json.dumps(planning.plan.to_dict()))) == planning.plan
     assert seconds(planning.plan) == pytest.approx(makespan(table, planning.plan))
     assert planning.plan.prediction is not None
     assert planning.plan.prediction.lower_bound_seconds <= seconds(planning.plan) * (1 + 1e-9)

@@ -254,10 +254,9 @@ def _lower_bound_seconds(estimator: Estimator, plan: Plan) -> float:
     work = least_work(forward, backward + later, request.batch_size, request.batch_slices)
     shortest = sum(float(t[np.isfinite(t)].min()) for t in (forward, backward))
     factors = np.reshape(estimator.chunk_factors(plan.num_chunks), (plan.num_chunks, P))
-    before = itertools.accumulate(factors[0], initial=0.0)  # of the stages before each
-    return max(
-        a * work + b * shortest for a, b in zip(factors.sum(0).tolist(), before, strict=False)
-    )
+    whole, first = factors.sum(0).tolist(), factors[0].tolist()
+    before = itertools.accumulate(first, initial=0.0)  # of the stages before each
+    return max(a * work + b * shortest for a, b in zip(whole, before, strict=False))
 
 
 def _batch_slices(estimator: Estimator, at_least: int) -> list[tuple[int, ...]]:
