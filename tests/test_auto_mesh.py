@@ -18,7 +18,7 @@ from tpipe_jax.console import Ranked
 from tpipe_jax.flags import parse
 from tpipe_jax.latency import Profile, Sample
 from tpipe_jax.plan_run import plan_run
-from tpipe_jax.profiler import profile_key
+from tpipe_jax.profile_key import profile_key
 from tpipe_jax.training import train
 
 pytestmark = pytest.mark.usefixtures("kept_programs")

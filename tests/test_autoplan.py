@@ -19,7 +19,7 @@ from tpipe_jax.config import Config, UserError
 from tpipe_jax.latency import Profile, Sample, load_table
 from tpipe_jax.plan_run import plan_run
 from tpipe_jax.plans import PlanRequest, load_plan
-from tpipe_jax.profiler import profile_key
+from tpipe_jax.profile_key import profile_key
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 

@@ -23,7 +23,8 @@ from tpipe_jax.plan_settings import unit_tokens
 from tpipe_jax.planner import Planning, find_plan
 from tpipe_jax.plans import Plan, PlanRequest, read_plan
 from tpipe_jax.processes import from_first
-from tpipe_jax.profiler import Profiler, profile_key
+from tpipe_jax.profile_key import profile_key
+from tpipe_jax.profiler import Profiler
 from tpipe_jax.writing import writing_to
 
 MAX_REFINEMENTS = 3  # of seconds each; mostly one or two are enough

@@ -84,8 +84,7 @@ class FilePlanFlags:
     schedule: Literal["auto", ScheduleName] = "auto"
     """As config.plan.schedule."""
     num_layers: int | None = None
-    """Layers of the model, of which stages have chunks under interleaved; planned only if given, or
-    asked for."""
+    """Layers of the model, without which interleaved is planned only if it is asked for."""
     chunks: int | None = None
     """As config.plan.chunks."""
     memory_limit_gib: float | None = None
@@ -267,12 +266,10 @@ def parse_after(kind: type[AfterFlags], args: list[str], program: str) -> AfterF
 def parse_file_plan(args: list[str], program: str) -> FilePlanFlags:
     """Reads the command line of `FilePlanFlags`. Raises `UserError` for a value out of range."""
     flags = tyro.cli(FilePlanFlags, args=args, prog=program)
-    for name in ("num_stages", "batch_size", "seq_len"):
-        if getattr(flags, name) < 1:
-            option = name.replace("_", "-")
-            raise UserError(f"--{option}={getattr(flags, name)} must be at least 1.")
-    if flags.num_layers is not None and flags.num_layers < 1:
-        raise UserError(f"--num-layers={flags.num_layers} must be at least 1.")
+    for name in ("num_stages", "batch_size", "seq_len", "num_layers"):
+        value = getattr(flags, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')}={value} must be at least 1.")
     is_interleaved = flags.schedule in ("auto", "interleaved")
     if flags.chunks is not None and (flags.chunks < 2 or not is_interleaved):
         raise UserError(
@@ -389,9 +386,7 @@ def _check_processes(flags: ProcessFlags) -> None:
 
 
 def _take_config(args: list[str]) -> tuple[Path, list[str]]:
-    """Splits --config=FILE or --config FILE off the arguments; the last one counts. What is left
-    has config.mesh=auto as the field that it stands for.
-    """
+    """Splits --config=FILE or --config FILE off, of which the last counts; spells mesh=auto out."""
     path, rest, words = CONFIGS / "quickstart.py", [], iter(args)
     for word in words:
         if word == "--config":

@@ -12,11 +12,10 @@ import dataclasses
 import itertools
 import math
 import os
-import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -25,20 +24,17 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
-import tpipe_jax
-from tpipe_jax.backends import attention_backend, make_attention
+from tpipe_jax.backends import make_attention
 from tpipe_jax.block import Params
 from tpipe_jax.collectives import compile_checked
-from tpipe_jax.config import Config, ScheduleName, to_dict
+from tpipe_jax.config import Config, ScheduleName
 from tpipe_jax.latency import Deferral, Memory, Profile, Sample
-from tpipe_jax.layer import block_digest
 from tpipe_jax.memory import budget, limit_bytes, program_bytes
 from tpipe_jax.mesh import put_rows
 from tpipe_jax.optim import make_optimizer
 from tpipe_jax.plan_settings import uniform, unit_tokens
 from tpipe_jax.plans import Plan
-from tpipe_jax.precision import compute_format
-from tpipe_jax.remat import saved_names
+from tpipe_jax.profile_key import may_defer, profile_key
 from tpipe_jax.schedule import IDLE, Item, Schedule, idle, make_schedule, terapipe
 from tpipe_jax.slice_shapes import Shape, contexts, shapes_to_time, some_shapes
 from tpipe_jax.stage_setup import (
@@ -68,39 +64,6 @@ OnPart = Callable[[], None]  # called after each part of the work
 
 def _nothing() -> None:
     pass
-
-
-def profile_key(config: Config, mesh: Mesh) -> dict[str, Any]:
-    """What the measurements depend on."""
-    settings = to_dict(config)
-    return {
-        "model": settings["model"],
-        "block": block_digest(config.model),
-        "mesh": {name: settings["mesh"][name] for name in ("data", "pipe", "model", "order")},
-        "batch_size": config.train.batch_size,
-        "precision": compute_format(config.precision, mesh),
-        "attention": [attention_backend(config, mesh), config.attention.block],
-        "saved": list(saved_names(config.memory.remat)),
-        "defer_weight_grads": config.memory.defer_weight_grads,
-        "deferral": may_defer(config),
-        "unit_tokens": unit_tokens(config),
-        "devices": f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
-        "processes": jax.process_count(),
-        "cores": len(os.sched_getaffinity(0)),
-        "machine": platform.machine(),
-        "jax": jax.__version__,
-        "tpipe_jax": tpipe_jax.__version__,
-    }
-
-
-def may_defer(config: Config) -> bool:
-    """Whether gradients of weights may be planned to be taken later."""
-    several = config.mesh.pipe > 1 and config.train.batch_size > config.mesh.data
-    return (
-        several
-        and config.plan.schedule in ("auto", "1f1b-deferred")
-        and not (config.memory.defer_weight_grads)
-    )
 
 
 class Program(NamedTuple):

@@ -1,0 +1,49 @@
+"""What the measurements of a profile depend on, and whether another one may serve."""
+
+import os
+import platform
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+import tpipe_jax
+from tpipe_jax.backends import attention_backend
+from tpipe_jax.config import Config, to_dict
+from tpipe_jax.layer import block_digest
+from tpipe_jax.plan_settings import unit_tokens
+from tpipe_jax.precision import compute_format
+from tpipe_jax.remat import saved_names
+
+
+def profile_key(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """What the measurements depend on."""
+    settings = to_dict(config)
+    return {
+        "model": settings["model"],
+        "block": block_digest(config.model),
+        "mesh": {name: settings["mesh"][name] for name in ("data", "pipe", "model", "order")},
+        "batch_size": config.train.batch_size,
+        "precision": compute_format(config.precision, mesh),
+        "attention": [attention_backend(config, mesh), config.attention.block],
+        "saved": list(saved_names(config.memory.remat)),
+        "defer_weight_grads": config.memory.defer_weight_grads,
+        "deferral": may_defer(config),
+        "unit_tokens": unit_tokens(config),
+        "devices": f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
+        "processes": jax.process_count(),
+        "cores": len(os.sched_getaffinity(0)),
+        "machine": platform.machine(),
+        "jax": jax.__version__,
+        "tpipe_jax": tpipe_jax.__version__,
+    }
+
+
+def may_defer(config: Config) -> bool:
+    """Whether gradients of weights may be planned to be taken later."""
+    several = config.mesh.pipe > 1 and config.train.batch_size > config.mesh.data
+    return (
+        several
+        and config.plan.schedule in ("auto", "1f1b-deferred")
+        and not config.memory.defer_weight_grads
+    )
