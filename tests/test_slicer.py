@@ -305,3 +305,21 @@ def test_paper_setting_9_is_proven_with_few_solves():
     assert slicing is not None
     assert slicing.is_optimal
     assert slicing.num_solves < 300
+
+
+@pytest.mark.parametrize("num_chunks", [1, 2, 5])
+def test_stages_of_chunks_wait_for_one_of_them(num_chunks: int):
+    """sum(f + b) + (P - 1) / v (max f + max b), against all cuts of six units."""
+    P, U = 7, 6
+    stop, start = np.ogrid[: U + 1, : U + 1]
+    forward = np.where(stop > start, 1.0 + (stop - start) * (1 + 0.1 * start), np.inf)[None]
+    backward = 1.5 * forward
+    slicing = fastest_slicing(forward, backward, 1, [1.0] * P, num_chunks=num_chunks)
+    assert slicing is not None
+    seconds = []
+    for count in range(U):
+        for inner in itertools.combinations(range(1, U), count):
+            f = [float(forward[0, b, a]) for a, b in itertools.pairwise((0, *inner, U))]
+            seconds.append(2.5 * (sum(f) + (P - 1) / num_chunks * max(f)))
+    assert slicing.seconds == pytest.approx(min(seconds))
+    assert slicing.is_optimal
