@@ -14,9 +14,10 @@ schedule, and with --remat and --deferred with other policies of config.memory, 
 The programs take turns, and the figures are medians over the rounds, so that a machine whose speed
 drifts disturbs all of them alike. Programs are compiled one after another, once, which is what
 `compile` says.
-Efficiency is T1 / (P T2); its bound is S / (S + P - 1) with S slices on P stages, which one core
-without slices cannot beat unless slices make the work itself cheaper. For slices `auto` the stages
-are profiled before the rounds, and all predicted step times are shown next to the measured ones.
+Efficiency is T1 / (P T2). Its bound is the share of a step in which stages work: S / (S + P - 1)
+with S slices on P stages, v S instead of S with v chunks a stage. One core without slices cannot
+beat it unless slices make the work itself cheaper. For slices `auto` the stages are profiled before
+the rounds, and all predicted step times are shown next to the measured ones.
 
 With --cases, sequences x tokens, each compares an ordinary microbatch pipeline, one sequence at a
 time and unsliced, with the automatic plan, and is added to `bench/results/pipeline.json`.
@@ -271,6 +272,15 @@ class Program:
         jax.block_until_ready((self._state, values))
 
 
+def busy_share(plan: Plan) -> float:
+    """The share of a step in which stages work, for equal slices; if backward passes leave out the
+    gradients of weights, these, what is left and a forward pass are taken to be as long.
+    """
+    num_slices = sum(map(len, plan.token_slices))
+    num_parts = 3 if plan.schedule == "1f1b-deferred" else plan.num_chunks
+    return num_parts * num_slices / (num_parts * num_slices + plan.num_stages - 1)
+
+
 def report(args: argparse.Namespace, programs: dict[str, Program], seconds) -> None:
     import jax
 
@@ -290,12 +300,11 @@ def report(args: argparse.Namespace, programs: dict[str, Program], seconds) -> N
         row = f"{name:40} {programs[name].compile_seconds:7.1f}s"
         row += "".join(f" {value:7.3f}s" for value in figures.values())
         if times is not seconds["one core, no pipeline"]:
-            num_slices = sum(map(len, plan.token_slices))
-            efficiency = one_core / (2 * medians[name])
-            bound = num_slices / (num_slices + plan.num_stages - 1)
+            efficiency, bound = one_core / (2 * medians[name]), busy_share(plan)
             row += f"  {first / medians[name]:7.2f}x  {efficiency:.2f} / {bound:.2f}"
             row += f" = {efficiency / bound:.2f}"
             figures |= {"speedup": first / medians[name], "efficiency": efficiency, "bound": bound}
+            figures |= {"schedule": plan.schedule, "num_chunks": plan.num_chunks}
             figures |= {"batch_slices": plan.batch_slices, "token_slices": plan.token_slices}
         if prediction:
             error = prediction.step_seconds / medians[name] - 1

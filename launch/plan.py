@@ -1,7 +1,7 @@
 """Plans the slices of a model: measures it on this machine, or takes the latencies from a file.
 
     python launch/plan.py --config=configs/quickstart.py
-    python launch/plan.py --latency=latency.json --num-stages=96 --batch-size=2 --seq-len=2048
+    python launch/plan.py --latency=latency.json --num-stages=4 --batch-size=8 --seq-len=256
 
 Both write plan.json and plan.png into --workdir, the first one also latency.json and config.json,
 so that a run there need not measure again. Train with the

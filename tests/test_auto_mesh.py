@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from tpipe_jax.latency import Profile, Sample
 from tpipe_jax.plan_run import plan_run
 from tpipe_jax.profile_key import profile_key
 from tpipe_jax.training import train
+from tpipe_jax.workdir import locked
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -39,13 +41,16 @@ class FakeProfiler:
     divided has transfers besides.
     """
 
-    seconds_per_token, calls = 1e-3, 0
+    seconds_per_token, calls, stopped_call = 1e-3, 0, 0
 
     def __init__(self, config: Config, mesh: Any) -> None:
         self._config, self._mesh = config, mesh
 
     def profile(self, on_progress: Any) -> Profile:
         type(self).calls += 1
+        if self.calls == self.stopped_call:
+            signal.raise_signal(signal.SIGINT)
+        on_progress(1, 2)
         config, mesh = self._config, self._config.mesh
         batch_size, seq_len = config.train.batch_size // mesh.data, config.model.seq_len
         layers = -(-config.model.num_layers // mesh.pipe)
@@ -171,6 +176,28 @@ def test_files_of_others_are_kept(config: Config, tmp_path: Path):
     (workdir / "config.json").write_text("[]")
     with pytest.raises(UserError, match="is not the folder of a run"):
         choose_mesh(config, jax.devices()[:4], workdir, Seen())
+
+
+def test_a_stop_while_measuring(config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The mesh whose measurement it has cut short is measured again, and no other."""
+    monkeypatch.setattr(FakeProfiler, "stopped_call", 2)
+    workdir, console = tmp_path / "run", Seen()
+    train(config, workdir, jax.devices()[:4], console)
+    assert console.said[-1] == "Interrupted before a mesh was chosen: the same command goes on."
+    assert FakeProfiler.calls == 2
+    assert [path.parent.name for path in workdir.glob("meshes/*/latency.json")] == ["2x2x1"]
+    assert not (workdir / "checkpoints").exists()
+    choose_mesh(config, jax.devices()[:4], workdir, console)
+    assert FakeProfiler.calls == 5
+
+
+def test_one_run_measures_at_a_time(config: Config, tmp_path: Path):
+    with (
+        locked(tmp_path / "run" / "meshes"),
+        pytest.raises(UserError, match=r"another run is at work in --workdir=\S*/run:"),
+    ):
+        choose_mesh(config, jax.devices()[:4], tmp_path / "run", Seen())
+    assert FakeProfiler.calls == 0
 
 
 def test_what_does_not_measure_needs_a_mesh(config: Config):

@@ -1,7 +1,8 @@
 """config.mesh=auto: of all ways to divide the devices, that of the fastest planned step."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,28 +17,34 @@ from tpipe_jax.mesh import check_model, make_mesh
 from tpipe_jax.plan_settings import read_settings
 from tpipe_jax.plans import Plan
 from tpipe_jax.precision import resolve_precision
-from tpipe_jax.workdir import changed_settings, write_config
+from tpipe_jax.workdir import changed_settings, locked, write_config
 from tpipe_jax.writing import writing_to
 
 
 def choose_mesh(
-    config: Config, devices: Sequence[jax.Device], workdir: Path, console: Console
+    config: Config,
+    devices: Sequence[jax.Device],
+    workdir: Path,
+    console: Console,
+    check: Callable[[], None] = lambda: None,
 ) -> Config:
     """The config with the mesh of the fastest plan; prints all, ranked.
 
     Each mesh is measured and planned in a folder of its own in the workdir, unless that holds what
     was measured before, and the latencies of the one that is taken go into the workdir, where a
-    run finds them. Raises `UserError` if none serves, or if the workdir is not that of a run.
+    run finds them. Raises `UserError` if none serves, if the workdir is not that of a run, or if
+    another one is measuring in it, and what `check` raises, which is called in between.
     """
-    latency = workdir / "latency.json"
-    if jax.process_index() == 0:  # an error in one process ends all
+    latency, is_first = workdir / "latency.json", jax.process_index() == 0
+    if is_first:  # an error in one process ends all
         changed_settings(config, workdir)
         read_own(latency)
     ranking = []
-    for mesh in factorisations(config.mesh, len(devices)):
-        console.say(f"mesh: data {mesh.data} x pipe {mesh.pipe} x model {mesh.model}")
-        folder = _folder(workdir, mesh)
-        ranking.append(_try(replace(config, mesh=mesh), devices, folder, console))
+    with locked(workdir / "meshes") if is_first else nullcontext():
+        for mesh in factorisations(config.mesh, len(devices)):
+            console.say(f"mesh: data {mesh.data} x pipe {mesh.pipe} x model {mesh.model}")
+            folder = _folder(workdir, mesh)
+            ranking.append(_try(replace(config, mesh=mesh), devices, folder, console, check))
     ranking.sort(key=lambda ranked: ranked.seconds)
     console.show_ranking(ranking)
     best = ranking[0]
@@ -47,7 +54,7 @@ def choose_mesh(
             f"data {best.mesh.data} x pipe {best.mesh.pipe} x model {best.mesh.model}, "
             f"for one, does not, since {best.reason}"
         )
-    if jax.process_index() == 0:
+    if is_first:
         with writing_to(workdir):
             shutil.copy(_folder(workdir, best.mesh) / latency.name, latency)
     return replace(config, mesh=best.mesh)
@@ -62,7 +69,13 @@ def factorisations(mesh: MeshConfig, num_devices: int) -> Iterator[MeshConfig]:
             yield replace(mesh, data=data, pipe=pipe, model=model, auto=False)
 
 
-def _try(config: Config, devices: Sequence[jax.Device], folder: Path, console: Console) -> Ranked:
+def _try(
+    config: Config,
+    devices: Sequence[jax.Device],
+    folder: Path,
+    console: Console,
+    check: Callable[[], None],
+) -> Ranked:
     """Measures and plans on a mesh, if it serves, which all processes find alike; other errors end
     the run.
     """
@@ -83,7 +96,7 @@ def _try(config: Config, devices: Sequence[jax.Device], folder: Path, console: C
             write_config(config, folder)
     try:
         with out_of_memory():
-            _, planning = plan_slices(config, request, mesh, folder, console)
+            _, planning = plan_slices(config, request, mesh, folder, console, check)
     except NothingFits as error:
         return Ranked(config.mesh, reason=str(error))
     return Ranked(config.mesh, planning)

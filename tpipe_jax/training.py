@@ -57,7 +57,12 @@ def train(
     `UserError` where they don't fit.
     """
     if config.mesh.auto:
-        config = choose_mesh(config, devices, workdir, console)
+        try:
+            with Stop(console.say) as stop:
+                config = choose_mesh(config, devices, workdir, console, stop.check)
+        except Stopped:
+            console.say("Interrupted before a mesh was chosen: the same command goes on.")
+            return
     run = prepare(resolved(config), devices)
     config = run.config
     is_first = jax.process_index() == 0  # which alone writes, but for checkpoints
