@@ -222,7 +222,12 @@ def make_plans(args: argparse.Namespace) -> dict[str, Plan]:
         print(f"auto: batch slices {planning.plan.batch_slices}, {planning.plan.token_slices[0]}")
 
     def with_prediction(plan: Plan) -> Plan:
-        fixed = replace(request, batch_slices=plan.batch_slices, token_slices=plan.token_slices[0])
+        fixed = replace(
+            request,
+            batch_slices=plan.batch_slices,
+            token_slices=plan.token_slices[0],
+            schedule=plan.schedule,
+        )
         return find_plan(table, fixed, work_factors(config)).plan
 
     return {

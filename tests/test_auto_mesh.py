@@ -9,15 +9,17 @@ from typing import Any
 import jax
 import pytest
 
+import several
 import tpipe_jax
 from runs import Lines, changed, metrics, small_config
 from test_latency import profile
 from tpipe_jax import autoplan
 from tpipe_jax.auto_mesh import choose_mesh, factorisations
+from tpipe_jax.collectives import Collective, check_branches
 from tpipe_jax.config import Config, MeshConfig, UserError
 from tpipe_jax.console import Ranked
 from tpipe_jax.flags import parse
-from tpipe_jax.latency import Profile, Sample
+from tpipe_jax.latency import Deferral, Profile, Sample
 from tpipe_jax.plan_run import plan_run
 from tpipe_jax.profile_key import profile_key
 from tpipe_jax.training import train
@@ -46,7 +48,7 @@ class FakeProfiler:
     def __init__(self, config: Config, mesh: Any) -> None:
         self._config, self._mesh = config, mesh
 
-    def profile(self, on_progress: Any) -> Profile:
+    def profile(self, on_progress: Any, with_deferral: bool) -> Profile:
         type(self).calls += 1
         if self.calls == self.stopped_call:
             signal.raise_signal(signal.SIGINT)
@@ -70,6 +72,7 @@ class FakeProfiler:
             outside_seconds=0.01,
             key_block=1,
             key=profile_key(config, self._mesh),
+            deferral=Deferral((1.0, 0.0), (0.0, 0.0)) if with_deferral else None,
         )
 
     def refine(self, before: Profile, wanted: list[tuple[int, int]]) -> Profile:
@@ -189,6 +192,64 @@ def test_a_stop_while_measuring(config: Config, tmp_path: Path, monkeypatch: pyt
     assert not (workdir / "checkpoints").exists()
     choose_mesh(config, jax.devices()[:4], workdir, console)
     assert FakeProfiler.calls == 5
+
+
+def test_what_a_run_cannot_use_is_found_before_measuring(config: Config, tmp_path: Path):
+    devices, workdir = jax.devices()[:4], tmp_path / "run"
+    with pytest.raises(UserError, match=r"config\.data\.train"):
+        train(changed(config, data={"train": "missing.txt"}), workdir, devices, Seen())
+    with pytest.raises(UserError, match=r"trace_step=3 is never reached"):
+        train(changed(config, train={"trace_step": 3}), workdir, devices, Seen())
+    assert not workdir.exists()
+    train(config, workdir, devices, Seen())
+    before, calls = (workdir / "latency.json").read_bytes(), FakeProfiler.calls
+    other = changed(config, train={"batch_size": 8})
+    with pytest.raises(UserError, match=r"batch_size 4 -> 8\), whose plan would be overwritten"):
+        plan_run(other, workdir, devices, Seen())
+    assert (workdir / "latency.json").read_bytes() == before
+    plan_run(config, workdir, devices, Seen())
+    assert FakeProfiler.calls == calls
+
+
+def test_a_mesh_that_cannot_be_compiled_is_one_of_those_that_do_not_serve(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class Refusing(FakeProfiler):
+        def __init__(self, config: Config, mesh: Any) -> None:
+            if config.mesh.data > 2:
+                branch = Collective("all-gather", "attn_in", ((0, 1),), in_branch=True)
+                check_branches([branch], mesh)
+            if config.mesh.data == 2:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+            super().__init__(config, mesh)
+
+    monkeypatch.setattr(autoplan, "Profiler", Refusing)
+    console = Seen()
+    chosen = choose_mesh(config, jax.devices()[:4], tmp_path / "run", console)
+    assert sizes(chosen.mesh) == (1, 2, 2)
+    reasons = {sizes(ranked.mesh): ranked.reason for ranked in console.ranking}
+    assert "XLA has put a collective (all-gather for attn_in)" in reasons[4, 1, 1]
+    assert "a device has too little memory" in reasons[2, 2, 1]
+
+
+def test_processes_choose_one_mesh(tmp_path: Path):
+    text = tmp_path / "text.txt"
+    text.write_text("all of them " * 100)
+    settings = [
+        *("--config.mesh=auto", "--config.mesh.pipe=2", f"--workdir={tmp_path / 'run'}"),
+        *("--config.model.num-layers=2", "--config.model.d-model=16", "--config.model.num-heads=2"),
+        *(
+            "--config.model.seq-len=16",
+            "--config.train.batch-size=4",
+            f"--config.data.train={text}",
+        ),
+        *("--config.train.num-steps=2", "--config.train.sample-tokens=0"),
+        *("--config.train.eval-batches=1", "--config.plan.unit-tokens=2"),
+    ]
+    answers = several.results(several.start_all(2, "auto", *settings))
+    assert [(status, err) for status, _, err in answers] == [(0, "")] * 2
+    assert [json.loads(out.splitlines()[-1]) for _, out, _ in answers] == [[2, 1, 1]] * 2
+    assert metrics(tmp_path / "run")[-1]["step"] == 2
 
 
 def test_one_run_measures_at_a_time(config: Config, tmp_path: Path):

@@ -16,7 +16,7 @@ from runs import Lines, changed, launch, metrics, run, small_config
 from test_latency import profile
 from tpipe_jax import autoplan
 from tpipe_jax.config import Config, UserError
-from tpipe_jax.latency import Profile, Sample, load_table
+from tpipe_jax.latency import Deferral, Profile, Sample, load_table
 from tpipe_jax.plan_run import plan_run
 from tpipe_jax.plans import PlanRequest, load_plan
 from tpipe_jax.profile_key import profile_key
@@ -24,6 +24,8 @@ from tpipe_jax.profile_key import profile_key
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
 ROOT = Path(__file__).parents[1]
+
+SLOW = Deferral(weights=(1.0, 0.0), saved=(0.0, 0.0))  # not worth it
 
 
 class FakeProfiler:
@@ -39,7 +41,7 @@ class FakeProfiler:
         seconds = 1e-3 * (2 + b * i * (1 + 0.01 * j))
         return Sample(b, i, j, seconds, 2 * seconds, False)
 
-    def profile(self, on_progress: Any) -> Profile:
+    def profile(self, on_progress: Any, with_deferral: bool) -> Profile:
         self.calls.append("profile")
         on_progress(1, 1)
         batch_size = self._config.train.batch_size // self._config.mesh.data
@@ -53,6 +55,7 @@ class FakeProfiler:
             outside_seconds=0.001,
             key_block=1,
             key=profile_key(self._config, self._mesh),
+            deferral=SLOW if with_deferral else None,
         )
 
     def refine(self, before: Profile, wanted: list[tuple[int, int]]) -> Profile:
@@ -107,6 +110,20 @@ def test_a_run_measures_once_and_plans_its_slices(config: Config, tmp_path: Path
     run(changed(config, train={"num_steps": 3}), workdir)
     assert calls == []
     run(changed(config, train={"num_steps": 4}, precision={"compute": "bfloat16"}), workdir)
+    assert calls[0] == "profile"
+
+
+def test_what_was_measured_for_more_schedules_serves_fewer(
+    config: Config, tmp_path: Path, calls: list[str]
+):
+    terapipe = changed(config, plan={"schedule": "terapipe"})
+    plan_run(config, tmp_path, jax.devices()[:2], Lines())
+    calls.clear()
+    plan_run(terapipe, tmp_path, jax.devices()[:2], Lines())
+    assert "profile" not in calls
+    plan_run(terapipe, tmp_path / "other", jax.devices()[:2], Lines())
+    calls.clear()
+    plan_run(config, tmp_path / "other", jax.devices()[:2], Lines())
     assert calls[0] == "profile"
 
 

@@ -226,7 +226,7 @@ def test_a_stop_while_slices_are_measured_ends_the_run(
     class Interrupted:
         def __init__(self, *_: Any) -> None: ...
 
-        def profile(self, on_progress: Any) -> None:
+        def profile(self, on_progress: Any, with_deferral: bool) -> None:
             on_progress(1, 3)
             os.kill(os.getpid(), signal.SIGTERM)
             on_progress(2, 3)

@@ -11,7 +11,15 @@ import pytest
 
 from tpipe_jax.config import UserError
 from tpipe_jax.key_blocks import context_read
-from tpipe_jax.latency import LatencyModel, LatencyTable, Memory, Profile, Sample, load_table
+from tpipe_jax.latency import (
+    Deferral,
+    LatencyModel,
+    LatencyTable,
+    Memory,
+    Profile,
+    Sample,
+    load_table,
+)
 
 BLOCK = 16
 LENGTHS = {8: 1.0, 24: 2.0, 56: 5.0, 120: 14.0}
@@ -240,6 +248,8 @@ def put(*path: Any) -> Callable[[dict[str, Any]], None]:
         (put("unit_tokens", 8.5), "unit_tokens=8.5 is not a positive whole number"),
         (put("unit_tokens", None), "unit_tokens=None is not a positive whole number"),
         (put("profile", {"samples": []}), "its profile cannot be used"),
+        (put("profile", "V100"), "its profile cannot be used (TypeError('it is not an object'))"),
+        (put("profile", [1, 2]), "its profile cannot be used"),
         (lambda content: content.pop("backward"), "it has no backward"),
     ],
 )
@@ -263,3 +273,31 @@ def test_files_of_something_else_are_refused(tmp_path: Path, text: str):
 def test_a_missing_file_is_refused(tmp_path: Path):
     with pytest.raises(UserError, match="No such file"):
         load_table(tmp_path / "latency.json")
+
+
+def test_deferral_is_kept_in_the_file(tmp_path: Path):
+    """And a profile whose numbers are too large for any format is refused."""
+    deferral, path = Deferral(weights=(0.5, 0.25), saved=(0.25, 0.125)), tmp_path / "latency.json"
+    table = profile(deferral=deferral).table(32)
+    table.save(path)
+    loaded = load_table(path)
+    assert loaded.profile == table.profile
+    assert table.deferred is not None
+    assert loaded.deferred is not None
+    for own, expected in zip(loaded.deferred, table.deferred, strict=True):
+        assert own == pytest.approx(expected, rel=1e-8)
+    content = json.loads(path.read_text())
+    assert content["backward_weights"][0][0][0] == 0.5 + 0.25 * 32
+    content["profile"]["deferral"][0][0] = 10**400
+    with pytest.raises(UserError, match="its profile cannot be used"):
+        load(tmp_path, content)
+
+
+def test_what_is_deferred_is_not_less_than_nothing():
+    """Nor a backward pass faster than it hands on what it makes."""
+    measured = profile(deferral=Deferral(weights=(-5.0, 0.125), saved=(1e6, 0.0)))
+    deferred = measured.without_weights(np.array([50.0, 90.0]), np.array([1, 2]), np.array([8, 40]))
+    assert deferred is not None
+    inputs, weights = deferred
+    assert inputs.tolist() == [0.5 + 0.25 * 8, 0.5 + 0.25 * 80]
+    assert weights.tolist() == [0.0, 5.0]

@@ -231,6 +231,64 @@ def test_of_others_that_take_as_long_the_fastest_is_taken():
     assert planning.plan.schedule == fastest
 
 
+@pytest.mark.parametrize(("num_sequences", "schedule"), [(24, "interleaved"), (25, "terapipe")])
+def test_terapipe_may_take_a_little_longer(num_sequences: int, schedule: ScheduleName):
+    """S + 1 against S + 1 / 2, for S = 48 and for S = 50."""
+    times = np.full((1, 2, 2), np.inf)
+    times[0, 0, :] = 1.0
+    batch = (1,) * num_sequences
+    request = PlanRequest(2, num_sequences, 128, batch, num_layers=4, num_chunks=2)
+    planning = find_plan(LatencyTable(64, times, times), request, [1.0, 1.0])
+    by_name = {option.plan.schedule: seconds(option.plan) for option in planning.options}
+    assert by_name["terapipe"] == 2 * (2 * num_sequences + 1)
+    assert by_name["interleaved"] < by_name["terapipe"]
+    assert planning.plan.schedule == schedule
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 5])
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "1f1b-deferred"])
+def test_no_plan_is_called_faster_than_it_can_be(schedule: ScheduleName, num_stages: int):
+    """With slices that are all alike and given nothing is left to find, and nothing to hide in."""
+    times = np.full((1, 1, 1), 3.0)
+    table = LatencyTable(64, times, times, deferred=(0.5 * times, 0.5 * times))
+    for num_sequences in (2, 3, 9, 20):
+        request = PlanRequest(
+            num_stages, num_sequences, 64, (1,) * num_sequences, schedule=schedule, num_chunks=2
+        )
+        planned = find_plan(table, request, [1.0] * num_stages).plan
+        assert planned.prediction is not None
+        bound = planned.prediction.lower_bound_seconds
+        assert bound <= makespan(table, planned) * (1 + 1e-9)
+        assert planned.prediction.is_optimal == (bound >= seconds(planned) * (1 - 1e-9))
+        if schedule == "1f1b":
+            assert planned.prediction.is_optimal
+
+
+def test_plainer_plans_keep_to_the_memory_too():
+    request = PlanRequest(2, 4, 128, schedule="terapipe")
+    measured = profile(memory=Memory(1000, 7, 10000, 3), transfer=(5.0, 0.0)).table(8)
+    limit = 1000 + 10 * 4 * 128 + 10000 * 32
+    planning = find_plan(measured, request, [1.0] * 2, limit)
+    assert planning.unsliced is None
+    assert planning.best_uniform is not None
+    assert planning.best_uniform.token_slices >= 4
+    free = find_plan(measured, request, [1.0] * 2)
+    assert free.unsliced is not None
+
+
+@pytest.mark.parametrize(
+    ("request_", "sentence"),
+    [
+        (PlanRequest(2, 8, 128, batch_slices=(8,)), "the latencies are for up to 4 sequences"),
+        (PlanRequest(2, 4, 128, token_slices=(100, 28)), "token slices that are given"),
+    ],
+)
+def test_times_that_are_not_there_are_named(request_: PlanRequest, sentence: str):
+    table = replace(profile().table(8), profile=None)
+    with pytest.raises(UserError, match=sentence):
+        find_plan(table, request_, [1.0] * 2)
+
+
 @pytest.mark.parametrize(
     ("request_", "sentence"),
     [

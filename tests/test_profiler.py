@@ -27,7 +27,6 @@ from tpipe_jax.layer import block_functions
 from tpipe_jax.mesh import make_mesh, put_rows
 from tpipe_jax.model import self_attention
 from tpipe_jax.optim import make_optimizer
-from tpipe_jax.profile_key import may_defer
 from tpipe_jax.profiler import MAX_TICKS, MIN_SECONDS, Profiler, Program
 from tpipe_jax.schedule import IDLE, Item
 from tpipe_jax.slice_shapes import Shape, shapes_to_time
@@ -78,7 +77,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     monkeypatch.setattr(Profiler, "_compile", compile_)
     monkeypatch.setattr(Profiler, "_seconds", lambda self, *args: clock.read(self, *args))
     monkeypatch.setattr(Profiler, "_time_transfer", lambda self, shapes: (1e-5, 1e-7))
-    monkeypatch.setattr(Profiler, "_time_deferral", lambda self, programs: DEFERRAL)
+    monkeypatch.setattr(
+        Profiler,
+        "_time_deferral",
+        lambda self, shapes, programs, advance: [advance() for _ in shapes] and DEFERRAL,
+    )
     outside = {}, 0.25, 10**6
     monkeypatch.setattr(profiler, "_time_outside", lambda config, mesh: outside)
     return clock
@@ -86,6 +89,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 DEFERRAL = Deferral(weights=(0.0, 1.5e-4), saved=(0.0, 1e-4))
 KEPT = 4 * (8 * 16 + 64 + 2)  # bytes of a token, as `test_saved_bytes_are_those_of_the_buffers` has
+LEFT = 4 * (5 * 16 + 64)  # of a token that waits for gradients of weights
 CONFIG = Config(
     model=ModelConfig(num_layers=2, d_model=16, num_heads=2, vocab_size=11, seq_len=64),
     mesh=MeshConfig(pipe=2),
@@ -115,7 +119,8 @@ def test_slices_are_timed_for_as_long_as_idle_sweeps_take(clock: Clock, mesh: Me
 
 def test_a_slice_takes_what_busy_ticks_take_longer(clock: Clock, mesh: Mesh):
     parts: list[tuple[int, int]] = []
-    profile = Profiler(CONFIG, mesh).profile(lambda *part: parts.append(part))
+    profile = Profiler(CONFIG, mesh).profile(lambda *part: parts.append(part), with_deferral=True)
+    assert profile.deferral == DEFERRAL
     assert [done for done, _ in parts] == list(range(1, parts[0][1] + 1))
     assert (profile.batch_size, profile.seq_len, profile.key_block) == (4, 64, 64)
     assert profile.outside_seconds == 0.25
@@ -128,6 +133,8 @@ def test_a_slice_takes_what_busy_ticks_take_longer(clock: Clock, mesh: Mesh):
     assert profile.memory.working_bytes_per_token == 70
     assert profile.memory.fixed_bytes == 10**6
     assert profile.memory.activation_bytes(1, 1) == KEPT + 4 * 16
+    assert profile.memory.activation_bytes(0, 0, 1) == LEFT
+    assert Profiler(CONFIG, mesh).profile(lambda *_: None).deferral is None
 
 
 def test_noise_larger_than_the_work_leaves_a_time(
@@ -185,6 +192,7 @@ def test_key_tells_what_measurements_depend_on(mesh: Mesh):
         {"memory": dataclasses.replace(CONFIG.memory, defer_weight_grads=True)},
         {"attention": AttentionConfig("cudnn")},
         {"attention": AttentionConfig(block=64)},
+        {"optim": dataclasses.replace(CONFIG.optim, shard_state=True)},
     ):
         other = dataclasses.replace(CONFIG, **changes)
         assert profiler.profile_key(other, mesh) != key
@@ -304,16 +312,39 @@ def test_where_the_batch_does_not_fit_one_sequence_comes_after_another(
     assert (resting.forward == IDLE).all()
 
 
-def test_only_sequences_that_fit_are_timed(mesh: Mesh):
+@pytest.mark.parametrize(
+    ("schedule", "to_the_end", "per_token"),
+    [
+        ("auto", False, KEPT),
+        ("terapipe", True, KEPT + LEFT),
+        ("1f1b-deferred", False, KEPT + LEFT),
+    ],
+)
+def test_only_sequences_that_fit_are_timed(
+    mesh: Mesh, schedule: Any, to_the_end: bool, per_token: int
+):
     """A limit of 2 MB leaves room for a few of 64 tokens."""
     config = dataclasses.replace(
-        CONFIG, train=TrainConfig(batch_size=64), memory=MemoryConfig(limit_gib=2e6 / 2**30)
+        CONFIG,
+        train=TrainConfig(batch_size=64),
+        plan=PlanConfig(schedule=schedule),
+        memory=MemoryConfig(limit_gib=2e6 / 2**30, defer_weight_grads=to_the_end),
     )
     num_rows = profiler._rows_that_fit(config, mesh)
     params, opt_state = state_bytes(abstract_state(config, mesh, make_optimizer(config.optim, 1)))
-    assert 2 * params + opt_state + num_rows * 64 * KEPT <= 2e6
-    assert 2 * params + opt_state + (num_rows + 1) * 64 * KEPT > 2e6
+    assert 2 * params + opt_state + num_rows * 64 * per_token <= 2e6
+    assert 2 * params + opt_state + (num_rows + 1) * 64 * per_token > 2e6
     assert profiler._rows_that_fit(CONFIG, mesh) > 1000
+
+
+def test_deferral_is_timed_for_sequences_that_fit(clock: Clock, mesh: Mesh):
+    memory = MemoryConfig(limit_gib=2e6 / 2**30)
+    config = dataclasses.replace(CONFIG, train=TrainConfig(batch_size=64), memory=memory)
+    later = dataclasses.replace(config, plan=PlanConfig(schedule="1f1b-deferred"))
+    most, more = (profiler._rows_that_fit(c, mesh) for c in (later, config))
+    assert 1 < most < more
+    shapes = [Shape(n, 64, (0,)) for n in (1, most - 1, most, most + 1)]
+    assert Profiler(config, mesh)._shapes_to_defer(shapes) == shapes[:3]
 
 
 def test_a_real_profile_is_of_this_machine(mesh: Mesh):
@@ -336,55 +367,3 @@ def test_a_real_profile_is_of_this_machine(mesh: Mesh):
     assert sum(profile.transfer) > 0
     assert profile.memory.working_bytes_per_token > 0
     assert profile.memory.fixed_bytes > 4 * model.num_params(config.model) / 2
-
-
-def test_deferral_is_timed_beside_what_it_replaces(mesh: Mesh, monkeypatch: pytest.MonkeyPatch):
-    """Without gradients of weights a backward pass takes 2 of 3 parts, and they alone 1.5."""
-
-    def program(self: Profiler, config: Config, shape: Shape) -> Program:
-        run: Any = SimpleNamespace(shape=shape, is_deferred=config.plan.schedule == "1f1b-deferred")
-        return Program(run, (3, 5))
-
-    def seconds(self: Profiler, run: Any, *tables: np.ndarray) -> float:
-        work = [len(t) * (t.ravel()[0] != IDLE) * run.shape.size * 1e-4 for t in tables]
-        if len(tables) == 1:
-            return 0.5 + 1.5 * work[0]
-        return 0.5 + work[0] + (2 if run.is_deferred else 3) * work[1]
-
-    def compiled(work: Any, mesh: Mesh, *args: Any) -> Any:
-        return SimpleNamespace(shape=work)
-
-    monkeypatch.setattr(Profiler, "__init__", lambda self: None)
-    monkeypatch.setattr(Profiler, "_program", program)
-    monkeypatch.setattr(Profiler, "_seconds", seconds)
-    monkeypatch.setattr(profiler, "compile_checked", compiled)
-    monkeypatch.setattr(
-        profiler, "make_weights_work", lambda config, mesh, item: Shape(*item.shape, (0,))
-    )
-    made = Profiler()  # pyrefly: ignore
-    made._config, made._mesh, made._inputs = CONFIG, mesh, ()
-    shapes = [Shape(1, 64, (0,)), Shape(1, 17, (0, 8)), Shape(4, 33, (0,))]
-    programs = {shape: program(made, CONFIG, shape) for shape in shapes}
-    weights, saved = made._time_deferral(programs)
-    assert weights == pytest.approx((0, 1.5e-4), abs=1e-9)
-    assert saved == pytest.approx((0, 1e-4), abs=1e-9)
-
-
-def test_deferral_is_timed_where_it_may_be_planned():
-    def is_timed(schedule: str, pipe: int = 2, batch_size: int = 4, defer: bool = False) -> bool:
-        plan: Any = {"schedule": schedule}
-        return may_defer(
-            Config(
-                mesh=MeshConfig(pipe=pipe, data=2),
-                plan=PlanConfig(**plan),
-                train=TrainConfig(batch_size=batch_size),
-                memory=MemoryConfig(defer_weight_grads=defer),
-            )
-        )
-
-    assert is_timed("auto")
-    assert is_timed("1f1b-deferred")
-    assert not any(map(is_timed, ("terapipe", "1f1b", "interleaved")))
-    assert not is_timed("auto", pipe=1)
-    assert not is_timed("auto", batch_size=2)
-    assert not is_timed("auto", defer=True)

@@ -80,7 +80,7 @@ def test_makespan_of_unequal_stages_is_the_longest_path(
 
 
 PHASES = "forward", "backward", "weights"  # of a tick
-Times = dict[str, list[float]]  # of each item, by phase
+Times = dict[str, list[float]]  # of each item, by phase, and of its "transfer"
 
 
 def longest_path(schedule: Schedule, times: Times, factors: list[float]) -> float:
@@ -108,7 +108,9 @@ def longest_path(schedule: Schedule, times: Times, factors: list[float]) -> floa
         start = max(handed(tick, phase - 1, s) for s in waits_for)
         items = [item for item in tables[name][tick, stage].tolist() if item != IDLE]
         of_chunk = [factors[schedule.items[item].chunk * P + stage] for item in items]
-        return start + sum(a * times[name][i] for a, i in zip(of_chunk, items, strict=True))
+        transfers = [0.0 if name == "weights" else num_chunks * times["transfer"][i] for i in items]
+        own = [times[name][i] + x for i, x in zip(items, transfers, strict=True)]
+        return start + sum(a * t for a, t in zip(of_chunk, own, strict=True))
 
     @cache
     def handed(tick: int, phase: int, stage: int) -> float:
@@ -130,7 +132,10 @@ def longest_path(schedule: Schedule, times: Times, factors: list[float]) -> floa
 def test_makespan_is_the_longest_path_through_the_table(plan: Plan, data: st.DataObject):
     schedule = make_schedule(plan)
     count = len(schedule.items)
-    times = {name: data.draw(st.lists(seconds, min_size=count, max_size=count)) for name in PHASES}
+    times = {
+        name: data.draw(st.lists(seconds, min_size=count, max_size=count))
+        for name in (*PHASES, "transfer")
+    }
     num_chunks = plan.num_stages * plan.num_chunks
     factors = data.draw(st.lists(st.floats(0.1, 1), min_size=num_chunks, max_size=num_chunks))
     timeline = simulate(
@@ -139,6 +144,7 @@ def test_makespan_is_the_longest_path_through_the_table(plan: Plan, data: st.Dat
         times["backward"],
         weight_seconds=times["weights"],
         chunk_factors=factors,
+        transfer_seconds=times["transfer"],
     )
     assert timeline.step_seconds == pytest.approx(longest_path(schedule, times, factors))
 

@@ -10,7 +10,7 @@ import jax
 
 from tpipe_jax.autoplan import plan_slices, read_own
 from tpipe_jax.backends import resolve_attention
-from tpipe_jax.config import Config, MeshConfig, NothingFits, UserError, resolved
+from tpipe_jax.config import Config, DoesNotServe, MeshConfig, UserError, resolved
 from tpipe_jax.console import Console, Ranked
 from tpipe_jax.memory import out_of_memory
 from tpipe_jax.mesh import check_model, make_mesh
@@ -19,6 +19,8 @@ from tpipe_jax.plans import Plan
 from tpipe_jax.precision import resolve_precision
 from tpipe_jax.workdir import changed_settings, locked, write_config
 from tpipe_jax.writing import writing_to
+
+LATENCY = "latency.json"
 
 
 def choose_mesh(
@@ -31,17 +33,17 @@ def choose_mesh(
     """The config with the mesh of the fastest plan; prints all, ranked.
 
     Each mesh is measured and planned in a folder of its own in the workdir, unless that holds what
-    was measured before, and the latencies of the one that is taken go into the workdir, where a
-    run finds them. Raises `UserError` if none serves, if the workdir is not that of a run, or if
-    another one is measuring in it, and what `check` raises, which is called in between.
+    was measured before. Raises `UserError` if none serves, if the workdir is not that of a run, or
+    if another one is measuring in it, and what `check` raises, which is called in between.
     """
-    latency, is_first = workdir / "latency.json", jax.process_index() == 0
+    is_first = jax.process_index() == 0
     if is_first:  # an error in one process ends all
         changed_settings(config, workdir)
-        read_own(latency)
+        read_own(workdir / LATENCY)
     ranking = []
     with locked(workdir / "meshes") if is_first else nullcontext():
         for mesh in factorisations(config.mesh, len(devices)):
+            check()
             console.say(f"mesh: data {mesh.data} x pipe {mesh.pipe} x model {mesh.model}")
             folder = _folder(workdir, mesh)
             ranking.append(_try(replace(config, mesh=mesh), devices, folder, console, check))
@@ -54,10 +56,14 @@ def choose_mesh(
             f"data {best.mesh.data} x pipe {best.mesh.pipe} x model {best.mesh.model}, "
             f"for one, does not, since {best.reason}"
         )
-    if is_first:
-        with writing_to(workdir):
-            shutil.copy(_folder(workdir, best.mesh) / latency.name, latency)
     return replace(config, mesh=best.mesh)
+
+
+def take_latencies(mesh: MeshConfig, workdir: Path) -> None:
+    """Puts what was measured of the mesh that is taken where a run in the workdir finds it."""
+    if jax.process_index() == 0:
+        with writing_to(workdir):
+            shutil.copy(_folder(workdir, mesh) / LATENCY, workdir / LATENCY)
 
 
 def factorisations(mesh: MeshConfig, num_devices: int) -> Iterator[MeshConfig]:
@@ -97,7 +103,7 @@ def _try(
     try:
         with out_of_memory():
             _, planning = plan_slices(config, request, mesh, folder, console, check)
-    except NothingFits as error:
+    except DoesNotServe as error:
         return Ranked(config.mesh, reason=str(error))
     return Ranked(config.mesh, planning)
 

@@ -56,7 +56,8 @@ def plan_slices(
     config = fitting_policy(config, mesh, request, optimizer)
     path, unit = workdir / "latency.json", unit_tokens(config)
     limit, profiler = limit_bytes(config, mesh), None
-    profile = _measured_before(path, config, mesh)
+    needs_deferral = "1f1b-deferred" in request.schedules
+    profile = _measured_before(path, config, mesh, needs_deferral)
     if profile:
         console.say(f"latencies as measured before: {path}")
     else:
@@ -67,7 +68,7 @@ def plan_slices(
                 check()
 
             profiler = Profiler(config, mesh)
-            profile = profiler.profile(on_progress)
+            profile = profiler.profile(on_progress, needs_deferral)
         console.say(_errors(profile))
     num_refinements = 0
     while True:
@@ -93,11 +94,16 @@ def as_first(plan: Plan) -> Plan:
     return read_plan(json.loads(from_first(json.dumps(plan.to_dict()))))
 
 
-def _measured_before(path: Path, config: Config, mesh: Mesh) -> Profile | None:
-    """What process 0 finds in its folder, if it is of these measurements."""
+def _measured_before(
+    path: Path, config: Config, mesh: Mesh, needs_deferral: bool
+) -> Profile | None:
+    """What process 0 finds in its folder, if it is of these measurements and has what is needed."""
     profile = read_own(path) if jax.process_index() == 0 else None
-    is_same = profile is not None and profile.key == profile_key(config, mesh)
-    content = json.loads(from_first(json.dumps(asdict(profile) if profile and is_same else None)))
+    if profile and profile.key != profile_key(config, mesh):
+        profile = None
+    if profile and needs_deferral and not profile.deferral:
+        profile = None
+    content = json.loads(from_first(json.dumps(asdict(profile) if profile else None)))
     return read_profile(content) if content else None
 
 

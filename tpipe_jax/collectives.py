@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Compiled, Wrapped
 
-from tpipe_jax.config import UserError
+from tpipe_jax.config import DoesNotServe
 from tpipe_jax.inplace import ON_ALL
 
 _KINDS = (
@@ -92,19 +92,19 @@ def find_collectives(text: str) -> list[Collective]:
 
 
 def compile_checked(function: Wrapped, mesh: Mesh, *args: Any) -> Compiled:
-    """Compiles a function of such arguments. Raises `UserError` as `check_branches` does."""
+    """Compiles a function of such arguments. Raises `DoesNotServe` as `check_branches` does."""
     compiled = function.lower(*args).compile()
     check_branches(find_collectives(compiled.as_text() or ""), mesh)
     return compiled
 
 
 def check_branches(collectives: list[Collective], mesh: Mesh) -> None:
-    """Raises `UserError` where a branch has a collective that not all of its devices come to."""
+    """Raises `DoesNotServe` where a branch has a collective that not all of its devices come to."""
     size = mesh.shape["model"]
     for collective in collectives:
         is_sum = collective.kind == "all-reduce"
         if collective.in_branch and not (is_sum and collective.stays_within(size)):
-            raise UserError(
+            raise DoesNotServe(
                 f"with config.mesh.model={size}, XLA has put a collective ({collective.kind} for "
                 f"{collective.name}) where not all devices come to it, and the step would hang: "
                 "choose another config.mesh.model or another version of jax."

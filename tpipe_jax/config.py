@@ -18,8 +18,8 @@ class UserError(Exception):
     """Something the user can mend: one sentence with setting, value, rule and remedy."""
 
 
-class NothingFits(UserError):
-    """No plan or no policy keeps to the memory or the latencies, as all processes find alike."""
+class DoesNotServe(UserError):
+    """Nothing serves under these settings, as all processes find alike; others may serve."""
 
 
 @dataclass(frozen=True)

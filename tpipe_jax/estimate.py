@@ -178,7 +178,12 @@ def _times(table: LatencyTable, request: PlanRequest) -> tuple[np.ndarray, list[
     as `LatencyTable.arrays`.
     """
     if request.token_slices is not None:
-        assert table.profile is not None
+        if table.profile is None:
+            raise UserError(
+                "token slices that are given have no times in latencies without a profile, whose "
+                "slices are whole units: leave token_slices at auto, or take latencies that were "
+                "measured."
+            )
         cuts = np.cumsum([0, *request.token_slices])
         b = np.arange(1, request.batch_size + 1)[:, None, None]
         stop, start = cuts[None, :, None], cuts[None, None, :]

@@ -5,7 +5,8 @@ Equation 9 of Li et al. 2021, for b sequences at once and for each direction on 
     t(b, i, j) = t(b, i, 0) + a0 + (a1 i + a2 j + a3 i j) b      for i tokens after j > 0 others
 
 t(b, i, 0) is interpolated between measured slices; the other term is fitted by least squares of the
-relative error. Attention reads its context in whole blocks, so j is the context as read (`blocks`).
+relative error. Attention reads its context in whole blocks, so j is the context as read
+(`key_blocks`).
 
 Two forms are handed on: a `Profile`, what was measured, and a `LatencyTable`, the time of every
 slice in whole units, which is all that the slicer needs and what `latency.json` holds.
@@ -264,8 +265,10 @@ class LatencyTable:
 def read_profile(content: dict[str, Any]) -> Profile:
     """The profile that `dataclasses.asdict` made a dictionary of, perhaps by way of JSON.
 
-    Raises KeyError, TypeError or ValueError for what is none.
+    Raises KeyError, TypeError, ValueError or OverflowError for what is none.
     """
+    if not isinstance(content, dict):
+        raise TypeError("it is not an object")
     deferral = content.get("deferral")
     profile = Profile(
         **content
@@ -327,7 +330,7 @@ def load_table(path: Path) -> LatencyTable:
             raise ValueError(
                 f"it is of {profile.seq_len} tokens and the times of {unit * forward.shape[2]}"
             )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise wrong(f"its profile cannot be used ({error!r})") from error
     return LatencyTable(
         unit, forward, backward, profile, (deferred[0], deferred[1]) if deferred else None

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from tpipe_jax.collectives import compile_checked
-from tpipe_jax.config import Config, NothingFits, UserError
+from tpipe_jax.config import Config, DoesNotServe, UserError
 from tpipe_jax.loss import chunk_tokens
 from tpipe_jax.mesh import padded_vocab_size
 from tpipe_jax.plan_settings import settled, uniform, unit_tokens
@@ -101,14 +101,17 @@ def _num_on_this_host(mesh: Mesh) -> int:
 
 @contextmanager
 def out_of_memory() -> Iterator[None]:
-    """Answers a device whose memory does not do with a `UserError`."""
+    """Answers a device whose memory does not do with a `UserError`, one that all processes find
+    alike if there is only one.
+    """
     try:
         yield
     except JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         brief = str(error).splitlines()[0]
-        raise UserError(
+        kind = DoesNotServe if jax.process_count() == 1 else UserError
+        raise kind(
             f"a device has too little memory ({brief}): set config.memory.limit_gib below "
             "what it has, with config.memory.remat=auto, to have what fits chosen; or give "
             "config.mesh more devices, or make config.train.batch_size or config.model smaller."
@@ -142,7 +145,7 @@ def fitting_step(
         if limit is None or needed <= limit:
             return trial, step
     assert limit is not None
-    raise NothingFits(_too_little(trial, mesh, schedule, optimizer, limit, needed))
+    raise DoesNotServe(_too_little(trial, mesh, schedule, optimizer, limit, needed))
 
 
 def fitting_policy(

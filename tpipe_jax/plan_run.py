@@ -1,11 +1,13 @@
 """What launch/plan.py does with a config: plans as a run would, without training."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
-from tpipe_jax.auto_mesh import choose_mesh
+from tpipe_jax.auto_mesh import choose_mesh, factorisations, take_latencies
 from tpipe_jax.autoplan import plan_slices
 from tpipe_jax.backends import resolve_attention
 from tpipe_jax.config import Config, UserError, resolved
@@ -26,10 +28,13 @@ def plan_run(
     The workdir may be that of the run, which then need not measure again. Raises `UserError` for
     settings that don't fit the devices, or that leave nothing to plan.
     """
-    if config.mesh.auto:
+    is_auto = config.mesh.auto
+    if is_auto:  # what can be found before minutes of measuring
+        some_mesh = next(factorisations(config.mesh, len(devices)))
+        some, _ = _on_mesh(replace(config, mesh=some_mesh), devices)
+        _check_is_own(some, workdir, but=("config.mesh.", "config.optim.shard_state "))
         config = choose_mesh(config, devices, workdir, console)
-    mesh = make_mesh(config.mesh, devices)
-    config = resolve_attention(resolve_precision(resolved(config), mesh), mesh)
+    config, mesh = _on_mesh(config, devices)
     check_model(config.model, config.mesh)
     request = read_settings(config)
     if isinstance(request, Plan):
@@ -37,12 +42,9 @@ def plan_run(
             "there is nothing to plan, since the settings have all slices: leave "
             "config.plan.token_slices or config.plan.batch_slices, and config.plan.file, at auto."
         )
-    changes = changed_settings(config, workdir) if jax.process_index() == 0 else []
-    if changes and (workdir / "metrics.jsonl").exists():
-        raise UserError(
-            f"--workdir={workdir} holds a run with other settings ({'; '.join(changes)}), whose "
-            "plan would be overwritten: choose another folder."
-        )
+    _check_is_own(config, workdir)
+    if is_auto:
+        take_latencies(config.mesh, workdir)
     table, planning = plan_slices(config, request, mesh, workdir, console)
     factors = planning.chunk_factors
     console.show_planning(planning)
@@ -50,3 +52,19 @@ def plan_run(
         describe_in_files(config, workdir, planning.plan, factors)
         write_plan(workdir, table, planning.plan, factors)
     console.say(f"plan.json, plan.png and latency.json are in {workdir}")
+
+
+def _on_mesh(config: Config, devices: Sequence[jax.Device]) -> tuple[Config, Mesh]:
+    mesh = make_mesh(config.mesh, devices)
+    return resolve_attention(resolve_precision(resolved(config), mesh), mesh), mesh
+
+
+def _check_is_own(config: Config, workdir: Path, but: tuple[str, ...] = ()) -> None:
+    """Raises `UserError` if the folder holds a run with other settings, but for some."""
+    changes = changed_settings(config, workdir) if jax.process_index() == 0 else []
+    changes = [change for change in changes if not change.startswith(but)]
+    if changes and (workdir / "metrics.jsonl").exists():
+        raise UserError(
+            f"--workdir={workdir} holds a run with other settings ({'; '.join(changes)}), whose "
+            "plan would be overwritten: choose another folder."
+        )

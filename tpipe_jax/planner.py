@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from tpipe_jax.config import NothingFits, ScheduleName, UserError
+from tpipe_jax.config import DoesNotServe, ScheduleName, UserError
 from tpipe_jax.estimate import Estimator, predicted_timeline
 from tpipe_jax.latency import DEFERRED, LatencyTable
 from tpipe_jax.plan_settings import uniform as uniform_parts
@@ -244,19 +244,25 @@ def _with_moved_cuts(
 
 def _lower_bound_seconds(estimator: Estimator, plan: Plan) -> float:
     """No slices take less under the schedule of a plan, with as many chunks: each stage has all
-    work, and before and after that a slice has to come to it and back.
+    work, and before and after that a slice has to come to it and back; when it goes back, gradients
+    of weights that are taken later need not be done.
     """
     request, P = estimator.request, plan.num_stages
-    (forward, backward), later = estimator.times, 0.0
+    (forward, backward), weights = estimator.times, None
     if plan.schedule == "1f1b-deferred":
         assert estimator.deferred
-        backward, later = estimator.deferred
-    work = least_work(forward, backward + later, request.batch_size, request.batch_slices)
-    shortest = sum(float(t[np.isfinite(t)].min()) for t in (forward, backward))
+        backward, weights = estimator.deferred
+    to_come, to_go = (float(t[np.isfinite(t)].min()) for t in (forward, backward))
+    ways = [(backward, to_come + to_go)]
+    ways += [] if weights is None else [(backward + weights, to_come)]
     factors = np.reshape(estimator.chunk_factors(plan.num_chunks), (plan.num_chunks, P))
     whole, first = factors.sum(0).tolist(), factors[0].tolist()
-    before = itertools.accumulate(first, initial=0.0)  # of the stages before each
-    return max(a * work + b * shortest for a, b in zip(whole, before, strict=False))
+    before = list(itertools.accumulate(first[:-1], initial=0.0))  # of the stages before each
+    bounds = []
+    for back, wait in ways:
+        work = least_work(forward, back, request.batch_size, request.batch_slices)
+        bounds += [a * work + b * wait for a, b in zip(whole, before, strict=True)]
+    return max(bounds)
 
 
 def _batch_slices(estimator: Estimator, at_least: int) -> list[tuple[int, ...]]:
@@ -329,14 +335,14 @@ def _with_bound(plan: Plan, lower_bound_seconds: float) -> Plan:
     )
 
 
-def _nothing_allowed(estimator: Estimator, limit_bytes: float | None) -> NothingFits:
+def _nothing_allowed(estimator: Estimator, limit_bytes: float | None) -> DoesNotServe:
     """Why there is no plan: the memory, and then by how much, or the latencies."""
     request, table = estimator.request, estimator.table
     is_allowed = np.isfinite(estimator.forward + estimator.backward)
     tokens = np.where(is_allowed, estimator.slice_tokens, np.inf)
     longest = least_longest(tokens, request.batch_size, request.batch_slices)
     if limit_bytes is None or not np.isfinite(longest):
-        return NothingFits(
+        return DoesNotServe(
             f"no allowed slices cover {request.batch_size} sequences of {request.seq_len} tokens: "
             f"the latencies are for up to {len(table.forward)} sequences, slices of "
             f"{table.unit_tokens * table.forward.shape[1]} tokens and contexts of "
@@ -346,7 +352,7 @@ def _nothing_allowed(estimator: Estimator, limit_bytes: float | None) -> Nothing
     batch_slices = request.batch_slices or (1,) * request.batch_size
     saved = min(estimator.least_activation_bytes(batch_slices, n) for n in request.schedules)
     least = max(memory.step_bytes(saved, longest), limit_bytes)
-    return NothingFits(
+    return DoesNotServe(
         f"a memory limit of {limit_bytes / GIB:.3g} GiB is {(least - limit_bytes) / GIB:.3g} GiB "
         f"too little for any plan: {memory.fixed_bytes / GIB:.3g} GiB for parameters, gradients, "
         f"optimiser and loss, {saved / GIB:.3g} GiB saved for the backward passes of "

@@ -1,4 +1,4 @@
-"""What the measurements of a profile depend on, and whether another one may serve."""
+"""What the measurements of a profile depend on."""
 
 import os
 import platform
@@ -28,7 +28,7 @@ def profile_key(config: Config, mesh: Mesh) -> dict[str, Any]:
         "attention": [attention_backend(config, mesh), config.attention.block],
         "saved": list(saved_names(config.memory.remat)),
         "defer_weight_grads": config.memory.defer_weight_grads,
-        "deferral": may_defer(config),
+        "shard_state": config.optim.shard_state,
         "unit_tokens": unit_tokens(config),
         "devices": f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
         "processes": jax.process_count(),
@@ -37,13 +37,3 @@ def profile_key(config: Config, mesh: Mesh) -> dict[str, Any]:
         "jax": jax.__version__,
         "tpipe_jax": tpipe_jax.__version__,
     }
-
-
-def may_defer(config: Config) -> bool:
-    """Whether gradients of weights may be planned to be taken later."""
-    several = config.mesh.pipe > 1 and config.train.batch_size > config.mesh.data
-    return (
-        several
-        and config.plan.schedule in ("auto", "1f1b-deferred")
-        and not config.memory.defer_weight_grads
-    )

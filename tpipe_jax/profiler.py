@@ -34,11 +34,12 @@ from tpipe_jax.mesh import put_rows
 from tpipe_jax.optim import make_optimizer
 from tpipe_jax.plan_settings import uniform, unit_tokens
 from tpipe_jax.plans import Plan
-from tpipe_jax.profile_key import may_defer, profile_key
+from tpipe_jax.profile_key import profile_key
 from tpipe_jax.schedule import IDLE, Item, Schedule, idle, make_schedule, terapipe
 from tpipe_jax.slice_shapes import Shape, contexts, shapes_to_time, some_shapes
 from tpipe_jax.stage_setup import (
     activation_bytes_per_token,
+    deferral,
     deferred_bytes_per_token,
     trunk_bytes_per_token,
 )
@@ -78,7 +79,7 @@ class Profiler:
     """Times slices of a model on a mesh. All processes of a run must make the same calls."""
 
     def __init__(self, config: Config, mesh: Mesh) -> None:
-        self._key, self._may_defer = profile_key(config, mesh), may_defer(config)
+        self._key = profile_key(config, mesh)
         config = _with_schedule(config, WHOLE.get(config.plan.schedule, config.plan.schedule))
         self._config, self._mesh = config, mesh
         self._batch_size = config.train.batch_size // config.mesh.data
@@ -99,16 +100,21 @@ class Profiler:
         self._least_seconds = max(MIN_SECONDS, float(_agree(np.array(turn[0]))))
         self._programs.clear()  # now that the number of ticks is known
 
-    def profile(self, on_progress: Callable[[int, int], None]) -> Profile:
-        """Measures what the latency model needs; `on_progress(done, all)` is called in between."""
+    def profile(
+        self, on_progress: Callable[[int, int], None], with_deferral: bool = False
+    ) -> Profile:
+        """Measures what the latency model needs, and what deferring gradients of weights takes if
+        that may be planned; `on_progress(done, all)` is called in between.
+        """
         config = self._config
         unit, num_stages = unit_tokens(config), config.mesh.pipe
         most_rows = min(self._batch_size, _rows_that_fit(config, self._mesh))
         shapes = shapes_to_time(most_rows, self._seq_len, unit, num_stages)
-        parts = itertools.count(1)
+        deferred = self._shapes_to_defer(shapes) if with_deferral else []
+        parts, num_parts = itertools.count(1), len(shapes) + REPEATS + len(deferred)
 
         def advance() -> None:
-            on_progress(next(parts), len(shapes) + REPEATS)
+            on_progress(next(parts), num_parts)
 
         programs = self._compile(shapes, advance)
         return Profile(
@@ -120,7 +126,7 @@ class Profiler:
             outside_seconds=self._outside_seconds,
             memory=self._memory(programs),
             key=self._key,
-            deferral=self._time_deferral(programs) if self._may_defer else None,
+            deferral=self._time_deferral(deferred, programs, advance) if deferred else None,
         )
 
     def refine(self, profile: Profile, wanted: Iterable[tuple[int, int]]) -> Profile:
@@ -219,13 +225,19 @@ class Profiler:
         constant, per_token = _line(chosen, _agree(np.array(seconds)))
         return max(constant, 0.0), max(per_token, 0.0)
 
-    def _time_deferral(self, programs: dict[Shape, Program]) -> Deferral:
-        """From slices of a few sizes; gradients of weights don't depend on the context."""
+    def _shapes_to_defer(self, shapes: list[Shape]) -> list[Shape]:
+        """Of a few sizes; gradients of weights don't depend on the context."""
         later = _with_schedule(self._config, "1f1b-deferred")
         most_rows = _rows_that_fit(later, self._mesh)
-        chosen = some_shapes([shape for shape in programs if shape.num_rows <= most_rows])
-        weights, saved = [], []
-        for shape in chosen:
+        return some_shapes([shape for shape in shapes if shape.num_rows <= most_rows])
+
+    def _time_deferral(
+        self, shapes: list[Shape], programs: dict[Shape, Program], advance: OnPart
+    ) -> Deferral:
+        """From backward passes with and without gradients of weights, and from these alone."""
+        later = _with_schedule(self._config, "1f1b-deferred")
+        seconds = []
+        for shape in shapes:
             bare = shape._replace(contexts=(0,))
             deferred, num_ticks = self._program(later, bare), programs[shape].num_ticks[1]
             work = make_weights_work(later, self._mesh, Item(0, 0, *shape[:2]))
@@ -233,15 +245,15 @@ class Profiler:
             alone = compile_checked(work, self._mesh, *self._inputs, tables[0])
             rows = []
             for _ in range(1 + REPEATS):  # the first one warms up
-                turns = [self._turn(bare, program) for program in (programs[shape], deferred)]
-                backward = [busy[0, 1] - idle for idle, busy in turns]
-                idle, busy = (self._seconds(alone, table) for table in tables)
-                rows.append((busy - idle, backward[0] - backward[1]))
-            of_shape = np.median(rows[1:], 0) / num_ticks
-            weights.append(of_shape[0])
-            saved.append(of_shape[1])
-        of_weights, of_saved = (_line(chosen, _agree(np.array(a))) for a in (weights, saved))
-        return Deferral(of_weights, of_saved)
+                passes = [self._turn(bare, program) for program in (programs[shape], deferred)]
+                backward = [of_slice[0, 1] - at_rest for at_rest, of_slice in passes]
+                # As in a turn: one that counts for nothing, then work, then idle ones twice.
+                _, busy, *idle = (self._seconds(alone, tables[n]) for n in (0, 1, 0, 0))
+                rows.append([busy - sum(idle) / 2, *backward])
+            seconds.append(np.median(rows[1:], 0) / num_ticks)
+            advance()
+        weights, whole, without = _agree(np.array(seconds)).T
+        return Deferral(_line(shapes, weights, 1), _line(shapes, whole - without, 1))
 
     def _memory(self, programs: dict[Shape, Program]) -> Memory:
         """From the compiler's own figures; those of the programs differ by the slice, and by what
@@ -279,9 +291,12 @@ def _with_schedule(config: Config, schedule: Literal["auto", ScheduleName]) -> C
     )
 
 
-def _line(shapes: Sequence[Shape], seconds: np.ndarray) -> tuple[float, float]:
-    """A constant, and for each token."""
-    per_token, constant = np.polyfit([shape.size for shape in shapes], seconds, 1)
+def _line(shapes: Sequence[Shape], seconds: np.ndarray, power: int = 0) -> tuple[float, float]:
+    """A constant, and for each token, where errors count by their size over that of the slice to a
+    power.
+    """
+    sizes = np.array([shape.size for shape in shapes], float)
+    per_token, constant = np.polyfit(sizes, seconds, 1, w=sizes**-power)
     return float(constant), float(per_token)
 
 
@@ -307,16 +322,17 @@ def _resting(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation
 
 def _rows_that_fit(config: Config, mesh: Mesh) -> int:
     """For how many sequences a stage has room beside parameters and gradients, at least one, if all
-    of each waits for gradients of weights.
+    of each waits for gradients of weights, where these are deferred.
     """
     limit = limit_bytes(config, mesh)
     if limit is None:
         return config.train.batch_size
     optimizer = make_optimizer(config.optim, config.train.num_steps)
     params, opt_state = state_bytes(abstract_state(config, mesh, optimizer))
-    per_token = *activation_bytes_per_token(config, mesh), deferred_bytes_per_token(config, mesh)
-    each = config.model.seq_len * sum(per_token)
-    return max(1, int((limit - 2 * params - opt_state) // each))
+    per_token = sum(activation_bytes_per_token(config, mesh))
+    if deferral(config) == "some ticks":
+        per_token += deferred_bytes_per_token(config, mesh)
+    return max(1, int((limit - 2 * params - opt_state) // (config.model.seq_len * per_token)))
 
 
 def _time_outside(config: Config, mesh: Mesh) -> tuple[Params, float, int]:

@@ -53,15 +53,21 @@ def prepare(config: Config, devices: Sequence[jax.Device]) -> Run:
     config = resolve_attention(resolve_precision(config, mesh), mesh)
     check_model(config.model, config.mesh)
     candidates(config.memory)
-    check_trace(config)
-    check_tracker(config)
     plan = read_settings(config)
-    train_data, held_out = open_data(config)
+    train_data, held_out = check_inputs(config)
     described, config = config, train_data.config
-    for batches in (train_data, held_out):
-        batches.batch(0, slice(8))  # a vocabulary of another size mostly shows here
     optimizer = make_optimizer(config.optim, config.train.num_steps)
     return Run(config, described, mesh, plan, train_data, held_out, optimizer)
+
+
+def check_inputs(config: Config) -> tuple[Batches, Batches]:
+    """The data to train on and what is held out, of settings that fit them, whatever the mesh."""
+    check_trace(config)
+    check_tracker(config)
+    train_data, held_out = open_data(config)
+    for batches in (train_data, held_out):
+        batches.batch(0, slice(8))  # a vocabulary of another size mostly shows here
+    return train_data, held_out
 
 
 class Programs(NamedTuple):

@@ -163,7 +163,8 @@ class _Times:
         """The batch slices of least joint cost, where one of b sequences costs `cost[b - 1]`."""
         if self._batch_slices is not None:
             sizes = tuple(self._batch_slices)
-            return float(join.reduce([cost[b - 1] for b in sizes])), sizes
+            costs = [cost[b - 1] if b <= len(cost) else np.inf for b in sizes]
+            return float(join.reduce(costs)), sizes
         best, last = [0.0], [0]
         for size in range(1, self._batch_size + 1):
             options = range(1, min(size, len(cost)) + 1)

@@ -59,7 +59,7 @@ def check_trace(config: Config) -> None:
             f"config.train.trace_step={step} is never reached with "
             f"config.train.num_steps={config.train.num_steps}: trace an earlier step."
         )
-    if step and config.mesh.pipe == 1:
+    if step and config.mesh.pipe == 1 and not config.mesh.auto:
         raise UserError(
             f"config.train.trace_step={step} has no ticks to show with config.mesh.pipe=1: set it "
             "to 0, or train on several stages."

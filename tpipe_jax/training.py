@@ -10,13 +10,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from tpipe_jax.auto_mesh import choose_mesh
+from tpipe_jax.auto_mesh import choose_mesh, take_latencies
 from tpipe_jax.autoplan import as_first, plan_slices, work_factors
 from tpipe_jax.block import Params
 from tpipe_jax.checkpoint import Checkpoints
 from tpipe_jax.config import BYTES, BYTES_NAME, Config, resolved
 from tpipe_jax.console import Console
-from tpipe_jax.failures import watched
+from tpipe_jax.failures import Expect, watched
 from tpipe_jax.generate import Generator, chooser
 from tpipe_jax.loop import Loop, Within, expect_within, put_batch
 from tpipe_jax.memory import out_of_memory
@@ -32,7 +32,7 @@ from tpipe_jax.plans import Plan, PlanRequest
 from tpipe_jax.precision import is_slow
 from tpipe_jax.processes import gathered, host_names
 from tpipe_jax.profiled import ProfiledSteps
-from tpipe_jax.run import Run, compile_programs, prepare
+from tpipe_jax.run import Run, check_inputs, compile_programs, prepare
 from tpipe_jax.step_log import StepLog
 from tpipe_jax.stop import Stop, Stopped
 from tpipe_jax.tokenizer import open_tokenizer
@@ -52,17 +52,37 @@ def train(
     """Trains to the last step or until interrupted, from the last checkpoint in the workdir, and
     takes a profile of some steps.
 
-    Nothing is written before settings, data and checkpoint have been found to fit each other. Then
-    the slices are planned, which may take a minute of measuring, and training starts. Raises
-    `UserError` where they don't fit.
+    Nothing is written before settings, data and checkpoint have been found to fit each other, but
+    for what is measured to choose a mesh. Then the slices are planned, which may take a minute of
+    measuring, and training starts. Raises `UserError` where they don't fit.
     """
-    if config.mesh.auto:
-        try:
-            with Stop(console.say) as stop:
-                config = choose_mesh(config, devices, workdir, console, stop.check)
-        except Stopped:
-            console.say("Interrupted before a mesh was chosen: the same command goes on.")
-            return
+    with out_of_memory(), watched() as expect, Stop(console.say) as stop:
+        if config.mesh.auto:
+            check_inputs(config)
+
+            def check() -> None:
+                expect_within(config, expect, "choosing a mesh", is_step=False)
+                stop.check()
+
+            try:
+                config = choose_mesh(config, devices, workdir, console, check)
+            except Stopped:
+                console.say("Interrupted before a mesh was chosen: the same command goes on.")
+                return
+            take_latencies(config.mesh, workdir)
+        console.say(_run(config, workdir, devices, console, expect, stop, profiled))
+
+
+def _run(
+    config: Config,
+    workdir: Path,
+    devices: Sequence[jax.Device],
+    console: Console,
+    expect: Expect,
+    stop: Stop,
+    profiled: range | None,
+) -> str:
+    """All of it on a mesh that is known; returns what the run has come to."""
     run = prepare(resolved(config), devices)
     config = run.config
     is_first = jax.process_index() == 0  # which alone writes, but for checkpoints
@@ -77,17 +97,13 @@ def train(
     _show_hosts(run.mesh, console)  # all meet here, after the first has found the folder fit
 
     with (
-        out_of_memory(),
-        watched() as expect,
-        Stop(console.say) as stop,
         locked(workdir / "checkpoints") if is_first else nullcontext(),
         Checkpoints(
             workdir / "checkpoints", config.checkpoint, config.model, console.say
         ) as checkpoints,
     ):
         within = partial(expect_within, config, expect)
-        outcome = _train(run, workdir, console, checkpoints, stop, within, profiled)
-    console.say(outcome)
+        return _train(run, workdir, console, checkpoints, stop, within, profiled)
 
 
 def _train(
