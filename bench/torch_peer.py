@@ -42,7 +42,7 @@ PLANS: dict[str, list[tuple[int, int, ScheduleName]]] = {
     "1x1024": [(1, 4, "terapipe"), (1, 8, "terapipe"), (1, 4, "interleaved")],
     "2x1024": [(1, 4, "terapipe"), (1, 4, "interleaved"), (1, 4, "1f1b-deferred")],
     "4x1024": [(1, 2, "terapipe"), (1, 2, "interleaved"), (1, 2, "1f1b-deferred")],
-    "8x1024": [(1, 1, "terapipe"), (1, 1, "interleaved"), (1, 1, "1f1b-deferred")],
+    "8x1024": [(1, 2, "terapipe"), (1, 1, "interleaved"), (1, 2, "1f1b-deferred")],
     "1x4096": [(1, 8, "terapipe"), (1, 16, "terapipe"), (1, 8, "interleaved")],
 }
 MODEL = {"num-layers": 8, "d-model": 512, "num-heads": 4}
