@@ -14,7 +14,7 @@ import tpipe_jax
 from runs import Lines, changed, metrics, small_config
 from test_latency import profile
 from tpipe_jax import autoplan
-from tpipe_jax.auto_mesh import choose_mesh, factorisations
+from tpipe_jax.auto_mesh import choose_mesh, factorisations, take_latencies
 from tpipe_jax.collectives import Collective, check_branches
 from tpipe_jax.config import Config, MeshConfig, UserError
 from tpipe_jax.console import Ranked
@@ -121,6 +121,7 @@ def test_the_fastest_mesh_is_taken(config: Config, tmp_path: Path):
     reasons = {sizes(ranked.mesh): ranked.reason for ranked in console.ranking}
     assert reasons[1, 4, 1] == "there are 2 layers."
     assert "config.mesh.model=4 does not divide" in reasons[1, 1, 4]
+    take_latencies(chosen.mesh, tmp_path / "run")
     best = json.loads((tmp_path / "run" / "latency.json").read_text())
     assert best["profile"]["key"]["mesh"]["data"] == 4
     # What was measured is kept.
