@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from tpipe_jax.autoplan import plan_slices, read_own
+from tpipe_jax.autoplan import LATENCY, plan_slices, read_own
 from tpipe_jax.backends import resolve_attention
 from tpipe_jax.config import Config, DoesNotServe, MeshConfig, UserError, resolved
 from tpipe_jax.console import Console, Ranked
@@ -19,8 +19,6 @@ from tpipe_jax.plans import Plan
 from tpipe_jax.precision import resolve_precision
 from tpipe_jax.workdir import changed_settings, locked, write_config
 from tpipe_jax.writing import writing_to
-
-LATENCY = "latency.json"
 
 
 def choose_mesh(

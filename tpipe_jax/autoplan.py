@@ -27,6 +27,7 @@ from tpipe_jax.profile_key import profile_key
 from tpipe_jax.profiler import Profiler
 from tpipe_jax.writing import writing_to
 
+LATENCY = "latency.json"  # in the workdir
 MAX_REFINEMENTS = 3  # of seconds each; mostly one or two are enough
 
 
@@ -54,7 +55,7 @@ def plan_slices(
     """
     optimizer = make_optimizer(config.optim, config.train.num_steps)
     config = fitting_policy(config, mesh, request, optimizer)
-    path, unit = workdir / "latency.json", unit_tokens(config)
+    path, unit = workdir / LATENCY, unit_tokens(config)
     limit, profiler = limit_bytes(config, mesh), None
     needs_deferral = "1f1b-deferred" in request.schedules
     profile = _measured_before(path, config, mesh, needs_deferral)

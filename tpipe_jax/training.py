@@ -1,5 +1,6 @@
 """The training loop: everything that a run does, in the order in which it does it."""
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
@@ -70,6 +71,7 @@ def train(
                 console.say("Interrupted before a mesh was chosen: the same command goes on.")
                 return
             take_latencies(config.mesh, workdir)
+            expect("", math.inf)  # nothing more is timed before the run says what it does
         console.say(_run(config, workdir, devices, console, expect, stop, profiled))
 
 
