@@ -23,10 +23,12 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tpipe_jax.attention import Attention, KVCache, blockwise
-from tpipe_jax.fused import cudnn_kernel, grouped
-from tpipe_jax.inplace import Position
-from tpipe_jax.mesh import prepare_cpu
+from tpipe_jax.attention.base import Attention, KVCache
+from tpipe_jax.attention.blockwise import blockwise
+from tpipe_jax.attention.cudnn import cudnn_kernel
+from tpipe_jax.attention.fused import grouped
+from tpipe_jax.devices.inplace import Position
+from tpipe_jax.devices.startup import prepare_cpu
 
 K = 128
 ROUNDS = 15

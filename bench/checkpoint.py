@@ -21,11 +21,11 @@ from typing import Any
 
 import jax
 
-from tpipe_jax.checkpoint import Checkpoints
-from tpipe_jax.config import Config, MeshConfig, ModelConfig
-from tpipe_jax.mesh import make_mesh
-from tpipe_jax.optim import make_optimizer
-from tpipe_jax.train_state import abstract_state, init_state
+from tpipe_jax.checkpoint.checkpoints import Checkpoints
+from tpipe_jax.config.settings import Config, MeshConfig, ModelConfig
+from tpipe_jax.devices.mesh import make_mesh
+from tpipe_jax.training.optimizer import make_optimizer
+from tpipe_jax.training.state import abstract_state, init_state
 
 Times = tuple[float, float, float]
 

@@ -36,9 +36,9 @@ from typing import Any
 import numpy as np
 
 import results
-from tpipe_jax.planner import find_plan
-from tpipe_jax.plans import Plan, PlanRequest
-from tpipe_jax.schedule import make_schedule
+from tpipe_jax.planning.plan import Plan, PlanRequest
+from tpipe_jax.planning.planner import find_plan
+from tpipe_jax.planning.schedule import make_schedule
 from v100 import SETTINGS, Cluster, Setting, fit, latency_table, slice_seconds
 
 Times = dict[tuple[int, int], float]  # seconds of a slice, by its first sequence and token
@@ -142,8 +142,9 @@ def program(plan: Plan, times: list[Times], slowdown: float) -> Callable[[], Any
     import jax.numpy as jnp
     from jax.sharding import AxisType, PartitionSpec
 
-    from tpipe_jax.inplace import Position
-    from tpipe_jax.pipeline import StepWork, execute, varying
+    from tpipe_jax.devices.collectives import varying
+    from tpipe_jax.devices.inplace import Position
+    from tpipe_jax.pipeline.executor import StepWork, execute
 
     schedule, T = make_schedule(plan), plan.seq_len
     sleep = jax.ffi.ffi_call("sleep", jax.ShapeDtypeStruct((), jnp.float32))

@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from faulty_run import EVERY, Fault, Run
-from tpipe_jax import checkpoint_files
+from tpipe_jax.checkpoint import manifest
 
 MAX_STEPS = 20  # between a start and its fault
 
@@ -184,7 +184,7 @@ def disturb(args: argparse.Namespace, name: str, workdir: Path) -> tuple[Run, Ou
     status = run.end()
     ended_seconds = time.monotonic() - run.fault_at
     undo()
-    for path in (workdir / "checkpoints").glob(f"*{checkpoint_files.DAMAGED}"):
+    for path in (workdir / "checkpoints").glob(f"*{manifest.DAMAGED}"):
         shutil.rmtree(path)  # the disk is small
 
     if status not in kind.statuses or not run.has_said(kind.words):
@@ -259,15 +259,13 @@ def sound_steps(workdir: Path) -> list[int]:
 
     def is_sound(step: int) -> bool:
         try:
-            checkpoint_files.check(workdir / "checkpoints" / str(step))
-        except checkpoint_files.DamagedError:
+            manifest.check(workdir / "checkpoints" / str(step))
+        except manifest.DamagedError:
             return False
         return True
 
     folder = workdir / "checkpoints"
-    return (
-        [n for n in checkpoint_files.list_steps(folder) if is_sound(n)] if folder.exists() else []
-    )
+    return [n for n in manifest.list_steps(folder) if is_sound(n)] if folder.exists() else []
 
 
 def damage(workdir: Path, name: str) -> None:

@@ -12,9 +12,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tpipe_jax import checkpoint_files
-from tpipe_jax.flags import exit_status, parse
-from tpipe_jax.launcher import launch
+from tpipe_jax.checkpoint import manifest
+from tpipe_jax.commands.launch import launch
+from tpipe_jax.config.command_line import exit_status, parse
 
 FAULT = "TPIPE_JAX_FAULT"
 HAPPENS = "the fault happens now"  # printed when it does
@@ -22,9 +22,10 @@ HAPPENS = "the fault happens now"  # printed when it does
 
 def prepare(kind: str, step: int) -> None:
     """Puts the fault where it will happen."""
-    from tpipe_jax import checkpoint, step_log
+    from tpipe_jax.checkpoint import checkpoints
+    from tpipe_jax.training import step_log
 
-    begin, write, saving = step_log.StepLog.begin, checkpoint._write, checkpoint_files.SAVING
+    begin, write, saving = step_log.StepLog.begin, checkpoints.write_arrays, manifest.SAVING
 
     def happens() -> None:
         print(HAPPENS, file=sys.stderr, flush=True)
@@ -58,17 +59,17 @@ def prepare(kind: str, step: int) -> None:
     if kind in ("raise", "hang"):
         step_log.StepLog.begin = raise_or_hang  # pyrefly: ignore[bad-assignment]
     elif kind == "kill in a save":
-        checkpoint._write = kill_half_written
+        checkpoints.write_arrays = kill_half_written
     elif kind == "kill before the name":
-        checkpoint_files._sync_folder = kill_before_the_name
+        manifest._sync_folder = kill_before_the_name
     elif kind == "kill in a removal":
-        checkpoint_files._delete = kill_half_removed
+        manifest._delete = kill_half_removed
     else:
         raise ValueError(kind)
 
 
 def work(*args: Any) -> None:
-    from tpipe_jax.training import train
+    from tpipe_jax.commands.train import train
 
     train(*args)
 

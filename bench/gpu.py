@@ -37,9 +37,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
-from tpipe_jax.backends import resolve_attention
-from tpipe_jax.collectives import compile_checked
-from tpipe_jax.config import (
+from tpipe_jax.config.command_line import exit_status
+from tpipe_jax.config.settings import (
     AttentionConfig,
     Config,
     MemoryConfig,
@@ -47,23 +46,24 @@ from tpipe_jax.config import (
     PlanConfig,
     ScheduleName,
     TrainConfig,
-    UserError,
     resolved,
 )
-from tpipe_jax.flags import exit_status
-from tpipe_jax.flops import step_flops
-from tpipe_jax.memory import GIB, limit_bytes, program_bytes
-from tpipe_jax.mesh import make_mesh, put_rows
-from tpipe_jax.model import num_params
-from tpipe_jax.optim import make_optimizer
-from tpipe_jax.plan_settings import read_settings
-from tpipe_jax.plans import Plan
-from tpipe_jax.precision import compute_dtype, resolve_precision
-from tpipe_jax.profiler import Profiler
-from tpipe_jax.remat import POLICIES, saved_names
-from tpipe_jax.schedule import make_schedule
-from tpipe_jax.train_state import abstract_rows, abstract_state, init_state
-from tpipe_jax.train_step import make_train_step
+from tpipe_jax.devices.hlo import compile_checked
+from tpipe_jax.devices.mesh import make_mesh, put_rows
+from tpipe_jax.devices.precision import compute_dtype, resolve_precision
+from tpipe_jax.errors import UserError
+from tpipe_jax.model.flops import step_flops
+from tpipe_jax.model.remat import POLICIES, saved_names
+from tpipe_jax.model.transformer import num_params
+from tpipe_jax.pipeline.spec import on_mesh
+from tpipe_jax.planning.plan import Plan
+from tpipe_jax.planning.schedule import make_schedule
+from tpipe_jax.planning.settings import read_settings
+from tpipe_jax.profiling.profiler import Profiler
+from tpipe_jax.training.memory import GIB, limit_bytes, program_bytes
+from tpipe_jax.training.optimizer import make_optimizer
+from tpipe_jax.training.state import abstract_rows, abstract_state, init_state
+from tpipe_jax.training.step import make_train_step
 
 BACKENDS = ("xla", "cudnn")
 TORCH_GPT = Path(__file__).with_name("torch_gpt.py")
@@ -184,7 +184,7 @@ def compile_programs(args: argparse.Namespace, base: Config, mesh: Mesh) -> list
     for backend in args.backend:
         attention = AttentionConfig(backend, args.block)
         try:
-            config = resolve_attention(replace(base, attention=attention), mesh)
+            config = on_mesh(replace(base, attention=attention), mesh)
         except UserError as error:
             print(f"without {backend}: {error}", flush=True)
             continue
@@ -313,7 +313,7 @@ def fit_error(args: argparse.Namespace, seq_len: int, mesh: Mesh) -> str:
     """How far the latency model is off for a stage of one layer."""
     config = make_config(args, seq_len)
     config = replace(config, model=replace(config.model, num_layers=1))
-    config = resolve_attention(resolve_precision(config, mesh), mesh)
+    config = on_mesh(config, mesh)
     profile = Profiler(config, mesh).profile(lambda done, total: None)
     errors = []
     for name, model in zip(("forward", "backward"), profile.models(), strict=True):

@@ -17,7 +17,7 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # machine code i
 
 import jax
 
-from tpipe_jax.config import (
+from tpipe_jax.config.settings import (
     Config,
     MemoryConfig,
     MeshConfig,
@@ -26,12 +26,12 @@ from tpipe_jax.config import (
     PrecisionConfig,
     TrainConfig,
 )
-from tpipe_jax.memory import budget, fitting_step, program_bytes
-from tpipe_jax.mesh import make_mesh
-from tpipe_jax.optim import make_optimizer
-from tpipe_jax.plan_settings import read_settings
-from tpipe_jax.plans import Plan
-from tpipe_jax.schedule import make_schedule
+from tpipe_jax.devices.mesh import make_mesh
+from tpipe_jax.planning.plan import Plan
+from tpipe_jax.planning.schedule import make_schedule
+from tpipe_jax.planning.settings import read_settings
+from tpipe_jax.training.memory import budget, fitting_step, program_bytes
+from tpipe_jax.training.optimizer import make_optimizer
 
 SLICES = (1, 4, 16)
 LIMIT_GIB = 1e6  # nothing runs here

@@ -18,9 +18,9 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 import results
-from tpipe_jax.plan_settings import uniform
-from tpipe_jax.planner import find_plan
-from tpipe_jax.plans import Plan, PlanRequest
+from tpipe_jax.planning.plan import Plan, PlanRequest
+from tpipe_jax.planning.planner import find_plan
+from tpipe_jax.planning.settings import uniform
 from v100 import (
     SETTINGS,
     UNIFORM,

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from tpipe_jax.planner import find_plan
-from tpipe_jax.plans import Plan, PlanRequest
-from tpipe_jax.schedule import terapipe
-from tpipe_jax.simulate import simulate
-from tpipe_jax.timeline import draw_boxes
+from tpipe_jax.planning.plan import Plan, PlanRequest
+from tpipe_jax.planning.planner import find_plan
+from tpipe_jax.planning.schedule import terapipe
+from tpipe_jax.planning.simulate import simulate
+from tpipe_jax.reporting.timeline import draw_boxes
 from v100 import SETTINGS, fit, latency_table, slice_seconds
 
 PATH = Path(__file__).parents[1] / "docs" / "timeline.png"

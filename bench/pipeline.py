@@ -38,9 +38,16 @@ from pathlib import Path
 from typing import Any
 
 import results
-from tpipe_jax.config import Config, MemoryConfig, MeshConfig, ModelConfig, PlanConfig, TrainConfig
-from tpipe_jax.plan_settings import read_settings, settled
-from tpipe_jax.plans import Plan
+from tpipe_jax.config.settings import (
+    Config,
+    MemoryConfig,
+    MeshConfig,
+    ModelConfig,
+    PlanConfig,
+    TrainConfig,
+)
+from tpipe_jax.planning.plan import Plan
+from tpipe_jax.planning.settings import read_settings, settled
 
 NUM_STAGES = 2
 CASES = ("1x512", "1x1024", "1x2048", "1x4096", "1x8192", "2x1024", "4x1024", "8x1024")
@@ -52,7 +59,7 @@ def main() -> None:
     if args.process_id is None:
         sys.exit(measure_cases(args) if args.cases else start_workers(sys.argv[1:]))
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[args.process_id]})
-    from tpipe_jax.mesh import prepare_cpu
+    from tpipe_jax.devices.startup import prepare_cpu
 
     prepare_cpu(1)
     work(args)
@@ -201,10 +208,11 @@ def make_plans(args: argparse.Namespace) -> dict[str, Plan]:
         return plans
     import jax
 
-    from tpipe_jax.autoplan import plan_slices, work_factors
-    from tpipe_jax.console import Console
-    from tpipe_jax.mesh import make_mesh
-    from tpipe_jax.planner import find_plan
+    from tpipe_jax.devices.mesh import make_mesh
+    from tpipe_jax.planning.planner import find_plan
+    from tpipe_jax.planning.settings import work_factors
+    from tpipe_jax.profiling.measured_plan import plan_slices
+    from tpipe_jax.reporting.console import Console
 
     config, start = make_config(args, TWO_STAGES), time.perf_counter()
     mesh, request = make_mesh(config.mesh, jax.devices()), plans["auto"]
@@ -249,11 +257,11 @@ class Program:
         import jax
         import numpy as np
 
-        from tpipe_jax.mesh import make_mesh, put_rows
-        from tpipe_jax.optim import make_optimizer
-        from tpipe_jax.schedule import make_schedule
-        from tpipe_jax.train_state import init_state
-        from tpipe_jax.train_step import make_train_step
+        from tpipe_jax.devices.mesh import make_mesh, put_rows
+        from tpipe_jax.planning.schedule import make_schedule
+        from tpipe_jax.training.optimizer import make_optimizer
+        from tpipe_jax.training.state import init_state
+        from tpipe_jax.training.step import make_train_step
 
         config = settled(replace(make_config(args, mesh_config), memory=memory), plan)
         devices = jax.devices() if config.mesh.num_devices > 1 else jax.local_devices()

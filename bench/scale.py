@@ -23,18 +23,18 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # machine code i
 
 import jax
 
-from tpipe_jax.collectives import find_collectives
-from tpipe_jax.config import PlanConfig, resolved
-from tpipe_jax.flags import CONFIGS, exit_status, load_config
-from tpipe_jax.mesh import make_mesh
-from tpipe_jax.model import num_params
-from tpipe_jax.optim import make_optimizer
-from tpipe_jax.plan_settings import read_settings
-from tpipe_jax.plans import Plan
-from tpipe_jax.schedule import make_schedule
-from tpipe_jax.stage_setup import activation_bytes_per_token, cache_bytes_per_token
-from tpipe_jax.train_state import abstract_rows, abstract_state, state_bytes
-from tpipe_jax.train_step import make_train_step
+from tpipe_jax.config.command_line import CONFIGS, exit_status, load_config
+from tpipe_jax.config.settings import PlanConfig, resolved
+from tpipe_jax.devices.hlo import find_collectives
+from tpipe_jax.devices.mesh import make_mesh
+from tpipe_jax.model.transformer import num_params
+from tpipe_jax.pipeline.footprint import activation_bytes_per_token, cache_bytes_per_token
+from tpipe_jax.planning.plan import Plan
+from tpipe_jax.planning.schedule import make_schedule
+from tpipe_jax.planning.settings import read_settings
+from tpipe_jax.training.optimizer import make_optimizer
+from tpipe_jax.training.state import abstract_rows, abstract_state, state_bytes
+from tpipe_jax.training.step import make_train_step
 
 GIB = 2**30
 # Found by the paper for its setting 9.

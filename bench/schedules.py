@@ -28,7 +28,7 @@ from typing import Any
 
 import results
 from emulated import load_sleep, program
-from tpipe_jax.config import (
+from tpipe_jax.config.settings import (
     Config,
     MemoryConfig,
     MeshConfig,
@@ -37,11 +37,11 @@ from tpipe_jax.config import (
     ScheduleName,
     TrainConfig,
 )
-from tpipe_jax.estimate import predicted_timeline
-from tpipe_jax.plan_settings import read_settings
-from tpipe_jax.planner import find_plan
-from tpipe_jax.plans import Plan, PlanRequest
-from tpipe_jax.schedule import SCHEDULES, make_schedule, slice_order
+from tpipe_jax.planning.estimator import predicted_timeline
+from tpipe_jax.planning.plan import Plan, PlanRequest
+from tpipe_jax.planning.planner import find_plan
+from tpipe_jax.planning.schedule import SCHEDULES, make_schedule, slice_order
+from tpipe_jax.planning.settings import read_settings
 from v100 import SETTINGS, fit, latency_table
 
 PARTS = ("memory", "cores", "emulated", "choice")
@@ -75,9 +75,9 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     """Megabytes of temporaries by schedule and sequences."""
     import jax
 
-    from tpipe_jax.memory import fitting_step
-    from tpipe_jax.mesh import make_mesh
-    from tpipe_jax.optim import make_optimizer
+    from tpipe_jax.devices.mesh import make_mesh
+    from tpipe_jax.training.memory import fitting_step
+    from tpipe_jax.training.optimizer import make_optimizer
 
     megabytes: dict[str, dict[int, float]] = {name: {} for name in SCHEDULES}
     batch_sizes = args.batch_size or [4, 8, 16, 32, 64]

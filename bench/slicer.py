@@ -16,8 +16,8 @@ from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 
-from tpipe_jax.planner import Planning, find_plan
-from tpipe_jax.plans import PlanRequest
+from tpipe_jax.planning.plan import PlanRequest
+from tpipe_jax.planning.planner import Planning, find_plan
 from v100 import SETTINGS, UNIT_TOKENS, Cluster, Setting, fit, latency_table
 
 

@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import results
-from tpipe_jax.config import Config, MeshConfig, ModelConfig, ScheduleName, TrainConfig
-from tpipe_jax.plan_settings import settled, uniform
-from tpipe_jax.plans import Plan
+from tpipe_jax.config.settings import Config, MeshConfig, ModelConfig, ScheduleName, TrainConfig
+from tpipe_jax.planning.plan import Plan
+from tpipe_jax.planning.settings import settled, uniform
 
 TORCH_PIPELINE = Path(__file__).with_name("torch_pipeline.py")
 VOCAB_SIZE = 256
@@ -191,7 +191,7 @@ def work(args: argparse.Namespace) -> None:
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[args.process_id]})
     import jax
 
-    from tpipe_jax.mesh import prepare_cpu
+    from tpipe_jax.devices.startup import prepare_cpu
 
     prepare_cpu(1)
     jax.config.update("jax_num_cpu_devices", 1)
@@ -228,11 +228,11 @@ def make_program(plan: Plan) -> Callable[[], object]:
     import jax
     import numpy as np
 
-    from tpipe_jax.mesh import make_mesh, put_rows
-    from tpipe_jax.optim import make_optimizer
-    from tpipe_jax.schedule import make_schedule
-    from tpipe_jax.train_state import init_state
-    from tpipe_jax.train_step import make_loss_and_grads
+    from tpipe_jax.devices.mesh import make_mesh, put_rows
+    from tpipe_jax.planning.schedule import make_schedule
+    from tpipe_jax.training.optimizer import make_optimizer
+    from tpipe_jax.training.state import init_state
+    from tpipe_jax.training.step import make_loss_and_grads
 
     sizes: dict[str, Any] = {name.replace("-", "_"): value for name, value in MODEL.items()}
     config = Config(

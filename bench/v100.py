@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy.optimize import least_squares
 
-from tpipe_jax.latency import LatencyTable
+from tpipe_jax.planning.latency import LatencyTable
 
 UNIT_TOKENS = 8
 # What a layer of GPT3-1B takes for any slice up to 256 tokens, as read off the paper's figure 3.

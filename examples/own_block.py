@@ -13,8 +13,8 @@ import numpy as np
 from flax import nnx
 
 from tpipe_jax import Block, Config, make_train_step
-from tpipe_jax.block import merge_heads, split_heads
 from tpipe_jax.config import MeshConfig, ModelConfig, PlanConfig, TrainConfig
+from tpipe_jax.model.block import merge_heads, split_heads
 
 
 class LlamaBlock(Block):

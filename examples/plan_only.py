@@ -7,7 +7,7 @@ import numpy as np
 
 import tpipe_jax
 from tpipe_jax.config import Config, MeshConfig, ModelConfig, TrainConfig
-from tpipe_jax.latency import LatencyTable
+from tpipe_jax.planning import LatencyTable
 
 UNIT = 8  # tokens that slices are multiples of
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import tyro
 
-from tpipe_jax import checkpoint_files as files
-from tpipe_jax.config import UserError
-from tpipe_jax.flags import CheckpointsFlags, exit_status
+from tpipe_jax.checkpoint import manifest as files
+from tpipe_jax.config.command_line import exit_status
+from tpipe_jax.config.flags import CheckpointsFlags
+from tpipe_jax.errors import UserError
 
 
 def main() -> int:

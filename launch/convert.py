@@ -10,7 +10,8 @@ has the whole model in memory.
 
 import sys
 
-from tpipe_jax.flags import ImportFlags, exit_status, parse_convert
+from tpipe_jax.config.command_line import exit_status, parse_convert
+from tpipe_jax.config.flags import ImportFlags
 
 
 def main() -> None:
@@ -18,7 +19,7 @@ def main() -> None:
     import jax
 
     jax.config.update("jax_platforms", "cpu")  # nothing is computed
-    from tpipe_jax import convert
+    from tpipe_jax.interop import convert
 
     if isinstance(flags, ImportFlags):
         model = convert.import_gpt2(flags.source, flags.workdir).model

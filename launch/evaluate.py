@@ -7,18 +7,19 @@ python launch/evaluate.py --workdir=runs/quickstart --data=text.txt --mesh.pipe=
 import sys
 from dataclasses import replace
 
-from tpipe_jax.config import Config, DataConfig, TrainConfig
-from tpipe_jax.flags import EvaluateFlags, exit_status, load_config, parse_after
+from tpipe_jax.config.command_line import exit_status, load_config, parse_after
+from tpipe_jax.config.flags import EvaluateFlags
+from tpipe_jax.config.settings import Config, DataConfig, TrainConfig
 
 
 def main() -> None:
     flags = parse_after(EvaluateFlags, sys.argv[1:], "python launch/evaluate.py")
-    from tpipe_jax.console import Console
-    from tpipe_jax.data import open_held_out
-    from tpipe_jax.evaluate import evaluate
-    from tpipe_jax.mesh import find_devices
-    from tpipe_jax.sources import open_shares
-    from tpipe_jax.trained import load
+    from tpipe_jax.commands.evaluate import evaluate
+    from tpipe_jax.commands.trained_model import load
+    from tpipe_jax.data.batches import open_held_out
+    from tpipe_jax.data.sources import open_shares
+    from tpipe_jax.devices.startup import find_devices
+    from tpipe_jax.reporting.console import Console
 
     path = flags.workdir / "config.json"
     data = load_config(path).data if path.exists() else DataConfig()

@@ -11,16 +11,18 @@ than the model's seq_len is continued from its second half.
 import itertools
 import sys
 
-from tpipe_jax.config import BYTES, BYTES_NAME, Config, ModelConfig, UserError
-from tpipe_jax.flags import GenerateFlags, exit_status, load_config, parse_after
-from tpipe_jax.tokenizer import Tokenizer, open_tokenizer
+from tpipe_jax.config.command_line import exit_status, load_config, parse_after
+from tpipe_jax.config.flags import GenerateFlags
+from tpipe_jax.config.settings import BYTES, BYTES_NAME, Config, ModelConfig
+from tpipe_jax.data.tokenizer import Tokenizer, open_tokenizer
+from tpipe_jax.errors import UserError
 
 
 def main() -> None:
     flags = parse_after(GenerateFlags, sys.argv[1:], "python launch/generate.py")
-    from tpipe_jax.generate import Generator, chooser
-    from tpipe_jax.mesh import find_devices
-    from tpipe_jax.trained import load
+    from tpipe_jax.commands.generate import Generator, chooser
+    from tpipe_jax.commands.trained_model import load
+    from tpipe_jax.devices.startup import find_devices
 
     if (flags.prompt is None) == (flags.prompt_ids is None):
         raise UserError("give a text to continue, with either --prompt or --prompt-ids.")

@@ -11,8 +11,9 @@ import sys
 from functools import partial
 from typing import Any
 
-from tpipe_jax.flags import Flags, exit_status, parse
-from tpipe_jax.launcher import launch
+from tpipe_jax.commands.launch import launch
+from tpipe_jax.config.command_line import exit_status, parse
+from tpipe_jax.config.flags import Flags
 
 
 def main() -> int:
@@ -21,8 +22,8 @@ def main() -> int:
 
 
 def work(flags: Flags, *args: Any) -> None:
-    from tpipe_jax.profiled import parse_steps
-    from tpipe_jax.training import train
+    from tpipe_jax.commands.train import train
+    from tpipe_jax.reporting.step_profile import parse_steps
 
     train(*args, profiled=parse_steps(flags.profile, flags.config.train))
 

@@ -12,9 +12,10 @@ second form, which needs no device.
 import sys
 from typing import Any
 
-from tpipe_jax.config import UserError
-from tpipe_jax.flags import FilePlanFlags, exit_status, parse, parse_file_plan
-from tpipe_jax.launcher import launch
+from tpipe_jax.commands.launch import launch
+from tpipe_jax.config.command_line import exit_status, parse, parse_file_plan
+from tpipe_jax.config.flags import FilePlanFlags
+from tpipe_jax.errors import UserError
 
 
 def main() -> int:
@@ -33,12 +34,12 @@ def main() -> int:
 
 def plan_from_file(flags: FilePlanFlags) -> None:
     """Plans without a device and without jax."""
-    from tpipe_jax.console import Console
-    from tpipe_jax.latency import load_table
-    from tpipe_jax.placement import chunk_factors
-    from tpipe_jax.plan_files import write_plan
-    from tpipe_jax.planner import GIB, find_plan
-    from tpipe_jax.plans import PlanRequest
+    from tpipe_jax.planning.latency import load_table
+    from tpipe_jax.planning.placement import chunk_factors
+    from tpipe_jax.planning.plan import PlanRequest
+    from tpipe_jax.planning.planner import GIB, find_plan
+    from tpipe_jax.reporting.console import Console
+    from tpipe_jax.reporting.plan_report import write_plan
 
     schedule = None if flags.schedule == "auto" else flags.schedule
     if flags.chunks and schedule is None:
@@ -70,7 +71,7 @@ def plan_from_file(flags: FilePlanFlags) -> None:
 
 def plan_by_measuring(*args: Any) -> None:
     """Profiles the model of a config on its devices and plans its slices."""
-    from tpipe_jax.plan_run import plan_run
+    from tpipe_jax.commands.plan import plan_run
 
     plan_run(*args)
 

@@ -26,12 +26,11 @@ if __name__ == "tokenize":
 def main() -> None:
     from pathlib import Path
 
-    from tpipe_jax.config import UserError
-    from tpipe_jax.console import Console
-    from tpipe_jax.flags import parse_tokenize
-    from tpipe_jax.shards import cut, find_files, make_shards, texts
-    from tpipe_jax.tokenizer import train_bpe
-    from tpipe_jax.writing import writing_to
+    from tpipe_jax.config.command_line import parse_tokenize
+    from tpipe_jax.data.token_shards import cut, find_files, make_shards, texts
+    from tpipe_jax.data.tokenizer import train_bpe
+    from tpipe_jax.errors import UserError, writing_to
+    from tpipe_jax.reporting.console import Console
 
     flags = parse_tokenize(sys.argv[1:], "python launch/tokenize.py")
     console, tokenizer = Console(), flags.tokenizer
@@ -60,6 +59,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from tpipe_jax.flags import exit_status
+    from tpipe_jax.config.command_line import exit_status
 
     sys.exit(exit_status(main))

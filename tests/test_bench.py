@@ -16,13 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import reference
-import several
-from tpipe_jax import model
-from tpipe_jax.config import ModelConfig, ScheduleName
-from tpipe_jax.plans import Plan
-from tpipe_jax.schedule import SCHEDULES, make_schedule, terapipe
-from tpipe_jax.simulate import simulate
+from support import reference, several
+from tpipe_jax.config.settings import ModelConfig, ScheduleName
+from tpipe_jax.model import transformer
+from tpipe_jax.planning.plan import Plan
+from tpipe_jax.planning.schedule import SCHEDULES, make_schedule, terapipe
+from tpipe_jax.planning.simulate import simulate
 
 BENCH = several.ROOT / "bench"
 
@@ -167,7 +166,7 @@ def test_programs_that_fail_leave_the_others_their_rows(
     assert [len(p.times) for p in programs] == [2, 0, 0, 2]
     assert len(states) == 2  # a new one after the failure
     peer = {
-        "num_params": model.num_params(config.model),
+        "num_params": transformer.num_params(config.model),
         "torch": "2",
         "seconds": 1,
         "peak_bytes": 1,
@@ -224,7 +223,7 @@ def test_pytorch_on_a_cpu_has_to_be_asked_for(gpu: Any, capsys: pytest.CaptureFi
     assert gpu.run_torch(gpu.parse_args(OPTIONS), T) is None
     assert "--cpu trains on the CPU" in capsys.readouterr().out
     figures = gpu.run_torch(gpu.parse_args([*OPTIONS, "--cpu"]), T)
-    assert figures["num_params"] == model.num_params(
+    assert figures["num_params"] == transformer.num_params(
         gpu.make_config(gpu.parse_args(OPTIONS), T).model
     )
     assert figures["seconds"] > 0
@@ -237,7 +236,7 @@ def test_the_gpt_beside_ours_is_the_same_model():
     random = np.random.default_rng(0)
     params = jax.tree.map(
         lambda a: np.asarray(a) + random.normal(0, 0.1, a.shape).astype(np.float32),
-        model.init(config, jax.random.key(0)),
+        transformer.init(config, jax.random.key(0)),
     )
     gpt = GPT(SimpleNamespace(vocab_size=50, d_model=32, seq_len=16, num_layers=2, num_heads=4))
 
@@ -256,7 +255,7 @@ def test_the_gpt_beside_ours_is_the_same_model():
         kernel = values["attn_in"]["kernel"].reshape(32, 4, 3, 8).swapaxes(1, 2).reshape(32, 96)
         bias = values["attn_in"]["bias"].reshape(4, 3, 8).swapaxes(0, 1).reshape(96)
         put(block.attn_in, kernel.T, bias)
-    assert sum(p.numel() for p in gpt.parameters()) == model.num_params(config)
+    assert sum(p.numel() for p in gpt.parameters()) == transformer.num_params(config)
     rows = random.integers(0, 50, (3, 17))
     loss = gpt(torch.tensor(rows)).item()
     expected = reference.loss(config, params, jnp.asarray(rows, jnp.int32))

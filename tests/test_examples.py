@@ -10,19 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import runs
 import tpipe_jax
-from tpipe_jax.config import (
-    Config,
-    MeshConfig,
-    ModelConfig,
-    PlanConfig,
-    TrainConfig,
-    UserError,
-)
-from tpipe_jax.data import open_held_out
-from tpipe_jax.evaluate import evaluate
-from tpipe_jax.plans import Plan
+from support import runs
+from tpipe_jax.commands.evaluate import evaluate
+from tpipe_jax.config.settings import Config, MeshConfig, ModelConfig, PlanConfig, TrainConfig
+from tpipe_jax.data.batches import open_held_out
+from tpipe_jax.errors import UserError
+from tpipe_jax.planning.plan import Plan
 
 EXAMPLES = sorted((runs.ROOT / "examples").glob("*.py"))
 LEARNT = {"train_on_arrays": 1.25, "own_block": 2.5}  # at the end, from 4.6 and 5.5 nats

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import reference
-import runs
-from slices import TOLERANCE, draw, expect, rounded, run
-from tpipe_jax import model
-from tpipe_jax.attention import blockwise
-from tpipe_jax.config import (
+from support import reference, runs
+from support.slices import TOLERANCE, draw, expect, rounded, run
+from tpipe_jax.attention.blockwise import blockwise
+from tpipe_jax.attention.cudnn import cudnn_kernel
+from tpipe_jax.attention.fused import grouped
+from tpipe_jax.config.settings import (
     AttentionConfig,
     Backend,
     Config,
@@ -27,11 +27,11 @@ from tpipe_jax.config import (
     ScheduleName,
     TrainConfig,
 )
-from tpipe_jax.fused import cudnn_kernel, grouped
-from tpipe_jax.inplace import Position
-from tpipe_jax.mesh import make_mesh
-from tpipe_jax.schedule import make_schedule
-from tpipe_jax.train_step import make_loss_and_grads
+from tpipe_jax.devices.inplace import Position
+from tpipe_jax.devices.mesh import make_mesh
+from tpipe_jax.model import transformer
+from tpipe_jax.planning.schedule import make_schedule
+from tpipe_jax.training.step import make_loss_and_grads
 
 if os.environ.get("JAX_PLATFORMS", "").startswith("cuda"):
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # so that a child has memory, too
@@ -94,7 +94,7 @@ def config_of(
 def inputs() -> tuple[Any, np.ndarray]:
     config = config_of("384", "float32", "xla")
     rows = np.random.default_rng(0).integers(0, 50, (3, 385), np.int32)
-    return jax.device_get(model.init(config.model, jax.random.key(0))), rows
+    return jax.device_get(transformer.init(config.model, jax.random.key(0))), rows
 
 
 @cache
@@ -139,7 +139,7 @@ def test_a_run_learns(tmp_path: Path) -> None:
     """The quick start, on one GPU in the format that it has by default."""
     settings = {
         "mesh.pipe": 1,
-        "model.d-model": 256,  # heads of 64 tokens
+        "transformer.d-model": 256,  # heads of 64 tokens
         "train.num-steps": 300,
         "train.sample-tokens": 20,
         "plan.token-slices": "64,192",

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-import several
-from tpipe_jax.flags import CONFIGS, Flags, load_config, parse
+from support import several
+from tpipe_jax.config.command_line import CONFIGS, load_config, parse
+from tpipe_jax.config.flags import Flags
 
 LAUNCH = several.ROOT / "launch"
 DEVICES = load_config(CONFIGS / "gpt3_175b.py").mesh.num_devices

@@ -19,16 +19,26 @@ The letters at the end of an array's name are its shape, here and in every modul
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from tpipe_jax.version import __version__
+
 if TYPE_CHECKING:
     from tpipe_jax.api import Config, TrainStep, load, make_train_step, plan, train
-    from tpipe_jax.block import Block
+    from tpipe_jax.model.block import Block
 
-__version__ = "0.1.0"
-__all__ = ["Block", "Config", "TrainStep", "load", "make_train_step", "plan", "train"]
+__all__ = [
+    "Block",
+    "Config",
+    "TrainStep",
+    "__version__",
+    "load",
+    "make_train_step",
+    "plan",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    module = "block" if name == "Block" else "api"
+    module = "model.block" if name == "Block" else "api"
     return getattr(importlib.import_module(f"{__name__}.{module}"), name)

@@ -16,23 +16,24 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from tpipe_jax import training
-from tpipe_jax.autoplan import plan_slices, work_factors
-from tpipe_jax.backends import resolve_attention
-from tpipe_jax.config import Config, MeshConfig, UserError, resolved
-from tpipe_jax.console import Console
-from tpipe_jax.flags import load_config
-from tpipe_jax.latency import LatencyTable
-from tpipe_jax.memory import fitting_step
-from tpipe_jax.mesh import check_model, find_devices, make_mesh, put_rows
-from tpipe_jax.optim import make_optimizer
-from tpipe_jax.plan_settings import read_settings
-from tpipe_jax.planner import find_plan
-from tpipe_jax.plans import Plan, PlanRequest, check_plan
-from tpipe_jax.precision import resolve_precision
-from tpipe_jax.train_state import TrainState, abstract_rows, init_state
-from tpipe_jax.trained import Trained
-from tpipe_jax.trained import load as load_trained
+from tpipe_jax.commands.train import train as run_training
+from tpipe_jax.commands.trained_model import Trained
+from tpipe_jax.commands.trained_model import load as load_trained
+from tpipe_jax.config.command_line import load_config
+from tpipe_jax.config.settings import Config, MeshConfig
+from tpipe_jax.devices.mesh import put_rows
+from tpipe_jax.devices.startup import find_devices
+from tpipe_jax.errors import UserError
+from tpipe_jax.pipeline.spec import on_devices
+from tpipe_jax.planning.latency import LatencyTable
+from tpipe_jax.planning.plan import Plan, PlanRequest, check_plan
+from tpipe_jax.planning.planner import find_plan
+from tpipe_jax.planning.settings import read_settings, work_factors
+from tpipe_jax.profiling.measured_plan import plan_slices
+from tpipe_jax.reporting.console import Console
+from tpipe_jax.training.memory import fitting_step
+from tpipe_jax.training.optimizer import make_optimizer
+from tpipe_jax.training.state import TrainState, abstract_rows, init_state
 
 Devices = Sequence[jax.Device]
 
@@ -54,7 +55,7 @@ def plan(
         return request
     if latencies is not None:
         return find_plan(latencies, request, work_factors(config)).plan
-    config, mesh = _on_mesh(config, devices)
+    config, mesh = on_devices(config, devices or _devices(config.mesh))
     with tempfile.TemporaryDirectory() as folder:
         where = Path(workdir or folder)
         return plan_slices(config, request, mesh, where, Console(is_quiet=True))[1].plan
@@ -80,7 +81,7 @@ class TrainStep:
 
         Rows are tokens `[B, T + 1]`, inputs and targets in one, int32 below the vocabulary's size
         or `config.IGNORE` as a target; where the config marks documents, `[B, 3, T]` as
-        `data.make_row` makes them. The old state is donated, so it can be used no more.
+        `batches.make_row` makes them. The old state is donated, so it can be used no more.
         """
         expected = abstract_rows(self.config, self.mesh).shape
         if rows.shape != expected:
@@ -103,7 +104,7 @@ def make_train_step(
     """Compiles the training step of a plan; without one, of `plan(config)`."""
     read_settings(config)  # which says what of it does not fit
     slices = slices or plan(config, devices=devices)
-    config, mesh = _on_mesh(config, devices)
+    config, mesh = on_devices(config, devices or _devices(config.mesh))
     batch_size = config.train.batch_size // config.mesh.data
     num_layers = config.model.num_layers
     request = PlanRequest(config.mesh.pipe, batch_size, config.model.seq_len, num_layers=num_layers)
@@ -115,7 +116,7 @@ def train(config: Config, workdir: Path | str, devices: Devices | None = None) -
     """What `python launch/multihost.py` does in one process: plans, trains, evaluates and saves,
     and goes on where an earlier call has stopped.
     """
-    training.train(config, Path(workdir), devices or _devices(config.mesh), Console())
+    run_training(config, Path(workdir), devices or _devices(config.mesh), Console())
 
 
 def load(
@@ -135,13 +136,6 @@ def load(
     if path.exists():
         config = replace(config, data=load_config(path).data)
     return load_trained(Path(workdir), step, config, devices or _devices(config.mesh))
-
-
-def _on_mesh(config: Config, devices: Devices | None) -> tuple[Config, Mesh]:
-    """The config with what it leaves to the devices filled in, and their mesh."""
-    mesh = make_mesh(config.mesh, devices or _devices(config.mesh))
-    check_model(config.model, config.mesh)
-    return resolve_attention(resolve_precision(resolved(config), mesh), mesh), mesh
 
 
 def _devices(mesh: MeshConfig) -> Devices:

@@ -1,0 +1,223 @@
+"""Continuing texts on the stages' caches: the same tokens as the plain model, and transformers."""
+
+import itertools
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from support import reference, runs
+from tpipe_jax.commands.generate import Generator, chooser
+from tpipe_jax.commands.trained_model import load
+from tpipe_jax.config.settings import Config, MeshConfig, ModelConfig, PlanConfig, PrecisionConfig
+from tpipe_jax.data.tokenizer import open_tokenizer, train_bpe
+from tpipe_jax.devices.mesh import make_mesh, shardings
+from tpipe_jax.errors import UserError
+from tpipe_jax.interop import convert
+from tpipe_jax.interop import gpt2 as gpt2_files
+from tpipe_jax.model import reference as plain_model
+from tpipe_jax.model import transformer
+from tpipe_jax.model.sharding import param_specs
+from tpipe_jax.model.transformer import num_params
+
+MODEL = ModelConfig(num_layers=3, d_model=16, num_heads=2, vocab_size=29, seq_len=8)
+PLAN = PlanConfig()
+MESHES = [MeshConfig(), MeshConfig(data=2, pipe=2), MeshConfig(pipe=3, model=2)]
+
+
+def params_of(config: ModelConfig) -> Any:
+    """Large enough for what came earlier to matter in the draws, which a test below sees to."""
+    params = transformer.init(config, jax.random.key(1))
+    return jax.tree.map(lambda a: 25 * a if a.ndim > 1 else a, params)
+
+
+def generator(
+    mesh_config: MeshConfig, config: ModelConfig = MODEL, plan: PlanConfig = PLAN
+) -> Generator:
+    whole = Config(config, mesh_config, plan, precision=PrecisionConfig("float32"))
+    mesh = make_mesh(mesh_config, jax.devices()[: mesh_config.num_devices])
+    staged = reference.to_stages(params_of(config), mesh, plan.num_chunks)
+    specs = param_specs(MODEL, len(staged["blocks"]))
+    return Generator(whole, mesh, jax.device_put(staged, shardings(mesh, specs)))
+
+
+def plainly(prompt: list[int], num_tokens: int, choose: Any, config: ModelConfig = MODEL):
+    """The same by forward passes over all that is read, without caches."""
+    params, seq_len, seen = params_of(config), config.seq_len, list(prompt)
+    logits_of = jax.jit(lambda tokens: plain_model.logits(config, params, tokens))
+    chosen = []
+    for _ in range(num_tokens):
+        padded = np.zeros((1, seq_len), np.int32)
+        padded[0, : len(seen)] = seen
+        chosen.append(choose(np.asarray(logits_of(padded))[0, len(seen) - 1]))
+        seen.append(chosen[-1])
+        if len(seen) > seq_len:
+            seen = seen[-(seq_len // 2) :]
+    return chosen
+
+
+def test_what_came_earlier_matters():
+    """The same last tokens at the same positions after another one."""
+    params = params_of(MODEL)
+    one, other = (
+        plain_model.logits(MODEL, params, np.array([[t, 3, 1, 4]]))[0, -1] for t in (2, 9)
+    )
+    assert np.abs(one - other).max() > 0.3 * np.abs(one).max()
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_draws_as_the_plain_model_does(mesh: MeshConfig):
+    """Beyond the model's length too."""
+    made = generator(mesh)
+    for prompt in ([3], [3, 1, 4], [7, 7, 2, 9, 1, 4, 4, 28]):
+        got = list(itertools.islice(made.tokens_after(prompt, chooser(4, seed=5)), 14))
+        assert got == plainly(prompt, 14, chooser(4, seed=5))
+        assert len(set(got)) >= 3
+
+
+def test_draws_through_the_chunks_of_each_stage():
+    """As a run does under the schedule interleaved."""
+    config = replace(MODEL, num_layers=7)
+    made = generator(MeshConfig(pipe=3), config, PlanConfig(schedule="interleaved", chunks=2))
+    got = list(itertools.islice(made.tokens_after([3, 1, 4], chooser(4, seed=5)), 14))
+    assert got == plainly([3, 1, 4], 14, chooser(4, seed=5), config)
+    assert len(set(got)) >= 3
+
+
+def test_a_prompt_of_several_parts():
+    """The last part begins before the one before it ends where it would reach beyond the caches."""
+    config = replace(MODEL, seq_len=90)
+    made = generator(MeshConfig(pipe=2), config)
+    for length in (63, 64, 65, 89, 90):
+        prompt = (np.arange(length) * 7 % 29).tolist()
+        got = list(itertools.islice(made.tokens_after(prompt, chooser(0)), 4))
+        assert got == plainly(prompt, 4, chooser(0), config), length
+
+
+def test_choices():
+    logits = np.log([0.5, 0.3, 0.15, 0.05])
+    assert {chooser(0)(logits) for _ in range(20)} == {0}
+    least = chooser(1, top_p=0, seed=1)
+    assert {least(logits[::-1]) for _ in range(50)} == {3}
+    half = chooser(1, top_p=0.5, seed=1)
+    assert {half(logits) for _ in range(50)} == {0}
+    most = chooser(1, top_p=0.79, seed=1)
+    assert {most(logits) for _ in range(200)} == {0, 1}
+    draw = chooser(1, seed=1)
+    counts = np.bincount([draw(logits) for _ in range(4000)], minlength=4) / 4000
+    np.testing.assert_allclose(counts, [0.5, 0.3, 0.15, 0.05], atol=0.03)
+    hot, cold = chooser(100, seed=1), chooser(0.1, seed=1)
+    assert {hot(logits) for _ in range(100)} == {0, 1, 2, 3}
+    assert [cold(logits) for _ in range(50)].count(0) > 45
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A GPT2LMHeadModel, and a workdir with its weights."""
+    reason = 'needs torch and transformers: pip install -e ".[interop]"'
+    torch = pytest.importorskip("torch", reason=reason)
+    transformers = pytest.importorskip("transformers", reason=reason)
+    torch.manual_seed(1)
+    sizes = {"n_layer": 2, "n_embd": 32, "n_head": 4, "vocab_size": 256, "n_positions": 80}
+    made = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    for parameter in made.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    folder = tmp_path_factory.mktemp("gpt2")
+    made.save_pretrained(folder / "there")
+    convert.import_gpt2(folder / "there", folder / "run")
+    return made, folder / "run"
+
+
+def test_greedy_tokens_are_those_of_transformers(gpt2: tuple[Any, Path]):
+    torch = pytest.importorskip("torch")
+    made, workdir = gpt2
+    prompt = list(b"The quick brown fox")
+    want = made.generate(
+        torch.tensor([prompt]), max_new_tokens=60, do_sample=False, eos_token_id=None
+    )[0].tolist()
+    out = run_launcher(workdir, "--prompt-ids=" + ",".join(map(str, prompt)), "--max-tokens=60")
+    assert list(map(int, out.split())) == want
+    assert len(set(want[len(prompt) :])) > 3
+
+
+def run_launcher(workdir: Path, *args: str) -> str:
+    command = [sys.executable, "launch/generate.py", f"--workdir={workdir}", "--temperature=0"]
+    done = subprocess.run([*command, *args], cwd=runs.ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout
+
+
+def test_bytes_are_printed_as_text(gpt2: tuple[Any, Path]):
+    _, workdir = gpt2
+    prompt = "The quick"
+    ids = run_launcher(workdir, "--prompt-ids=" + ",".join(map(str, prompt.encode())))
+    text = run_launcher(workdir, f"--prompt={prompt}", "--mesh.pipe=2")
+    assert text.startswith(prompt)
+    expected = bytes(map(int, ids.split())).decode(errors="replace")
+    assert text.rstrip("\n") == expected.rstrip("\n")
+
+
+def test_text_of_a_tokenizer(tmp_path: Path):
+    """That the model has more tokens than its tokenizer does not matter."""
+    path, source, workdir = tmp_path / "tokenizer.json", tmp_path / "made", tmp_path / "run"
+    train_bpe(["Grüße, world! " * 9, "the quick brown fox"], 300).save(str(path))
+    config = ModelConfig(num_layers=2, d_model=16, num_heads=2, vocab_size=304, seq_len=40)
+    params = params_of(config)
+    values = {
+        jax.tree_util.keystr(where, simple=True, separator="/"): np.array(value)
+        for where, value in jax.tree.leaves_with_path(params)
+    }
+    source.mkdir()
+    gpt2_files.write_model(source, config, values.__getitem__, gpt2_files.SHARD_BYTES)
+    convert.import_gpt2(source, workdir)
+    tokenizer = open_tokenizer("--tokenizer", str(path))
+    prompt = tokenizer.encode("Grüße").tolist()
+    ids = run_launcher(workdir, "--prompt-ids=" + ",".join(map(str, prompt)), "--max-tokens=20")
+    text = run_launcher(workdir, f"--tokenizer={path}", "--prompt=Grüße", "--max-tokens=20")
+    assert text.startswith("Grüße")
+    expected = "".join(tokenizer.stream(map(int, ids.split())))
+    assert text.rstrip("\n") == expected.rstrip("\n")
+
+    command = [sys.executable, "launch/generate.py", f"--workdir={workdir}", "--prompt=x"]
+    done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "of a tokenizer of 256 tokens, but the model has 304: give its own" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "sentence"),
+    [
+        (["--prompt="], "error: --prompt is empty: give at least one token, from 0 to 255."),
+        ([], "error: give a text to continue, with either --prompt or --prompt-ids."),
+        (["--prompt-ids=3,x"], "error: --prompt-ids=3,x is no list of numbers, as 464,3290."),
+        (["--prompt-ids=256"], "error: --prompt-ids has 256, which is no token: give at least"),
+        (
+            ["--prompt=" + 81 * "a"],
+            "error: --prompt has 81 tokens, more than config.model.seq",
+        ),
+        (["--prompt=a", "--temperature=-1"], "error: --temperature=-1.0 must be at least 0"),
+        (["--prompt=a", "--top-p=1.5"], "error: --top-p=1.5 must be between 0 and 1"),
+        (["--prompt=a", "--mesh.model=3"], "config.mesh.model=3"),
+        (["--prompt=a", "--step=7"], "error: --step=7 is not in"),
+    ],
+)
+def test_mistakes_are_answered(gpt2: tuple[Any, Path], args: list[str], sentence: str):
+    command = [sys.executable, "launch/generate.py", f"--workdir={gpt2[1]}", *args]
+    done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert sentence in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_parameters_alone_are_read(gpt2: tuple[Any, Path]):
+    trained = load(gpt2[1], None, Config(mesh=MeshConfig(pipe=2)), jax.devices())
+    assert trained.step == 0
+    sizes = [a.size for a in jax.tree.leaves(trained.params)]
+    assert sum(sizes) == num_params(trained.config.model)
+    with pytest.raises(UserError, match="no sound checkpoint"):
+        load(runs.ROOT, None, Config(), jax.devices())

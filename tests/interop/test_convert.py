@@ -1,0 +1,310 @@
+"""GPT-2 folders in and out, beside transformers."""
+
+import json
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import chex
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from support import runs, zarr_files
+from tpipe_jax.checkpoint.checkpoints import Checkpoints
+from tpipe_jax.config.command_line import load_config
+from tpipe_jax.config.settings import CheckpointConfig, Config, ModelConfig
+from tpipe_jax.devices.mesh import make_mesh
+from tpipe_jax.errors import UserError
+from tpipe_jax.interop import convert, gpt2
+from tpipe_jax.model import reference as plain_model
+from tpipe_jax.model import transformer
+from tpipe_jax.training.optimizer import make_optimizer
+from tpipe_jax.training.state import abstract_state, init_state
+
+SIZES: dict[str, Any] = {
+    "n_layer": 3,
+    "n_embd": 24,
+    "n_head": 3,
+    "n_inner": 40,
+    "vocab_size": 53,
+    "n_positions": 20,
+}
+MODEL = ModelConfig(3, 24, 3, 40, vocab_size=53, seq_len=20)
+REASON = 'needs torch and transformers: pip install -e ".[interop]"'
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A GPT2LMHeadModel whose norms and biases are random too, and the folder it is saved in."""
+    torch = pytest.importorskip("torch", reason=REASON)
+    transformers = pytest.importorskip("transformers", reason=REASON)
+    torch.manual_seed(0)
+    gpt = transformers.GPT2LMHeadModel(transformers.GPT2Config(**SIZES)).eval()
+    for parameter in gpt.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    folder = tmp_path_factory.mktemp("gpt2")
+    gpt.save_pretrained(folder)
+    return gpt, folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder as `export` writes it, made of fresh parameters without torch."""
+    params = jax.device_get(transformer.init(MODEL, jax.random.key(0)))
+    values = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.array(value)
+        for path, value in jax.tree.leaves_with_path(params)
+    }
+    made = tmp_path / "made"
+    made.mkdir()
+    gpt2.write_model(made, MODEL, values.__getitem__, gpt2.SHARD_BYTES)
+    return made
+
+
+def restored(workdir: Path, config: Config) -> Any:
+    mesh = make_mesh(config.mesh, jax.devices()[: config.mesh.num_devices])
+    like = abstract_state(config, mesh, make_optimizer(config.optim, config.train.num_steps))
+    with Checkpoints(workdir / "checkpoints", CheckpointConfig(), config.model, print) as folder:
+        assert folder.newest_step() == 0
+        return folder.restore(0, like)
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "10KB"])
+def test_logits_of_imported_weights_are_those_of_transformers(
+    saved: tuple[Any, Path], tmp_path: Path, max_shard_size: str
+):
+    torch = pytest.importorskip("torch", reason=REASON)
+    gpt, _ = saved
+    source = tmp_path / "source"
+    gpt.save_pretrained(source, max_shard_size=max_shard_size)
+    assert (source / "transformer.safetensors").exists() == (max_shard_size == "5GB")
+    config = convert.import_gpt2(source, tmp_path / "run")
+    assert config.model == MODEL
+    params = restored(tmp_path / "run", config).params
+    params = jax.tree.map(np.asarray, params)
+    blocks = [jax.tree.map(lambda a: a[0], block) for block in params["blocks"]]
+    tokens = np.random.default_rng(0).integers(0, 53, (4, 20), np.int32)
+    table = params["embed"]["tokens"][:53]
+    params |= {"blocks": blocks, "embed": params["embed"] | {"tokens": table}}
+    with torch.no_grad():
+        want = gpt(torch.from_numpy(tokens).long(), use_cache=False).logits.numpy()
+    np.testing.assert_allclose(plain_model.logits(MODEL, params, tokens), want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shard_bytes", [gpt2.SHARD_BYTES, 10_000])
+def test_a_round_trip_changes_no_bit(
+    saved: tuple[Any, Path],
+    tmp_path: Path,
+    shard_bytes: int,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    transformers = pytest.importorskip("transformers", reason=REASON)
+    monkeypatch.setattr(gpt2, "SHARD_BYTES", shard_bytes)
+    gpt, source = saved
+    convert.import_gpt2(source, tmp_path / "run")
+    assert convert.export_gpt2(tmp_path / "run", tmp_path / "back", None) == 0
+    assert (tmp_path / "back" / gpt2.INDEX).exists() == (shard_bytes == 10_000)
+    again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "back")
+    weights = again.state_dict()
+    assert weights.keys() == gpt.state_dict().keys()
+    for name, value in gpt.state_dict().items():
+        np.testing.assert_array_equal(value.numpy(), weights[name].numpy(), name)
+
+
+def test_all_but_parameters_are_as_in_a_fresh_state(folder: Path, tmp_path: Path):
+    """On a mesh of several stages too."""
+    config = convert.import_gpt2(folder, tmp_path / "run")
+    config = runs.changed(config, mesh={"data": 3, "pipe": 2})
+    state = restored(tmp_path / "run", config)
+    mesh = make_mesh(config.mesh, jax.devices()[:6])
+    fresh = init_state(config, mesh, make_optimizer(config.optim, config.train.num_steps))
+    chex.assert_trees_all_equal(state._replace(params=0), fresh._replace(params=0))
+
+
+def test_a_run_starts_from_imported_weights(folder: Path, tmp_path: Path):
+    workdir = tmp_path / "run"
+    convert.import_gpt2(folder, workdir)
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i % 10} and {i % 7}. " for i in range(300)).translate(LETTERS))
+    config = runs.changed(
+        load_config(workdir / "config.json"),
+        mesh={"pipe": 2},
+        plan={"token_slices": "uniform:2", "batch_slices": "uniform:1"},
+        train={
+            "num_steps": 2,
+            "batch_size": 2,
+            "log_every": 1,
+            "eval_batches": 1,
+            "sample_tokens": 0,
+        },
+        optim={"learning_rate": 0.0},
+        data={"train": str(text)},
+    )
+    said = runs.run(config, workdir)
+    assert "starting from imported weights" in said
+    before = load_file(folder / "transformer.safetensors")
+    assert convert.export_gpt2(workdir, tmp_path / "out", None) == 2
+    after = load_file(tmp_path / "out/transformer.safetensors")
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value, name)
+
+
+LETTERS = {code: code % 50 for code in range(128)}  # which the vocabulary has
+
+
+def edit(folder: Path, **settings: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+
+
+def change(folder: Path, **tensors: np.ndarray | None) -> None:
+    path = folder / "transformer.safetensors"
+    values = load_file(path) | {f"transformer.{n}": v for n, v in tensors.items()}
+    save_file({n: v for n, v in values.items() if v is not None}, path)
+
+
+FOREIGN = {"wte2.weight": np.zeros(3, np.float32)}
+BROKEN = {
+    "no folder": (lambda f: shutil.rmtree(f), r"config.json cannot be read .*GPT-2"),
+    "no settings": (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
+    "settings are a list": (lambda f: (f / "config.json").write_text("[]"), "it is no object"),
+    "another model": (lambda f: edit(f, model_type="llama"), "of type llama: only gpt2"),
+    "another activation": (
+        lambda f: edit(f, activation_function="relu"),
+        "activation_function=relu in config.json, but the model here has gelu_new",
+    ),
+    "heads that don't divide": (lambda f: edit(f, n_head=5), "num_heads=5 does not divide"),
+    "a size that is none": (lambda f: edit(f, n_layer="x"), "num_layers='x' must be of type int"),
+    "no weights": (
+        lambda f: (f / "transformer.safetensors").unlink(),
+        "has no transformer.safetensors",
+    ),
+    "cut short": (
+        lambda f: (f / "transformer.safetensors").write_bytes(
+            (f / "transformer.safetensors").read_bytes()[:5000]
+        ),
+        "transformer.safetensors cannot be read",
+    ),
+    "missing": (
+        lambda f: change(f, **{"h.1.mlp.c_fc.bias": None, "ln_f.bias": None}),
+        "has no weight h.1.mlp.c_fc.bias, nor 1 others",
+    ),
+    "mis-shaped": (
+        lambda f: change(f, **{"h.2.attn.c_proj.weight": np.zeros((24, 23), np.float32)}),
+        r"h.2.attn.c_proj.weight as F32 \[24, 23\], but config.json asks for .* \[24, 24\]",
+    ),
+    "integers": (
+        lambda f: change(f, **{"ln_f.bias": np.zeros(24, np.int64)}),
+        r"ln_f.bias as I64 \[24\]",
+    ),
+    "foreign": (lambda f: change(f, **FOREIGN), "has a weight wte2.weight, which GPT-2 has not"),
+    "a head of its own": (
+        lambda f: save_file(
+            load_file(f / "transformer.safetensors")
+            | {"lm_head.weight": np.zeros((53, 24), np.float32)},
+            f / "transformer.safetensors",
+        ),
+        "has a head lm_head.weight of its own",
+    ),
+    "an index of nothing": (
+        lambda f: (f / gpt2.INDEX).write_text('{"weight_map": 3}'),
+        "has no weight_map",
+    ),
+    "an index that leads elsewhere": (
+        lambda f: (f / gpt2.INDEX).write_text('{"weight_map": {"wte.weight": "../x"}}'),
+        "has no x: give a folder",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "sentence"), BROKEN.values(), ids=BROKEN)
+def test_what_cannot_be_imported_is_named_and_nothing_written(
+    folder: Path, tmp_path: Path, spoil: Any, sentence: str
+):
+    spoil(folder)
+    with pytest.raises(UserError, match=sentence):
+        convert.import_gpt2(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_masks_and_a_head_that_is_the_embedding_do_not_matter(folder: Path, tmp_path: Path):
+    path = folder / "transformer.safetensors"
+    values = {n.removeprefix("transformer."): v for n, v in load_file(path).items()}
+    mask = np.ones((1, 1, 20, 20), np.uint8)
+    save_file(values | {"h.0.attn.bias": mask, "lm_head.weight": values["wte.weight"]}, path)
+    convert.import_gpt2(folder, tmp_path / "run")
+    tokens = zarr_files.read_array(tmp_path / "run/checkpoints/0/params/embed/tokens")
+    np.testing.assert_array_equal(tokens, values["wte.weight"])
+
+
+def test_short_formats_become_float32(folder: Path, tmp_path: Path):
+    import ml_dtypes
+
+    path = folder / "transformer.safetensors"
+    values = {n: v.astype(ml_dtypes.bfloat16) for n, v in load_file(path).items()}
+    save_file(values, path)
+    convert.import_gpt2(folder, tmp_path / "run")
+    tokens = zarr_files.read_array(tmp_path / "run/checkpoints/0/params/embed/tokens")
+    np.testing.assert_array_equal(tokens, values["transformer.wte.weight"].astype(np.float32))
+
+
+def test_folders_that_hold_something_stay_as_they_are(folder: Path, tmp_path: Path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    convert.import_gpt2(folder, run)
+    with pytest.raises(UserError, match=rf"--workdir={run} is not empty"):
+        convert.import_gpt2(folder, run)
+    out.mkdir()
+    (out / "mine").write_text("")
+    with pytest.raises(UserError, match=rf"--to={out} is not empty"):
+        convert.export_gpt2(run, out, None)
+    assert [p.name for p in out.iterdir()] == ["mine"]
+    with pytest.raises(UserError, match=r"--step=3 is not in .*these steps, 0\."):
+        convert.export_gpt2(run, tmp_path / "new", 3)
+    with pytest.raises(UserError, match=r"has no sound checkpoint \(it has none\)"):
+        convert.export_gpt2(out, tmp_path / "new", None)
+    (run / "checkpoints/0/params/norm/scale/0").write_bytes(b"short")
+    with pytest.raises(UserError, match=r"no sound checkpoint \(0: params/norm/scale/0 has 5"):
+        convert.export_gpt2(run, tmp_path / "new", None)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "out", "run"]
+
+
+def test_a_full_disk_leaves_nothing(folder: Path, tmp_path: Path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    convert.import_gpt2(folder, tmp_path / "run")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
+    try:
+        with pytest.raises(UserError, match=re.escape(f"cannot write to --workdir={tmp_path}/new")):
+            convert.import_gpt2(folder, tmp_path / "new")
+        with pytest.raises(UserError, match=re.escape(f"cannot write --to={tmp_path}/out")):
+            convert.export_gpt2(tmp_path / "run", tmp_path / "out", None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "run"]
+
+
+def test_the_command(folder: Path, tmp_path: Path):
+    """There and back; a mistake is one sentence."""
+    run, back = tmp_path / "run", tmp_path / "back"
+
+    def convert_by(*args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "launch/convert.py", *args]
+        return subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+
+    done = convert_by("import", f"--from={folder}", f"--workdir={run}")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "3 layers, width 24, 3 heads, vocabulary 53, as step 0" in done.stdout
+    assert f"--config={run}/config.json --workdir={run} --config.data.train=TOKENS" in done.stdout
+    assert load_config(run / "config.json").model == MODEL
+    done = convert_by("export", f"--workdir={run}", f"--to={back}", "--step=0")
+    assert (done.returncode, done.stdout) == (0, f"{back} has the weights of step 0\n")
+    before, after = (load_file(f / "transformer.safetensors") for f in (folder, back))
+    chex.assert_trees_all_equal(after, before)
+    done = convert_by("export", f"--workdir={run}", f"--to={back}")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: --to={back} is not empty: choose a folder that is new.\n"

@@ -1,0 +1,122 @@
+"""What the terminal shows of a plan."""
+
+from dataclasses import replace
+
+import pytest
+
+from tpipe_jax.config.settings import ScheduleName
+from tpipe_jax.devices.mesh import HostPart
+from tpipe_jax.planning.plan import Plan, Prediction
+from tpipe_jax.planning.planner import Alternative, Option, Planning
+from tpipe_jax.reporting.console import Console, milliseconds
+
+# Four batch slices, of which two are alike; 14 ms and 28 ms of work on each of 2 stages.
+FORWARD = ((0.001, 0.002), (0.001, 0.002), (0.003,), (0.005,))
+BACKWARD = tuple(tuple(2 * t for t in times) for times in FORWARD)
+PREDICTION = Prediction(
+    step_seconds=0.052 + 0.005 + 0.010 - 0.010,
+    outside_seconds=0.010,
+    slice_forward_seconds=FORWARD,
+    slice_backward_seconds=BACKWARD,
+    slice_transfer_seconds=((0.0, 0.0), (0.0, 0.0), (0.0,), (0.0,)),
+    is_optimal=True,
+    lower_bound_seconds=0.05,
+)
+PLAN = Plan(2, (2, 2, 1, 3), ((5, 3), (5, 3), (8,), (8,)), PREDICTION)
+
+
+def test_plan_has_a_line_for_each_different_slice(capsys: pytest.CaptureFixture[str]):
+    Console().show_plan(PLAN, [1.0, 1.0])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[2:6] == [
+        ["2", "2", "0", "5", "0", "1", "ms", "2", "ms"],
+        ["1", "3", "5", "2", "ms", "4", "ms"],
+        ["1", "1", "0", "8", "0", "3", "ms", "6", "ms"],
+        ["1", "3", "0", "8", "0", "5", "ms", "10", "ms"],
+    ]
+    # 42 ms of work, and the longest slice, 5 and 10 ms, once more: stages wait 15 of 57 ms.
+    assert " ".join(lines[6]).endswith("of which 10 ms outside of the pipeline; bubble 26%")
+
+
+def test_plan_without_prediction_has_no_times(capsys: pytest.CaptureFixture[str]):
+    Console().show_plan(Plan(2, (2,), ((5, 3),)), [1.0, 1.0])
+    out = capsys.readouterr().out
+    assert "tokens" in out
+    assert "forward" not in out
+    assert "predicted" not in out
+
+
+def test_planning_is_compared_with_plainer_plans(capsys: pytest.CaptureFixture[str]):
+    unsliced, uniform = Alternative(1, 1, 0.114), Alternative(4, 2, 0.0627)
+    Console().show_planning(Planning(PLAN, (1.0, 1.0), (), unsliced, uniform, 7, 0.5))
+    out = capsys.readouterr().out
+    assert "no plan is faster under these latencies: proven, 7 programmes solved in 0.50 s" in out
+    assert "unsliced would take 114 ms, +100.0%: 1 batch slice of 1 token slice" in out
+    assert "would take 62.7 ms, +10.0%: 4 batch slices of 2 token slices" in out
+
+
+def test_a_plan_without_proof_tells_its_bound(capsys: pytest.CaptureFixture[str]):
+    plan = replace(PLAN, prediction=replace(PREDICTION, is_optimal=False))
+    Console().show_planning(Planning(plan, (1.0, 1.0), (), None, None, 7, 0.5))
+    out = capsys.readouterr().out
+    assert "no plan is faster than 50 ms under these latencies" in out
+    assert "proven" not in out
+    assert "would take" not in out
+
+
+def test_agreement(capsys: pytest.CaptureFixture[str]):
+    Console().show_agreement(0.090, 0.100)
+    assert capsys.readouterr().out == "a step takes 100 ms, predicted were 90 ms: -10%\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(1.2345, "1234 ms"), (0.0123456, "12.3 ms"), (1e-5, "0.01 ms")]
+)
+def test_milliseconds(seconds: float, text: str):
+    assert milliseconds(seconds) == text
+
+
+def test_hosts_have_a_line_each(capsys: pytest.CaptureFixture[str]):
+    parts = [
+        HostPart("first", [0, 1, 2, 5], 8, [0], [0, 1]),
+        HostPart("second", [3], 8, [1, 2, 4, 5], [0]),
+    ]
+    Console().show_hosts(parts)
+    lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert [name for name, *_ in lines] == ["hosts", "host", "first", "second"]
+    assert " ".join(lines[2][1].split()) == "0-2, 5 8 0 0-1"
+    assert " ".join(lines[3][1].split()) == "3 8 1-2, 4-5 0"
+
+
+def option(schedule: ScheduleName, seconds: float, num_bytes: float | None, fits: bool) -> Option:
+    prediction = replace(PREDICTION, step_seconds=seconds)
+    plan = replace(PLAN, schedule=schedule, prediction=prediction)
+    return Option(plan, 0.25, num_bytes, fits)
+
+
+@pytest.mark.parametrize(
+    ("names", "others", "reason"),
+    [
+        (("1f1b", "terapipe"), (0.1, 9e6, True), "taken: the fastest"),
+        (("terapipe", "1f1b"), (0.0499, 9e6, True), "taken: as fast, stages wait less"),
+        (("1f1b", "interleaved"), (0.0501, 9e6, True), "taken: the fastest"),
+        (("1f1b", "terapipe"), (0.01, None, False), "taken: the only one that fits"),
+    ],
+)
+def test_schedules_are_compared(
+    names: tuple[ScheduleName, ScheduleName],
+    others: tuple[float, float | None, bool],
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+):
+    taken, other = option(names[0], 0.05, 3e6, True), option(names[1], *others)
+    planning = Planning(taken.plan, (1.0, 1.0), (other, taken), None, None, 7, 0.5)
+    Console().show_planning(planning)
+    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    [of_other] = [line for line in lines if line.startswith(names[1])]
+    [of_taken] = [line for line in lines if line.startswith(names[0])]
+    assert of_taken.split()[:6] == [names[0], "50", "ms", "25%", "3.0", "MB"]
+    assert of_taken.endswith(reason)
+    assert of_other.split("25%")[1].split() == (
+        ["9.0", "MB"] if others[2] else ["unknown", "does", "not", "fit"]
+    )

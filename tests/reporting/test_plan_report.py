@@ -1,0 +1,53 @@
+"""The picture of a plan: what is drawn on it."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from support.latencies import profile
+from tpipe_jax.planning.latency import LatencyTable
+from tpipe_jax.planning.plan import PlanRequest
+from tpipe_jax.planning.planner import find_plan
+from tpipe_jax.reporting.plan_report import write_plan
+
+
+def test_points_curves_errors_and_timeline(tmp_path: Path, figures: list[Figure]):
+    table = profile().table(8)
+    plan = find_plan(table, PlanRequest(3, 4, 128), [1.0] * 3).plan
+    write_plan(tmp_path, table, plan, [1.0] * 3)
+    assert (tmp_path / "plan.json").exists()
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    forward, backward, errors, timeline = figures[0].axes
+    for axes, name, times in (
+        (forward, "forward", table.forward),
+        (backward, "backward", table.backward),
+    ):
+        curves = [line for line in axes.lines if len(line.get_xdata()) > 1]
+        assert len(curves) == 4 * len({1, plan.batch_slices[0]})
+        np.testing.assert_allclose(curves[0].get_ydata(), 1e3 * times[0, :, 0])
+        points = {
+            (float(line.get_xdata()[0]), round(float(line.get_ydata()[0]), 6))
+            for line in axes.lines
+            if len(line.get_xdata()) == 1
+        }
+        for sample in profile().samples:
+            held = 0.5 + 0.25 * sample.num_rows * sample.num_tokens
+            milliseconds = 1e3 * (getattr(sample, f"{name}_seconds") + held)
+            is_shown = sample.num_rows in {1, plan.batch_slices[0]}
+            assert ((sample.num_tokens, round(milliseconds, 6)) in points) == is_shown
+    # The two slices kept out of the fit, which the model finds exactly.
+    assert [len(line.get_xdata()) for line in errors.lines[:2]] == [2, 2]
+    assert "forward: median 0.0%, 95th percentile 0.0%" in errors.get_title()
+    assert "predicted timeline" in timeline.get_title()
+    assert len(timeline.patches) == 2 * 3 * sum(map(len, plan.token_slices))
+
+
+def test_times_alone_are_drawn_too(tmp_path: Path, figures: list[Figure]):
+    """Even if they are all zero."""
+    zeros = LatencyTable(4, np.zeros((1, 2, 2)), np.zeros((1, 2, 2)))
+    ones = LatencyTable(4, np.ones((1, 2, 2)), np.ones((1, 2, 2)))
+    for table in (zeros, ones):
+        plan = find_plan(table, PlanRequest(2, 1, 8), [1.0] * 2).plan
+        write_plan(tmp_path, table, plan, [1.0] * 2)
+        assert len(figures[-1].axes) == 3

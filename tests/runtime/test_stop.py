@@ -1,0 +1,71 @@
+"""Stops of a process alone; tests/test_multihost.py has those of several."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tpipe_jax.runtime.stop import Stop, Stopped
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_is_kept_and_the_second_is_not(number: signal.Signals):
+    said: list[str] = []
+    before = signal.getsignal(number)
+    with Stop(said.append) as stop:
+        stop.check()
+        assert not stop.is_due()
+        os.kill(os.getpid(), number)
+        assert stop.is_due()
+        assert stop.is_due()
+        with pytest.raises(Stopped):
+            stop.check()
+        assert said == ["Finishing the step and saving; once more stops without saving."]
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_in_the_middle_of_output_is_kept_too():
+    def say(text: str) -> None:
+        raise RuntimeError("reentrant call inside <_io.BufferedWriter name='<stdout>'>")
+
+    with Stop(say) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.is_due()
+
+
+HANGING = """
+import jax
+from tpipe_jax.runtime.stop import Stop
+
+with Stop(print):
+    print("ready", flush=True)
+    for_ever = jax.jit(lambda x: jax.lax.while_loop(lambda x: x < 2, jax.numpy.sin, x))
+    for_ever(1.0).block_until_ready()
+"""
+
+
+def test_a_second_signal_ends_a_process_that_waits_for_a_device():
+    """Python calls no handler then."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HANGING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(3)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+    _, err = process.communicate(timeout=100)
+    assert (process.returncode, err) == (130, "stopped\n")
+
+
+def test_a_run_may_ask_itself():
+    with Stop(print) as stop:
+        stop.request()
+        assert stop.is_due()
+        os.kill(os.getpid(), signal.SIGTERM)  # which is the first

@@ -1,0 +1,1 @@
+"""One token slice over its context; one module per backend."""

@@ -1,0 +1,106 @@
+"""Which attention a run uses: what the settings ask for and the devices can do."""
+
+from dataclasses import replace
+from typing import get_args
+
+from jax.sharding import Mesh
+
+from tpipe_jax.attention.base import Attention, Heads
+from tpipe_jax.attention.blockwise import blockwise
+from tpipe_jax.attention.cudnn import cudnn_kernel, cudnn_version
+from tpipe_jax.attention.fused import grouped, over_heads
+from tpipe_jax.config.settings import Backend, Config
+from tpipe_jax.devices.hardware import compute_capability, oldest_device
+from tpipe_jax.devices.precision import compute_format
+from tpipe_jax.errors import UserError
+from tpipe_jax.planning.context_blocks import BLOCK
+
+# Keys that are read together on GPUs and TPUs: the fastest of 256, 512 and 1024 for whole sequences
+# on an H200, and a guess (docs/gpu.md).
+XLA_BLOCK = 1024
+CUDNN_GROUP = 1024
+
+
+def resolve_attention(config: Config, mesh: Mesh, heads: Heads) -> Config:
+    """The config with `attention.backend` as it is on these devices.
+
+    Raises `UserError` if they cannot run it.
+    """
+    backend = attention_backend(config, mesh, heads)
+    if obstacle := _obstacle(backend, config, mesh, heads):
+        names: tuple[Backend, ...] = get_args(Backend)
+        usable = [
+            name for name in names if name != "auto" and not _obstacle(name, config, mesh, heads)
+        ]
+        raise UserError(
+            f"config.attention.backend={backend} {obstacle}: set auto, or one that can run here, "
+            f"{', '.join(usable)}."
+        )
+    return replace(config, attention=replace(config.attention, backend=backend))
+
+
+def attention_backend(config: Config, mesh: Mesh, heads: Heads) -> Backend:
+    """The name of the backend, `auto` resolved for the devices: cuDNN where it runs, else XLA."""
+    if config.attention.backend != "auto":
+        return config.attention.backend
+    return "xla" if _obstacle("cudnn", config, mesh, heads) else "cudnn"
+
+
+def make_attention(config: Config, mesh: Mesh, heads: Heads) -> Attention:
+    """The attention of the config, for code of one device."""
+    block = config.attention.block
+    if attention_backend(config, mesh, heads) == "cudnn":
+        attention = grouped(cudnn_kernel(), block or CUDNN_GROUP)
+        return over_heads(attention) if mesh.shape["model"] > 1 else attention
+    default = BLOCK if oldest_device(mesh).platform == "cpu" else XLA_BLOCK
+    return blockwise(block or default)
+
+
+def _obstacle(backend: Backend, config: Config, mesh: Mesh, heads: Heads) -> str | None:
+    """Why these devices cannot run the backend for this model."""
+    if backend == "xla":
+        return None
+    if backend == "tokamax":
+        return (
+            "cannot be installed, since tokamax (0.0.12) needs typeguard 2.13.3 and the command "
+            "line (tyro) 4 or newer"
+        )
+    device = oldest_device(mesh)
+    capability = compute_capability(device)
+    if capability is None or capability < (8, 0):
+        return (
+            f"needs GPUs of compute capability 8.0 (Ampere) or newer, which {device.device_kind} "
+            "is not"
+        )
+    if compute_format(config.precision, mesh) == "float32":
+        return (
+            "computes in float16 and bfloat16, not in config.precision.compute=float32, which may "
+            "be changed"
+        )
+    # The backward pass in "Support Matrix", docs.nvidia.com/cudnn, "Attention".
+    if not config.data.cross_document_attention:
+        return "does not know where documents begin, as cross_document_attention=false needs"
+    num_queries, num_keys, width = heads
+    if num_queries != num_keys:
+        return f"is not tried where {num_queries} heads share the keys of {num_keys}"
+    widest = 256 if capability[0] == 9 else 128
+    if width % 8 or width > widest:
+        return (
+            f"needs heads whose width is a multiple of 8 and at most {widest}, not "
+            f"config.model.d_model / num_heads = {width}"
+        )
+    version = cudnn_version()
+    if version is None:
+        return "finds no cuDNN, which comes with jax[cuda12] and jax[cuda13]"
+    # Refused by jax for 10.3, and by cuDNN's own front end.
+    least = 91100 if capability == (10, 3) else 91002
+    if version < least:
+        return f"needs cuDNN {_text(least)} or newer, which {_text(version)} is not"
+    block, fewest = config.attention.block, cudnn_kernel().min_tokens
+    if block and block < fewest:
+        return f"needs at least {fewest} tokens, not config.attention.block={block}"
+    return None
+
+
+def _text(version: int) -> str:
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"

@@ -1,0 +1,227 @@
+"""Causal attention of one token slice over its context, in blocks, forward and backward.
+
+The keys and values of a sequence lie in a cache as long as the sequence; a slice attends to
+everything before it there and to itself. Both loops, over query blocks and over the key blocks of
+the context, have run-time trip counts: time follows the context that a slice really has, and one
+compiled body serves every slice of one length, wherever it lies.
+
+`Attention` is what the stages call; `blockwise` makes it of XLA's operators, for any device and
+dtype. Others are in `fused`, and `backends` chooses.
+
+Softmax over blocks keeps a running maximum and sum (Milakov and Gimelshein 2018, arXiv 1805.02867);
+the backward pass recomputes the weights from the saved log-sum-exp (FlashAttention, arXiv
+2205.14135). Only the block on the diagonal has the causal mask.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import chex
+import jax.numpy as jnp
+from jax import Array, lax
+
+from tpipe_jax.attention.base import MASKED, Attention, KVCache, add_to_cache
+from tpipe_jax.devices.inplace import Position, in_turn, read, write
+from tpipe_jax.planning.context_blocks import BLOCK, query_block
+
+_dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def blockwise(block: int) -> Attention:
+    """Attention in blocks of so many keys, and about as many queries."""
+    return Attention(partial(attend, block=block), partial(attend_backward, block=block), block)
+
+
+def attend(
+    q_BNLK: Array,
+    cache: KVCache,
+    at: Position,
+    starts_BL1: Array | None = None,
+    block: int = BLOCK,
+) -> tuple[Array, Array]:
+    """Attention of the slice at a position, whose keys and values are in the cache already.
+
+    Where `starts` are given, each token sees the sequence from there on only. Returns the output,
+    `[B, G H, L, K]` in the dtype of q, and the log-sum-exp of each row of scores, `[B, G H, L, 1]`
+    float32.
+    """
+    (B, N, L, K), (_, H, T, _) = q_BNLK.shape, cache.k.shape
+    chex.assert_shape(cache, (None, H, None, K))
+    key_block = min(block, T)
+
+    def one_block(start: Array | int, size: int, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        here, context = Position(0, start), at.token + start
+        q = _to_keys(read(q_BNLK, here, B, size), H) * K**-0.5
+        is_visible, lowest = _visibility(starts_BL1, here, context, q_BNLK, size, H)
+
+        def fold(
+            state: tuple[Array, Array, Array], first_key: Array | int, num_keys: int, visible: Array
+        ):
+            top, total, out = state
+            k, v = (read(c, Position(at.row, first_key), B, num_keys) for c in cache)
+            visible = is_visible(first_key, visible)
+            score = jnp.where(visible, _dot("bhqe,bhke->bhqk", q, k), MASKED)
+            new_top = jnp.maximum(top, score.max(-1, keepdims=True))
+            weight, rescale = jnp.exp(score - new_top), jnp.exp(top - new_top)
+            out = out * rescale + _dot("bhqk,bhke->bhqe", weight.astype(v.dtype), v)
+            return new_top, total * rescale + weight.sum(-1, keepdims=True), out
+
+        zeros = jnp.zeros_like(q, jnp.float32)
+        nothing = zeros[..., :1] + MASKED, zeros[..., :1], zeros
+        state = fold(nothing, context, size, _causal(size, N // H))
+        state = over_context(context, key_block, _masked(fold, key_block), state, lowest)
+        top, total, out = state
+        return (
+            write(carry[0], _to_queries(out / total, N), here),
+            write(carry[1], _to_queries(top + jnp.log(total), N), here),
+        )
+
+    empty = jnp.zeros_like(q_BNLK), jnp.zeros_like(q_BNLK[..., :1], jnp.float32)
+    return _over_queries(L, block, one_block, empty)
+
+
+def attend_backward(
+    q_BNLK: Array,
+    cache: KVCache,
+    at: Position,
+    out_BNLK: Array,
+    lse_BNL1: Array,
+    d_out_BNLK: Array,
+    d_cache: KVCache,
+    starts_BL1: Array | None = None,
+    block: int = BLOCK,
+) -> tuple[Array, KVCache]:
+    """Gradients of `attend`, given its results and the gradient with respect to its output.
+
+    Adds this slice's share to `d_cache`, float32, for its own and for all earlier keys and values,
+    in its first rows if it has fewer than the cache; the sums of a slice are complete once all
+    later slices and the slice itself have been here. Returns the gradient with respect to q and the
+    new `d_cache`.
+    """
+    (B, N, L, K), (_, H, T, _) = q_BNLK.shape, cache.k.shape
+    key_block = min(block, T)
+    delta_BNL1 = (d_out_BNLK.astype(jnp.float32) * out_BNLK.astype(jnp.float32)).sum(
+        -1, keepdims=True
+    )
+
+    def one_block(
+        start: Array | int, size: int, carry: tuple[Array, KVCache]
+    ) -> tuple[Array, KVCache]:
+        here, context = Position(0, start), at.token + start
+        q = _to_keys(read(q_BNLK, here, B, size), H) * K**-0.5
+        d_out, lse, delta = (
+            _to_keys(read(a, here, B, size), H) for a in (d_out_BNLK, lse_BNL1, delta_BNL1)
+        )
+        is_visible, lowest = _visibility(starts_BL1, here, context, q_BNLK, size, H)
+
+        def fold(
+            state: tuple[Array, KVCache], first_key: Array | int, num_keys: int, visible: Array
+        ):
+            d_q, d_cache = state
+            keys = Position(at.row, first_key)
+            k, v = (read(c, keys, B, num_keys) for c in cache)
+            visible = is_visible(first_key, visible)
+            weight = jnp.where(visible, jnp.exp(_dot("bhqe,bhke->bhqk", q, k) - lse), 0)
+            d_weight = _dot("bhqe,bhke->bhqk", d_out, v)
+            d_score = (weight * (d_weight - delta)).astype(q.dtype)
+            d_k = _dot("bhqk,bhqe->bhke", d_score, q)
+            d_v = _dot("bhqk,bhqe->bhke", weight.astype(q.dtype), d_out)
+            d_cache = add_to_cache(
+                d_cache, KVCache(d_k, d_v), in_turn(keys, d_cache.k, len(cache.k))
+            )
+            return d_q + _dot("bhqk,bhke->bhqe", d_score, k), d_cache
+
+        d_q_BNLK, d_cache = carry
+        nothing = jnp.zeros_like(q, jnp.float32), d_cache
+        state = fold(nothing, context, size, _causal(size, N // H))
+        state = over_context(context, key_block, _masked(fold, key_block), state, lowest)
+        d_q, d_cache = state
+        return write(d_q_BNLK, _to_queries(d_q * K**-0.5, N), here), d_cache
+
+    return _over_queries(L, block, one_block, (jnp.zeros_like(q_BNLK), d_cache))
+
+
+def over_context(
+    context: Array | int,
+    block: int,
+    fold: Callable[[Any, Array, Array], Any],
+    state: Any,
+    lowest: Array | int = 0,
+) -> Any:
+    """Folds the tokens before `context` into the state, block by block, the last block first, until
+    `lowest` has been seen: `fold(state, first_key, num_visible)`.
+
+    The blocks end at `context`, so the one at the start of the sequence may be short: it is read in
+    full all the same, and only the first `num_visible` of its keys count.
+    """
+
+    def one_block(i: Array, state: Any) -> Any:
+        stop = context - i * block
+        first = jnp.maximum(stop - block, 0)
+        return fold(state, first, stop - first)
+
+    return lax.fori_loop(0, (context - lowest + block - 1) // block, one_block, state)
+
+
+def _masked(fold: Callable[..., Any], block: int) -> Callable[[Any, Array, Array], Any]:
+    """Gives a fold the mask of a block's visible keys."""
+
+    def masked(state: Any, first_key: Array, num_visible: Array) -> Any:
+        return fold(state, first_key, block, jnp.arange(block) < num_visible)
+
+    return masked
+
+
+def _over_queries(
+    num_queries: int, block: int, work: Callable[[Array | int, int, Any], Any], carry: Any
+) -> Any:
+    """Runs `work(start, size, carry)` over all blocks of queries; a shorter one comes last."""
+    size = query_block(num_queries, block)
+    num_full, rest = divmod(num_queries, size)
+    if num_full == 1:
+        carry = work(0, size, carry)
+    else:
+        carry = lax.fori_loop(0, num_full, lambda i, carry: work(i * size, size, carry), carry)
+    return work(num_full * size, rest, carry) if rest else carry
+
+
+def _causal(size: int, group: int) -> Array:
+    """The mask of a block of queries over itself, for each of so many heads."""
+    return jnp.tile(jnp.arange(size)[:, None] >= jnp.arange(size)[None, :], (group, 1))
+
+
+def _to_keys(a_BNLK: Array, num_keys: int) -> Array:
+    """The queries that share a head of keys as one longer slice, `[B, H, G L, K]`."""
+    B, _, _, K = a_BNLK.shape
+    return a_BNLK.reshape(B, num_keys, -1, K)
+
+
+def _to_queries(a_BHLK: Array, num_queries: int) -> Array:
+    """The inverse of `_to_keys`."""
+    B, _, _, K = a_BHLK.shape
+    return a_BHLK.reshape(B, num_queries, -1, K)
+
+
+def _visibility(
+    starts_BL1: Array | None,
+    at: Position,
+    context: Array | int,
+    q_BNLK: Array,
+    size: int,
+    num_keys: int,
+) -> tuple[Callable[[Array | int, Array], Array], Array | int]:
+    """What a block of queries sees: a function of the first key of a block and its mask that adds
+    to this what lies before the starts; and where the first key of all lies, which is in the
+    context if anything is.
+    """
+    if starts_BL1 is None:
+        return lambda first_key, visible: visible, 0
+    B, N, _, _ = q_BNLK.shape
+    starts_BL1 = read(starts_BL1, at, B, size)
+    starts_B1Q1 = jnp.tile(starts_BL1, (1, N // num_keys, 1))[:, None]
+
+    def is_visible(first_key: Array | int, visible: Array) -> Array:
+        return visible & (first_key + jnp.arange(visible.shape[-1]) >= starts_B1Q1)
+
+    return is_visible, jnp.minimum(starts_BL1.min(), context)

@@ -1,0 +1,61 @@
+"""cuDNN's flash attention as a fused kernel."""
+
+import jax.numpy as jnp
+from jax import Array
+
+from tpipe_jax.attention.base import KVCache
+from tpipe_jax.attention.fused import Kernel
+
+
+def cudnn_version() -> int | None:
+    """As 91002 for 9.10.2; None where jax finds no cuDNN, or has another interface to it."""
+    try:
+        from jax._src.cudnn.fused_attention_stablehlo import check_cudnn_version
+
+        return check_cudnn_version()
+    except (ImportError, RuntimeError):
+        return None
+
+
+def cudnn_kernel() -> Kernel:
+    """cuDNN's flash attention, for float16 and bfloat16.
+
+    jax's public function of it has no gradient for a merged softmax: it gives the log-sum-exp, but
+    takes none. So its primitives are bound here, which jax's own backward pass does likewise; tests
+    hold each jax release to their parameters.
+    """
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    def call(primitive, q: Array, kv: KVCache, num_visible: Array | None, *results: Array, **more):
+        B, _, L, K = q.shape
+        none = jnp.zeros(0, q.dtype)  # of bias, packed sequences and paged caches
+        if num_visible is None:
+            mask, lengths = cudnn.MaskType.CAUSAL, (none, none)
+        else:
+            mask = cudnn.MaskType.PADDING
+            lengths = jnp.full(B, L, jnp.int32), jnp.broadcast_to(num_visible, B).astype(jnp.int32)
+        return primitive.bind(
+            *(q, *kv, none, *lengths, none, none, none, none, *results),
+            scale=K**-0.5,
+            seed=0,
+            dropout_rate=0.0,
+            variadic_args=(False, False),  # neither bias nor its gradient
+            mask_type=mask,
+            layout=cudnn.AttentionLayout.BNTH.value,
+            sliding_window_length=None,
+            **more,
+        )
+
+    def forward(q: Array, kv: KVCache, num_visible: Array | None) -> tuple[Array, Array]:
+        out, lse = call(cudnn._dot_product_attention_fwd_p, q, kv, num_visible, is_training=True)
+        return out, lse[..., None]
+
+    def backward(
+        q: Array, kv: KVCache, num_visible: Array | None, out: Array, lse: Array, d_out: Array
+    ) -> tuple[Array, Array, Array]:
+        results = lse[..., 0], out, d_out.astype(q.dtype)
+        return tuple(call(cudnn._dot_product_attention_bwd_p, q, kv, num_visible, *results))
+
+    # It has no backward pass for a single query (pytorch issue 138529), and older releases had none
+    # for fewer than 64 (TransformerEngine issue 341).
+    return Kernel(forward, backward, min_tokens=64)

@@ -1,0 +1,147 @@
+"""Attention of a slice by a fused kernel that knows neither positions nor caches.
+
+A kernel masks from its top left corner, which is right where the slice attends to itself and wrong
+over its context. So the slice is a causal call, its context one call for each group of keys, and
+their results are merged by their log-sum-exp. Backward, every call is given the merged output and
+log-sum-exp: from these it computes the weights of the whole softmax and their gradients (the
+backward pass of FlashAttention-2, arXiv 2307.08691, works in the same way on its blocks).
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec
+
+from tpipe_jax.attention.base import Attention, KVCache, add_to_cache
+from tpipe_jax.attention.blockwise import attend, attend_backward, over_context
+from tpipe_jax.devices.inplace import Position, in_turn, read
+
+
+class Kernel(NamedTuple):
+    """A fused kernel, on queries `[B, H, L, K]` and as many keys and values as it is given.
+
+    Where `num_visible` is None, there are as many keys as queries, and the mask is causal; else all
+    queries see the first `num_visible` of the keys, an int32 scalar of at least 1.
+    """
+
+    forward: Callable[[Array, KVCache, Array | None], tuple[Array, Array]]
+    """`(q, kv, num_visible)` to the output, and the log-sum-exp `[B, H, L, 1]` in float32."""
+    backward: Callable[
+        [Array, KVCache, Array | None, Array, Array, Array], tuple[Array, Array, Array]
+    ]
+    """`(q, kv, num_visible, out, lse, d_out)` to the gradients of q, k and v; those of invisible
+    keys and values may be anything."""
+    min_tokens: int
+    """Of the fewest queries and keys that it can do."""
+
+
+def grouped(kernel: Kernel, group: int) -> Attention:
+    """Attention by the kernel, with contexts in groups of so many keys; slices that are too short
+    for it are attended in blocks.
+    """
+    assert group >= kernel.min_tokens
+    return Attention(
+        partial(_forward, kernel, group), partial(_backward, kernel, group), key_block=group
+    )
+
+
+def _forward(
+    kernel: Kernel,
+    group: int,
+    q_BHLK: Array,
+    cache: KVCache,
+    at: Position,
+    starts_BL1: Array | None = None,
+) -> tuple[Array, Array]:
+    """As `attend`, without starts."""
+    assert starts_BL1 is None
+    B, _, L, _ = q_BHLK.shape
+    if kernel.min_tokens > L:
+        return attend(q_BHLK, cache, at)
+
+    def fold(state: tuple[Array, Array], size: int, first: Array, num_visible: Array):
+        out, lse = state
+        keys = _read(cache, Position(at.row, first), B, size)
+        group_out, group_lse = kernel.forward(q_BHLK, keys, num_visible)
+        merged = jnp.logaddexp(lse, group_lse)
+        shares = jnp.exp(lse - merged), jnp.exp(group_lse - merged)
+        return out * shares[0] + group_out * shares[1], merged
+
+    out, lse = kernel.forward(q_BHLK, _read(cache, at, B, L), None)
+    out, lse = _over_groups(group, cache, at, L, fold, (out.astype(jnp.float32), lse))
+    return out.astype(q_BHLK.dtype), lse
+
+
+def _backward(
+    kernel: Kernel,
+    group: int,
+    q_BHLK: Array,
+    cache: KVCache,
+    at: Position,
+    out_BHLK: Array,
+    lse_BHL1: Array,
+    d_out_BHLK: Array,
+    d_cache: KVCache,
+    starts_BL1: Array | None = None,
+) -> tuple[Array, KVCache]:
+    """As `attend_backward`, without starts."""
+    assert starts_BL1 is None
+    B, _, L, _ = q_BHLK.shape
+    results = out_BHLK, lse_BHL1, d_out_BHLK
+    if kernel.min_tokens > L:
+        return attend_backward(q_BHLK, cache, at, *results, d_cache)
+
+    def fold(state: tuple[Array, KVCache], size: int, first: Array, num_visible: Array):
+        d_q, d_cache = state
+        where = Position(at.row, first)
+        keys = _read(cache, where, B, size)
+        group_d_q, *d_kv = kernel.backward(q_BHLK, keys, num_visible, *results)
+        is_visible = jnp.arange(size)[:, None] < num_visible
+        d_kv = KVCache(*(jnp.where(is_visible, d, 0) for d in d_kv))
+        return d_q + group_d_q, add_to_cache(d_cache, d_kv, in_turn(where, d_cache.k, len(cache.k)))
+
+    d_q, *d_kv = kernel.backward(q_BHLK, _read(cache, at, B, L), None, *results)
+    d_at = in_turn(at, d_cache.k, len(cache.k))
+    state = d_q.astype(jnp.float32), add_to_cache(d_cache, KVCache(*d_kv), d_at)
+    d_q, d_cache = _over_groups(group, cache, at, L, fold, state)
+    return d_q.astype(q_BHLK.dtype), d_cache
+
+
+def _over_groups(
+    group: int,
+    cache: KVCache,
+    at: Position,
+    num_queries: int,
+    fold: Callable[[Any, int, Array, Array], Any],
+    state: Any,
+) -> Any:
+    """Folds the context into the state, `fold(state, size, first_key, num_visible)`."""
+    seq_len = cache.k.shape[2]
+    if num_queries == seq_len:
+        return state  # a whole sequence has no context
+    size = min(group, seq_len)
+    return over_context(at.token, size, lambda state, *where: fold(state, size, *where), state)
+
+
+def _read(cache: KVCache, at: Position, num_rows: int, num_tokens: int) -> KVCache:
+    return KVCache(*(read(c, at, num_rows, num_tokens) for c in cache))
+
+
+def over_heads(attention: Attention) -> Attention:
+    """The attention with its heads divided over 'model' by hand, since GSPMD does not look into
+    kernels. For code in a `shard_map` that leaves this axis automatic.
+    """
+    heads, whole = PartitionSpec(None, "model"), PartitionSpec()
+
+    def divided(function: Callable, num_heads_args: int) -> Callable:
+        """Of arguments q, cache and position, so many more with heads, and starts."""
+        in_specs = (heads, heads, whole, *(heads,) * num_heads_args, whole)
+        return jax.shard_map(function, axis_names={"model"}, in_specs=in_specs, out_specs=heads)
+
+    return attention._replace(
+        forward=divided(attention.forward, 0), backward=divided(attention.backward, 4)
+    )

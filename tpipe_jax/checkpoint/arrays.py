@@ -1,0 +1,95 @@
+"""Arrays of a checkpoint, as Zarr."""
+
+import json
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import tensorstore as ts
+
+from tpipe_jax.checkpoint import manifest as files
+from tpipe_jax.checkpoint.layout import Index, Piece, Shape, restored
+from tpipe_jax.config.settings import ModelConfig
+from tpipe_jax.errors import UserError, brief
+
+PyTree = Any
+
+NUM_READERS = 8  # arrays that are read at the same time
+NUM_WRITERS = 4  # chunks that are written at the same time
+
+
+def restore(checkpoint: Path, model: ModelConfig, like: PyTree, num_chunks: int = 1) -> PyTree:
+    """A state as saved, or a part of one, bitwise, in the shardings of `like`.
+
+    Raises `UserError` if something of it is missing.
+    """
+    open_array = cache(lambda name: open_zarr(checkpoint / name))
+
+    def read(name: str, shape: Shape, index: Index) -> np.ndarray:
+        array = open_array(name)
+        if array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape} instead of {shape}")
+        return array[index].read().result()
+
+    leaves, structure = jax.tree.flatten_with_path(like)
+    paths, likes = zip(*leaves, strict=True)
+    try:
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            arrays = pool.map(
+                lambda path, a: restored(model, path, a, read, num_chunks), paths, likes
+            )
+            return jax.tree.unflatten(structure, list(arrays))
+    except (ValueError, OSError) as error:  # TensorStore's for all that goes wrong
+        raise UserError(
+            f"the checkpoint in {checkpoint} cannot be read ({brief(error)}): move that folder "
+            "away to continue from an older one, or start another run with --workdir."
+        ) from error
+
+
+def read_array(checkpoint: Path, name: str) -> np.ndarray:
+    """An array of a checkpoint, whole, by its name in the model's layout. Raises ValueError."""
+    return open_zarr(checkpoint / name).read().result()
+
+
+def write_arrays(folder: Path, parts: Sequence[Piece]) -> files.Digests:
+    """Writes chunks of arrays as Zarr, and what describes an array with its first chunk."""
+
+    def write(part: Piece) -> files.Digests:
+        chunk = np.zeros(part.chunk, part.data.dtype)
+        chunk[tuple(map(slice, part.data.shape))] = part.data  # the last one may be padded
+        grid = [i.start // n for i, n in zip(part.index, part.chunk, strict=True)]
+        contents = {f"{part.name}/{'.'.join(map(str, grid)) or '0'}": chunk.tobytes()}
+        if not any(grid):
+            contents[f"{part.name}/.zarray"] = _zarray(part)
+        (folder / part.name).mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            files.write_file(folder / name, content)
+        return {name: (len(c), files.digest(c)) for name, c in contents.items()}
+
+    with ThreadPoolExecutor(NUM_WRITERS) as pool:
+        return {name: digest for one in pool.map(write, parts) for name, digest in one.items()}
+
+
+def _zarray(part: Piece) -> bytes:
+    """Describes an array, in version 2 of Zarr."""
+    about = {
+        "zarr_format": 2,
+        "shape": part.shape,
+        "chunks": part.chunk,
+        "dtype": part.data.dtype.newbyteorder("<").str,
+        "order": "C",
+        "compressor": None,
+        "filters": None,
+        "fill_value": None,
+    }
+    return json.dumps(about).encode()
+
+
+def open_zarr(path: Path) -> Any:
+    """An array's folder as TensorStore reads it. Raises ValueError if it cannot."""
+    spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path.absolute()}/"}}
+    return ts.open({**spec, "fill_missing_data_reads": False}, read=True).result()

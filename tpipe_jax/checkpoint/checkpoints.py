@@ -1,0 +1,296 @@
+"""Checkpoints of a run: saved in the background, in the model's own layout, and checked when read.
+
+Arrays are Zarr, which TensorStore reads. `layout` says what of the model lies
+where on a mesh, `manifest` what makes a folder a checkpoint (docs/checkpoints.md).
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+
+from tpipe_jax.checkpoint import manifest as files
+from tpipe_jax.checkpoint.arrays import PyTree, restore, write_arrays
+from tpipe_jax.checkpoint.layout import Piece, pieces
+from tpipe_jax.checkpoint.manifest import DamagedError
+from tpipe_jax.config.settings import CheckpointConfig, ModelConfig
+from tpipe_jax.errors import UserError, brief
+from tpipe_jax.runtime.processes import from_all, from_first, gathered
+
+
+class Checkpoints:
+    """The newest `config.keep` checkpoints of a run, each in a folder named by its step.
+
+    Every process of a run constructs and calls this alike, `newest_step` first. Warnings go to
+    `say`. Raises `UserError` if `folder` is unwritable.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        model: ModelConfig,
+        say: Callable[[str], None],
+    ) -> None:
+        self._folder, self._config, self._model, self._say = folder, config, model, say
+        self.num_chunks = 1  # of each stage, in states that are saved and restored
+        self._identity = identity_of(model)
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._saving: tuple[int, Future[None]] | None = None
+        self._last_step: int | None = None  # that has been read or saved
+        self._num_saves, self._started = 0, 0.0
+        with self._writing():
+            folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(folder, os.W_OK):
+                raise PermissionError("permission denied")
+
+    def newest_step(self) -> int | None:
+        """The step of the newest sound checkpoint, or None. Newer ones, which are damaged, are put
+        aside.
+
+        Raises `UserError` if it is one of another model, or if all are damaged; nothing is changed
+        then.
+        """
+        self.wait()
+        with self._writing():
+            if jax.process_index() == 0:  # and the others wait for what it has found
+                files.clean(self._folder)
+            steps = files.list_steps(self._folder)
+        expected = json.loads(from_first(json.dumps(steps)))
+        if steps != expected:
+            raise UserError(
+                f"{self._folder} has checkpoints of steps {expected} for process 0 and {steps} for "
+                f"process {jax.process_index()}: give --workdir a folder that all hosts share."
+            )
+        damaged: dict[int, str] = {}
+        for step in steps:
+            if damage := self._damage(step):
+                damaged[step] = damage
+                continue
+            self._check_identity(step)
+            for other, damage in damaged.items():
+                self._put_aside(other, damage)
+            self._last_step = step
+            return step
+        if damaged:
+            newest, damage = next(iter(damaged.items()))
+            raise UserError(
+                f"no checkpoint in {self._folder} is sound ({newest}: {damage}): restore one from "
+                "a copy, or start another run with --workdir."
+            )
+        return None
+
+    def save(self, step: int, state: PyTree) -> float:
+        """Saves arrays, in the background unless `config.async_` says otherwise; does nothing if
+        `step` was the last. Returns the seconds that this has taken from training.
+
+        The caller may donate `state` as soon as this returns: its arrays have been copied to the
+        host by then.
+
+        Raises `UserError` if this save cannot start, or if the one before it has failed.
+        """
+        start = time.monotonic()
+        self.wait()
+        if step != self._last_step:
+            self._num_saves += 1
+            parts = list(pieces(self._model, state, self.num_chunks))
+            self._started = time.monotonic()
+            save = self._thread.submit(self._save, step, parts, self._num_saves)
+            self._saving = step, save
+            if not self._config.async_:
+                self.wait()
+        return time.monotonic() - start
+
+    def restore(self, step: int, like: PyTree) -> PyTree:
+        """The state as saved, bitwise, in the shardings of `like`.
+
+        Raises `UserError` if something of it is missing.
+        """
+        return restore(self._folder / str(step), self._model, like, self.num_chunks)
+
+    def raise_failure(self, timeout_seconds: float = math.inf) -> None:
+        """Raises `UserError` if a save has failed meanwhile, and waits for one that has been under
+        way for longer than this, which may be for ever.
+        """
+        is_late = time.monotonic() - self._started > timeout_seconds
+        if self._saving is not None and (self._saving[1].done() or is_late):
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when no save is under way. Raises `UserError` if the last one has failed."""
+        if self._saving is not None:
+            (step, save), self._saving = self._saving, None
+            with self._writing():
+                save.result()
+            self._last_step = step
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Waits as `wait` does, but for Ctrl-C, and ends the background thread."""
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            return
+        try:
+            self.wait()
+        except UserError:
+            if kind is None:  # what has come first is told
+                raise
+        finally:
+            self._thread.shutdown()
+
+    def _damage(self, step: int) -> str:
+        """What is wrong with a checkpoint, of which each process reads a part; empty if nothing.
+
+        Raises `UserError` if a process cannot read it, which need not be damage.
+        """
+        damage = failure = ""
+        try:
+            part = jax.process_index(), jax.process_count()
+            files.check(self._folder / str(step), *part)
+        except DamagedError as error:
+            damage = brief(error)
+        except OSError as error:
+            failure = brief(error)
+        if found := next(filter(None, from_all(failure)), ""):
+            raise UserError(
+                f"the checkpoint in {self._folder / str(step)} cannot be read ({found}): see that "
+                "all hosts can, or move it away to continue from an older one."
+            )
+        return next(filter(None, from_all(damage)), "")
+
+    def _put_aside(self, step: int, damage: str) -> None:
+        """So that it is not in the way when the run comes to this step again."""
+        if jax.process_index() == 0:
+            with self._writing():
+                aside = files.put_aside(self._folder / str(step))
+            self._say(f"the checkpoint of step {step} is damaged ({damage}): it is now {aside}")
+
+    def _check_identity(self, step: int) -> None:
+        saved = dict(_settings(_completed(files.read_manifest(self._folder / str(step)).identity)))
+        ours = dict(_settings(self._identity))
+        differences = [
+            f"{name}={saved.get(name)}, but this run has {ours.get(name)}"
+            for name in {**ours, **saved}
+            if saved.get(name) != ours.get(name)
+        ]
+        if differences:
+            raise UserError(
+                f"the checkpoint in {self._folder} was written with {'; with '.join(differences)}: "
+                "use the same settings, or start another run with --workdir."
+            )
+
+    def _save(self, step: int, parts: Sequence[Piece], number: int) -> None:
+        """Writes what this process has; process 0 finishes when all have."""
+        saving = self._folder / f"{step}{files.SAVING}"
+        try:
+            saving.mkdir(exist_ok=True)
+            written, failure = write_arrays(saving, parts), ""
+        except Exception as error:  # whatever it is, the others are waiting to be told
+            written, failure = {}, brief(error)
+
+        def finish(answers: list[str]) -> str:
+            known: files.Digests = {}
+            for answer in map(json.loads, answers):
+                if answer["failure"]:
+                    return answer["failure"]
+                known |= answer["files"]
+            try:
+                files.finish(saving, step, self._identity, known)
+            except Exception as error:  # likewise
+                return brief(error)
+            return ""
+
+        answer = json.dumps({"failure": failure, "files": written})
+        if failure := gathered(f"checkpoint {number}", answer, finish):
+            raise OSError(failure)
+        if jax.process_index() == 0:
+            self._remove_old()
+
+    def _remove_old(self) -> None:
+        for old in files.list_steps(self._folder)[self._config.keep :]:
+            try:
+                files.remove(self._folder / str(old))
+            except OSError as error:
+                self._say(f"the old checkpoint of step {old} is not removed ({brief(error)})")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write checkpoints to {self._folder} ({brief(error)}): make it writable, "
+                "see that the disk has space and that all hosts share it, or choose another folder "
+                "with --workdir."
+            ) from error
+
+
+def newest_sound(workdir: Path, step: int | None = None) -> tuple[Path, ModelConfig]:
+    """The newest sound checkpoint of a run, or that of a step, and its model. Changes nothing.
+
+    Raises `UserError` if there is none.
+    """
+    folder = workdir / "checkpoints"
+    steps = files.list_steps(folder) if folder.is_dir() else []
+    if step is not None and step not in steps:
+        found = ", ".join(map(str, steps)) or "none"
+        raise UserError(f"--step={step} is not in {folder}: it has these steps, {found}.")
+    damage = "it has none"
+    for number in steps if step is None else [step]:
+        try:
+            manifest = files.check(folder / str(number))
+            return folder / str(number), ModelConfig(**manifest.identity["model"])
+        except (DamagedError, OSError) as error:
+            damage = f"{number}: {brief(error)}"
+    raise UserError(
+        f"--workdir={workdir} has no sound checkpoint ({damage}): name the folder of a run that "
+        "has saved one."
+    )
+
+
+def write_checkpoint(folder: Path, step: int, model: ModelConfig, parts: Iterable[Piece]) -> None:
+    """Writes a checkpoint of one process, part by part, as `Checkpoints.save` does; nothing of it
+    stays if that fails.
+    """
+    saving = folder / f"{step}{files.SAVING}"
+    saving.mkdir(parents=True)
+    try:
+        written: files.Digests = {}
+        for part in parts:
+            written |= write_arrays(saving, [part])
+        files.finish(saving, step, identity_of(model), written)
+    except BaseException:
+        shutil.rmtree(saving, ignore_errors=True)
+        raise
+
+
+def _completed(identity: dict[str, Any]) -> dict[str, Any]:
+    """An identity with the settings that are younger than it, as they were then."""
+    try:
+        return identity | identity_of(ModelConfig(**identity["model"]))
+    except (KeyError, TypeError):
+        return identity
+
+
+def identity_of(model: ModelConfig) -> dict[str, Any]:
+    """What a checkpoint is bound to."""
+    return {"model": asdict(model)}
+
+
+def _settings(identity: dict[str, Any], prefix: str = "config") -> Iterator[tuple[str, Any]]:
+    for name, value in identity.items():
+        if isinstance(value, dict):
+            yield from _settings(value, f"{prefix}.{name}")
+        else:
+            yield f"{prefix}.{name}", value

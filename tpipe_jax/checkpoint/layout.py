@@ -1,0 +1,141 @@
+"""A state's arrays as the model has them, whatever mesh they lie on.
+
+On a mesh, a block's array is one of those of the nth layer of each stage, `[P, ...]`, zeros where a
+stage has no nth layer, which depends on how many chunks stages have (`placement`), and the token
+embedding has rows of padding (`sharding.param_specs`). In the model a layer is a layer, under its own
+number, and the vocabulary is as long as it is.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+from jax.tree_util import DictKey, KeyPath, SequenceKey
+
+from tpipe_jax.config.settings import ModelConfig
+from tpipe_jax.planning.placement import stage_layers
+
+Shape = tuple[int, ...]
+Index = tuple[slice, ...]  # with start and stop
+
+
+class Piece(NamedTuple):
+    """A part of an array of the model, on this process's host."""
+
+    name: str
+    """As `params/blocks/3/ff_in/kernel`."""
+    shape: Shape
+    """Of the whole array."""
+    chunk: Shape
+    """Of all parts of the array, but those at its end, which may be smaller."""
+    index: Index
+    """Which part it is."""
+    data: np.ndarray
+
+
+def arrays(
+    config: ModelConfig, state: Any, num_chunks: int = 1
+) -> Iterator[tuple[str, Shape, np.dtype]]:
+    """Name, shape and type of all arrays of a state, which may be abstract."""
+    for path, array in jax.tree.leaves_with_path(state):
+        whole = tuple(slice(0, n) for n in array.shape)
+        for name, shape, _, _ in _Leaf(config, path, array.shape, num_chunks).parts(whole):
+            yield name, shape, array.dtype
+
+
+def pieces(config: ModelConfig, state: Any, num_chunks: int = 1) -> Iterator[Piece]:
+    """All parts of a state that this process has, copied; all processes together have each part
+    once.
+    """
+    leaves = jax.tree.leaves_with_path(state)
+    for _, array in leaves:
+        for shard in array.addressable_shards:
+            if shard.replica_id == 0:
+                shard.data.copy_to_host_async()
+    for path, array in leaves:
+        leaf = _Leaf(config, path, array.shape, num_chunks)
+        for shard in array.addressable_shards:
+            if shard.replica_id == 0:
+                # On a CPU it would be a view, and XLA copies what it cannot reuse for that.
+                data = np.array(shard.data, copy=shard.device.platform == "cpu" or None)
+                yield from leaf.to_model(_bounded(shard.index, array.shape), data)
+
+
+def restored(
+    config: ModelConfig,
+    path: KeyPath,
+    like: jax.ShapeDtypeStruct,
+    read: Callable[[str, Shape, Index], np.ndarray],
+    num_chunks: int = 1,
+) -> Array:
+    """An array of a state, in the sharding of `like`, from parts of the model's arrays, which
+    `read(name, shape, index)` returns.
+    """
+    leaf = _Leaf(config, path, like.shape, num_chunks)
+
+    @cache  # since several devices may have it
+    def part(*bounds: tuple[int, int]) -> np.ndarray:
+        index = tuple(slice(*b) for b in bounds)
+        data = np.zeros([i.stop - i.start for i in index], like.dtype)
+        for name, shape, of_model, of_part in leaf.parts(index):
+            data[of_part] = read(name, shape, of_model)
+        return data
+
+    def part_at(index: Index | None) -> np.ndarray:
+        return part(*((i.start, i.stop) for i in _bounded(index or (), like.shape)))
+
+    return jax.make_array_from_callback(like.shape, like.sharding, part_at, dtype=like.dtype)
+
+
+class _Leaf:
+    """An array of the state on a mesh, and what it is made of."""
+
+    def __init__(self, config: ModelConfig, path: KeyPath, shape: Shape, num_chunks: int) -> None:
+        self._path, self._shape = path, shape
+        self._vocab_size = config.vocab_size
+        at = [i for i, key in enumerate(path[:-1]) if key == DictKey("blocks")]
+        self._slot = at[0] + 1 if at else None  # where the path has the place of a layer in a stage
+        if self._slot is not None:
+            layers = stage_layers(config.num_layers, shape[0], num_chunks)
+            self._layers: list[int] = layers[path[self._slot].idx].tolist()
+        self._is_vocabulary = path[-2:] == (DictKey("embed"), DictKey("tokens"))
+
+    def parts(self, bounds: Index) -> Iterator[tuple[str, Shape, Index, Index]]:
+        """Of a part of the array: name and shape of each array of the model that has a share in it,
+        and where that is there and here.
+        """
+        if self._slot is not None:
+            for stage in range(bounds[0].start, bounds[0].stop):
+                layer = self._layers[stage]
+                if layer >= 0:
+                    here = (slice(stage - bounds[0].start, stage - bounds[0].start + 1),)
+                    yield self._name(layer), self._shape[1:], bounds[1:], here
+        elif self._is_vocabulary:
+            first, stop = bounds[0].start, min(bounds[0].stop, self._vocab_size)
+            if first < stop:
+                shape = self._vocab_size, *self._shape[1:]
+                yield self._name(), shape, (slice(first, stop), *bounds[1:]), (slice(stop - first),)
+        else:
+            yield self._name(), self._shape, bounds, ()
+
+    def to_model(self, bounds: Index, data: np.ndarray) -> Iterator[Piece]:
+        """A shard as parts of the model's arrays."""
+        chunk = data.shape if self._slot is None else data.shape[1:]
+        for name, shape, index, here in self.parts(bounds):
+            own = data[here]
+            yield Piece(name, shape, chunk, index, own if self._slot is None else own[0])
+
+    def _name(self, layer: int | None = None) -> str:
+        path = list(self._path)
+        if layer is not None:
+            assert self._slot is not None
+            path[self._slot] = SequenceKey(layer)
+        return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def _bounded(index: Index, shape: Shape) -> Index:
+    """The index with all its bounds."""
+    return tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, shape, strict=True))

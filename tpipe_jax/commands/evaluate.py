@@ -1,0 +1,116 @@
+"""The loss of a model on all of some data, through the pipeline."""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tpipe_jax.commands.trained_model import Trained
+from tpipe_jax.config.settings import BYTES, BYTES_NAME, IGNORE, Config, PlanConfig
+from tpipe_jax.data.batches import make_sequences, with_packing
+from tpipe_jax.data.sources import Share
+from tpipe_jax.data.tokenizer import open_tokenizer
+from tpipe_jax.devices.hlo import compile_checked
+from tpipe_jax.devices.mesh import put_rows
+from tpipe_jax.errors import UserError
+from tpipe_jax.planning.plan import Plan
+from tpipe_jax.planning.schedule import make_schedule
+from tpipe_jax.planning.settings import read_settings
+from tpipe_jax.training.state import abstract_rows
+from tpipe_jax.training.step import make_loss
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model makes of data."""
+
+    num_tokens: int
+    """Those that are predicted, each once."""
+    loss: float
+    """Nats per token."""
+    num_bytes: int | None
+    """Of the text of these tokens; None where it is not known."""
+
+    @property
+    def perplexity(self) -> float:
+        return float(np.exp(self.loss))
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """None where the number of bytes is not known."""
+        if not self.num_bytes:
+            return None
+        return self.loss / math.log(2) * self.num_tokens / self.num_bytes
+
+
+def evaluate(
+    trained: Trained,
+    shares: Sequence[Share],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """The mean loss of every token of these shares that is a target in training, in sequences as
+    there, of which the last may be shorter; weights don't count. Raises `UserError` if there is
+    none.
+    """
+    config, mesh, params = with_packing(trained.config, shares), trained.mesh, trained.params
+    trained, batch_size = trained._replace(config=config), config.train.batch_size
+    sequences = [make_sequences(config, share, is_whole=False) for share in shares]
+    rows_of_all = itertools.chain.from_iterable(map(iter, sequences))
+    num_sequences = sum(map(len, sequences))
+    if not num_sequences:
+        raise UserError(f"{shares[0].source.setting} has a single token: give two at least.")
+    like = abstract_rows(config, mesh)
+    loss = compile_checked(
+        make_loss(config, mesh, make_schedule(_plan(trained))), mesh, params, like
+    )
+    count_bytes = _byte_counter(config)
+    total, num_targets, num_bytes = 0.0, 0, 0
+    for done in range(0, num_sequences, batch_size):
+        rows = np.full(like.shape, IGNORE, np.int32)
+        for n, row in enumerate(itertools.islice(rows_of_all, batch_size)):
+            rows[n] = row
+        targets = rows[:, 1] if config.data.marks_documents else rows[:, 1:]
+        targets = targets[targets != IGNORE]
+        total += targets.size * float(loss(params, put_rows(mesh, rows)))
+        num_targets += targets.size
+        num_bytes += count_bytes(targets) if count_bytes else 0
+        on_progress(min(done + batch_size, num_sequences), num_sequences)
+    if not num_targets:
+        raise UserError(
+            f"{shares[0].source.setting} has nothing to predict: give longer documents."
+        )
+    return Evaluation(num_targets, total / num_targets, num_bytes if count_bytes else None)
+
+
+def _byte_counter(config: Config) -> Callable[[np.ndarray], int] | None:
+    """Counts the bytes that tokens stand for; None where their tokenizer is not known, or is none
+    of bytes.
+    """
+    if config.data.tokenizer == BYTES_NAME and config.model.vocab_size != BYTES:
+        return None
+    tokenizer = open_tokenizer("config.data.tokenizer", config.data.tokenizer)
+    if tokenizer.num_bytes is None:
+        return None
+    count = tokenizer.num_bytes
+
+    def checked(tokens: np.ndarray) -> int:
+        if tokens.size and tokens.max() >= tokenizer.vocab_size:
+            raise UserError(
+                f"config.data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} tokens, "
+                f"but the data have token id {tokens.max()}: name the tokenizer that made them."
+            )
+        return count(tokens)
+
+    return checked
+
+
+def _plan(trained: Trained) -> Plan:
+    """Whole sequences on one stage; on several, two slices for each."""
+    num_stages = trained.config.mesh.pipe
+    num_slices = min(2 * num_stages, trained.config.model.seq_len) if num_stages > 1 else 1
+    slices = PlanConfig(f"uniform:{num_slices}", "uniform:1")
+    plan = read_settings(replace(trained.config, plan=slices))
+    assert isinstance(plan, Plan)  # all slices are given
+    return plan

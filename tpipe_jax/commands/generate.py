@@ -1,0 +1,99 @@
+"""Continues a text token by token, on the attention caches of the stages."""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jax.stages import Compiled
+
+from tpipe_jax.config.settings import Config
+from tpipe_jax.devices.hlo import compile_checked
+from tpipe_jax.devices.mesh import put_rows
+from tpipe_jax.model.block import Params
+from tpipe_jax.pipeline.decode import empty_decode_caches, make_decode
+
+PART = 64  # tokens of a prompt that are read at a time
+
+Choose = Callable[[np.ndarray], int]  # of the logits of all tokens, `[V]`
+
+
+def chooser(temperature: float, top_p: float = 1.0, seed: int = 0) -> Choose:
+    """The most likely token at temperature 0; else draws of the softmax, divided by the
+    temperature, over the most likely tokens that together have a probability of `top_p`
+    (Holtzman et al. 2020, "nucleus sampling").
+    """
+    random = np.random.default_rng(seed)
+
+    def choose(logits_V: np.ndarray) -> int:
+        if temperature == 0:
+            return int(logits_V.argmax())
+        scaled_V = logits_V.astype(np.float64) / temperature
+        if top_p < 1:
+            order = np.argsort(-scaled_V, kind="stable")
+            probability = np.exp(scaled_V[order] - scaled_V[order[0]])
+            before = np.cumsum(probability) - probability
+            is_out = before >= top_p * probability.sum()
+            scaled_V[order[1:][is_out[1:]]] = -np.inf
+        # The largest of logits plus Gumbel noise is a draw from their softmax.
+        return int(np.argmax(scaled_V + random.gumbel(size=scaled_V.shape)))
+
+    return choose
+
+
+class Generator:
+    """Continues texts with the model on its mesh. All processes must make the same calls."""
+
+    def __init__(self, config: Config, mesh: Mesh, params: Params) -> None:
+        self._config, self._mesh, self._params = config, mesh, params
+        self._caches = empty_decode_caches(config, mesh)
+        self._part = min(PART, config.model.seq_len)
+        self._programs = {size: self._compile(size) for size in {1, self._part}}
+
+    def tokens_after(self, prompt: Sequence[int] | np.ndarray, choose: Choose) -> Iterator[int]:
+        """What follows on the prompt, without an end.
+
+        Of a text longer than the model's `seq_len` only the last tokens count: where they are as
+        many, half of them are read again.
+        """
+        seq_len = self._config.model.seq_len
+        tokens = list(map(int, prompt))[-seq_len:]
+        logits_V = self._read(tokens)
+        while True:
+            tokens.append(choose(logits_V))
+            yield tokens[-1]
+            if len(tokens) <= seq_len:
+                logits_V = self._next(tokens[-1:], len(tokens) - 1, 0)
+            else:
+                tokens = tokens[-max(seq_len // 2, 1) :]
+                logits_V = self._read(tokens)
+
+    def _read(self, tokens: list[int]) -> np.ndarray:
+        """Fills the caches with tokens from the first on; the logits after the last."""
+        size, logits_V = self._part, np.empty(0)
+        for start in range(0, len(tokens), size):
+            # The last part may reach beyond the tokens, where nothing looks before it is written
+            # again, but not beyond the caches: then it begins earlier, with what is there already.
+            first = min(start, self._config.model.seq_len - size)
+            part = tokens[first : first + size]
+            logits_V = self._next(part + [0] * (size - len(part)), first, len(part) - 1)
+        return logits_V
+
+    def _next(self, tokens: list[int], first: int, index: int) -> np.ndarray:
+        rows = np.tile(np.array(tokens, np.int32), (self._mesh.shape["data"], 1))
+        logits_BV, self._caches = self._programs[len(tokens)](
+            self._params, self._caches, put_rows(self._mesh, rows), np.int32(first), np.int32(index)
+        )
+        return np.asarray(jax.device_get(logits_BV))[0, : self._config.model.vocab_size]
+
+    def _compile(self, num_tokens: int) -> Compiled:
+        rows = np.zeros((self._mesh.shape["data"], num_tokens), np.int32)
+        return compile_checked(
+            make_decode(self._config, self._mesh),
+            self._mesh,
+            self._params,
+            self._caches,
+            put_rows(self._mesh, rows),
+            np.int32(0),
+            np.int32(0),
+        )

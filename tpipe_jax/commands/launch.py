@@ -1,0 +1,30 @@
+"""Runs a program of launch/ in one process or in several."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tpipe_jax.config.flags import Flags
+from tpipe_jax.config.settings import Config
+from tpipe_jax.runtime.launcher import supervise
+
+# Of config, workdir, devices and console.
+Work = Callable[[Config, Path, Sequence[Any], Any], None]
+
+
+def launch(flags: Flags, work: Work) -> int:
+    """Runs the work in each process; returns the exit status."""
+    if flags.processes.local_processes is not None or flags.processes.max_restarts:
+        return supervise(sys.argv, flags)
+    # Imported late, so that a mistake in the flags is answered at once.
+    import jax
+
+    from tpipe_jax.devices.startup import find_devices
+    from tpipe_jax.reporting.console import Console
+    from tpipe_jax.runtime.processes import joined
+
+    with joined(flags) as num_processes:
+        devices = find_devices(flags.config.mesh, num_processes)
+        work(flags.config, flags.workdir, devices, Console(is_quiet=jax.process_index() > 0))
+    return 0

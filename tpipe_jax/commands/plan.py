@@ -1,0 +1,64 @@
+"""What launch/plan.py does with a config: plans as a run would, without training."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+
+from tpipe_jax.config.settings import Config
+from tpipe_jax.devices.mesh import make_mesh
+from tpipe_jax.errors import UserError
+from tpipe_jax.pipeline.spec import on_devices, on_mesh
+from tpipe_jax.planning.plan import Plan
+from tpipe_jax.planning.settings import read_settings
+from tpipe_jax.profiling.measured_plan import plan_slices
+from tpipe_jax.profiling.mesh_search import choose_mesh, factorisations, take_latencies
+from tpipe_jax.reporting.console import Console
+from tpipe_jax.reporting.plan_report import write_plan
+from tpipe_jax.reporting.workdir import changed_settings, describe_in_files
+
+
+def plan_run(
+    config: Config, workdir: Path, devices: Sequence[jax.Device], console: Console
+) -> None:
+    """Plans as a run of this config would, and leaves what it would leave, and plan.png.
+
+    The workdir may be that of the run, which then need not measure again. Raises `UserError` for
+    settings that don't fit the devices, or that leave nothing to plan.
+    """
+    is_auto = config.mesh.auto
+    if is_auto:  # what can be found before minutes of measuring
+        some_mesh = next(factorisations(config.mesh, len(devices)))
+        some = replace(config, mesh=some_mesh)
+        some = on_mesh(some, make_mesh(some_mesh, devices))
+        _check_is_own(some, workdir, but=("config.mesh.", "config.optim.shard_state "))
+        config = choose_mesh(config, devices, workdir, console)
+    config, mesh = on_devices(config, devices)
+    request = read_settings(config)
+    if isinstance(request, Plan):
+        raise UserError(
+            "there is nothing to plan, since the settings have all slices: leave "
+            "config.plan.token_slices or config.plan.batch_slices, and config.plan.file, at auto."
+        )
+    _check_is_own(config, workdir)
+    if is_auto:
+        take_latencies(config.mesh, workdir)
+    table, planning = plan_slices(config, request, mesh, workdir, console)
+    factors = planning.chunk_factors
+    console.show_planning(planning)
+    if jax.process_index() == 0:
+        describe_in_files(config, workdir, planning.plan, factors)
+        write_plan(workdir, table, planning.plan, factors)
+    console.say(f"plan.json, plan.png and latency.json are in {workdir}")
+
+
+def _check_is_own(config: Config, workdir: Path, but: tuple[str, ...] = ()) -> None:
+    """Raises `UserError` if the folder holds a run with other settings, but for some."""
+    changes = changed_settings(config, workdir) if jax.process_index() == 0 else []
+    changes = [change for change in changes if not change.startswith(but)]
+    if changes and (workdir / "metrics.jsonl").exists():
+        raise UserError(
+            f"--workdir={workdir} holds a run with other settings ({'; '.join(changes)}), whose "
+            "plan would be overwritten: choose another folder."
+        )

@@ -1,0 +1,242 @@
+"""The training loop: everything that a run does, in the order in which it does it."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tpipe_jax.checkpoint.checkpoints import Checkpoints
+from tpipe_jax.commands.generate import Generator, chooser
+from tpipe_jax.config.settings import BYTES, BYTES_NAME, Config, resolved
+from tpipe_jax.data.tokenizer import open_tokenizer
+from tpipe_jax.devices.mesh import host_parts, operators_span_hosts
+from tpipe_jax.devices.precision import is_slow
+from tpipe_jax.model.block import Params
+from tpipe_jax.model.transformer import num_params
+from tpipe_jax.planning.placement import layer_counts
+from tpipe_jax.planning.plan import Plan, PlanRequest
+from tpipe_jax.planning.settings import settled, work_factors
+from tpipe_jax.profiling.measured_plan import as_first, plan_slices
+from tpipe_jax.profiling.mesh_search import choose_mesh, take_latencies
+from tpipe_jax.reporting.console import Console
+from tpipe_jax.reporting.metrics import Metrics
+from tpipe_jax.reporting.step_profile import ProfiledSteps
+from tpipe_jax.reporting.workdir import changed_settings, describe_in_files, locked
+from tpipe_jax.runtime.failures import Expect, watched
+from tpipe_jax.runtime.processes import gathered, host_names
+from tpipe_jax.runtime.stop import Stop, Stopped
+from tpipe_jax.training.loop import Loop, Within, expect_within, put_batch
+from tpipe_jax.training.memory import out_of_memory
+from tpipe_jax.training.prepare import Run, check_inputs, compile_programs, prepare
+from tpipe_jax.training.state import TrainState, abstract_state, init_state
+from tpipe_jax.training.step_log import StepLog
+
+TEMPERATURE = 0.7  # of the sample at the end
+
+
+def train(
+    config: Config,
+    workdir: Path,
+    devices: Sequence[jax.Device],
+    console: Console,
+    profiled: range | None = None,
+) -> None:
+    """Trains to the last step or until interrupted, from the last checkpoint in the workdir, and
+    takes a profile of some steps.
+
+    Nothing is written before settings, data and checkpoint have been found to fit each other, but
+    for what is measured to choose a mesh. Then the slices are planned, which may take a minute of
+    measuring, and training starts. Raises `UserError` where they don't fit.
+    """
+    with out_of_memory(), watched() as expect, Stop(console.say) as stop:
+        if config.mesh.auto:
+            check_inputs(config)
+
+            def check() -> None:
+                expect_within(config, expect, "choosing a mesh", is_step=False)
+                stop.check()
+
+            try:
+                config = choose_mesh(config, devices, workdir, console, check)
+            except Stopped:
+                console.say("Interrupted before a mesh was chosen: the same command goes on.")
+                return
+            take_latencies(config.mesh, workdir)
+            expect("", math.inf)  # nothing more is timed before the run says what it does
+        console.say(_run(config, workdir, devices, console, expect, stop, profiled))
+
+
+def _run(
+    config: Config,
+    workdir: Path,
+    devices: Sequence[jax.Device],
+    console: Console,
+    expect: Expect,
+    stop: Stop,
+    profiled: range | None,
+) -> str:
+    """All of it on a mesh that is known; returns what the run has come to."""
+    run = prepare(resolved(config), devices)
+    config = run.config
+    is_first = jax.process_index() == 0  # which alone writes, but for checkpoints
+    console.show_facts(_facts(run))
+    if is_slow(config.precision, run.mesh):
+        console.say(
+            "CPUs compute float16 in float32 and convert it back and forth, which is slow: "
+            "config.precision.compute=float32 is faster here."
+        )
+    for change in changed_settings(run.described, workdir) if is_first else ():
+        console.say(f"changed since the last start: {change}")
+    _show_hosts(run.mesh, console)  # all meet here, after the first has found the folder fit
+
+    with (
+        locked(workdir / "checkpoints") if is_first else nullcontext(),
+        Checkpoints(
+            workdir / "checkpoints", config.checkpoint, config.model, console.say
+        ) as checkpoints,
+    ):
+        within = partial(expect_within, config, expect)
+        return _train(run, workdir, console, checkpoints, stop, within, profiled)
+
+
+def _train(
+    run: Run,
+    workdir: Path,
+    console: Console,
+    checkpoints: Checkpoints,
+    stop: Stop,
+    within: Within,
+    profiled: range | None,
+) -> str:
+    """Plans, compiles and runs the steps that are left; returns what the run has come to."""
+    config, num_steps, first_step = run.config, run.config.train.num_steps, 0
+    try:
+        within("checking checkpoints", is_step=False)
+        saved_step = checkpoints.newest_step()
+        first_step = saved_step or 0
+        if first_step >= num_steps:
+            return (
+                f"The run in {workdir} has finished its {first_step} steps: go further with "
+                f"--config.train.num-steps={2 * first_step}, or start another with --workdir."
+            )
+        stop.check()
+        within("planning slices", is_step=False)
+        plan = _planned(run, workdir, console, stop.check)
+        config = settled(config, plan)
+        run, checkpoints.num_chunks = replace(run, config=config), plan.num_chunks
+        within("compiling", is_step=False)
+        programs = compile_programs(run, plan, console)
+        stop.check()
+    except Stopped:
+        return f"Interrupted after step {first_step}: the same command goes on."
+    if profiled and first_step >= profiled[-1]:
+        console.say(f"no profile is taken, since steps {profiled[0]} to {profiled[-1]} are done")
+    within("preparing the state", is_step=False)
+    state = _first_state(run, checkpoints, saved_step, console)
+    # Read now, since a process that cannot read one later would leave the others waiting.
+    held_out = [put_batch(run, run.held_out, i) for i in range(config.train.eval_batches)]
+    metrics = None
+    if jax.process_index() == 0:
+        describe_in_files(run.described, workdir, plan, work_factors(config, plan))
+        metrics = Metrics(workdir, first_step, config)
+    with closing(metrics) if metrics else nullcontext():
+        log = StepLog(config, plan, run.mesh, metrics, console)
+        loop = Loop(
+            *(run, plan, programs, workdir, checkpoints, log, stop, within, console),
+            profiled=ProfiledSteps(profiled, workdir / "profile"),
+        )
+        gathered("training", "", lambda _: "")  # so that nobody's first step waits for others
+        with console.progress(first_step, num_steps):
+            step, state = loop.steps(state, first_step, held_out)
+    if step < num_steps:
+        return f"Interrupted after step {step}: the same command continues from here."
+    if config.train.sample_tokens:
+        within("sampling", is_step=False)
+        _show_sample(run, state.params, stop, console)
+    return f"Trained {num_steps} steps; everything is in {workdir}."
+
+
+def _facts(run: Run) -> dict[str, str]:
+    """What there is to know of a run before it starts, by a short name."""
+    config, model, mesh = run.config, run.config.model, run.config.mesh
+    counts = layer_counts(model.num_layers, mesh.pipe)
+    per_stage = f"{min(counts)}" + f"-{max(counts)}" * (min(counts) < max(counts))
+    return {
+        "model": f"{num_params(model):,} parameters: {model.num_layers} layers, width "
+        f"{model.d_model}, {model.num_heads} heads, vocabulary {model.vocab_size}, "
+        f"{config.precision.compute}",
+        "mesh": f"data {mesh.data} x pipe {mesh.pipe} x model {mesh.model} = {mesh.num_devices} "
+        f"devices ({run.mesh.devices.flat[0].device_kind}), {per_stage} layers a stage",
+        "data": f"{run.train_data.num_tokens:,} tokens to train on, "
+        f"{run.held_out.num_tokens:,} held out ({', '.join(run.train_data.formats)})",
+        "step": f"{config.train.batch_size} sequences of {model.seq_len} tokens, "
+        f"{run.plan.batch_size} a data shard",
+    }
+
+
+def _show_hosts(mesh: Mesh, console: Console) -> None:
+    hosts = host_names()
+    console.show_hosts(host_parts(mesh, hosts))
+    if operators_span_hosts(mesh, hosts):
+        console.say(
+            "Some operators are shared by devices of several hosts, which may be slow: let "
+            "config.mesh.model divide the devices of a host, and config.mesh.order end in model."
+        )
+
+
+def _planned(run: Run, workdir: Path, console: Console, check: Callable[[], None]) -> Plan:
+    """The plan as given, or the fastest of those that keep to what is."""
+    config = run.config
+    if isinstance(run.plan, PlanRequest):
+        _, planning = plan_slices(config, run.plan, run.mesh, workdir, console, check)
+        console.show_planning(planning)
+        return planning.plan
+    plan = as_first(run.plan)
+    console.show_plan(plan, work_factors(config, plan))
+    return plan
+
+
+def _first_state(
+    run: Run, checkpoints: Checkpoints, saved_step: int | None, console: Console
+) -> TrainState:
+    """That of the checkpoint, if there is one, or a fresh one."""
+    if saved_step is None:
+        return init_state(run.config, run.mesh, run.optimizer)
+    like = abstract_state(run.config, run.mesh, run.optimizer)
+    state = checkpoints.restore(saved_step, like)
+    after = f"continuing after step {saved_step}"
+    console.say(after if saved_step else "starting from imported weights")
+    return state
+
+
+def _show_sample(run: Run, params: Params, stop: Stop, console: Console) -> None:
+    """How the model continues a held-out text."""
+    config = run.config
+    row = run.held_out.batch(0)[-1]
+    if config.data.marks_documents:
+        row = row[0, row[2] == 0]  # of the first document
+    prompt = row[: max(1, config.model.seq_len // 2)]
+    num_tokens = config.train.sample_tokens
+    choose = chooser(TEMPERATURE, seed=config.train.seed)
+    following = Generator(config, run.mesh, params).tokens_after(prompt, choose)
+    tokens = [next(following)]
+    while len(tokens) < num_tokens and not stop.is_due():
+        tokens.append(next(following))
+    console.show_sample(*(_as_text(config, part) for part in (prompt, np.array(tokens))))
+
+
+def _as_text(config: Config, tokens: np.ndarray) -> str:
+    """As the text that they are, without control characters; as numbers where that is unknown."""
+    name = config.data.tokenizer
+    if name != BYTES_NAME or config.model.vocab_size == BYTES:
+        text = open_tokenizer("config.data.tokenizer", name).decode(tokens.tolist())
+        return "".join(
+            c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text
+        )
+    return " ".join(map(str, tokens))

@@ -1,0 +1,50 @@
+"""All settings of a run, and the command line that sets them.
+
+Config files and programs of one's own take their names from here.
+"""
+
+from tpipe_jax.config.settings import (
+    BYTES,
+    GPT2,
+    IGNORE,
+    AttentionConfig,
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    MemoryConfig,
+    MeshConfig,
+    MetricsConfig,
+    ModelConfig,
+    OptimConfig,
+    PlanConfig,
+    PrecisionConfig,
+    ScheduleName,
+    TrainConfig,
+    from_dict,
+    resolved,
+    to_dict,
+)
+from tpipe_jax.errors import UserError
+
+__all__ = [
+    "BYTES",
+    "GPT2",
+    "IGNORE",
+    "AttentionConfig",
+    "CheckpointConfig",
+    "Config",
+    "DataConfig",
+    "MemoryConfig",
+    "MeshConfig",
+    "MetricsConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PlanConfig",
+    "PrecisionConfig",
+    "ScheduleName",
+    "TrainConfig",
+    "UserError",
+    "from_dict",
+    "resolved",
+    "to_dict",
+]

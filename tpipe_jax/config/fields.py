@@ -1,0 +1,59 @@
+"""What a setting may be: types with ranges, and their check."""
+
+import math
+import types
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from tpipe_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Range:
+    """The values that a numeric field may take: from `low` to `high`, and under `below`."""
+
+    low: float
+    high: float = math.inf
+    below: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.low <= value <= self.high and value < self.below
+
+    def __str__(self) -> str:
+        if self.high < math.inf:
+            return f"between {self.low:g} and {self.high:g}"
+        return f"at least {self.low:g}" + (
+            f" and below {self.below:g}" if self.below < math.inf else ""
+        )
+
+
+MAX_INT = 2**31 - 1  # the devices count in int32
+Count = Annotated[int, Range(1)]
+CountOrZero = Annotated[int, Range(0)]
+NonNegative = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, below=1)]
+
+
+def check_field(path: str, hint: Any, value: Any) -> None:
+    """Raises `UserError` if a value has not the type, or is not in the range, of its setting."""
+    if get_origin(hint) in (types.UnionType, Union):
+        if value is None:
+            return
+        hint = next(option for option in get_args(hint) if option is not type(None))
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise UserError(f"{path}={value!r} is not one of {', '.join(get_args(hint))}.")
+        return
+    allowed = None
+    if get_origin(hint) is Annotated:
+        hint, *notes = get_args(hint)
+        allowed = next((note for note in notes if isinstance(note, Range)), None)
+    accepted = (int, float) if hint is float else hint
+    if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
+        raise UserError(f"{path}={value!r} must be of type {hint.__name__}.")
+    if allowed is not None and not math.isfinite(value):
+        raise UserError(f"{path}={value} must be a finite number.")
+    if hint is int and value > MAX_INT:
+        raise UserError(f"{path}={value} must be at most {MAX_INT}.")
+    if allowed is not None and value not in allowed:
+        raise UserError(f"{path}={value} must be {allowed}.")

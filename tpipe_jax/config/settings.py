@@ -1,0 +1,329 @@
+"""All settings of a run as frozen dataclasses: each field has a default, a meaning and a range.
+
+Rules that join several settings (slices that sum to the sequence, a mesh that fits the devices)
+live in `planning.settings` and `devices.mesh`.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, get_type_hints
+
+import tyro
+
+from tpipe_jax.config.fields import Count, CountOrZero, Fraction, NonNegative, Range, check_field
+from tpipe_jax.errors import UserError
+
+GPT2 = "gpt2"  # the block that is built in
+BYTES, BYTES_NAME = 256, "bytes"  # the vocabulary of text that is read so, and its tokenizer
+IGNORE = -1  # a target that does not count
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The GPT, as published for GPT-2 and GPT-3."""
+
+    num_layers: Count = 4
+    """Transformer blocks, spread over the stages as evenly as they go."""
+    d_model: Count = 128
+    """Width of the residual stream."""
+    num_heads: Count = 4
+    """Attention heads; must divide d_model."""
+    d_ff: Count | None = None
+    """Width of the feed-forward layer; None means 4 * d_model."""
+    vocab_size: Count = 256
+    """Number of token ids; 256 reads text as bytes."""
+    seq_len: Count = 256
+    """Tokens of a training sequence."""
+    block: str = GPT2
+    """What each layer is: gpt2, or a class of your own derived from tpipe_jax.Block, by its file
+    and name, as my_block.py:MyBlock."""
+
+    @property
+    def ff_width(self) -> int:
+        return self.d_ff or 4 * self.d_model
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are divided; data * pipe * model is the number of devices."""
+
+    data: Count = 1
+    """Data-parallel shards of the batch."""
+    pipe: Count = 1
+    """Pipeline stages."""
+    model: Count = 1
+    """Devices that share each operator of a stage (operator partitioning)."""
+    order: str = "pipe,data,model"
+    """The three from the one that goes across hosts first to the one that stays inside a host."""
+    auto: bool = False
+    """Whether to divide as many devices, or all GPUs or TPUs, in the way that is planned to be the
+    fastest, which config.mesh=auto asks for. Each way is profiled first."""
+
+    @property
+    def num_devices(self) -> int:
+        return self.data * self.pipe * self.model
+
+
+ScheduleName = Literal["terapipe", "1f1b", "interleaved", "1f1b-deferred"]
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """How batch and sequence are cut into the pieces that flow through the pipeline."""
+
+    token_slices: str = "auto"
+    """Token slices of each sequence: auto, uniform:N, or lengths that sum to seq_len, as
+    96,64,56,40."""
+    batch_slices: str = "auto"
+    """Batch slices of each data shard: auto, uniform:N, or sizes that sum to its batch, which is
+    batch_size / mesh.data, as 2,1,1."""
+    unit_tokens: Count | None = None
+    """Tokens that planned slices are multiples of; None means 8, and more in long sequences."""
+    schedule: Literal["auto", ScheduleName] = "auto"
+    """In which order the slices pass the stages: terapipe sends all forward and then all backward;
+    interleaved too, but through one chunk of each stage after another, so that stages wait less;
+    1f1b sends a batch slice backward while the next ones go forward, and so keeps few of them;
+    1f1b-deferred takes gradients of weights when a stage would wait. auto means the fastest."""
+    chunks: Annotated[int, Range(2)] | None = None
+    """Chunks of layers of each stage under interleaved; None means the faster of 2 and 4, and 2
+    where all slices are given."""
+    file: str | None = None
+    """A plan.json to train with instead, as launch/plan.py writes it."""
+
+    @property
+    def num_chunks(self) -> int:
+        """Of each stage, under the schedule that is named."""
+        return (self.chunks or 2) if self.schedule == "interleaved" else 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The training loop."""
+
+    num_steps: Count = 1000
+    """Optimiser steps of the whole run."""
+    batch_size: Count = 8
+    """Sequences of a step, over all data shards."""
+    seed: CountOrZero = 0
+    """Seed of the initial parameters and of the order of the data."""
+    log_every: Count = 10
+    """Steps between two lines in metrics.jsonl."""
+    eval_every: Count = 100
+    """Steps between two evaluations on held-out data."""
+    eval_batches: Count = 8
+    """Batches of an evaluation, always the same, which stay on the devices."""
+    sample_tokens: CountOrZero = 200
+    """Tokens that the trained model continues held-out text with at the end of the run."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What follows on a loss or gradients that are not finite, which change nothing: the end of the
+    run, or the next step."""
+    max_consecutive_skips: Count = 10
+    """Steps in a row that skip may skip; one more ends the run."""
+    step_timeout_seconds: Count = 1800
+    """How long a step, a batch of an evaluation or a save may take; one that takes longer ends the
+    run, everywhere, and tells where it hangs."""
+    trace_step: CountOrZero = 0
+    """A step whose measured ticks are added to timeline.json; 0 for none."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with linear warm-up, cosine decay to a tenth, and clipping by the global norm."""
+
+    learning_rate: NonNegative = 1e-3
+    """Peak learning rate."""
+    warmup_steps: CountOrZero = 50
+    """Steps of linear warm-up."""
+    weight_decay: NonNegative = 0.1
+    """Decay of weight matrices; norms, biases and embeddings have none."""
+    beta1: Fraction = 0.9
+    """Decay rate of the first moment."""
+    beta2: Fraction = 0.95
+    """Decay rate of the second moment."""
+    grad_clip: NonNegative = 1.0
+    """Largest global norm of the gradients; 0 turns clipping off."""
+    shard_state: bool | None = None
+    """Whether data shards divide the optimiser state among them (ZeRO stage 1) rather than hold all
+    of it each; None means where mesh.data > 1."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where tokens come from: pydocs (the documentation inside Python), a text file, documents as
+    records of a .jsonl, .parquet or .array_record file, a folder of such files, a folder that
+    launch/tokenize.py has made, or a token file: .npy, or .bin of llm.c, of Megatron-LM with its
+    .idx, or of uint16 or uint32 (where vocab_size is over 65536, or where every other uint16 is 0).
+    Several are mixed by weights, as a.bin:0.7,b.bin:0.3.
+    """
+
+    train: str = "pydocs"
+    """Training tokens."""
+    eval: str | None = None
+    """Held-out tokens; None, or the same as train, means the last part of train."""
+    tokenizer: str = BYTES_NAME
+    """How text is read: as bytes, or by a tokenizer.json of Hugging Face."""
+    held_out: Annotated[float, Range(0, high=0.5)] = 0.1
+    """Fraction of train that is held out where eval has no source of its own."""
+    field: str = "text"
+    """The field of a record that has its text; records without it have prompt and completion, of
+    which only the latter is learnt."""
+    packing: Literal["auto", "cut", "whole"] = "auto"
+    """How documents become sequences: one after another, cut wherever a sequence ends, or as many
+    whole ones as fit; auto means whole where there are prompts."""
+    cross_document_attention: bool = True
+    """Whether tokens see earlier documents of their sequence; else positions begin anew in each."""
+    separator: CountOrZero | None = None
+    """The token between documents, in token files that don't say where documents begin."""
+
+    @property
+    def marks_documents(self) -> bool:
+        """Whether rows say which document a token is of, and what is learnt."""
+        return self.packing == "whole" or not self.cross_document_attention
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """Checkpoints in the workdir; the last step and an interruption are saved too."""
+
+    every: Count = 500
+    """Steps between two checkpoints."""
+    keep: Count = 2
+    """Newest checkpoints that are kept."""
+    async_: Annotated[bool, tyro.conf.arg(name="async")] = True
+    """Whether training goes on while a checkpoint is written."""
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """The memory of a device."""
+
+    limit_gib: Annotated[float, Range(0)] | None = None
+    """What a step may use; None means what the device reports, and for a CPU its share of the
+    machine's memory."""
+    remat: str = "auto"
+    """What the backward pass computes again: none, dots (all but matrix products), full (all but
+    layer inputs, keys and values), or names of what is saved instead, as attn,hidden; auto means
+    the fastest that fits."""
+    defer_weight_grads: bool = False
+    """Whether gradients of weights are one product for each layer after the last slice, rather
+    than one for each slice: shortens the ticks of deep pipelines and takes memory."""
+
+
+Backend = Literal["auto", "xla", "cudnn", "tokamax"]
+
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How attention is computed; the results are the same up to rounding."""
+
+    backend: Backend = "auto"
+    """xla runs everywhere, cudnn on GPUs from Ampere on, in float16 and bfloat16; auto means cudnn
+    where it can run, else xla."""
+    block: Count | None = None
+    """Tokens of the context that are read together; None means 128 for xla on CPUs, else
+    1024."""
+
+
+Scale = Annotated[float, Range(2**-24, high=2**64)]
+
+
+Format = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class PrecisionConfig:
+    """Number formats; parameters, sums of gradients, norms, softmax and loss are float32 always."""
+
+    compute: Format = "auto"
+    """Format of matrix products and activations; auto means float32 on CPUs, float16 on GPUs before
+    Ampere (as V100), else bfloat16."""
+    loss_scale_start: Scale = 2.0**16
+    """What float16 multiplies the loss by at first."""
+    loss_scale_interval: Count = 1000
+    """Steps without overflow after which the scale grows."""
+    loss_scale_factor: Annotated[float, Range(1, high=2**10)] = 2.0
+    """What the scale grows by, and shrinks by at an overflow."""
+    loss_scale_min: Scale = 1.0
+    """Where it stops shrinking; an overflow there ends the run."""
+    loss_scale_max: Scale = 2.0**24
+    """Where it stops growing."""
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """The numbers of a run, beside metrics.jsonl and TensorBoard's files."""
+
+    wandb: str | None = None
+    """A project of Weights & Biases that gets them too; needs pip install tpipe_jax[wandb]."""
+    peak_tflops: Annotated[float, Range(0)] | None = None
+    """What a device could do, TFLOP/s, for the share of it that is used (MFU); None means what the
+    maker of a known GPU or TPU says, in float16 and bfloat16."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A run. Raises `UserError` where a field has the wrong type or lies outside its range."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    precision: PrecisionConfig = field(default_factory=PrecisionConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    def __post_init__(self) -> None:
+        for path, hint, value in _fields(self):
+            check_field(path, hint, value)
+        if self.model.d_model % self.model.num_heads:
+            raise UserError(
+                f"config.model.num_heads={self.model.num_heads} does not divide "
+                f"config.model.d_model={self.model.d_model}: pick a divisor."
+            )
+        scale = self.precision
+        if not scale.loss_scale_min <= scale.loss_scale_start <= scale.loss_scale_max:
+            raise UserError(
+                f"config.precision.loss_scale_start={scale.loss_scale_start:g} must be between "
+                f"loss_scale_min={scale.loss_scale_min:g} and "
+                f"loss_scale_max={scale.loss_scale_max:g}: set the three in that order."
+            )
+        if sorted(self.mesh.order.split(",")) != ["data", "model", "pipe"]:
+            raise UserError(
+                f"config.mesh.order={self.mesh.order} is no order of the three axes: give one such "
+                f"as {MeshConfig.order}."
+            )
+
+
+def resolved(config: Config) -> Config:
+    """The config with what defaults to other settings filled in."""
+    optim, shard_state = config.optim, config.optim.shard_state
+    if shard_state is None:
+        optim = dataclasses.replace(optim, shard_state=config.mesh.data > 1)
+    model = dataclasses.replace(config.model, d_ff=config.model.ff_width)
+    return dataclasses.replace(config, model=model, optim=optim)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The resolved config as nested dictionaries, for `config.json`."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: dict[str, dict[str, Any]]) -> Config:
+    """The inverse of `to_dict`. Raises `UserError` if a section or field does not exist."""
+    sections = get_type_hints(Config)
+    try:
+        return Config(**{name: sections[name](**section) for name, section in values.items()})
+    except (KeyError, TypeError) as error:
+        raise UserError(f"this is not the config of a run: {error}.") from None
+
+
+def _fields(config: Config) -> Iterator[tuple[str, Any, Any]]:
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        for name, hint in get_type_hints(type(values), include_extras=True).items():
+            yield f"config.{section.name}.{name}", hint, getattr(values, name)

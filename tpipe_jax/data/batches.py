@@ -1,0 +1,243 @@
+"""Batches of training and held-out sequences of the tokens of `sources`.
+
+Only what is asked for is read. A sequence is a window of the tokens, or as many whole documents as
+fit. Where it matters which document a token belongs to, a row says so.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import grain
+import numpy as np
+
+from tpipe_jax.config.settings import IGNORE, Config
+from tpipe_jax.data.packing import Piece, best_fit
+from tpipe_jax.data.sources import Share, TokenSource, open_shares
+from tpipe_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class _Windows:
+    """Piece i is tokens `[i*T, i*T + T + 1)` of the positions, by itself."""
+
+    positions: range
+    seq_len: int
+    is_whole: bool
+    """Without a shorter one at the end."""
+
+    def __len__(self) -> int:
+        num_targets = max(len(self.positions) - 1, 0)
+        return num_targets // self.seq_len if self.is_whole else -(-num_targets // self.seq_len)
+
+    def __getitem__(self, index: int) -> list[Piece]:
+        start = self.positions.start + range(len(self))[index] * self.seq_len
+        return [(start, min(start + self.seq_len + 1, self.positions.stop))]
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """A data source for grain: sequence i is made of some pieces of a source."""
+
+    config: Config
+    source: TokenSource
+    pieces: list[list[Piece]] | _Windows
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return make_row(self.config, self.source, self.pieces[index])
+
+
+class Batches:
+    """Batches of sequences, shuffled anew in each epoch or, without a seed, in the data's order.
+
+    Batch i is sequences i * batch_size ... of an endless stream, a pure function of seed and i: the
+    same in every process, and all that a resumed run has to know is its step.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        shares: Sequence[Share],
+        sequences: Sequence[Sequences],
+        shuffle_seed: int | None,
+    ) -> None:
+        self.num_tokens = sum(len(share.positions) for share in shares)
+        self.formats = sorted({name for share in shares for name in share.source.formats})
+        self.config = config
+        """With what its data makes of config.data.packing."""
+
+        def endless(own: Sequences) -> grain.MapDataset:
+            dataset = grain.MapDataset.source(own)
+            if shuffle_seed is not None:
+                # Not shuffle(seed=...), with which epoch 1 of seed 0 would be epoch 0 of seed 1.
+                dataset = dataset.seed(shuffle_seed).shuffle()
+            return dataset.repeat()
+
+        mixed, weights = list(map(endless, sequences)), [share.weight for share in shares]
+        self._sequences = grain.MapDataset.mix(mixed, weights) if len(mixed) > 1 else mixed[0]
+
+    def batch(self, index: int, rows: slice = slice(None)) -> np.ndarray:
+        """Rows of batch `index`, as `make_row` makes them, `[rows, ...]`.
+
+        Reads these rows only. Raises `UserError` if a token id lies outside the vocabulary.
+        """
+        batch_size = self.config.train.batch_size
+        numbers = range(index * batch_size, (index + 1) * batch_size)[rows]
+        sequences: list[Any] = [self._sequences[number] for number in numbers]  # none filtered out
+        return np.stack(sequences)
+
+
+def open_data(config: Config) -> tuple[Batches, Batches]:
+    """Batches to train on, shuffled by config.train.seed, and held-out ones, in the data's order.
+
+    Held-out tokens are those of config.data.eval or, if that is none or names the same files, the
+    last part of config.data.train; none is trained on. Raises `UserError` for data it cannot use.
+    """
+    train, held_out = _shares(config)
+    uses = "to train on", "held out"
+    if train[0].source is held_out[0].source:
+        by = f"by config.data.held_out={config.data.held_out}"
+        uses = f"left to train on {by}", f"held out {by}"
+    config = with_packing(config, [*train, *held_out])
+    return (
+        _batches(config, train, uses[0], config.train.seed),
+        _batches(config, held_out, uses[1], None),
+    )
+
+
+def open_held_out(config: Config) -> tuple[Config, list[Share]]:
+    """The held-out tokens of `open_data`, and the config with the packing of all of them.
+
+    Raises `UserError` likewise.
+    """
+    train, held_out = _shares(config)
+    return with_packing(config, [*train, *held_out]), held_out
+
+
+def with_packing(config: Config, shares: Sequence[Share]) -> Config:
+    """The config with config.data.packing as these sources have it.
+
+    Raises `UserError` where they cannot have it, or don't say where documents begin.
+    """
+    packing, sources = config.data.packing, [share.source for share in shares]
+    prompts = [source for source in sources if source.has_prompts]
+    if packing == "cut" and prompts:
+        raise UserError(
+            f"config.data.packing=cut would part the prompts of {prompts[0].setting} from what "
+            "follows them: set it to whole, or auto."
+        )
+    if packing == "auto":
+        packing = "whole" if prompts else "cut"
+    config = replace(config, data=replace(config.data, packing=packing))
+    if config.data.marks_documents:
+        for source in sources:
+            source.check_documents()
+    return config
+
+
+def make_sequences(config: Config, share: Share, is_whole: bool = True) -> Sequences:
+    """The sequences of a share of a source; without one at the end that is shorter, if `is_whole`
+    and windows are cut. Raises `UserError` for documents that do not fit.
+    """
+    source, positions, _ = share
+    if config.data.packing == "whole":
+        pieces = best_fit(_pieces(config, source, positions), config.model.seq_len + 1)
+    else:
+        pieces = _Windows(positions, config.model.seq_len, is_whole)
+    return Sequences(config, source, pieces)
+
+
+def make_row(config: Config, source: TokenSource, pieces: Sequence[Piece]) -> np.ndarray:
+    """A sequence of these pieces of a source, int32.
+
+    `[T + 1]`: inputs are all but the last, targets all but the first. Where the config marks
+    documents `[3, T]`: inputs, targets, and where in the sequence the document of each input
+    begins. What does not count, as padding, is `IGNORE` as a target.
+    """
+    size = config.model.seq_len + 1
+    if not config.data.marks_documents:
+        [(start, stop)] = pieces
+        return np.pad(source.read(start, stop), (0, size - stop + start), constant_values=IGNORE)
+    tokens, is_target = np.zeros(size, np.int32), np.zeros(size, bool)
+    starts = np.arange(size, dtype=np.int32)  # padding is alone
+    at = 0
+    for start, stop in pieces:
+        own = slice(at, at + stop - start)
+        tokens[own], is_target[own] = source.read(start, stop), source.is_learnt(start, stop)
+        begins = source.begins(start, tokens[own])
+        is_target[at] &= begins[0]  # where a document goes on, its last token was one before
+        begins[0] = True
+        starts[own] = np.maximum.accumulate(np.where(begins, starts[own], 0))
+        at = own.stop
+    if not config.data.cross_document_attention:
+        is_target &= starts < np.arange(size)  # nothing comes before the first of a document
+    return np.stack([tokens[:-1], np.where(is_target, tokens, IGNORE)[1:], starts[:-1]])
+
+
+def _pieces(config: Config, source: TokenSource, positions: range) -> list[Piece]:
+    """The documents that begin at these positions; one too long for a sequence in several, each
+    from the last token of the one before on.
+    """
+    seq_len, starts = config.model.seq_len, source.document_starts
+    bounds = np.append(starts, len(source))
+    low, high = np.searchsorted(starts, (positions.start, positions.stop))
+    pieces: list[Piece] = []
+    for start, stop in zip(bounds[low:high].tolist(), bounds[low + 1 :].tolist(), strict=False):
+        if stop - start > seq_len + 1 and not source.is_learnt(start, stop).all():
+            raise UserError(
+                f"{source.setting} has a prompt and completion of {stop - start} tokens, more than "
+                f"config.model.seq_len={seq_len} and one: raise that, or shorten them."
+            )
+        for first in range(start, stop - 1, seq_len):
+            pieces.append((first, min(first + seq_len + 1, stop)))
+    return pieces
+
+
+def _shares(config: Config) -> tuple[list[Share], list[Share]]:
+    """What to train on and what is held out."""
+    data, vocab_size = config.data, config.model.vocab_size
+    train = held_out = open_shares("config.data.train", data.train, vocab_size, data)
+    if data.eval is not None:
+        held_out = open_shares("config.data.eval", data.eval, vocab_size, data)
+    files, others = (
+        {name for share in shares for name in share.source.files} for shares in (train, held_out)
+    )
+    if files == others:
+        splits = [len(own) - int(data.held_out * len(own)) for own, _, _ in train]
+        pairs = list(zip(splits, train, strict=True))
+        return (
+            [Share(own, range(n), weight) for n, (own, _, weight) in pairs],
+            [Share(own, range(n, len(own)), weight) for n, (own, _, weight) in pairs],
+        )
+    if shared := files & others:
+        raise UserError(
+            f"config.data.eval={data.eval} holds {min(shared)}, and so does "
+            f"config.data.train={data.train}: keep their files apart, or leave out "
+            "config.data.eval to hold out the end of config.data.train."
+        )
+    return train, held_out
+
+
+def _batches(
+    config: Config, shares: Sequence[Share], use: str, shuffle_seed: int | None
+) -> Batches:
+    seq_len, all_sequences = config.model.seq_len, []
+    for share in shares:
+        source, positions, _ = share
+        sequences = make_sequences(config, share)
+        if not len(sequences) and config.data.packing == "whole":
+            raise UserError(
+                f"{source.setting} has {len(positions)} tokens {use}, in which no document of two "
+                "or more begins: raise config.data.held_out, or name config.data.eval."
+            )
+        if not len(sequences):
+            raise UserError(
+                f"{source.setting} has {len(source)} tokens, {len(positions)} of them {use}, but "
+                f"one sequence of config.model.seq_len={seq_len} takes {seq_len + 1}: "
+                "give longer data or lower config.model.seq_len."
+            )
+        all_sequences.append(sequences)
+    return Batches(config, shares, all_sequences, shuffle_seed)

@@ -1,0 +1,225 @@
+"""Files of tokens, and what they are like: text, .npy, and what others write as .bin.
+
+A format is told from a file's name and its first bytes. Text is read as bytes, one token each, as
+are records, which `sources` reads again as such. A folder is the text files and records below it,
+sorted by path, with nothing between them.
+"""
+
+import errno
+import json
+import os
+import struct
+import tokenize
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tpipe_jax.data.documents import (
+    ARRAY_RECORD,
+    JSON_LINES,
+    PARQUET,
+    RECORD_SUFFIXES,
+    TEXT_SUFFIXES,
+)
+from tpipe_jax.errors import UserError
+
+PYDOCS = "pydocs"
+INDEX = "index.json"  # of a folder of token shards, `token_shards`
+TEXT = "bytes of text"  # a format
+RECORDS = {JSON_LINES: "JSON lines", PARQUET: "Parquet", ARRAY_RECORD: "ArrayRecord"}  # too
+LLM_C_FORMAT = "llm.c"
+
+# What the files of karpathy's llm.c begin with: 256 int32, of which the first three say what it is,
+# in which version, and how many tokens follow.
+LLM_C = {20240520: np.dtype("<u2"), 20240801: np.dtype("<u4")}
+LLM_C_HEADER = 256 * 4
+# And those that Megatron-LM has beside its .bin: magic, version, type, numbers of sequences and of
+# documents, then the length of each sequence and where it begins.
+MEGATRON = b"MMIDIDX\0\0"
+MEGATRON_HEADER = struct.Struct("<9sQBQQ")
+MEGATRON_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
+
+
+@dataclass(frozen=True, eq=False)
+class TokenFile:
+    """The tokens in a file, after `offset` bytes of header."""
+
+    path: Path
+    dtype: np.dtype
+    offset: int
+    num_tokens: int
+    format: str
+    """In a few words."""
+    starts: np.ndarray | None = None
+    """Where each document begins; None if the file does not say."""
+
+    def __len__(self) -> int:
+        return self.num_tokens
+
+    def __getitem__(self, where: slice) -> np.ndarray:
+        """Raises OSError if the file does not have them any more."""
+        start, stop, _ = where.indices(self.num_tokens)
+        size = self.dtype.itemsize
+        # Not mapped, since a file that is cut short while it is ends the process; and opened each
+        # time, which takes 20 us, since a big folder has more files than may be open.
+        with self.path.open("rb") as file:
+            file.seek(self.offset + start * size)
+            content = file.read((stop - start) * size)
+        if len(content) < (stop - start) * size:
+            raise OSError(errno.EIO, "shorter than at the start", str(self.path))
+        return np.frombuffer(content, self.dtype)
+
+
+def open_files(setting: str, value: str, vocab_size: int) -> list[TokenFile]:
+    """The files of a path. Raises `UserError` if they hold no tokens, or OSError."""
+    path = Path(os.path.expanduser(value))
+    if value and (about := _about_shards(path)):
+        return _open_shards(setting, path, about, vocab_size)
+    if value and path.is_dir():  # Path("") is the current folder
+        files = sorted(file for file in path.rglob("*") if file.is_file())
+        suffixes = (*TEXT_SUFFIXES, *RECORD_SUFFIXES)
+        return [_open_text(file) for file in files if file.suffix.lower() in suffixes]
+    if not path.is_file():
+        raise UserError(
+            f"{setting} does not exist: give {PYDOCS}, a text file, one of records "
+            f"({', '.join(RECORD_SUFFIXES)}), a folder of such files, or a token file "
+            "(.bin or .npy)."
+        )
+    if path.suffix == ".npy":
+        return [_open_npy(setting, path)]
+    if path.suffix == ".bin":
+        if path.with_suffix(".idx").exists():
+            return [_open_megatron(setting, path)]
+        with path.open("rb") as file:
+            content = file.read(12)
+        header = np.frombuffer(content, "<i4") if len(content) == 12 else np.zeros(3, "<i4")
+        if int(header[0]) in LLM_C:
+            return [_open_llm_c(setting, path, header)]
+        return [_open_raw(setting, path, vocab_size)]
+    return [_open_text(path)]
+
+
+def _about_shards(folder: Path) -> dict[str, Any] | None:
+    """What `token_shards` has left in a folder; None if it is another."""
+    if not (folder / INDEX).is_file():
+        return None
+    try:
+        about = json.loads((folder / INDEX).read_text())
+    except (OSError, ValueError):
+        return None
+    return about if isinstance(about, dict) and "shards" in about else None
+
+
+def _open_shards(
+    setting: str, folder: Path, about: dict[str, Any], vocab_size: int
+) -> list[TokenFile]:
+    try:
+        names, size = [str(shard["name"]) for shard in about["shards"]], int(about["vocab_size"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{setting} has an {INDEX} that is not of launch/tokenize.py ({error}): make it again."
+        ) from None
+    if size > vocab_size:
+        raise UserError(
+            f"{setting} was made with a tokenizer of {size} tokens, more than "
+            f"config.model.vocab_size={vocab_size}: set that to at least as many."
+        )
+    return [_open_megatron(setting, folder / f"{name}.bin") for name in names]
+
+
+def _open_text(path: Path) -> TokenFile:
+    format, start = RECORDS.get(path.suffix.lower(), TEXT), np.zeros(1, np.int64)
+    return TokenFile(path, np.dtype(np.uint8), 0, _num_bytes(path), format, start)
+
+
+def _open_raw(setting: str, path: Path, vocab_size: int) -> TokenFile:
+    is_long = vocab_size > 2**16 or _looks_like_uint32(path)
+    dtype = np.dtype("<u4" if is_long else "<u2")
+    num_tokens, rest = divmod(_num_bytes(path), dtype.itemsize)
+    if rest:
+        raise UserError(
+            f"{setting} has {_num_bytes(path)} bytes, not a multiple of the {dtype.itemsize} of a "
+            f"token: write {dtype.name}, which config.model.vocab_size={vocab_size} asks for."
+        )
+    return TokenFile(path, dtype, 0, num_tokens, f"raw {dtype.name}")
+
+
+def _open_llm_c(setting: str, path: Path, header: np.ndarray) -> TokenFile:
+    magic, _, num_tokens = map(int, header)
+    dtype = LLM_C[magic]
+    expected = LLM_C_HEADER + num_tokens * dtype.itemsize
+    if _num_bytes(path) != expected:
+        raise UserError(
+            f"{setting} is a file of llm.c for {num_tokens} tokens, {expected} bytes, but has "
+            f"{_num_bytes(path)}: write it again."
+        )
+    return TokenFile(path, dtype, LLM_C_HEADER, num_tokens, f"{LLM_C_FORMAT}, {dtype.name}")
+
+
+def _open_megatron(setting: str, path: Path) -> TokenFile:
+    """Sequences follow one another, as its tools write them."""
+    index = path.with_suffix(".idx")
+    with index.open("rb") as file:
+        content = file.read(MEGATRON_HEADER.size)
+        if len(content) < MEGATRON_HEADER.size or not content.startswith(MEGATRON):
+            raise UserError(
+                f"{setting} has a file {index.name} beside it that is not an index of Megatron-LM: "
+                "move it away, or write both again."
+            )
+        _, version, code, num_sequences, num_documents = MEGATRON_HEADER.unpack(content)
+        if version != 1 or code not in MEGATRON_TYPES:
+            raise UserError(
+                f"{setting} has an index {index.name} of version {version} with numbers of type "
+                f"{code}: only version 1 and integers can be read."
+            )
+        expected = MEGATRON_HEADER.size + 12 * num_sequences + 8 * num_documents
+        is_whole = _num_bytes(index) >= expected  # there may be more, of how documents are mixed
+        num_sequences *= is_whole
+        lengths = np.frombuffer(file.read(4 * num_sequences), "<i4")
+        starts = np.frombuffer(file.read(8 * num_sequences), "<i8")
+        documents = np.frombuffer(file.read(8 * num_documents * is_whole), "<i8")
+    dtype = np.dtype(MEGATRON_TYPES[code])
+    sizes = lengths.astype(np.int64) * dtype.itemsize
+    is_whole = is_whole and sizes.sum() == _num_bytes(path)
+    if not is_whole or (starts != np.cumsum(sizes) - sizes).any():
+        raise UserError(
+            f"{setting} and its index {index.name} do not belong together, or one is cut short: "
+            "write both again."
+        )
+    # A document may be several sequences; the last number is that of all sequences.
+    is_first = documents[(documents >= 0) & (documents < num_sequences)]
+    return TokenFile(
+        *(path, dtype, 0, int(lengths.sum()), f"Megatron-LM, {dtype.name}"),
+        starts=starts[np.unique(is_first)] // dtype.itemsize,
+    )
+
+
+def _looks_like_uint32(path: Path) -> bool:
+    """Whether the upper halves of what would be uint32 are zero and the lower ones are not."""
+    with path.open("rb") as file:
+        head = np.frombuffer(file.read(2**16), np.uint8)
+    pairs = head[: len(head) // 4 * 4].view("<u2").reshape(-1, 2)
+    return bool(pairs[:, 0].any() and not pairs[:, 1].any())
+
+
+def _open_npy(setting: str, path: Path) -> TokenFile:
+    try:
+        tokens = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, tokenize.TokenError) as error:  # TokenError: a damaged header
+        raise UserError(
+            f"{setting} is not a whole .npy array ({error}): write it with numpy.save."
+        ) from None
+    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
+        raise UserError(
+            f"{setting} has shape {tokens.shape} and type {tokens.dtype}: "
+            "save tokens as a one-dimensional array of integers."
+        )
+    return TokenFile(path, tokens.dtype, tokens.offset, len(tokens), f"npy, {tokens.dtype}")
+
+
+def _num_bytes(path: Path) -> int:
+    # Opened rather than only looked up, since a file's size does not show that it may be read.
+    with path.open("rb") as file:
+        return os.fstat(file.fileno()).st_size

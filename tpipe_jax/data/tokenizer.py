@@ -1,0 +1,116 @@
+"""Text to tokens and back: bytes, or a Hugging Face `tokenizer.json`. No network."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from tpipe_jax.config.settings import BYTES, BYTES_NAME
+from tpipe_jax.errors import UserError
+
+MAX_PENDING = 8  # tokens that may wait for the rest of a character
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's, between documents
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Turns text into tokens and back."""
+
+    vocab_size: int
+    end: int | None
+    """The token between documents, if there is one."""
+    encode: Callable[[str], np.ndarray]
+    """Text to tokens `[n]`, int32."""
+    decode: Callable[[Sequence[int]], str]
+    """Tokens to text, with replacements where they are none."""
+    num_bytes: Callable[[Sequence[int] | np.ndarray], int] | None
+    """Of the text of tokens; special tokens have none. None where that depends on their
+    neighbours."""
+
+    def stream(self, tokens: Iterable[int]) -> Iterator[str]:
+        """The text that each token adds, once all of its characters are there."""
+        seen: list[int] = []
+        first = shown = 0  # what has been shown last is read again, since spaces depend on it
+        for token in tokens:
+            seen.append(token)
+            text = self.decode(seen[first:])
+            if text.endswith("\N{REPLACEMENT CHARACTER}") and len(seen) - shown < MAX_PENDING:
+                yield ""
+                continue
+            yield text[len(self.decode(seen[first:shown])) :]
+            first, shown = shown, len(seen)
+        if shown < len(seen):
+            yield self.decode(seen[first:])[len(self.decode(seen[first:shown])) :]
+
+
+def open_tokenizer(name: str, value: str) -> Tokenizer:
+    """The tokenizer that a setting names. Raises `UserError` if it is none."""
+    if value == BYTES_NAME:
+        return Tokenizer(BYTES, None, _to_bytes, _from_bytes, len)
+    try:
+        made = tokenizers.Tokenizer.from_file(value)
+        made.no_truncation()
+        made.no_padding()
+    except Exception as error:  # the library raises plain ones
+        raise UserError(
+            f"{name}={value} cannot be read ({error}): give bytes, or the tokenizer.json of a "
+            "Hugging Face model."
+        ) from None
+
+    def encode(text: str) -> np.ndarray:
+        return np.array(made.encode(text, add_special_tokens=False).ids, np.int32)
+
+    def decode(tokens: Sequence[int]) -> str:
+        return made.decode(list(tokens), skip_special_tokens=False)
+
+    vocab_size = max(made.get_vocab().values()) + 1  # there may be gaps
+    end = made.token_to_id(END_OF_TEXT)
+    return Tokenizer(vocab_size, end, encode, decode, _byte_counter(made, vocab_size))
+
+
+def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """A byte-pair encoding of bytes (Radford et al. 2019) learnt from documents, at most so large.
+
+    Raises `UserError` if that is smaller than what it begins with.
+    """
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if vocab_size <= len(alphabet) + 1:
+        raise UserError(
+            f"--train-bpe={vocab_size} is too small: {len(alphabet)} bytes and {END_OF_TEXT} are "
+            "tokens in any case, so give more than as many."
+        )
+    made = tokenizers.Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
+    made.train_from_iterator(documents, trainer)
+    return made
+
+
+def _byte_counter(
+    made: tokenizers.Tokenizer, vocab_size: int
+) -> Callable[[Sequence[int] | np.ndarray], int] | None:
+    if not isinstance(made.decoder, decoders.ByteLevel):
+        return None
+    # A token is written with a character for each byte, which part of a letter could not be.
+    sizes = np.zeros(vocab_size, np.int64)
+    for token, number in made.get_vocab().items():
+        sizes[number] = len(token)
+    for number, token in made.get_added_tokens_decoder().items():
+        sizes[number] = 0 if token.special else len(token.content.encode())
+    return lambda tokens: int(sizes[np.asarray(tokens)].sum())
+
+
+def _to_bytes(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode(), np.uint8).astype(np.int32)
+
+
+def _from_bytes(tokens: Sequence[int]) -> str:
+    return bytes(tokens).decode(errors="replace")

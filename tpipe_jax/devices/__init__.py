@@ -1,0 +1,3 @@
+"""The mesh, number formats, and what a program of one device is written in: collectives,
+conditionals, in-place buffers.
+"""

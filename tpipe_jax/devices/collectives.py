@@ -1,0 +1,55 @@
+"""Sums and other exchanges between the devices of a mesh, as code of one device uses them."""
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.sharding import AbstractMesh, Mesh
+
+Tree = TypeVar("Tree")
+
+
+def varying(tree: Tree, axes: Sequence[str] = ("data", "pipe")) -> Tree:
+    """Marks arrays as different along the axes, as the carry of a loop must be from the start."""
+
+    def cast(a: Array) -> Array:
+        missing = tuple(sorted(set(axes) - set(jax.typeof(a).manual_axis_type.varying)))
+        return lax.pcast(a, missing, to="varying") if missing else a
+
+    return jax.tree.map(cast, tree)
+
+
+def needs_sums(mesh: Mesh | AbstractMesh) -> bool:
+    """Whether to sum over 'data' and 'pipe'.
+
+    XLA (jax 0.10) refuses such a sum where none of them has several devices and 'model' has. The
+    type system, which asks for sums where values may differ, is switched off there.
+    """
+    sizes = mesh.shape
+    return sizes["data"] * sizes["pipe"] > 1 or sizes["model"] == 1
+
+
+def psum(tree: Tree, axes: str | tuple[str, ...]) -> Tree:
+    """The sum over axes of the mesh."""
+    return lax.psum(tree, axes) if needs_sums(jax.sharding.get_abstract_mesh()) else tree
+
+
+def pmax(value: Array, axis: str) -> Array:
+    """The largest along an axis of the mesh."""
+    return lax.pmax(value, axis) if needs_sums(jax.sharding.get_abstract_mesh()) else value
+
+
+def sum_over(axis: str, value: Array) -> Array:
+    """The sum over an axis of the mesh, taken in float32 and returned in the dtype of `value`.
+
+    XLA for CPUs, as of jax 0.10, aborts on an all-reduce of bfloat16 over a manual axis.
+    """
+    return psum(value.astype(jnp.float32), axis).astype(value.dtype)
+
+
+def from_stage(stage: int, value: Array) -> Array:
+    """The value that one stage has, on all stages; -1 is the last stage."""
+    stage %= lax.axis_size("pipe")
+    return sum_over("pipe", jnp.where(lax.axis_index("pipe") == stage, value, 0))

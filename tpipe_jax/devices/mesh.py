@@ -1,0 +1,141 @@
+"""The mesh of devices, and the sharding rules."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from tpipe_jax.config.settings import MeshConfig
+from tpipe_jax.errors import UserError
+
+AXES = ("data", "pipe", "model")
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
+    """Mesh of the axes data, pipe and model. Raises `UserError` if the devices don't fit."""
+    if config.auto:
+        raise UserError(
+            "config.mesh.auto=True is for training and launch/plan.py, which measure: set "
+            "config.mesh.data, pipe and model."
+        )
+    if len(devices) != config.num_devices:
+        raise UserError(
+            f"{asked_product(config)} devices, but there are {len(devices)} "
+            f"({devices[0].device_kind}): set the three so that their product is {len(devices)}, "
+            "or run on CPU devices with the environment variable JAX_PLATFORMS=cpu."
+        )
+    return Mesh(place_devices(config, devices), AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def place_devices(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
+    """The devices as `[data, pipe, model]`.
+
+    Devices of a process, and processes of a slice (what a fast network joins), are neighbours along
+    the last axes of config.order.
+    """
+    near = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
+    grid = np.empty(len(near), object)
+    grid[:] = near
+    order = config.order.split(",")
+    grid = grid.reshape([getattr(config, axis) for axis in order])
+    return grid.transpose([order.index(axis) for axis in AXES])
+
+
+def asked_product(config: MeshConfig) -> str:
+    """How many devices the settings ask for, as the beginning of a sentence."""
+    return (
+        f"config.mesh.data={config.data} * pipe={config.pipe} * model={config.model} asks for "
+        f"{config.num_devices}"
+    )
+
+
+class HostPart(NamedTuple):
+    """What one host has of the mesh."""
+
+    host: str
+    processes: list[int]
+    num_devices: int
+    stages: list[int]
+    data_shards: list[int]
+
+
+def host_parts(mesh: Mesh, hosts: Sequence[str]) -> list[HostPart]:
+    """What each host has of the mesh; `hosts` are the names by process."""
+    places = [
+        (hosts[device.process_index], device.process_index, pipe, data)
+        for (data, pipe, _), device in np.ndenumerate(mesh.devices)
+    ]
+    parts = []
+    for host in dict.fromkeys(host for host, *_ in places):
+        own = [place for name, *place in places if name == host]
+        processes, stages, shards = (sorted(set(numbers)) for numbers in zip(*own, strict=True))
+        parts.append(HostPart(host, processes, len(own), stages, shards))
+    return parts
+
+
+def operators_span_hosts(mesh: Mesh, hosts: Sequence[str]) -> bool:
+    """Whether some operators are shared by devices of several hosts, over the slower network."""
+    names = np.vectorize(lambda device: hosts[device.process_index], otypes=[object])(mesh.devices)
+    return bool((names != names[..., :1]).any())
+
+
+def over_data(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
+    """The spec with 'data' added to an axis that it divides, for ZeRO (Rajbhandari et al. 2020);
+    the same where there is none. Axes that are not divided yet come first.
+    """
+    axes = [*spec, *[None] * (len(shape) - len(spec))]
+    names = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
+    for n in sorted(range(len(axes)), key=lambda n: len(names[n])):
+        divided = *names[n], "data"
+        if shape[n] % math.prod(mesh.shape[name] for name in divided) == 0:
+            axes[n] = divided if names[n] else "data"
+            break
+    return PartitionSpec(*axes)
+
+
+def manual_part(specs: Any) -> Any:
+    """The specs without 'model', which `shard_map` leaves to GSPMD."""
+
+    def keep(axis: Any) -> Any:
+        kept = tuple(
+            a for a in (axis if isinstance(axis, tuple) else (axis,)) if a not in (None, "model")
+        )
+        return kept[0] if len(kept) == 1 else kept or None
+
+    return jax.tree.map(lambda spec: PartitionSpec(*map(keep, spec)), specs, is_leaf=is_spec)
+
+
+def shardings(mesh: Mesh, specs: Any) -> Any:
+    """NamedShardings for a tree of specs."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
+
+
+def put_rows(mesh: Mesh, rows: np.ndarray) -> Array:
+    """Puts rows that every process has on the mesh, `[B, ...]`, sharded over 'data'."""
+    return put_read_rows(mesh, lambda wanted: rows[wanted], rows.shape, rows.dtype)
+
+
+def put_read_rows(
+    mesh: Mesh, read: Callable[[slice], np.ndarray], shape: tuple[int, ...], dtype: Any
+) -> Array:
+    """As `put_rows`, but each process reads the rows of its own data shards only, once."""
+    parts: dict[tuple[int, int, int], np.ndarray] = {}
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None
+        wanted = index[0].indices(shape[0])
+        if wanted not in parts:
+            parts[wanted] = read(slice(*wanted))
+        return parts[wanted]
+
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.make_array_from_callback(shape, sharding, part, dtype=dtype)
+
+
+def is_spec(value: Any) -> bool:
+    """Where a tree of `PartitionSpec` has its leaves."""
+    return isinstance(value, PartitionSpec)

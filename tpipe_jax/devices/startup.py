@@ -1,0 +1,55 @@
+"""The devices of a process, and what makes CPU devices fast. Comes before anything else of jax."""
+
+import ctypes
+import os
+import platform
+
+import jax
+
+from tpipe_jax.config.settings import MeshConfig
+from tpipe_jax.devices.mesh import asked_product
+from tpipe_jax.errors import UserError
+
+MAX_CPU_DEVICES = 1024  # that a process makes; each has threads of its own
+
+
+def find_devices(config: MeshConfig, num_processes: int = 1) -> list[jax.Device]:
+    """The devices of all processes; on CPUs, as many as the mesh asks for.
+
+    Call it before anything else of jax, which counts its devices only once. Raises `UserError` if
+    CPU devices cannot be shared out evenly.
+    """
+    num_local, rest = divmod(config.num_devices, num_processes)
+    prepare_cpu(num_local)
+    jax.config.update("jax_num_cpu_devices", min(max(num_local, 1), MAX_CPU_DEVICES))
+    devices = jax.devices()
+    if rest and devices[0].platform == "cpu":
+        raise UserError(
+            f"{asked_product(config)} CPU devices cannot be shared out evenly among "
+            f"{num_processes} processes: start a number that divides them."
+        )
+    return devices
+
+
+def prepare_cpu(num_devices: int) -> None:
+    """Makes CPU devices of this process fast: flags of XLA, and freed memory is kept.
+
+    Call it before anything else of jax. What each is worth is in docs/design.md; flags that the
+    user has set come last and count. Other platforms ignore these.
+    """
+    flags = [
+        # Sums by the compiler's own code; by the library for matrix products they are slower.
+        "--xla_cpu_experimental_ynn_fusion_type=-reduce",
+        # Buffers that are updated in place are analysed better, so fewer are copied.
+        "--xla_cpu_copy_insertion_use_region_analysis=true",
+    ]
+    if num_devices >= len(os.sched_getaffinity(0)):  # no core to spare for threads in an operator
+        flags.append("--xla_cpu_multi_thread_eigen=false")
+    given = os.environ.get("XLA_FLAGS", "").split()
+    os.environ["XLA_FLAGS"] = " ".join([*(f for f in flags if f not in given), *given])
+    # glibc hands large buffers back to the system, and a step that gets them anew has all of their
+    # pages to fault in.
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(ctypes.c_int(-4), ctypes.c_int(0))  # M_MMAP_MAX: no buffer of its own mapping
+        libc.mallopt(ctypes.c_int(-1), ctypes.c_int(-1))  # M_TRIM_THRESHOLD: never shrink the heap

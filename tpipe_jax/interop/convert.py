@@ -1,0 +1,108 @@
+"""Weights from and to Hugging Face folders of GPT-2: checkpoints without a run, array by array."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+
+from tpipe_jax.checkpoint import manifest as files
+from tpipe_jax.checkpoint.arrays import read_array
+from tpipe_jax.checkpoint.checkpoints import newest_sound, write_checkpoint
+from tpipe_jax.checkpoint.layout import Piece, arrays
+from tpipe_jax.config.settings import GPT2, Config, MeshConfig, resolved
+from tpipe_jax.devices.mesh import make_mesh
+from tpipe_jax.errors import UserError, writing_to
+from tpipe_jax.interop import gpt2
+from tpipe_jax.reporting.workdir import write_config
+from tpipe_jax.training.health import new_health
+from tpipe_jax.training.loss_scale import new_loss_scale
+from tpipe_jax.training.optimizer import make_optimizer
+from tpipe_jax.training.state import abstract_state
+
+PARAMS = "params/"
+
+
+def import_gpt2(source: Path, workdir: Path) -> Config:
+    """Makes a workdir whose checkpoint of step 0 has the weights in a folder, and whose config.json
+    has the model; returns that config.
+
+    Raises `UserError` if the folder has no model that can be imported, or the workdir holds
+    something.
+    """
+    model = gpt2.read_model(source)
+    read = gpt2.Reader(source, model)
+    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+        raise UserError(f"--workdir={workdir} is not empty: choose a folder for a new run.")
+    config = resolved(Config(model=model))
+    with writing_to(workdir):
+        is_new = not workdir.exists()
+        try:
+            write_checkpoint(workdir / "checkpoints", 0, config.model, _parts(config, read))
+            write_config(config, workdir)
+        except BaseException:
+            for path in workdir.iterdir() if workdir.exists() else ():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if is_new and workdir.exists():
+                workdir.rmdir()
+            raise
+    return config
+
+
+def export_gpt2(workdir: Path, target: Path, step: int | None) -> int:
+    """Writes the weights of a checkpoint, the newest sound one unless a step is named, as a folder
+    that `transformers.GPT2LMHeadModel.from_pretrained` loads; returns the step.
+
+    Raises `UserError` if there is no sound checkpoint, or the folder holds something.
+    """
+    checkpoint, model = newest_sound(workdir, step)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"--to={target} is not empty: choose a folder that is new.")
+    if model.block != GPT2:
+        raise UserError(
+            f"--workdir={workdir} has layers of config.model.block={model.block}, which "
+            "Hugging Face's GPT-2 has not: only runs with its own can be exported."
+        )
+    target = target.absolute()
+    saving = target.with_name(target.name + files.SAVING)
+    try:
+        saving.mkdir(parents=True)
+        try:
+            gpt2.write_model(
+                saving, model, lambda name: read_array(checkpoint, PARAMS + name), gpt2.SHARD_BYTES
+            )
+            saving.replace(target)
+        finally:
+            shutil.rmtree(saving, ignore_errors=True)
+    except ValueError as error:  # TensorStore's
+        raise UserError(
+            f"the checkpoint in {checkpoint} cannot be read any more ({error}): a run may have "
+            "removed it meanwhile; the same command takes a newer one."
+        ) from None
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write --to={target} ({error}): make room, remove what is in the way, or "
+            "choose another folder."
+        ) from None
+    return int(checkpoint.name)
+
+
+def _parts(config: Config, read: gpt2.Reader) -> Iterator[Piece]:
+    """A fresh state with these parameters, array by array."""
+    # Where a state lies does not matter, so one device will do.
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    like = abstract_state(config, mesh, make_optimizer(config.optim, config.train.num_steps))
+    others = {"loss_scale": new_loss_scale(config.precision), "health": new_health()}
+    known = {
+        f"{section}/{jax.tree_util.keystr(path, simple=True, separator='/')}": np.asarray(value)
+        for section, tree in others.items()
+        for path, value in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    for name, shape, dtype in arrays(config.model, like):
+        if name.startswith(PARAMS):
+            data = read(name.removeprefix(PARAMS))
+        else:
+            data = known.get(name, np.zeros(shape, dtype))  # of the optimiser, and the step
+        yield Piece(name, shape, shape, tuple(slice(0, n) for n in shape), data)

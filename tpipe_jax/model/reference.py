@@ -1,0 +1,52 @@
+"""The whole model on one device, without a pipeline: what everything else is tested against."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from tpipe_jax.attention.base import KVCache
+from tpipe_jax.attention.blockwise import attend, attend_backward
+from tpipe_jax.config.settings import ModelConfig
+from tpipe_jax.devices.inplace import Position
+from tpipe_jax.model.block import Params, no_tape
+from tpipe_jax.model.functional import block_functions
+from tpipe_jax.model.transformer import final_norm
+
+
+@jax.custom_vjp
+def self_attention(q: Array, k: Array, v: Array) -> Array:
+    """Attention of whole sequences, queries `[B, G H, T, K]`, keys and values `[B, H, T, K]`, as a
+    single slice, differentiable.
+    """
+    return attend(q, KVCache(k, v), Position(0, 0))[0]
+
+
+def _self_attention_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+    out, lse = attend(q, KVCache(k, v), Position(0, 0))
+    return out, (q, k, v, out, lse)
+
+
+def _self_attention_backward(
+    residuals: tuple[Array, ...], d_out: Array
+) -> tuple[Array, Array, Array]:
+    q, k, v, out, lse = residuals
+    zeros = KVCache(jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32))
+    d_q, d_cache = attend_backward(q, KVCache(k, v), Position(0, 0), out, lse, d_out, zeros)
+    return d_q, d_cache.k.astype(k.dtype), d_cache.v.astype(v.dtype)
+
+
+self_attention.defvjp(_self_attention_forward, _self_attention_backward)
+
+
+def logits(config: ModelConfig, params: Params, tokens_BT: Array) -> Array:
+    """Logits `[B, T, V]` of the whole model on one device, without a pipeline, in float32.
+
+    What everything else is tested against.
+    """
+    block = block_functions(config, jnp.dtype(jnp.float32))
+    positions_1T = jnp.arange(tokens_BT.shape[1])[None]
+    x_BTD = params["embed"]["tokens"][tokens_BT] + params["embed"]["positions"][positions_1T]
+    for block_params in params["blocks"]:
+        attn_BHTK = self_attention(*block.qkv(block_params, x_BTD, positions_1T, no_tape))
+        x_BTD = block.finish(block_params, x_BTD, attn_BHTK, no_tape)
+    return jnp.einsum("btd,vd->btv", final_norm(params["norm"], x_BTD), params["embed"]["tokens"])

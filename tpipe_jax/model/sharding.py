@@ -1,0 +1,70 @@
+"""How the parameters of the model are divided over a mesh, and which meshes can divide them."""
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from tpipe_jax.config.settings import GPT2, MeshConfig, ModelConfig
+from tpipe_jax.devices.mesh import is_spec
+from tpipe_jax.errors import UserError
+from tpipe_jax.model.block import Params
+from tpipe_jax.model.functional import heads, param_shapes
+from tpipe_jax.model.gpt2 import NORM_SPECS
+from tpipe_jax.model.registry import block_class
+
+# How the parameters are divided: the vocabulary over all stages and 'model', blocks over the stages
+# and within each as `Block.specs` says. What names no axis is on all devices.
+_OTHERS = {
+    "embed": {"tokens": PartitionSpec(("pipe", "model")), "positions": PartitionSpec()},
+    "norm": NORM_SPECS,
+}
+
+
+MAX_LAYERS = 10_000
+
+
+def check_model(config: ModelConfig, mesh: MeshConfig) -> None:
+    """Raises `UserError` where 'model' does not divide the operators, for too many layers, and for
+    a block that does not do.
+    """
+    if config.num_layers > MAX_LAYERS:
+        raise UserError(
+            f"config.model.num_layers={config.num_layers} is more than the {MAX_LAYERS} that can "
+            "be compiled, each as a part of the program: give fewer."
+        )
+    if config.block == GPT2:
+        divided = {"config.model.num_heads": config.num_heads, "config.model.d_ff": config.ff_width}
+    else:
+        divided = {f"the keys' heads of config.model.block={config.block},": heads(config).num_keys}
+    for name, value in divided.items():
+        if value % mesh.model:
+            sign = "=" if config.block == GPT2 else " "
+            raise UserError(
+                f"config.mesh.model={mesh.model} does not divide {name}{sign}{value}: "
+                "pick a divisor."
+            )
+
+
+def padded_vocab_size(config: ModelConfig, mesh: Mesh) -> int:
+    """Rows of the token embedding on the mesh: as many on each device of 'pipe' and 'model'.
+
+    They are aligned for products on GPUs, which take several times as long for logits of 50257
+    tokens as for 50304 (docs/gpu.md).
+    """
+    parts = mesh.shape["pipe"] * mesh.shape["model"]
+    num_rows = -(-config.vocab_size // parts)
+    multiple = 128 if num_rows > 32 * 128 else 8
+    return -(-num_rows // multiple) * multiple * parts
+
+
+def param_specs(config: ModelConfig, num_blocks: int) -> Params:
+    """Where the parameters lie on the mesh, as a tree of their structure.
+
+    Block n of the tree stacks the nth block of every stage, `[P, ...]`, zeros where a stage has no
+    nth block: an array for each layer of a stage rather than one for all, since a slice of a stack
+    may be copied for each use. The token embedding has `padded_vocab_size` rows.
+    """
+    specs = block_class(config).specs
+    if specs is None:
+        specs = jax.tree.map(lambda _: PartitionSpec(), param_shapes(config))
+    block = jax.tree.map(lambda spec: PartitionSpec("pipe", *spec), specs, is_leaf=is_spec)
+    return _OTHERS | {"blocks": [block] * num_blocks}

@@ -1,0 +1,54 @@
+"""The GPT of GPT-2 and GPT-3 (Radford et al. 2019), as parameters and pure functions of them.
+
+Learned positions, blocks (`functional`), a LayerNorm and a head tied to the token embedding. Modules of
+Flax NNX are in here and in the files of the blocks; parameters are plain dictionaries everywhere
+else.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from tpipe_jax.config.settings import ModelConfig
+from tpipe_jax.model.block import Params
+from tpipe_jax.model.functional import init_block
+from tpipe_jax.model.gpt2 import layer_norm
+
+
+def init(config: ModelConfig, key: Array) -> Params:
+    """Fresh float32 parameters.
+
+    A dictionary of `embed` (`tokens` [V, D], `positions` [T, D]), `blocks` (a list) and `norm`.
+    """
+    normal = nnx.initializers.normal(0.02)
+    key_tokens, key_positions, _ = jax.random.split(key, 3)
+    block = jax.jit(partial(init_block, config))  # traced once for all layers
+    return {
+        "embed": {
+            "tokens": normal(key_tokens, (config.vocab_size, config.d_model), jnp.float32),
+            "positions": normal(key_positions, (config.seq_len, config.d_model), jnp.float32),
+        },
+        "blocks": [block(k) for k in block_keys(config, key)],
+        "norm": {"scale": jnp.ones(config.d_model), "bias": jnp.zeros(config.d_model)},
+    }
+
+
+def block_keys(config: ModelConfig, key: Array) -> Array:
+    """What the parameters of each layer are drawn with by `init`, `[num_layers]`."""
+    return jax.random.split(jax.random.split(key, 3)[2], config.num_layers)
+
+
+def final_norm(params: Params, x_BTD: Array) -> Array:
+    """The LayerNorm before the head, in float32."""
+    D = x_BTD.shape[-1]
+    graph, _ = nnx.split(nnx.eval_shape(lambda: layer_norm(D, rngs=nnx.Rngs(0))))
+    return nnx.merge(graph, params)(x_BTD)
+
+
+def num_params(config: ModelConfig) -> int:
+    """How many parameters the model has."""
+    shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))

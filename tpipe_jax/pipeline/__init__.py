@@ -1,0 +1,1 @@
+"""The executor, the stages, and the vocabulary that they share."""

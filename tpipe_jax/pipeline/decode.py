@@ -1,0 +1,93 @@
+"""Generation through the pipeline: the program that reads some tokens and gives the next logits."""
+
+from functools import partial
+
+import jax
+import numpy as np
+from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Wrapped
+
+from tpipe_jax.attention.base import KVCache
+from tpipe_jax.config.settings import Config
+from tpipe_jax.devices.collectives import from_stage, needs_sums
+from tpipe_jax.devices.inplace import Position
+from tpipe_jax.devices.mesh import manual_part
+from tpipe_jax.devices.precision import compute_dtype
+from tpipe_jax.model.block import Params
+from tpipe_jax.model.sharding import param_specs
+from tpipe_jax.pipeline import vocab_parallel
+from tpipe_jax.pipeline.buffers import empty_caches
+from tpipe_jax.pipeline.build import (
+    cache_shape,
+    for_compute,
+    layers_per_stage,
+    make_head,
+    make_stage,
+)
+from tpipe_jax.pipeline.executor import sweep
+from tpipe_jax.planning.schedule import IDLE, Item
+
+
+def make_decode(config: Config, mesh: Mesh) -> Wrapped:
+    """`(params, caches, tokens [B, L], first, index)` to the logits `[B, V]` of the token after
+    `tokens[:, index]`, on all devices, and the caches, which are donated, with these tokens.
+
+    The tokens are those from position `first` on of sequences whose earlier ones are in the caches.
+    """
+
+    def local(
+        params: Params, caches: list[KVCache], tokens_BL: Array, first: Array, index: Array
+    ) -> tuple[Array, list[KVCache]]:
+        num_stages, (B, L) = lax.axis_size("pipe"), tokens_BL.shape
+        params = for_compute(config, mesh, params)
+        stage, head = make_stage(config, mesh, params), make_head(config, mesh, params)
+        positions_LD = lax.dynamic_slice_in_dim(params["embed"]["positions"], first, L)
+        embed = params["embed"] | {"positions": positions_LD}
+
+        def work(
+            chunk: int, x_BLD: Array, at: Position, caches: list[KVCache]
+        ) -> tuple[Array, list[KVCache]]:
+            return stage.infer(chunk, x_BLD, Position(at.row, first), caches)
+
+        chunks = range(len(stage.chunks))
+        y_BLD, caches = sweep(
+            # One slice, from stage to stage, in each chunk.
+            np.concatenate([np.where(np.eye(num_stages, dtype=bool), c, IDLE) for c in chunks]),
+            [Item(0, 0, B, L, chunk=c) for c in chunks],
+            work,
+            vocab_parallel.embed(embed, tokens_BL, compute_dtype(config.precision, mesh)),
+            jax.tree.map(lambda a: a[0], caches),
+        )
+        y_BD = from_stage(-1, y_BLD[:, index])
+        logits_BV = vocab_parallel.logits(head, y_BD, config.model.vocab_size)
+        return logits_BV, jax.tree.map(lambda a: a[None], caches)
+
+    specs = manual_part(param_specs(config.model, layers_per_stage(config, mesh)))
+    caches = PartitionSpec("pipe", "data")
+    mapped = jax.shard_map(
+        local,
+        mesh=mesh,
+        axis_names={"data", "pipe"},
+        in_specs=(specs, caches, PartitionSpec("data"), PartitionSpec(), PartitionSpec()),
+        out_specs=(PartitionSpec("data", "pipe"), caches),
+        check_vma=needs_sums(mesh),
+    )
+    out_shardings = NamedSharding(mesh, PartitionSpec()), _decode_sharding(mesh)
+    return jax.jit(mapped, donate_argnums=1, out_shardings=out_shardings)
+
+
+def empty_decode_caches(config: Config, mesh: Mesh) -> list[KVCache]:
+    """Caches for `make_decode`, with one sequence a data shard, `[P, B, H, T, K]`."""
+    shape = cache_shape(config, mesh.shape["data"])
+    dtype, num_layers = compute_dtype(config.precision, mesh), layers_per_stage(config, mesh)
+
+    @partial(jax.jit, out_shardings=_decode_sharding(mesh))
+    def empty() -> list[KVCache]:
+        return empty_caches(num_layers, (mesh.shape["pipe"], *shape), dtype)
+
+    return empty()
+
+
+def _decode_sharding(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec("pipe", "data", "model"))

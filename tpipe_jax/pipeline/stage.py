@@ -1,0 +1,365 @@
+"""What one stage does with one slice: its layers forward, and backward from what forward saved.
+
+Rematerialisation by name: a block runs with a recorder in the forward pass and with a replayer in
+the backward pass, which returns the saved value and routes the gradient to the recomputed one, so
+that XLA drops the computation.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from tpipe_jax.attention.base import Attention, KVCache
+from tpipe_jax.devices.inplace import Position, in_turn, read, run_if, write
+from tpipe_jax.model.block import Params, merge_heads, split_heads
+from tpipe_jax.model.functional import BlockFunctions
+from tpipe_jax.pipeline.buffers import Gradients, Saved
+from tpipe_jax.planning.context_blocks import query_block
+
+LayerState = TypeVar("LayerState")
+Value = TypeVar("Value")
+
+OWN = ("x", "q", "attn", "lse")  # values of the stage; the others are the block's
+# About as many in each product of deferred weight gradients: enough for a device to be busy longer
+# than adding the product to its sum takes. On a CPU 256 to 1024 are alike (docs/design.md).
+DEFERRED_TOKENS = 1024
+
+
+class Chunk(NamedTuple):
+    """Layers of a stage that a slice goes through one after another."""
+
+    slots: range
+    """Their places in the lists of what each layer has."""
+    num_active: Array | int
+    """How many of them are layers of this stage, a run-time scalar; the others are padding."""
+    min_active: int
+    """The least `num_active` of all stages: these layers need no condition."""
+
+
+class Stage(NamedTuple):
+    """The layers of one stage; a layer that only some stages have is skipped on the others."""
+
+    block: BlockFunctions
+    attention: Attention
+    params: list[Params]
+    chunks: tuple[Chunk, ...]
+    starts_BT1: Array | None = None
+    """Where the document of each token begins in its sequence, `[B, T, 1]` int32, where documents
+    do not see each other; None where they do."""
+    takes_turns: bool = False
+    """Whether sequences go backward one after another in the same rows of `Gradients.cache`."""
+    has_slots: bool = False
+    """Whether slices wait in slots of `Gradients.d_outputs`."""
+
+    def infer(
+        self, chunk: int, x_BLD: Array, at: Position, caches: list[KVCache]
+    ) -> tuple[Array, list[KVCache]]:
+        """Runs a slice and keeps nothing but its keys and values."""
+
+        def layer(n: int, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
+            y_BLD, cache, _ = self._layer(n, *carry, at)
+            return y_BLD, cache
+
+        return self._each_layer(self.chunks[chunk], layer, x_BLD, caches)
+
+    def forward(
+        self, chunk: int, x_BLD: Array, at: Position, saved: list[Saved]
+    ) -> tuple[Array, list[Saved]]:
+        """Runs a slice and saves what its backward pass needs."""
+
+        def layer(n: int, carry: tuple[Array, Saved]) -> tuple[Array, Saved]:
+            x_BLD, (cache, buffers) = carry
+            y_BLD, cache, values = self._layer(n, x_BLD, cache, at)
+            return y_BLD, Saved(
+                cache, {name: write(buffers[name], values[name], at) for name in buffers}
+            )
+
+        return self._each_layer(self.chunks[chunk], layer, x_BLD, saved)
+
+    def backward(
+        self,
+        saved: list[Saved],
+        chunk: int,
+        d_y_BLD: Array,
+        at: Position,
+        gradients: list[Gradients],
+    ) -> tuple[Array, list[Gradients]]:
+        """Walks back through the layers; the slices of a sequence must come in descending order."""
+        B, L, _ = d_y_BLD.shape
+        cache = gradients[0].cache
+        if self.takes_turns:  # the rows may have been another sequence's
+            is_first = at.token + L == cache.k.shape[-2]
+            d_at = in_turn(at._replace(token=0), cache.k, len(saved[0].cache.k))
+            gradients = run_if(is_first, partial(_without_cache, d_at, B), gradients)
+
+        def layer(n: int, carry: tuple[Array, Gradients]) -> tuple[Array, Gradients]:
+            return self._layer_backward(n, saved[n], *carry, at)
+
+        return self._each_layer(self.chunks[chunk], layer, d_y_BLD, gradients, reverse=True)
+
+    def weight_gradients(
+        self, each: Callable[..., Any], saved: list[Saved], gradients: list[Gradients]
+    ) -> list[Gradients]:
+        """Adds those of the linear layers for slices whose backward passes have left them out, as
+        `executor.StepWork.weights`.
+        """
+
+        def of_slice(
+            chunk: int, shape: tuple[int, int], at: Position, sums: list[Params]
+        ) -> list[Params]:
+            def layer(n: int, carry: tuple[tuple[()], Params]) -> tuple[tuple[()], Params]:
+                d_outputs = gradients[n].d_outputs
+                more = self._weight_gradients(n, saved[n], d_outputs, shape, at)
+                return (), _sum(carry[1], more)
+
+            return self._each_layer(self.chunks[chunk], layer, (), sums)[1]
+
+        # Without what is only read: XLA would copy it.
+        sums = each(of_slice, [d.params for d in gradients])
+        return [d._replace(params=own) for d, own in zip(gradients, sums, strict=True)]
+
+    def param_gradients(self, saved: list[Saved], gradients: list[Gradients]) -> list[Params]:
+        """Gradients of the parameters of each layer after the last slice, float32."""
+        return [
+            d.params | (self._deferred(n, saved[n], d.d_outputs) if is_left else {})
+            for n, d in enumerate(gradients)
+            for is_left in [d.d_outputs and d.params.keys().isdisjoint(self.block.linears)]
+        ]
+
+    def _layer(
+        self, n: int, x_BLD: Array, cache: KVCache, at: Position
+    ) -> tuple[Array, KVCache, dict[str, Array]]:
+        values: dict[str, Array] = {}
+
+        def record(name: str, value: Array) -> Array:
+            values[name] = value
+            return value
+
+        B, L, _ = x_BLD.shape
+        starts_BL1 = self._starts(at, B, L)
+        q, k, v = self.block.qkv(self.params[n], x_BLD, _positions(at, L, starts_BL1), record)
+        cache = KVCache(write(cache.k, k, at), write(cache.v, v, at))
+        attn, lse = self.attention.forward(q, cache, at, starts_BL1)
+        y_BLD = self.block.finish(self.params[n], x_BLD, attn, record)
+        own = {"x": x_BLD, "q": q, "attn": merge_heads(attn), "lse": lse}
+        return y_BLD, cache, values | own
+
+    def _layer_backward(
+        self, n: int, saved: Saved, d_y_BLD: Array, gradients: Gradients, at: Position
+    ) -> tuple[Array, Gradients]:
+        B, L, _ = d_y_BLD.shape
+        params, cache, (d_cache, d_params, d_outputs) = self.params[n], saved.cache, gradients
+        linears, starts_BL1 = self.block.linears, self._starts(at, B, L)
+        values = {name: read(buffer, at, B, L) for name, buffer in saved.values.items()}
+        of_block = _of_block(values)
+        x_BLD, others = values["x"], {name: params[name] for name in params if name not in linears}
+        taps = {
+            name: jnp.broadcast_to(x_BLD[..., :1], (B, L, params[layer]["kernel"].shape[-1]))
+            for layer, (_, name) in linears.items()
+        }
+
+        def replay(function: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Array]]]:
+            """The function of other parameters, taps and inputs; returns what the tape has seen as
+            well.
+            """
+
+            def run(others: Params, taps: dict[str, Array], *inputs: Array):
+                seen: dict[str, Array] = {}
+
+                def tape(name: str, value: Array) -> Array:
+                    is_saved = name in of_block
+                    seen[name] = _substitute(value, of_block[name]) if is_saved else value
+                    return _tap(seen[name], taps[name]) if name in taps else seen[name]
+
+                return function(params | others, *inputs, tape), seen
+
+            return run
+
+        q, attn, lse = self._attention_again(n, values, cache, at)
+        _, finish_vjp, seen = jax.vjp(
+            replay(self.block.finish), others, taps, x_BLD, attn, has_aux=True
+        )
+        d_others, d_taps, d_x_BLD, d_attn_BHLK = finish_vjp(d_y_BLD)
+        d_q, d_cache = self.attention.backward(
+            q, cache, at, attn, lse, d_attn_BHLK, d_cache, starts_BL1
+        )
+        d_at = in_turn(at, d_cache.k, len(cache.k))
+        d_qkv = d_q, *(read(d, d_at, B, L).astype(d_q.dtype) for d in d_cache)
+        positions = _positions(at, L, starts_BL1)
+        _, qkv_vjp, seen_before = jax.vjp(
+            replay(lambda params, x, tape: self.block.qkv(params, x, positions, tape)),
+            *(others, taps, x_BLD),
+            has_aux=True,
+        )
+        # Each tap has its gradient from one of the two.
+        d_others, d_taps, d_x_BLD = jax.tree.map(
+            jnp.add, (d_others, d_taps, d_x_BLD), qkv_vjp(d_qkv)
+        )
+        if d_outputs:
+            place = self._outputs_at(at)
+            d_outputs = {name: write(d_outputs[name], d_taps[name], place) for name in d_outputs}
+        else:
+            d_others |= _linear_gradients(linears, params, seen_before | seen, d_taps)
+        return d_x_BLD, Gradients(d_cache, _sum(d_params, d_others), d_outputs)
+
+    def _attention_again(
+        self, n: int, values: dict[str, Array], cache: KVCache, at: Position
+    ) -> tuple[Array, Array, Array]:
+        """Queries, output and log-sum-exp of a slice's attention, as saved or computed again."""
+        x_BLD, q = values["x"], values.get("q")
+        starts_BL1 = self._starts(at, *x_BLD.shape[:2])
+        if q is None:
+            positions = _positions(at, x_BLD.shape[1], starts_BL1)
+            q = self.block.query(self.params[n], x_BLD, positions, _of_block(values).get)
+        if "attn" not in values:
+            return q, *self.attention.forward(q, cache, at, starts_BL1)
+        return q, split_heads(values["attn"], q.shape[1]), values["lse"]
+
+    def _deferred(self, n: int, saved: Saved, d_outputs: dict[str, Array]) -> Params:
+        """Gradients of the weights of a layer for all slices, part by part: for all at once, what
+        is computed again would take as much memory as if it had been saved.
+        """
+        B, T, _ = saved.values["x"].shape
+        num_tokens = _divisor(T, DEFERRED_TOKENS)
+        num_rows = _divisor(B, max(1, DEFERRED_TOKENS // num_tokens))
+
+        def add_part(i: Array, sums: Params) -> Params:
+            row, token = jnp.divmod(i, T // num_tokens)
+            at = Position(row * num_rows, token * num_tokens, row * num_rows)
+            shape = num_rows, num_tokens
+            more = self._weight_gradients(n, saved, d_outputs, shape, at)
+            return jax.tree.map(jnp.add, sums, more)
+
+        weights = {name: self.params[n][name] for name in self.block.linears}
+        zeros = jax.tree.map(lambda a: jnp.zeros_like(a, jnp.float32), weights)
+        return lax.fori_loop(0, B // num_rows * (T // num_tokens), add_part, zeros)
+
+    def _weight_gradients(
+        self,
+        n: int,
+        saved: Saved,
+        d_outputs: dict[str, Array],
+        shape: tuple[int, int],
+        at: Position,
+    ) -> Params:
+        """Gradients of the weights of a layer for a slice, from what the passes have kept of it."""
+
+        def own(buffers: dict[str, Array], at: Position) -> dict[str, Array]:
+            return {name: read(buffer, at, *shape) for name, buffer in buffers.items()}
+
+        values = own(saved.values, at)
+        of_block = _of_block(values)
+        seen: dict[str, Array] = {}
+
+        def tape(name: str, value: Array) -> Array:
+            return seen.setdefault(name, of_block.get(name, value))
+
+        B, L = shape
+        positions = _positions(at, L, self._starts(at, B, L))
+        self.block.qkv(self.params[n], values["x"], positions, tape)
+        _, attn_BHLK, _ = self._attention_again(n, values, saved.cache, at)
+        self.block.finish(self.params[n], values["x"], attn_BHLK, tape)
+        weights = {name: self.params[n][name] for name in self.block.linears}
+        return _linear_gradients(
+            self.block.linears, weights, seen, own(d_outputs, self._outputs_at(at))
+        )
+
+    def _outputs_at(self, at: Position) -> Position:
+        """Where gradients with respect to outputs of a slice are."""
+        return Position(at.slot_row, 0) if self.has_slots else at
+
+    def _starts(self, at: Position, num_rows: int, num_tokens: int) -> Array | None:
+        """Where the documents of a slice's tokens begin, `[B, L, 1]`."""
+        if self.starts_BT1 is None:
+            return None
+        return read(self.starts_BT1, at._replace(row=at.batch_row), num_rows, num_tokens)
+
+    def _each_layer(
+        self,
+        chunk: Chunk,
+        layer: Callable[[int, tuple[Value, LayerState]], tuple[Value, LayerState]],
+        value: Value,
+        states: list[LayerState],
+        reverse: bool = False,
+    ) -> tuple[Value, list[LayerState]]:
+        states, order = list(states), list(enumerate(chunk.slots))
+        for place, n in reversed(order) if reverse else order:
+            run, carry = partial(layer, n), (value, states[n])
+            if place < chunk.min_active:
+                value, states[n] = run(carry)
+            else:
+                value, states[n] = run_if(place < chunk.num_active, run, carry)
+        return value, states
+
+
+def _without_cache(at: Position, num_rows: int, gradients: list[Gradients]) -> list[Gradients]:
+    """With gradients of keys and values that are zero for some sequences."""
+
+    def cleared(d: Array) -> Array:
+        return write(d, jnp.zeros((num_rows, *d.shape[1:]), d.dtype), at)
+
+    return [g._replace(cache=KVCache(*map(cleared, g.cache))) for g in gradients]
+
+
+def _of_block(values: dict[str, Array]) -> dict[str, Array]:
+    """The saved values that the block has told the tape."""
+    return {name: value for name, value in values.items() if name not in OWN}
+
+
+def _positions(at: Position, num_tokens: int, starts_BL1: Array | None) -> Array:
+    """Of a slice's tokens in their documents, `[B, L]`, or `[1, L]` where a sequence is one."""
+    positions_1L = (at.token + jnp.arange(num_tokens))[None]
+    return positions_1L if starts_BL1 is None else positions_1L - starts_BL1[..., 0]
+
+
+def _divisor(total: int, near: int) -> int:
+    """A divisor of the total near a size; the total if there is none."""
+    size = query_block(total, near)
+    return total if total % size else size
+
+
+def _sum(gradients: Params, more: Params) -> Params:
+    """With gradients of some parameters added to their sums."""
+    sums = {name: jax.tree.map(jnp.add, gradients[name], more[name]) for name in more}
+    return gradients | sums
+
+
+def _linear_gradients(
+    linears: Mapping[str, tuple[str, str]],
+    params: Params,
+    inputs: dict[str, Array],
+    d_outputs: dict[str, Array],
+) -> Params:
+    """Gradients of a block's linear layers, float32, from what they were given and those with
+    respect to what they gave, `[B, L, ...]`.
+    """
+
+    def of(layer: Params, source: str, target: str) -> Params:
+        x, d_y = inputs[source], d_outputs[target]
+        kernel = jnp.einsum("bli,blo->io", x, d_y, preferred_element_type=jnp.float32)
+        bias = {"bias": d_y.astype(jnp.float32).sum((0, 1))} if "bias" in layer else {}
+        return {"kernel": kernel} | bias
+
+    return {name: of(params[name], *ends) for name, ends in linears.items()}
+
+
+@jax.custom_vjp
+def _tap(value: Array, tap: Array) -> Array:
+    """The value; its gradient is that of the tap too, which is of its shape and never read."""
+    return value
+
+
+_tap.defvjp(lambda value, tap: (value, None), lambda _, gradient: (gradient, gradient))
+
+
+@jax.custom_vjp
+def _substitute(value: Array, saved: Array) -> Array:
+    """The saved value, with its gradient routed to `value`."""
+    return saved
+
+
+_substitute.defvjp(lambda value, saved: (saved, None), lambda _, gradient: (gradient, None))

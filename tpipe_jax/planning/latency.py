@@ -1,0 +1,377 @@
+"""The latency model: how long a stage takes for any slice, from the few slices that were timed.
+
+Equation 9 of Li et al. 2021, for b sequences at once and for each direction on its own:
+
+    t(b, i, j) = t(b, i, 0) + a0 + (a1 i + a2 j + a3 i j) b      for i tokens after j > 0 others
+
+t(b, i, 0) is interpolated between measured slices; the other term is fitted by least squares of the
+relative error. Attention reads its context in whole blocks, so j is the context as read
+(`context_blocks`).
+
+Two forms are handed on: a `Profile`, what was measured, and a `LatencyTable`, the time of every
+slice in whole units, which is all that the slicer needs and what `latency.json` holds.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tpipe_jax.errors import UserError
+from tpipe_jax.planning.context_blocks import context_read
+from tpipe_jax.planning.plan import MAX_SECONDS
+
+DEFERRED = "backward_inputs", "backward_weights"  # what is known of deferred gradients of weights
+
+
+class Sample(NamedTuple):
+    """What a stage took for one slice."""
+
+    num_rows: int
+    num_tokens: int
+    context: int
+    forward_seconds: float
+    backward_seconds: float
+    is_test: bool
+    """Kept out of the fit, to tell its error."""
+
+
+class LatencyModel:
+    """The time of any slice in one direction."""
+
+    def __init__(self, samples: Sequence[Sample], direction: str, key_block: int) -> None:
+        self._key_block = key_block
+        fitted, self._tests = (
+            np.array(
+                [
+                    (*s[:3], getattr(s, f"{direction}_seconds"))
+                    for s in samples
+                    if s.is_test == is_test
+                ]
+            ).reshape(-1, 4)
+            for is_test in (False, True)
+        )
+        self._sizes, self._lengths, self._grid = _interpolation_grid(fitted[fitted[:, 2] == 0])
+        b, i, j, seconds = fitted[fitted[:, 2] > 0].T
+        features = np.stack(self._features(b, i, j), -1) / seconds[:, None]
+        target = 1 - self._without_context(b, i) / seconds
+        self._coefficients = np.linalg.lstsq(features, target)[0]
+
+    def predict(self, num_rows: Any, num_tokens: Any, context: Any) -> np.ndarray:
+        """Seconds of slices of `num_rows` sequences by `num_tokens` after `context` tokens."""
+        b, i, j = map(np.asarray, (num_rows, num_tokens, context))
+        products = zip(self._coefficients, self._features(b, i, j), strict=True)
+        term = sum(coefficient * feature for coefficient, feature in products)
+        return self._without_context(b, i) + np.where(j > 0, np.maximum(term, 0), 0)
+
+    def relative_errors(self) -> np.ndarray:
+        """Prediction over measurement, less 1, of the samples kept out."""
+        b, i, j, seconds = self._tests.T
+        return self.predict(b, i, j) / seconds - 1
+
+    def _features(self, b: np.ndarray, i: np.ndarray, j: np.ndarray) -> list[np.ndarray]:
+        read = context_read(i, j, self._key_block)
+        return [np.ones_like(read), b * i, b * read, b * i * read]
+
+    def _without_context(self, b: np.ndarray, i: np.ndarray) -> np.ndarray:
+        """Bilinear in the grid; constant below its shortest slice, linear beyond its longest."""
+        b_low, b_high, b_share = _bracket(self._sizes, b)
+        i_low, i_high, i_share = _bracket(self._lengths, i)
+        low, high = (
+            self._grid[size, i_low] * (1 - i_share) + self._grid[size, i_high] * i_share
+            for size in (b_low, b_high)
+        )
+        return low * (1 - b_share) + high * b_share
+
+
+def _interpolation_grid(bare: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Numbers of sequences, lengths, and seconds `[sequences, lengths]` at no context.
+
+    One sequence is measured at many lengths, more are measured at some: between those, what each
+    further token takes is interpolated, which changes little. A ratio to one sequence would not do,
+    since what a slice takes whatever its size is most of a short one.
+    """
+    rows = {b: bare[bare[:, 0] == b] for b in np.unique(bare[:, 0])}
+    rows = {b: row[row[:, 1].argsort(), 1:4:2].T for b, row in rows.items()}
+    lengths = np.unique(bare[:, 1])
+    one = np.interp(lengths, *rows[1])
+    grid = []
+    for own, seconds in rows.values():
+        per_token = (seconds - np.interp(own, *rows[1])) / own
+        grid.append(one + lengths * np.interp(np.log(lengths), np.log(own), per_token))
+    return np.array(list(rows)), lengths, np.stack(grid)
+
+
+def _bracket(points: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Indices of the points around x, and how far it lies from the lower to the upper one."""
+    high = np.clip(np.searchsorted(points, x), 0, len(points) - 1)
+    low = np.maximum(high - 1, 0)
+    span = np.where(high > low, points[high] - points[low], 1)
+    return low, high, np.maximum((x - points[low]) / span, 0)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a step needs on a device."""
+
+    fixed_bytes: int
+    """Parameters, gradients, optimiser state, loss."""
+    saved_bytes_per_token: int
+    """What the forward pass keeps for the backward pass, and the stage's input or output."""
+    working_bytes_per_token: int
+    """What a stage needs while it works on a slice."""
+    gathered_bytes_per_token: int = 0
+    """What the backward passes of a sequence leave to its earlier tokens; in older files a part of
+    what is saved."""
+    deferred_bytes_per_token: int = 0
+    """What is left of a slice for gradients of weights that are taken later."""
+
+    def activation_bytes(
+        self, saved_tokens: int, gathered_tokens: int, deferred_tokens: int = 0
+    ) -> float:
+        """What is kept of sequences and slices, of so many tokens."""
+        return (
+            self.saved_bytes_per_token * saved_tokens
+            + self.gathered_bytes_per_token * gathered_tokens
+            + self.deferred_bytes_per_token * deferred_tokens
+        )
+
+    def step_bytes(self, activation_bytes: float, slice_tokens: Any) -> Any:
+        """All of it, with a longest slice of so many tokens."""
+        return self.fixed_bytes + activation_bytes + self.working_bytes_per_token * slice_tokens
+
+
+class Deferral(NamedTuple):
+    """What gradients of weights take if they are taken later, seconds: each a constant, and for
+    each token of the slice.
+    """
+
+    weights: tuple[float, float]
+    """They themselves."""
+    saved: tuple[float, float]
+    """By how much shorter the backward pass is without them."""
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Everything that was measured of a model on a mesh."""
+
+    batch_size: int
+    """Sequences of a data shard."""
+    seq_len: int
+    key_block: int
+    samples: tuple[Sample, ...]
+    transfer: tuple[float, float]
+    """Seconds of a tick without work: a constant, and for each token of the slice."""
+    outside_seconds: float
+    """A step without its slices: embedding, head, loss, optimiser."""
+    memory: Memory
+    key: dict[str, Any]
+    """What the measurements depend on."""
+    deferral: Deferral | None = None
+    """None where it was not measured."""
+
+    def models(self) -> tuple[LatencyModel, LatencyModel]:
+        """The fitted models, forward and backward, without the transfer."""
+        forward, backward = (
+            LatencyModel(self.samples, direction, self.key_block)
+            for direction in ("forward", "backward")
+        )
+        return forward, backward
+
+    def slice_seconds(
+        self, num_rows: Any, num_tokens: Any, context: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Forward and backward, for how long a slice holds a stage: its work and its transfer."""
+        transfer = self.transfer[0] + self.transfer[1] * np.multiply(num_rows, num_tokens)
+        forward, backward = (
+            model.predict(num_rows, num_tokens, context) + transfer for model in self.models()
+        )
+        return forward, backward
+
+    def without_weights(
+        self, backward_seconds: np.ndarray, num_rows: Any, num_tokens: Any
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """Backward passes of slices without the gradients of weights, and these; None if that was
+        not measured.
+        """
+        if self.deferral is None:
+            return None
+        size = np.multiply(num_rows, num_tokens)
+        weights, saved = (constant + per_token * size for constant, per_token in self.deferral)
+        # A pass still hands on what it makes.
+        least = self.transfer[0] + self.transfer[1] * size
+        inputs = np.maximum(backward_seconds - saved, least)
+        return inputs, np.broadcast_to(np.maximum(weights, 0), inputs.shape)
+
+    def table(self, unit_tokens: int) -> "LatencyTable":
+        """The times of all slices in whole units."""
+        num_units = self.seq_len // unit_tokens
+        b = np.arange(1, self.batch_size + 1)[:, None, None]
+        i = np.arange(1, num_units + 1)[None, :, None]
+        j = np.arange(num_units)[None, None, :]
+        times = self.slice_seconds(b, i * unit_tokens, j * unit_tokens)
+        deferred = self.without_weights(times[1], b, i * unit_tokens)
+        forward, backward, *deferred = (
+            np.where(i + j <= num_units, t, np.inf) for t in (*times, *(deferred or ()))
+        )
+        return LatencyTable(
+            unit_tokens, forward, backward, self, (deferred[0], deferred[1]) if deferred else None
+        )
+
+
+@dataclass(frozen=True)
+class LatencyTable:
+    """Seconds of every slice, `[b - 1, slice units - 1, context units]`, infinite if impossible."""
+
+    unit_tokens: int
+    forward: np.ndarray
+    backward: np.ndarray
+    profile: Profile | None = None
+    """Where the times come from, if they were measured here."""
+    deferred: tuple[np.ndarray, np.ndarray] | None = None
+    """The backward passes without gradients of weights, and these, where that is known."""
+
+    @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """All times, by their names in the file."""
+        deferred = dict(zip(DEFERRED, self.deferred or (), strict=False))
+        return {"forward": self.forward, "backward": self.backward} | deferred
+
+    def by_cuts(self, num_units: int) -> list[np.ndarray]:
+        """All times as `[b - 1, stop, start]`, as the slicer takes them."""
+        stop, start = np.arange(num_units + 1)[:, None], np.arange(num_units + 1)[None, :]
+        _, num_slices, num_contexts = self.forward.shape
+        known = (stop > start) & (stop - start <= num_slices) & (start < num_contexts)
+        i, j = np.where(known, stop - start - 1, 0), np.where(known, start, 0)
+        return [np.where(known, t[:, i, j], np.inf) for t in self.arrays.values()]
+
+    def save(self, path: Path) -> None:
+        """Writes `latency.json`, complete or not at all."""
+        content: dict[str, Any] = {"unit_tokens": self.unit_tokens}
+        content |= {name: _to_lists(times) for name, times in self.arrays.items()}
+        if self.profile:
+            content["profile"] = dataclasses.asdict(self.profile)
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(content) + "\n")
+        partial.replace(path)
+
+
+def read_profile(content: dict[str, Any]) -> Profile:
+    """The profile that `dataclasses.asdict` made a dictionary of, perhaps by way of JSON.
+
+    Raises KeyError, TypeError, ValueError or OverflowError for what is none.
+    """
+    if not isinstance(content, dict):
+        raise TypeError("it is not an object")
+    deferral = content.get("deferral")
+    profile = Profile(
+        **content
+        | {
+            "samples": tuple(Sample(*sample) for sample in content["samples"]),
+            "transfer": tuple(content["transfer"]),
+            "memory": Memory(**content["memory"]),
+            "deferral": Deferral(*map(tuple, deferral)) if deferral else None,
+        }
+    )
+    counts = [profile.batch_size, profile.seq_len, profile.key_block]
+    counts += [n for sample in profile.samples for n in sample[:2]]
+    if not all(isinstance(n, int) and n > 0 for n in counts):
+        raise ValueError("a size is not a positive whole number")
+    times = [*profile.transfer, profile.outside_seconds, *dataclasses.astuple(profile.memory)]
+    if len(profile.transfer) != 2 or not all(0 <= t < math.inf for t in times):
+        raise ValueError("a figure is not finite and positive")
+    if not all(len(pair) == 2 and all(map(math.isfinite, pair)) for pair in profile.deferral or ()):
+        raise ValueError("what deferred gradients of weights take is not two pairs of numbers")
+    if not all(0 < t <= MAX_SECONDS for sample in profile.samples for t in sample[3:5]):
+        raise ValueError("a sample is not a time")
+    profile.models()  # raises where there are too few samples
+    return profile
+
+
+def load_table(path: Path) -> LatencyTable:
+    """Reads `latency.json`. Raises `UserError` for anything but times that the slicer can use."""
+
+    def wrong(what: str) -> UserError:
+        return UserError(
+            f"{path} is no latency file: {what}. It holds unit_tokens, and seconds as forward and "
+            "backward [batch - 1][slice units - 1][context units], null where impossible."
+        )
+
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise wrong(f"it cannot be read ({error})") from error
+    if not isinstance(content, dict):
+        raise wrong("it is not an object")
+    names = ["forward", "backward", *(DEFERRED if any(key in content for key in DEFERRED) else ())]
+    if missing := [key for key in ("unit_tokens", *names) if key not in content]:
+        raise wrong(f"it has no {missing[0]}")
+    unit = content["unit_tokens"]
+    if not isinstance(unit, int) or isinstance(unit, bool) or unit < 1:
+        raise wrong(f"unit_tokens={unit!r} is not a positive whole number")
+    forward, *others = (_to_array(content[key], key, wrong) for key in names)
+    for name, other in zip(names[1:], others, strict=True):
+        if forward.shape != other.shape:
+            raise wrong(f"forward has the shape {_by(forward.shape)} and {name} {_by(other.shape)}")
+        holes = np.argwhere(np.isfinite(forward) != np.isfinite(other))
+        if len(holes):
+            b, i, j = holes[0].tolist()
+            raise wrong(f"only one of forward and {name} has a time at [{b}][{i}][{j}]")
+    backward, *deferred = others
+    try:
+        profile = read_profile(content["profile"]) if content.get("profile") else None
+        if profile and profile.seq_len != unit * forward.shape[2]:
+            raise ValueError(
+                f"it is of {profile.seq_len} tokens and the times of {unit * forward.shape[2]}"
+            )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise wrong(f"its profile cannot be used ({error!r})") from error
+    return LatencyTable(
+        unit, forward, backward, profile, (deferred[0], deferred[1]) if deferred else None
+    )
+
+
+def _to_lists(times: np.ndarray) -> list[list[list[float | None]]]:
+    return [
+        [[float(f"{t:.9g}") if math.isfinite(t) else None for t in row] for row in rows]
+        for rows in times.tolist()
+    ]
+
+
+def _to_array(lists: Any, name: str, wrong: Any) -> np.ndarray:
+    """Nested lists as an array, null as infinite; `wrong` makes the error of what is said of it."""
+    if not _is_nested(lists):
+        raise wrong(f"{name} is not a list of lists of lists")
+    sizes = {len(rows) for rows in lists}, {len(row) for rows in lists for row in rows}
+    if any(len(size) != 1 or 0 in size for size in sizes):
+        raise wrong(f"the lists of {name} differ in length or are empty")
+    for b, rows in enumerate(lists):
+        for i, row in enumerate(rows):
+            for j, value in enumerate(row):
+                if value is None:
+                    continue
+                is_number = isinstance(value, int | float) and not isinstance(value, bool)
+                if not is_number or not 0 <= value <= MAX_SECONDS:
+                    raise wrong(f"{name}[{b}][{i}][{j}]={value!r} is not a time")
+    return np.array(
+        [[[math.inf if t is None else t for t in row] for row in rows] for rows in lists], float
+    )
+
+
+def _is_nested(lists: Any) -> bool:
+    return (
+        isinstance(lists, list)
+        and all(isinstance(rows, list) for rows in lists)
+        and all(isinstance(row, list) for rows in lists for row in rows)
+        and bool(lists)
+    )
+
+
+def _by(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))

@@ -1,0 +1,259 @@
+"""The plan of a step: how the batch of a data shard and its sequences are cut, in plain numbers."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+
+from tpipe_jax.config.settings import ScheduleName
+from tpipe_jax.errors import UserError
+
+Nested = tuple[tuple[float, ...], ...]
+CHUNKS = 2, 4  # of a stage, that the planner tries
+MAX_SECONDS = 1e9  # that a file may give for a time; sums of such are finite
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the latency model says of a plan."""
+
+    step_seconds: float
+    """The whole step, of which `outside_seconds` are not the pipeline's."""
+    outside_seconds: float
+    slice_forward_seconds: Nested
+    """For each slice of each batch slice, how long it holds a stage."""
+    slice_backward_seconds: Nested
+    slice_transfer_seconds: Nested
+    """The part of both in which the slice is handed on."""
+    is_optimal: bool
+    lower_bound_seconds: float
+    """No plan under its schedule takes less, says the model."""
+    slice_weight_seconds: Nested | None = None
+    """Of gradients of weights, where backward passes leave these out."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Batch slices, and the token slices of each."""
+
+    num_stages: int
+    batch_slices: tuple[int, ...]
+    token_slices: tuple[tuple[int, ...], ...]
+    prediction: Prediction | None = None
+    schedule: ScheduleName = "terapipe"
+    num_chunks: int = 1
+    """Of each stage."""
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of one data shard."""
+        return sum(self.batch_slices)
+
+    @property
+    def seq_len(self) -> int:
+        return sum(self.token_slices[0])
+
+    @property
+    def shapes(self) -> set[tuple[int, int]]:
+        """The different sizes of its slices, sequences and tokens."""
+        pairs = zip(self.batch_slices, self.token_slices, strict=True)
+        return {(b, n) for b, slices in pairs for n in slices}
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `plan.json` holds."""
+        content: dict[str, Any] = {
+            "num_stages": self.num_stages,
+            "schedule": self.schedule,
+            "batch_slices": self.batch_slices,
+            "token_slices": self.token_slices,
+        }
+        if self.num_chunks > 1:
+            content["num_chunks"] = self.num_chunks
+        if self.prediction:
+            content |= {
+                "predicted_step_seconds": self.prediction.step_seconds,
+                "outside_seconds": self.prediction.outside_seconds,
+                "slice_forward_seconds": self.prediction.slice_forward_seconds,
+                "slice_backward_seconds": self.prediction.slice_backward_seconds,
+                "slice_transfer_seconds": self.prediction.slice_transfer_seconds,
+                "optimal": self.prediction.is_optimal,
+                "lower_bound_seconds": self.prediction.lower_bound_seconds,
+            }
+            if self.prediction.slice_weight_seconds:
+                content["slice_weight_seconds"] = self.prediction.slice_weight_seconds
+        return content
+
+    def save(self, path: Path) -> None:
+        """Writes `plan.json`."""
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What a plan is asked for; None where the slices are the planner's to choose."""
+
+    num_stages: int
+    batch_size: int
+    """Sequences of one data shard."""
+    seq_len: int
+    batch_slices: tuple[int, ...] | None = None
+    token_slices: tuple[int, ...] | None = None
+    schedule: ScheduleName | None = None
+    num_chunks: int | None = None
+    """Of each stage, under interleaved."""
+    num_layers: int | None = None
+    """None where it is not known, and stages may have any number of chunks."""
+
+    @property
+    def schedules(self) -> tuple[ScheduleName, ...]:
+        """Those that may be planned: with one batch slice, 1f1b would be terapipe, and on one stage
+        nothing waits.
+        """
+        if self.schedule:
+            return (self.schedule,)
+        is_one = self.batch_size == 1 or len(self.batch_slices or (1, 1)) == 1
+        is_possible: dict[ScheduleName, bool] = {
+            "terapipe": True,
+            "1f1b": not is_one,
+            "interleaved": self.num_layers is not None and bool(self.chunk_options),
+            "1f1b-deferred": not is_one and self.num_stages > 1,
+        }
+        return tuple(name for name, is_one_of_them in is_possible.items() if is_one_of_them)
+
+    @property
+    def chunk_options(self) -> tuple[int, ...]:
+        """How many chunks of each stage may be planned under interleaved."""
+        if self.num_stages == 1:
+            return ()
+        numbers = (self.num_chunks,) if self.num_chunks else CHUNKS
+        most = np.inf if self.num_layers is None else self.num_layers // self.num_stages
+        return tuple(n for n in numbers if n <= most)
+
+
+def read_plan(content: Any) -> Plan:
+    """The inverse of `Plan.to_dict`. Raises ValueError, which says why, for what is no plan."""
+    try:
+        num_stages = content["num_stages"]
+        batch_slices = tuple(content["batch_slices"])
+        token_slices = tuple(tuple(slices) for slices in content["token_slices"])
+    except KeyError as error:
+        raise ValueError(f"it has no {error.args[0]}") from error
+    except TypeError as error:
+        raise ValueError(f"it does not hold what a plan does ({error})") from error
+    num_chunks = content.get("num_chunks", 1)
+    counts = [
+        num_stages,
+        num_chunks,
+        *batch_slices,
+        *(n for slices in token_slices for n in slices),
+    ]
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in counts):
+        raise ValueError("a size in it is not a positive whole number")
+    if not batch_slices or len(token_slices) != len(batch_slices):
+        raise ValueError(
+            f"it has {len(batch_slices)} batch slices, but tokens of {len(token_slices)}"
+        )
+    schedule = content.get("schedule", "terapipe")
+    if schedule not in get_args(ScheduleName):
+        raise ValueError(f"it has a schedule that is not known, {schedule!r}")
+    if (num_chunks > 1) != (schedule == "interleaved"):
+        raise ValueError(f"it has {num_chunks!r} chunks of a stage under {schedule}")
+    prediction = _read_prediction(content)
+    return Plan(num_stages, batch_slices, token_slices, prediction, schedule, num_chunks)
+
+
+def load_plan(path: Path, request: PlanRequest) -> Plan:
+    """Reads `plan.json`. Raises `UserError` if it is none, or is not of what is requested."""
+    try:
+        plan = read_plan(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        is_file = isinstance(error, OSError)
+        what = f"it cannot be read ({error.strerror})" if is_file else str(error)
+        raise UserError(
+            f"config.plan.file={path} is no plan: {what}. Make one with launch/plan.py, or set "
+            "config.plan.token_slices."
+        ) from error
+    check_plan(f"config.plan.file={path}", plan, request)
+    return plan
+
+
+def check_plan(name: str, plan: Plan, request: PlanRequest) -> None:
+    """Raises `UserError` if a plan is not of what is requested."""
+    lengths = {sum(slices) for slices in plan.token_slices}
+    schedule = request.schedule or plan.schedule
+    for what, planned, setting, wanted in (
+        ("sequences of", lengths, "config.model.seq_len", request.seq_len),
+        (
+            "a batch of",
+            {plan.batch_size},
+            "config.train.batch_size / config.mesh.data",
+            request.batch_size,
+        ),
+        ("a number of stages of", {plan.num_stages}, "config.mesh.pipe", request.num_stages),
+        ("a schedule of", {plan.schedule}, "config.plan.schedule", schedule),
+        (
+            "a number of chunks of",
+            {plan.num_chunks},
+            "config.plan.chunks",
+            request.num_chunks or plan.num_chunks,
+        ),
+    ):
+        if planned != {wanted}:
+            raise UserError(
+                f"{name} is for {what} {', '.join(map(str, sorted(planned)))}, "
+                f"but {setting} is {wanted}: plan anew with launch/plan.py, or change the setting."
+            )
+    most = request.num_layers
+    if most is not None and plan.num_chunks * plan.num_stages > max(most, plan.num_stages):
+        raise UserError(
+            f"{name} is for {plan.num_chunks} chunks of {plan.num_stages} stages each, but "
+            f"config.model.num_layers is {most}: plan anew with launch/plan.py."
+        )
+
+
+def _read_prediction(content: dict[str, Any]) -> Prediction | None:
+    if "predicted_step_seconds" not in content:
+        return None
+    try:
+        slices = content["token_slices"]
+        none = [[0.0] * len(own) for own in slices]
+
+        def times(key: str, default: Any = None) -> Nested:
+            nested = content[key] if default is None else content.get(key) or default
+            return tuple(tuple(map(_seconds, own)) for own in nested)
+
+        has_weights = content.get("slice_weight_seconds") is not None
+        prediction = Prediction(
+            step_seconds=_seconds(content["predicted_step_seconds"]),
+            outside_seconds=_seconds(content.get("outside_seconds", 0)),
+            slice_forward_seconds=times("slice_forward_seconds"),
+            slice_backward_seconds=times("slice_backward_seconds"),
+            slice_transfer_seconds=times("slice_transfer_seconds", none),
+            slice_weight_seconds=times("slice_weight_seconds") if has_weights else None,
+            is_optimal=bool(content["optimal"]),
+            lower_bound_seconds=_seconds(content["lower_bound_seconds"]),
+        )
+        if (content.get("schedule") == "1f1b-deferred") != has_weights:
+            raise ValueError("times of gradients of weights are of 1f1b-deferred")
+    except KeyError as error:
+        raise ValueError(f"it has no {error.args[0]}") from error
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"its predicted times are no times ({error})") from error
+    for nested in (
+        prediction.slice_forward_seconds,
+        prediction.slice_backward_seconds,
+        prediction.slice_transfer_seconds,
+        none if prediction.slice_weight_seconds is None else prediction.slice_weight_seconds,
+    ):
+        if list(map(len, nested)) != list(map(len, slices)):
+            raise ValueError("its predicted times are not of its slices")
+    return prediction
+
+
+def _seconds(value: Any) -> float:
+    """A time as a file may hold it. Raises `TypeError` or `ValueError` for anything else."""
+    if isinstance(value, bool) or not 0 <= value <= MAX_SECONDS:
+        raise ValueError(f"{value!r} is not a time")
+    return float(value)

@@ -1,0 +1,331 @@
+"""The schedule: which slice each stage works on at each tick, as tables of plain numbers.
+
+In a tick each stage works forward on one item or none, then backward on one item or none, and hands
+both results to its neighbours, which have them in the next tick. Three stages and four items under
+TeraPipe's schedule (Li et al. 2021, section 3.2), all forward and then all backward:
+
+    tick       0  1  2  3  4  5  6  7  8  9 10 11
+    stage 0    0  1  2  3  .  .  .  .  3  2  1  0
+    stage 1    .  0  1  2  3  .  .  3  2  1  0  .
+    stage 2    .  .  0  1  2  3  3  2  1  0  .  .
+
+Three stages and four sequences of two slices each under 1F1B over slices (Seq1F1B, Sun et al.
+2025), F/B where a tick has both; a sequence goes backward as soon as all of it has gone forward:
+
+    tick       0   1   2   3   4   5   6   7   8   9  10  11  12
+    stage 0    0   1   2   3   4  5/1 6/0 7/3  2   5   4   7   6
+    stage 1    .   0   1   2  3/1 4/0 5/3 6/2 7/5  4   7   6   .
+    stage 2    .   .   0  1/1 2/0 3/3 4/2 5/5 6/4 7/7  6   .   .
+
+All stages do as much in a tick of both, so that it costs nothing that they wait for each other, and
+both take (S + P - 1) forward and (S + P - 1) backward passes for S equal items on P stages. But the
+second keeps only a few sequences alive, however many there are.
+
+Two others shorten the (P - 1) passes in which stages wait. If each stage has v chunks of layers, as
+the stages s, P + s, 2 P + s ... of a pipeline of v P would, all slices go round v times, and stages
+wait for passes through a chunk, 1 / v as long (interleaved, after Narayanan et al. 2021, here with
+all forward before any backward). Or backward passes leave gradients of weights for ticks in which
+their stage would idle (1f1b-deferred, after Qi et al. 2024, zero bubble): with S >= 2 P - 1 it
+waits for (P - 1)(f + b - w), if those take w, no longer than f, and the pass without them b.
+
+The executor (`pipeline.executor`) follows any tables that `schedule_check.check` accepts. No jax.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from tpipe_jax.config.settings import ScheduleName
+from tpipe_jax.planning.plan import Plan
+
+IDLE = -1
+
+
+@dataclass(frozen=True)
+class Item:
+    """One piece of work: `num_rows` sequences from `row` on by `num_tokens` from `token` on, in one
+    chunk of each stage.
+    """
+
+    row: int
+    token: int
+    num_rows: int
+    num_tokens: int
+    chunk: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.num_rows, self.num_tokens
+
+
+@dataclass(frozen=True)
+class Part:
+    """Sequences that are embedded together, and whose losses are taken together.
+
+    All stages do both, each for its share of the vocabulary, in these ticks.
+    """
+
+    row: int
+    num_rows: int
+    buffer_row: int
+    """The first of the rows that the stages keep of these sequences, from `enters` to `ends`."""
+    enters: int
+    """Embedded before the forward passes of this tick."""
+    turns: int
+    """Its losses are taken between forward and backward passes of this tick."""
+    leaves: int
+    """Gradients of its embedding are taken after the backward passes of this tick."""
+    ends: int
+    """No later tick needs its rows."""
+
+    @property
+    def buffer_rows(self) -> range:
+        return range(self.buffer_row, self.buffer_row + self.num_rows)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Items, and for each direction a table `[tick, stage]` of indices into them, or IDLE."""
+
+    items: tuple[Item, ...]
+    parts: tuple[Part, ...]
+    forward: np.ndarray
+    backward: np.ndarray
+    num_rows: int
+    """Sequences that a stage keeps at a time."""
+    num_gradient_rows: int
+    """Of these, how many it keeps gradients of keys and values for; if fewer, parts take turns in
+    the first of them."""
+    weights: np.ndarray | None = None
+    """`[tick, stage, n]`: the items whose gradients of weights are taken in a tick, after its
+    passes, if the backward passes leave them out."""
+    slots: np.ndarray | None = None
+    """`[item, stage]`: in which slot a stage keeps what is left of an item for these."""
+
+    @property
+    def num_stages(self) -> int:
+        return self.forward.shape[1]
+
+    @property
+    def num_ticks(self) -> int:
+        return len(self.forward)
+
+    @property
+    def num_slots(self) -> int:
+        return 0 if self.slots is None else int(self.slots.max()) + 1
+
+    @property
+    def longest_shape(self) -> tuple[int, int]:
+        """The most sequences and the most tokens of an item."""
+        shapes = [item.shape for item in self.items]
+        return max(b for b, _ in shapes), max(n for _, n in shapes)
+
+    @property
+    def part_of(self) -> list[int]:
+        """The part of each item, as an index."""
+        of_row = {
+            part.row + n: i for i, part in enumerate(self.parts) for n in range(part.num_rows)
+        }
+        return [of_row[item.row] for item in self.items]
+
+    @property
+    def buffer_rows(self) -> list[int]:
+        """The first row of each item in the buffers."""
+        parts = [self.parts[i] for i in self.part_of]
+        pairs = zip(self.items, parts, strict=True)
+        return [part.buffer_row + item.row - part.row for item, part in pairs]
+
+    def parts_at(self, when: Callable[[Part], int]) -> np.ndarray:
+        """For each tick, the part for which this is the tick, as an index, or IDLE."""
+        parts = np.full(self.num_ticks, IDLE, np.int32)
+        for i, part in enumerate(self.parts):
+            parts[when(part)] = i
+        return parts
+
+
+def slice_order(schedule: Schedule, plan: Plan) -> list[tuple[int, int]]:
+    """Which (batch slice, token slice) of the plan each item is."""
+    index = {(item.row, item.token): (m, n) for m, n, item in _slices(plan)}
+    return [index[item.row, item.token] for item in schedule.items]
+
+
+def make_schedule(plan: Plan) -> Schedule:
+    """The tables of a plan, under the schedule that it names."""
+    return SCHEDULES[plan.schedule](plan)
+
+
+def terapipe(plan: Plan) -> Schedule:
+    """All items forward through the stages, then all of them backward.
+
+    They enter as the first token slice of all batch slices, then the second of all: so neighbouring
+    stages mostly work on slices that take as long, and devices that exchange results all at once
+    wait little. All have gone through a chunk of the last stage, or are on their way to it, when
+    the first goes on to the next chunk of the first.
+    """
+    slices = [item for _, _, item in sorted(_slices(plan), key=lambda s: (s[1], s[0]))]
+    S, P = len(slices), plan.num_stages
+    items = tuple(replace(item, chunk=c) for c in range(plan.num_chunks) for item in slices)
+    entries = [c * max(S, P) + n for c in range(plan.num_chunks) for n in range(S)]
+    num_ticks = entries[-1] + P
+    forward = np.full((num_ticks, P), IDLE, np.int32)
+    for stage in range(P):
+        forward[np.array(entries) + stage, stage] = range(len(items))
+    idle, last = np.full_like(forward, IDLE), 2 * num_ticks - 1
+    part = Part(0, plan.batch_size, 0, enters=0, turns=num_ticks - 1, leaves=last, ends=last)
+    # Backward is forward run in reverse: last item first, last stage first.
+    return Schedule(
+        items,
+        (part,),
+        np.concatenate([forward, idle]),
+        np.concatenate([idle, forward[::-1]]),
+        *(plan.batch_size, plan.batch_size),
+    )
+
+
+def one_forward_one_backward(plan: Plan) -> Schedule:
+    """Each batch slice backward as soon as it has gone forward, while the next ones go forward.
+
+    On one stage the next ones wait until it has gone backward: nothing idles meanwhile.
+    """
+    items, P = tuple(item for _, _, item in _slices(plan)), plan.num_stages
+    forward_entries: list[int] = []  # the tick in which each item enters the first stage
+    backward_entries: dict[int, int] = {}  # and in which each enters the last, in their order
+    parts: list[Part] = []
+    for size, own in zip(plan.batch_slices, plan.token_slices, strict=True):
+        first, count = len(forward_entries), len(own)
+        enters = 1 + max(forward_entries[-1:], default=-1)
+        if P == 1 and parts:
+            enters = parts[-1].leaves + 1
+        forward_entries += range(enters, enters + count)
+        turns = forward_entries[-1] + P - 1
+        start = max(turns, 1 + max(backward_entries.values(), default=-1))
+        backward_entries |= {first + count - 1 - n: start + n for n in range(count)}
+        leaves, row = start + count - 1 + P - 1, sum(part.num_rows for part in parts)
+        parts.append(Part(row, size, 0, enters, turns, leaves, ends=leaves))
+    num_ticks = parts[-1].leaves + 1
+    forward, backward = (np.full((num_ticks, P), IDLE, np.int32) for _ in range(2))
+    for stage in range(P):
+        for item, entry in enumerate(forward_entries):
+            forward[entry + stage, stage] = item
+            backward[backward_entries[item] + P - 1 - stage, stage] = item
+    return _with_rows(Schedule(items, tuple(parts), forward, backward, 0, 0))
+
+
+def deferred_weights(plan: Plan) -> Schedule:
+    """1F1B whose backward passes leave the gradients of weights for later.
+
+    The first stage, where slices come back last, takes those of each at once, and all others as
+    many as take as long, with the passes that follow: none before anything has come back to the
+    first, one a tick in the steady state, and what they have saved up when they would idle.
+    """
+    schedule = one_forward_one_backward(plan)
+    passes = [table.tolist() for table in (schedule.forward, schedule.backward)]
+    waiting: list[list[int]] = [[] for _ in range(plan.num_stages)]
+    idle = [IDLE] * plan.num_stages
+    rows: list[list[list[int]]] = []  # [tick][stage], the items
+    while len(rows) < schedule.num_ticks or any(waiting):
+        tick = len(rows)
+        _, backward = (own[tick] if tick < len(own) else idle for own in passes)
+        for own, item in zip(waiting, backward, strict=True):
+            own += [item] * (item != IDLE)
+        follow = [own[tick + 1] if tick + 1 < len(own) else idle for own in passes]
+        loads = [sum(item != IDLE for item in of_stage) for of_stage in zip(*follow, strict=True)]
+        longest = max(*loads, loads[0] + len(waiting[0]), 1)
+        counts = [longest - load for load in loads]
+        rows.append([own[:count] for own, count in zip(waiting, counts, strict=True)])
+        waiting = [own[count:] for own, count in zip(waiting, counts, strict=True)]
+    weights = np.full((len(rows), plan.num_stages, max(len(i) for r in rows for i in r)), IDLE)
+    for tick, row in enumerate(rows):
+        for stage, items in enumerate(row):
+            weights[tick, stage, : len(items)] = items
+    more = ((0, len(rows) - schedule.num_ticks), (0, 0))
+    part_of = np.array(schedule.part_of)
+    parts = (
+        replace(part, ends=max(part.leaves, _last_tick(weights, part_of == i)))
+        for i, part in enumerate(schedule.parts)
+    )
+    return _with_rows(
+        replace(
+            schedule,
+            parts=tuple(parts),
+            forward=np.pad(schedule.forward, more, constant_values=IDLE),
+            backward=np.pad(schedule.backward, more, constant_values=IDLE),
+            weights=weights.astype(np.int32),
+            slots=_slots(schedule.backward, rows, len(schedule.items)),
+        )
+    )
+
+
+def _slots(backward: np.ndarray, weights: list[list[list[int]]], num_items: int) -> np.ndarray:
+    """`[item, stage]`: the lowest slots that are free, from the tick of the backward pass to that
+    of the gradients of weights.
+    """
+    slots = np.full((num_items, backward.shape[1]), IDLE, np.int32)
+    for stage, column in enumerate(backward.T):
+        free = list(range(num_items))
+        for tick, item in enumerate(column):
+            if item != IDLE:
+                slots[item, stage] = heapq.heappop(free)
+            for done in weights[tick][stage]:
+                heapq.heappush(free, int(slots[done, stage]))
+    return slots
+
+
+def _last_tick(table: np.ndarray, is_wanted: np.ndarray) -> int:
+    """The last tick with any of the wanted items."""
+    found = (table != IDLE) & is_wanted[table]
+    return int(np.flatnonzero(found.reshape(len(table), -1).any(1)).max())
+
+
+def _with_rows(schedule: Schedule) -> Schedule:
+    """Its parts in the lowest rows of the buffers that are free."""
+    parts: list[Part] = []
+    for part in schedule.parts:
+        alive = [other for other in parts if other.ends >= part.enters]
+        parts.append(replace(part, buffer_row=_free_row(alive, part.num_rows)))
+    num_rows = max(part.buffer_row + part.num_rows for part in parts)
+    longest = max(part.num_rows for part in parts)
+    return replace(
+        schedule, parts=tuple(parts), num_rows=num_rows, num_gradient_rows=min(num_rows, longest)
+    )
+
+
+def _free_row(alive: Sequence[Part], num_rows: int) -> int:
+    """The lowest row from which on so many are of no part that is alive."""
+    starts = [0, *(part.buffer_row + part.num_rows for part in alive)]
+    return min(
+        start
+        for start in starts
+        if all(
+            start + num_rows <= part.buffer_row or part.buffer_row + part.num_rows <= start
+            for part in alive
+        )
+    )
+
+
+def idle(schedule: Schedule) -> Schedule:
+    """The schedule with stages that do nothing: its parts enter, turn and leave. The one item that
+    is left, which never comes, is so small that it needs no memory.
+    """
+    table, item = np.full_like(schedule.forward, IDLE), Item(0, 0, 1, 1)
+    idle = replace(schedule, items=(item,), forward=table, backward=table)
+    return replace(idle, weights=None, slots=None)
+
+
+SCHEDULES: dict[ScheduleName, Callable[[Plan], Schedule]] = {
+    "terapipe": terapipe,
+    "1f1b": one_forward_one_backward,
+    "interleaved": terapipe,
+    "1f1b-deferred": deferred_weights,
+}
+
+
+def _slices(plan: Plan) -> list[tuple[int, int, Item]]:
+    """The slices of a plan, one batch slice after another."""
+    return [
+        (m, n, Item(sum(plan.batch_slices[:m]), sum(own[:n]), plan.batch_slices[m], own[n]))
+        for m, own in enumerate(plan.token_slices)
+        for n in range(len(own))
+    ]

@@ -1,0 +1,170 @@
+"""What the settings say of a plan: all of it, or what the planner has to keep to."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from tpipe_jax.config.settings import Config, ScheduleName
+from tpipe_jax.errors import UserError
+from tpipe_jax.planning.placement import chunk_factors
+from tpipe_jax.planning.plan import Plan, PlanRequest, load_plan
+
+
+def read_settings(config: Config) -> Plan | PlanRequest:
+    """The plan that the settings spell out or name, or what they leave to the planner.
+
+    Raises `UserError` where they don't fit each other.
+    """
+    train, mesh = config.train, config.mesh
+    if train.batch_size % mesh.data:
+        raise UserError(
+            f"config.train.batch_size={train.batch_size} is not a multiple of "
+            f"config.mesh.data={mesh.data}: set a batch size of "
+            f"{mesh.data * max(1, round(train.batch_size / mesh.data))}, or another mesh."
+        )
+    batch_slices = parse_slices(
+        config.plan.batch_slices,
+        train.batch_size // mesh.data,
+        "config.plan.batch_slices",
+        "the batch of one data shard, config.train.batch_size / config.mesh.data",
+    )
+    token_slices = parse_slices(
+        config.plan.token_slices,
+        config.model.seq_len,
+        "config.plan.token_slices",
+        "config.model.seq_len",
+    )
+    unit_tokens(config)
+    schedule = _read_schedule(config, batch_slices)
+    request = PlanRequest(
+        mesh.pipe,
+        train.batch_size // mesh.data,
+        config.model.seq_len,
+        batch_slices,
+        token_slices,
+        schedule,
+        config.plan.chunks,
+        config.model.num_layers,
+    )
+    if config.plan.file is not None:
+        if batch_slices or token_slices:
+            raise UserError(
+                f"config.plan.file={config.plan.file} and slices of their own exclude each other: "
+                "leave config.plan.batch_slices and config.plan.token_slices at auto."
+            )
+        if config.plan.schedule == "auto":
+            request = replace(request, schedule=None)  # the file's own
+        return load_plan(Path(config.plan.file), request)
+    if batch_slices and token_slices:
+        slices = batch_slices, (token_slices,) * len(batch_slices)
+        schedule = schedule or "terapipe"
+        num_chunks = replace(config.plan, schedule=schedule).num_chunks
+        return Plan(mesh.pipe, *slices, schedule=schedule, num_chunks=num_chunks)
+    return request
+
+
+def settled(config: Config, plan: Plan) -> Config:
+    """The config with the schedule of a plan, which says where the layers of the model lie."""
+    chunks = plan.num_chunks if plan.schedule == "interleaved" else None
+    return replace(config, plan=replace(config.plan, schedule=plan.schedule, chunks=chunks))
+
+
+def _read_schedule(config: Config, batch_slices: tuple[int, ...] | None) -> ScheduleName | None:
+    """None where it is the planner's to choose. Raises `UserError` where it has no use."""
+    mesh, chunks = config.mesh, config.plan.chunks
+    schedule = "interleaved" if chunks and config.plan.schedule == "auto" else config.plan.schedule
+    if schedule in ("1f1b", "1f1b-deferred"):
+        num_rows = config.train.batch_size // mesh.data
+        if num_rows == 1 or len(batch_slices or (1, 1)) == 1:
+            raise UserError(
+                f"config.plan.schedule={schedule} sends one batch slice backward while others go "
+                f"forward, and a data shard has only one: set config.plan.schedule=terapipe, or "
+                f"config.{'plan.batch_slices' if num_rows > 1 else 'train.batch_size'} so that "
+                "there are several."
+            )
+        if config.memory.defer_weight_grads:
+            raise UserError(
+                f"config.plan.schedule={schedule} keeps a part of the batch at a time, and "
+                "config.memory.defer_weight_grads=true needs all of it: leave one of them out."
+            )
+    if schedule in ("interleaved", "1f1b-deferred") and mesh.pipe == 1:
+        raise UserError(
+            f"config.plan.schedule={schedule} shortens the time in which stages wait for each "
+            "other, and config.mesh.pipe=1 has one: set another schedule, or more stages."
+        )
+    if chunks and schedule != "interleaved":
+        raise UserError(
+            f"config.plan.chunks={chunks} is for config.plan.schedule=interleaved, not {schedule}: "
+            "leave one of them out."
+        )
+    num_chunks = chunks or config.plan.num_chunks
+    if num_chunks > 1 and num_chunks * mesh.pipe > config.model.num_layers:
+        raise UserError(
+            f"config.plan.schedule={schedule} with {num_chunks} chunks of each of "
+            f"config.mesh.pipe={mesh.pipe} stages needs as many layers, {num_chunks * mesh.pipe}, "
+            f"and config.model.num_layers={config.model.num_layers}: set fewer config.plan.chunks "
+            "or stages, or config.plan.schedule=terapipe."
+        )
+    if schedule == "auto":
+        return "terapipe" if config.memory.defer_weight_grads else None
+    return schedule
+
+
+def unit_tokens(config: Config) -> int:
+    """What planned slices are multiples of: 8 tokens unless set, and more in long sequences.
+
+    Raises `UserError` if the setting does not divide the sequence.
+    """
+    seq_len, unit = config.model.seq_len, config.plan.unit_tokens
+    if unit is None:
+        return next(n for n in range(max(8, seq_len // 256), 0, -1) if seq_len % n == 0)
+    if seq_len % unit:
+        raise UserError(
+            f"config.plan.unit_tokens={unit} does not divide config.model.seq_len={seq_len}: pick "
+            "a divisor."
+        )
+    return unit
+
+
+def parse_slices(text: str, total: int, setting: str, total_name: str) -> tuple[int, ...] | None:
+    """Reads `uniform:N`, a list as `96,64,56,40`, or `auto` as None.
+
+    Uniform slices differ by one where N does not divide the total; the longer ones come first,
+    since they have the shorter context. Raises `UserError` for anything but positive lengths that
+    sum to `total`.
+    """
+    if text.strip() == "auto":
+        return None
+    kind, _, count = text.partition(":")
+    if kind.strip() == "uniform" and count.strip().isdecimal():
+        num = int(count)
+        if not 1 <= num <= total:
+            raise UserError(
+                f"{setting}={text} must ask for 1 to {total} slices, since {total_name} is {total}."
+            )
+        return uniform(total, num)
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(
+            f"{setting}={text} is neither auto nor uniform:N nor a list of positive lengths as "
+            "96,64,56,40."
+        )
+    slices = tuple(map(int, parts))
+    if sum(slices) != total:
+        raise UserError(
+            f"{setting}={text} sums to {sum(slices)}, but {total_name} is {total}: "
+            f"change the slices, or let uniform:{min(len(slices), total)} divide it."
+        )
+    return slices
+
+
+def uniform(total: int, num: int) -> tuple[int, ...]:
+    """`num` parts of `total` that differ by at most one, the larger ones first."""
+    return tuple(total // num + (i < total % num) for i in range(num))
+
+
+def work_factors(config: Config, plan: Plan | None = None) -> list[float]:
+    """The work of each stage over that of the one with most layers; under a plan, of each chunk of
+    each stage (`placement.chunk_factors`).
+    """
+    num_chunks = plan.num_chunks if plan else 1
+    return chunk_factors(config.model.num_layers, config.mesh.pipe, num_chunks)

@@ -1,0 +1,1 @@
+"""Times slices on the devices, and plans from that."""

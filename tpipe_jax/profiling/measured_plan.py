@@ -1,0 +1,136 @@
+"""Measures a model on its mesh and plans its slices.
+
+The slices of a plan that were not timed are timed then, and planned with again: the fastest plan
+of a model with errors is one whose errors flatter it, unless it has been measured.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from tpipe_jax.config.settings import Config
+from tpipe_jax.errors import UserError, writing_to
+from tpipe_jax.planning.latency import LatencyTable, Profile, load_table, read_profile
+from tpipe_jax.planning.plan import Plan, PlanRequest, read_plan
+from tpipe_jax.planning.planner import Planning, find_plan
+from tpipe_jax.planning.settings import unit_tokens, work_factors
+from tpipe_jax.profiling.cache_key import profile_key
+from tpipe_jax.profiling.profiler import Profiler
+from tpipe_jax.reporting.console import Console
+from tpipe_jax.runtime.processes import from_first
+from tpipe_jax.training.memory import fitting_policy, limit_bytes
+from tpipe_jax.training.optimizer import make_optimizer
+
+LATENCY = "latency.json"  # in the workdir
+MAX_REFINEMENTS = 3  # of seconds each; mostly one or two are enough
+
+
+def plan_slices(
+    config: Config,
+    request: PlanRequest,
+    mesh: Mesh,
+    workdir: Path,
+    console: Console,
+    check: Callable[[], None] = lambda: None,
+) -> tuple[LatencyTable, Planning]:
+    """The fastest plan that keeps to the request, and the latencies that it follows from.
+
+    They are measured, and kept as `latency.json` in the workdir, unless it holds those of the same
+    model, mesh and machine. Raises `UserError` if no plan keeps to the request and the memory, and
+    what `check` raises, which is called in between.
+    """
+    optimizer = make_optimizer(config.optim, config.train.num_steps)
+    config = fitting_policy(config, mesh, request, optimizer)
+    path, unit = workdir / LATENCY, unit_tokens(config)
+    limit, profiler = limit_bytes(config, mesh), None
+    needs_deferral = "1f1b-deferred" in request.schedules
+    profile = _measured_before(path, config, mesh, needs_deferral)
+    if profile:
+        console.say(f"latencies as measured before: {path}")
+    else:
+        with console.profiling() as show_progress:
+
+            def on_progress(done: int, num_parts: int) -> None:
+                show_progress(done, num_parts)
+                check()
+
+            profiler = Profiler(config, mesh)
+            profile = profiler.profile(on_progress, needs_deferral)
+        console.say(_errors(profile))
+    num_refinements = 0
+    while True:
+        table = profile.table(unit)
+        if profiler:
+            _save(path, table)
+        planning = find_plan(table, request, work_factors(config), limit)
+        plan = as_first(planning.plan)
+        planning = replace(planning, plan=plan, chunk_factors=tuple(work_factors(config, plan)))
+        new = planning.plan.shapes - {s[:2] for s in profile.samples if not s.is_test}
+        if not new or num_refinements == MAX_REFINEMENTS:
+            return table, planning
+        check()
+        shapes = ", ".join(f"{b} x {n}" for b, n in sorted(new))
+        console.say(f"timing what the plan is made of: {shapes} tokens")
+        profiler = profiler or Profiler(config, mesh)
+        profile = profiler.refine(profile, sorted(new))
+        num_refinements += 1
+
+
+def as_first(plan: Plan) -> Plan:
+    """The plan of process 0, since all processes must run one program."""
+    return read_plan(json.loads(from_first(json.dumps(plan.to_dict()))))
+
+
+def _measured_before(
+    path: Path, config: Config, mesh: Mesh, needs_deferral: bool
+) -> Profile | None:
+    """What process 0 finds in its folder, if it is of these measurements and has what is needed."""
+    profile = read_own(path) if jax.process_index() == 0 else None
+    if profile and profile.key != profile_key(config, mesh):
+        profile = None
+    if profile and needs_deferral and not profile.deferral:
+        profile = None
+    content = json.loads(from_first(json.dumps(asdict(profile) if profile else None)))
+    return read_profile(content) if content else None
+
+
+def read_own(path: Path) -> Profile | None:
+    """The measurements in the file; other ones of ours may be overwritten."""
+    if not path.exists():
+        return None
+    try:
+        table = load_table(path)
+    except UserError:
+        if (path.parent / "config.json").exists():
+            return None  # ours, and damaged
+        raise
+    if table.profile is None:
+        raise UserError(
+            f"--workdir={path.parent} has a latency.json that was not measured here, and would be "
+            "overwritten: choose another folder, or move it away."
+        )
+    return table.profile
+
+
+def _errors(profile: Profile) -> str:
+    """How far the model is off where it was not fitted."""
+    texts = []
+    for name, model in zip(("forward", "backward"), profile.models(), strict=True):
+        errors = 100 * np.abs(model.relative_errors())
+        if len(errors):
+            middle, high = np.percentile(errors, (50, 95))
+            texts.append(f"{name} {middle:.1f}% (95th percentile {high:.1f}%)")
+    return f"latency model: median error {', '.join(texts) or 'unknown'} on slices kept out of it"
+
+
+def _save(path: Path, table: LatencyTable) -> None:
+    """One process writes it."""
+    if jax.process_index() == 0:
+        with writing_to(path.parent):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            table.save(path)

@@ -1,0 +1,110 @@
+"""config.mesh=auto: of all ways to divide the devices, that of the fastest planned step."""
+
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+
+from tpipe_jax.config.settings import Config, MeshConfig
+from tpipe_jax.devices.mesh import make_mesh
+from tpipe_jax.errors import Infeasible, UserError, writing_to
+from tpipe_jax.model.sharding import check_model
+from tpipe_jax.pipeline.spec import on_mesh
+from tpipe_jax.planning.plan import Plan
+from tpipe_jax.planning.settings import read_settings
+from tpipe_jax.profiling.measured_plan import LATENCY, plan_slices, read_own
+from tpipe_jax.reporting.console import Console, Ranked
+from tpipe_jax.reporting.workdir import changed_settings, locked, write_config
+from tpipe_jax.training.memory import out_of_memory
+
+
+def choose_mesh(
+    config: Config,
+    devices: Sequence[jax.Device],
+    workdir: Path,
+    console: Console,
+    check: Callable[[], None] = lambda: None,
+) -> Config:
+    """The config with the mesh of the fastest plan; prints all, ranked.
+
+    Each mesh is measured and planned in a folder of its own in the workdir, unless that holds what
+    was measured before. Raises `UserError` if none serves, if the workdir is not that of a run, or
+    if another one is measuring in it, and what `check` raises, which is called in between.
+    """
+    is_first = jax.process_index() == 0
+    if is_first:  # an error in one process ends all
+        changed_settings(config, workdir)
+        read_own(workdir / LATENCY)
+    ranking = []
+    with locked(workdir / "meshes") if is_first else nullcontext():
+        for mesh in factorisations(config.mesh, len(devices)):
+            check()
+            console.say(f"mesh: data {mesh.data} x pipe {mesh.pipe} x model {mesh.model}")
+            folder = _folder(workdir, mesh)
+            ranking.append(_try(replace(config, mesh=mesh), devices, folder, console, check))
+    ranking.sort(key=lambda ranked: ranked.seconds)
+    console.show_ranking(ranking)
+    best = ranking[0]
+    if best.planning is None:
+        raise UserError(
+            f"config.mesh=auto finds no way to divide {len(devices)} devices that serves this run: "
+            f"data {best.mesh.data} x pipe {best.mesh.pipe} x model {best.mesh.model}, "
+            f"for one, does not, since {best.reason}"
+        )
+    return replace(config, mesh=best.mesh)
+
+
+def take_latencies(mesh: MeshConfig, workdir: Path) -> None:
+    """Puts what was measured of the mesh that is taken where a run in the workdir finds it."""
+    if jax.process_index() == 0:
+        with writing_to(workdir):
+            shutil.copy(_folder(workdir, mesh) / LATENCY, workdir / LATENCY)
+
+
+def factorisations(mesh: MeshConfig, num_devices: int) -> Iterator[MeshConfig]:
+    """All data x pipe x model of so many devices; those with most stages come first."""
+    sizes = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
+    for pipe in reversed(sizes):
+        for model in (n for n in sizes if num_devices // pipe % n == 0):
+            data = num_devices // pipe // model
+            yield replace(mesh, data=data, pipe=pipe, model=model, auto=False)
+
+
+def _try(
+    config: Config,
+    devices: Sequence[jax.Device],
+    folder: Path,
+    console: Console,
+    check: Callable[[], None],
+) -> Ranked:
+    """Measures and plans on a mesh, if it serves, which all processes find alike; other errors end
+    the run.
+    """
+    if config.mesh.pipe > config.model.num_layers:
+        return Ranked(config.mesh, reason=f"there are {config.model.num_layers} layers.")
+    mesh = make_mesh(config.mesh, devices)
+    try:
+        check_model(config.model, config.mesh)
+        config = on_mesh(config, mesh)
+        request = read_settings(config)
+    except UserError as error:
+        return Ranked(config.mesh, reason=str(error))
+    if isinstance(request, Plan):
+        return Ranked(config.mesh, reason="the settings have all slices, whose times are unknown.")
+    if jax.process_index() == 0:
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_config(config, folder)
+    try:
+        with out_of_memory():
+            _, planning = plan_slices(config, request, mesh, folder, console, check)
+    except Infeasible as error:
+        return Ranked(config.mesh, reason=str(error))
+    return Ranked(config.mesh, planning)
+
+
+def _folder(workdir: Path, mesh: MeshConfig) -> Path:
+    return workdir / "meshes" / f"{mesh.data}x{mesh.pipe}x{mesh.model}"

@@ -1,0 +1,383 @@
+"""The profiler: times the stages of a model on its mesh, for as few slices as the latency model
+needs.
+
+All stages work at once on slices of one shape, with the passes of a real step and the transfer
+after each tick, in sweeps of one direction. The tables are run-time values, so one compiled program
+serves every context. What a slice takes is the difference between a sweep with busy ticks and one
+with idle ticks only, over the number of busy ticks: compilation, dispatch and the set-up of a step
+are in neither.
+"""
+
+import dataclasses
+import itertools
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jax.stages import Compiled
+
+from tpipe_jax.attention.backends import make_attention
+from tpipe_jax.config.settings import Config, ScheduleName
+from tpipe_jax.devices.hlo import compile_checked
+from tpipe_jax.devices.mesh import put_rows
+from tpipe_jax.model.block import Params
+from tpipe_jax.model.functional import heads
+from tpipe_jax.pipeline.build import deferral
+from tpipe_jax.pipeline.footprint import (
+    activation_bytes_per_token,
+    deferred_bytes_per_token,
+    trunk_bytes_per_token,
+)
+from tpipe_jax.planning.latency import Deferral, Memory, Profile, Sample
+from tpipe_jax.planning.plan import Plan
+from tpipe_jax.planning.schedule import IDLE, Item, Schedule, idle, make_schedule, terapipe
+from tpipe_jax.planning.settings import uniform, unit_tokens
+from tpipe_jax.profiling.cache_key import profile_key
+from tpipe_jax.profiling.programs import make_stage_work, make_transfer, make_weights_work
+from tpipe_jax.profiling.shapes import Shape, contexts, shapes_to_time, some_shapes
+from tpipe_jax.training.memory import budget, limit_bytes, program_bytes
+from tpipe_jax.training.optimizer import make_optimizer
+from tpipe_jax.training.state import abstract_state, init_state, state_bytes
+from tpipe_jax.training.step import make_train_step
+
+MAX_TICKS = 32
+REPEATS = 7  # for medians
+MIN_SECONDS = 0.02  # of the busy ticks of one measurement, and not less than idle sweeps take
+LONG_SECONDS = 2.0  # of measurements after which three are enough
+
+# Stages are timed with all their chunks, and gradients of weights in their backward passes: what
+# these schedules change about that follows from it.
+WHOLE: dict[str, ScheduleName] = {"interleaved": "terapipe", "1f1b-deferred": "1f1b"}
+
+OnPart = Callable[[], None]  # called after each part of the work
+
+
+def _nothing() -> None:
+    pass
+
+
+class Program(NamedTuple):
+    """What times the slices of one shape."""
+
+    compiled: Compiled
+    num_ticks: tuple[int, int]
+    """Of its forward and of its backward sweep."""
+
+
+class Profiler:
+    """Times slices of a model on a mesh. All processes of a run must make the same calls."""
+
+    def __init__(self, config: Config, mesh: Mesh) -> None:
+        self._key = profile_key(config, mesh)
+        config = _with_schedule(config, WHOLE.get(config.plan.schedule, config.plan.schedule))
+        self._config, self._mesh = config, mesh
+        self._batch_size = config.train.batch_size // config.mesh.data
+        self._seq_len = config.model.seq_len
+        params, self._outside_seconds, self._fixed_bytes = _time_outside(config, mesh)
+        x_shape = config.train.batch_size, self._seq_len, config.model.d_model
+        x_BTD = np.random.default_rng(0).normal(size=x_shape).astype(np.float32)
+        self._inputs = params, put_rows(mesh, x_BTD)
+        # A whole sequence tells how many ticks others need, and how the machine's speed drifts.
+        self._whole = Shape(1, self._seq_len, (0,))
+        self._seconds_per_token, self._least_seconds = np.full(2, np.inf), MIN_SECONDS
+        self._programs: dict[Shape, Program] = {}
+        program = self._compile([self._whole], _nothing)[self._whole]
+        turn = self._turn(self._whole, program)
+        whole_seconds = self._slice_seconds(program, [turn])
+        self._seconds_per_token = whole_seconds[0] / self._whole.size
+        # What idle sweeps take is subtracted, so no slice is measured against noise in it.
+        self._least_seconds = max(MIN_SECONDS, float(_agree(np.array(turn[0]))))
+        self._programs.clear()  # now that the number of ticks is known
+
+    def profile(
+        self, on_progress: Callable[[int, int], None], with_deferral: bool = False
+    ) -> Profile:
+        """Measures what the latency model needs, and what deferring gradients of weights takes if
+        that may be planned; `on_progress(done, all)` is called in between.
+        """
+        config = self._config
+        unit, num_stages = unit_tokens(config), config.mesh.pipe
+        most_rows = min(self._batch_size, _rows_that_fit(config, self._mesh))
+        shapes = shapes_to_time(most_rows, self._seq_len, unit, num_stages)
+        deferred = self._shapes_to_defer(shapes) if with_deferral else []
+        parts, num_parts = itertools.count(1), len(shapes) + REPEATS + len(deferred)
+
+        def advance() -> None:
+            on_progress(next(parts), num_parts)
+
+        programs = self._compile(shapes, advance)
+        return Profile(
+            batch_size=self._batch_size,
+            seq_len=self._seq_len,
+            key_block=min(
+                make_attention(self._config, self._mesh, heads(self._config.model)).key_block,
+                self._seq_len,
+            ),
+            samples=_to_samples(shapes, self._time(programs, advance)),
+            transfer=self._time_transfer(shapes),
+            outside_seconds=self._outside_seconds,
+            memory=self._memory(programs),
+            key=self._key,
+            deferral=self._time_deferral(deferred, programs, advance) if deferred else None,
+        )
+
+    def refine(self, profile: Profile, wanted: Iterable[tuple[int, int]]) -> Profile:
+        """The profile with slices of so many sequences and tokens measured too.
+
+        A whole sequence is timed next to them, since the machine's speed may have changed.
+        """
+        unit, seq_len = unit_tokens(self._config), self._seq_len
+        new = [Shape(b, n, contexts(seq_len, n, unit, (0, 0.5, 1))) for b, n in wanted]
+        now, *seconds = self._time(self._compile([self._whole, *new], _nothing), _nothing)
+        before = next(s for s in profile.samples if s[:3] == (1, seq_len, 0))
+        drift = sum(before[3:5]) / now.sum()
+        samples = _to_samples(new, [s * drift for s in seconds])
+        shapes = {shape[:2] for shape in new}  # which are no tests of the fit any more
+        kept = tuple(s for s in profile.samples if not (s.is_test and s[:2] in shapes))
+        return dataclasses.replace(profile, samples=kept + samples)
+
+    def _compile(self, shapes: list[Shape], advance: OnPart) -> dict[Shape, Program]:
+        """The program of each shape; compiled in threads, where processes need not agree."""
+        new = [shape for shape in shapes if shape not in self._programs]
+
+        def program(shape: Shape) -> Program:
+            compiled = self._program(self._config, shape)
+            advance()
+            return compiled
+
+        num_threads = 1 if jax.process_count() > 1 else min(os.cpu_count() or 1, 8)
+        with ThreadPoolExecutor(num_threads) as pool:
+            self._programs |= zip(new, pool.map(program, new), strict=True)
+        return {shape: self._programs[shape] for shape in shapes}
+
+    def _program(self, config: Config, shape: Shape) -> Program:
+        items = [Item(0, context, *shape[:2]) for context in shape.contexts]
+        work, num_ticks = make_stage_work(config, self._mesh, items), self._num_ticks(shape)
+        tables = (self._table(IDLE, n) for n in num_ticks)
+        compiled = compile_checked(work, self._mesh, *self._inputs, *tables)
+        return Program(compiled, num_ticks)
+
+    def _num_ticks(self, shape: Shape) -> tuple[int, int]:
+        """Of the forward and of the backward sweep that times a slice."""
+        ticks = np.ceil(self._least_seconds / (self._seconds_per_token * shape.size))
+        forward, backward = np.clip(ticks, 1, MAX_TICKS).astype(int).tolist()
+        return forward, backward
+
+    def _time(self, programs: dict[Shape, Program], advance: OnPart) -> list[np.ndarray]:
+        """For each shape the seconds `[context, direction]` of a slice.
+
+        The shapes take turns, so that a machine whose speed drifts disturbs all alike.
+        """
+        turns: dict[Shape, list[tuple[float, np.ndarray]]] = {shape: [] for shape in programs}
+        for turn in range(REPEATS):
+            for shape, program in programs.items():
+                if turn < self._num_turns(shape):
+                    turns[shape].append(self._turn(shape, program))
+            advance()
+        return [self._slice_seconds(program, turns[s]) for s, program in programs.items()]
+
+    def _num_turns(self, shape: Shape) -> int:
+        """Fewer for slices that take so long that noise is small beside them."""
+        seconds = float(self._seconds_per_token.sum()) * shape.size
+        return min(max(math.ceil(LONG_SECONDS / seconds), 3), REPEATS)
+
+    def _turn(self, shape: Shape, program: Program) -> tuple[float, np.ndarray]:
+        """Seconds of idle sweeps, and of sweeps with work by `[context, direction]`."""
+
+        def seconds(forward: int, backward: int) -> float:
+            tables = map(self._table, (forward, backward), program.num_ticks)
+            return self._seconds(program.compiled, *tables)
+
+        seconds(0, 0)  # after another program, memory and caches are not as they will be
+        busy = [(seconds(n, IDLE), seconds(IDLE, n)) for n in range(len(shape.contexts))]
+        # Idle sweeps come last, since the first one with work after them is slow, and twice, since
+        # an error in them is in all results.
+        idle = (seconds(IDLE, IDLE) + seconds(IDLE, IDLE)) / 2
+        return idle, np.array(busy)
+
+    def _slice_seconds(
+        self, program: Program, turns: Sequence[tuple[float, np.ndarray]]
+    ) -> np.ndarray:
+        """Seconds `[context, direction]` of a slice, from several turns."""
+        busy = np.median([busy - idle for idle, busy in turns], 0)
+        # No work takes less than clocks can tell, whatever the noise.
+        return _agree(np.maximum(busy, 1e-6) / program.num_ticks)
+
+    def _time_transfer(self, shapes: list[Shape]) -> tuple[float, float]:
+        """Seconds of a tick without work: a constant, and for each token that is handed over."""
+        chosen = some_shapes(shapes)
+        tables = self._table(IDLE, MAX_TICKS), self._table(IDLE, 3 * MAX_TICKS)
+        seconds = []
+        for shape in chosen:
+            work = make_transfer(self._config, self._mesh, Item(0, 0, *shape[:2]))
+            runs = [(compile_checked(work, self._mesh, *self._inputs, t), t) for t in tables]
+            turns = [[self._seconds(*run) for run in runs] for _ in range(1 + REPEATS)]
+            few, many = np.median(turns[1:], 0)
+            seconds.append((many - few) / (2 * MAX_TICKS))
+        constant, per_token = _line(chosen, _agree(np.array(seconds)))
+        return max(constant, 0.0), max(per_token, 0.0)
+
+    def _shapes_to_defer(self, shapes: list[Shape]) -> list[Shape]:
+        """Of a few sizes; gradients of weights don't depend on the context."""
+        later = _with_schedule(self._config, "1f1b-deferred")
+        most_rows = _rows_that_fit(later, self._mesh)
+        return some_shapes([shape for shape in shapes if shape.num_rows <= most_rows])
+
+    def _time_deferral(
+        self, shapes: list[Shape], programs: dict[Shape, Program], advance: OnPart
+    ) -> Deferral:
+        """From backward passes with and without gradients of weights, and from these alone."""
+        later = _with_schedule(self._config, "1f1b-deferred")
+        seconds = []
+        for shape in shapes:
+            bare = shape._replace(contexts=(0,))
+            deferred, num_ticks = self._program(later, bare), programs[shape].num_ticks[1]
+            work = make_weights_work(later, self._mesh, Item(0, 0, *shape[:2]))
+            tables = [self._table(item, num_ticks)[..., None] for item in (IDLE, 0)]
+            alone = compile_checked(work, self._mesh, *self._inputs, tables[0])
+            rows = []
+            for _ in range(1 + REPEATS):  # the first one warms up
+                passes = [self._turn(bare, program) for program in (programs[shape], deferred)]
+                backward = [of_slice[0, 1] - at_rest for at_rest, of_slice in passes]
+                # As in a turn: one that counts for nothing, then work, then idle ones twice.
+                _, busy, *idle = (self._seconds(alone, tables[n]) for n in (0, 1, 0, 0))
+                rows.append([busy - sum(idle) / 2, *backward])
+            seconds.append(np.median(rows[1:], 0) / num_ticks)
+            advance()
+        weights, whole, without = _agree(np.array(seconds)).T
+        return Deferral(_line(shapes, weights, 1), _line(shapes, whole - without, 1))
+
+    def _memory(self, programs: dict[Shape, Program]) -> Memory:
+        """From the compiler's own figures; those of the programs differ by the slice, and by what
+        is kept of so many sequences.
+        """
+        saved, gathered = activation_bytes_per_token(self._config, self._mesh)
+        sizes = np.array([shape.size for shape in programs])
+        kept = np.array([shape.num_rows for shape in programs]) * self._seq_len * (saved + gathered)
+        temporary = np.array([_temporary_bytes(p.compiled) for p in programs.values()]) - kept
+        least, more = sizes.argmin(), sizes > sizes.min()
+        slopes = (temporary[more] - temporary[least]) / (sizes[more] - sizes[least])
+        later = _with_schedule(self._config, "1f1b-deferred")
+        deferred = deferred_bytes_per_token(later, self._mesh)
+        return Memory(
+            fixed_bytes=self._fixed_bytes,
+            saved_bytes_per_token=saved + trunk_bytes_per_token(self._config, self._mesh),
+            gathered_bytes_per_token=gathered,
+            deferred_bytes_per_token=deferred,
+            working_bytes_per_token=math.ceil(max([0.0, *slopes])),
+        )
+
+    def _table(self, item: int, num_ticks: int) -> np.ndarray:
+        """`[tick, stage]`: all stages work on the item at every tick."""
+        return np.full((num_ticks, self._mesh.shape["pipe"]), item, np.int32)
+
+    def _seconds(self, run: Compiled, *tables: np.ndarray) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(run(*self._inputs, *tables))
+        return time.perf_counter() - start
+
+
+def _with_schedule(config: Config, schedule: Literal["auto", ScheduleName]) -> Config:
+    return dataclasses.replace(
+        config, plan=dataclasses.replace(config.plan, schedule=schedule, chunks=None)
+    )
+
+
+def _line(shapes: Sequence[Shape], seconds: np.ndarray, power: int = 0) -> tuple[float, float]:
+    """A constant, and for each token, where errors count by their size over that of the slice to a
+    power.
+    """
+    sizes = np.array([shape.size for shape in shapes], float)
+    per_token, constant = np.polyfit(sizes, seconds, 1, w=sizes**-power)
+    return float(constant), float(per_token)
+
+
+def _resting(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> Schedule:
+    """A step whose stages do nothing: of the whole batch at once, or of one sequence after another
+    where that is asked for, or does not fit.
+    """
+    num_stages, num_rows = mesh.shape["pipe"], config.train.batch_size // mesh.shape["data"]
+    seq_len, limit = config.model.seq_len, limit_bytes(config, mesh)
+    whole = terapipe(Plan(num_stages, (num_rows,), ((seq_len,),)))
+    takes_turns = config.plan.schedule == "1f1b"
+    if config.plan.schedule == "auto" and limit is not None:
+        takes_turns = sum(budget(config, mesh, whole, optimizer).values()) > limit
+    if num_rows == 1 or config.memory.defer_weight_grads or not takes_turns:
+        return idle(whole)
+    token_slices = uniform(seq_len, min(2 * num_stages, seq_len))  # with which few rows are kept
+    return idle(
+        make_schedule(
+            Plan(num_stages, (1,) * num_rows, (token_slices,) * num_rows, schedule="1f1b")
+        )
+    )
+
+
+def _rows_that_fit(config: Config, mesh: Mesh) -> int:
+    """For how many sequences a stage has room beside parameters and gradients, at least one, if all
+    of each waits for gradients of weights, where these are deferred.
+    """
+    limit = limit_bytes(config, mesh)
+    if limit is None:
+        return config.train.batch_size
+    optimizer = make_optimizer(config.optim, config.train.num_steps)
+    params, opt_state = state_bytes(abstract_state(config, mesh, optimizer))
+    per_token = sum(activation_bytes_per_token(config, mesh))
+    if deferral(config) == "some ticks":
+        per_token += deferred_bytes_per_token(config, mesh)
+    return max(1, int((limit - 2 * params - opt_state) // (config.model.seq_len * per_token)))
+
+
+def _time_outside(config: Config, mesh: Mesh) -> tuple[Params, float, int]:
+    """Parameters; seconds of a training step in which no slice is due, and its bytes less those of
+    what is kept of sequences.
+    """
+    optimizer = make_optimizer(config.optim, config.train.num_steps)
+    state = init_state(config, mesh, optimizer)
+    schedule = _resting(config, mesh, optimizer)
+    shape = config.train.batch_size, config.model.seq_len + 1
+    rows = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
+    if config.data.marks_documents:
+        rows = np.stack([rows[:, :-1], rows[:, 1:], np.zeros_like(rows[:, 1:])], 1)
+    rows = put_rows(mesh, rows)
+    train_step = make_train_step(config, mesh, schedule, optimizer)
+    step = compile_checked(train_step, mesh, state, rows)
+    seconds = []
+    for _ in range(1 + REPEATS):  # the first one warms up
+        start = time.perf_counter()
+        state, values = step(state, rows)
+        jax.block_until_ready((state, values))
+        seconds.append(time.perf_counter() - start)
+    saved, gathered = activation_bytes_per_token(config, mesh)
+    saved += trunk_bytes_per_token(config, mesh)
+    kept = saved * schedule.num_rows + gathered * schedule.num_gradient_rows
+    fixed_bytes = max(program_bytes(step) - kept * config.model.seq_len, 0)
+    return state.params, float(_agree(np.array(np.median(seconds[1:])))), fixed_bytes
+
+
+def _temporary_bytes(program: Compiled) -> int:
+    """0 where the backend does not tell."""
+    analysis = program.memory_analysis()
+    return analysis.temp_size_in_bytes if analysis else 0
+
+
+def _to_samples(shapes: Iterable[Shape], seconds: Iterable[np.ndarray]) -> tuple[Sample, ...]:
+    return tuple(
+        Sample(shape.num_rows, shape.num_tokens, context, forward, backward, shape.is_test)
+        for shape, of_shape in zip(shapes, seconds, strict=True)
+        for context, (forward, backward) in zip(shape.contexts, of_shape.tolist(), strict=True)
+    )
+
+
+def _agree(seconds: np.ndarray) -> np.ndarray:
+    """The longest of what the processes measured, since the slowest stage sets the pace."""
+    if jax.process_count() == 1:
+        return seconds
+    return multihost_utils.process_allgather(seconds).max(0)

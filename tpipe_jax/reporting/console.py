@@ -1,0 +1,276 @@
+"""What the user sees on the terminal: the run at its start, its progress, and its end. No jax."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tpipe_jax.config.settings import MeshConfig
+from tpipe_jax.planning.estimator import predicted_timeline
+from tpipe_jax.planning.plan import Plan
+from tpipe_jax.planning.planner import TIE, Alternative, Planning, preferred
+
+if TYPE_CHECKING:
+    from tpipe_jax.devices.mesh import HostPart
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A way to divide the devices."""
+
+    mesh: MeshConfig
+    planning: Planning | None = None
+    reason: str = ""
+    """Why there is no planning."""
+
+    @property
+    def seconds(self) -> float:
+        """Of a step; infinite where there is none."""
+        prediction = self.planning.plan.prediction if self.planning else None
+        return prediction.step_seconds if prediction else math.inf
+
+
+class Console:
+    """Prints to the terminal; `is_quiet` silences all but one process of a run."""
+
+    def __init__(self, is_quiet: bool = False) -> None:
+        self._rich = RichConsole(quiet=is_quiet, highlight=False, soft_wrap=True)
+        self._progress = self._make_progress("step")
+
+    def say(self, text: str) -> None:
+        self._rich.print(text, markup=False)
+
+    def show_facts(self, facts: dict[str, str]) -> None:
+        """A line for each."""
+        table = Table(show_header=False, box=None, pad_edge=False)
+        for name, text in facts.items():
+            table.add_row(name, text)
+        self._rich.print(table)
+
+    def show_hosts(self, parts: Sequence["HostPart"]) -> None:
+        """A line for each host: what it has of the mesh."""
+        table = Table(title="hosts", title_justify="left", box=None, pad_edge=False)
+        for name in ("host", "processes", "devices", "stages", "data shards"):
+            table.add_column(name)
+        for part in parts:
+            numbers = (_ranges(own) for own in (part.stages, part.data_shards))
+            table.add_row(part.host, _ranges(part.processes), str(part.num_devices), *numbers)
+        self._rich.print(table)
+
+    def show_budget(
+        self, parts: dict[str, int], remat: str, total_bytes: int, limit_bytes: float | None
+    ) -> None:
+        """A line for each part of a device's memory, and what the compiler says of all of it."""
+        title = f"memory of a device with config.memory.remat={remat}"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        table.show_header = False
+        table.add_column()
+        table.add_column(justify="right")
+        for name, num_bytes in parts.items():
+            table.add_row(name, _megabytes(num_bytes))
+        of_limit = f" of {_megabytes(limit_bytes)}" if limit_bytes is not None else ""
+        table.add_row("all of a step, as XLA plans it", _megabytes(total_bytes) + of_limit)
+        self._rich.print(table)
+
+    def show_plan(self, plan: Plan, chunk_factors: Sequence[float]) -> None:
+        """A line for each slice; batch slices that are alike are shown once."""
+        title = f"plan, schedule {_schedule(plan)}"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        names = ["batch slices", "sequences", "slice", "tokens", "context"]
+        for name in names + ["forward", "backward"] * (plan.prediction is not None):
+            table.add_column(name, justify="right")
+        kinds = list(zip(plan.batch_slices, plan.token_slices, strict=True))
+        for m, kind in enumerate(kinds):
+            if kind in kinds[:m]:
+                continue
+            context = 0
+            for n, num_tokens in enumerate(kind[1]):
+                row = [f"{kinds.count(kind)}", f"{kind[0]}"] if n == 0 else ["", ""]
+                row += [str(n), str(num_tokens), str(context)]
+                if plan.prediction:
+                    row += [
+                        milliseconds(times[m][n])
+                        for times in (
+                            plan.prediction.slice_forward_seconds,
+                            plan.prediction.slice_backward_seconds,
+                        )
+                    ]
+                table.add_row(*row)
+                context += num_tokens
+        self._rich.print(table)
+        if plan.prediction:
+            bubble = predicted_timeline(plan, chunk_factors).bubble
+            self.say(
+                f"predicted step {milliseconds(plan.prediction.step_seconds)}, of which "
+                f"{milliseconds(plan.prediction.outside_seconds)} outside of the pipeline; "
+                f"bubble {bubble:.0%}"
+            )
+
+    def show_planning(self, planning: Planning) -> None:
+        """The plan, how sure it is, and what other schedules and simpler plans would take."""
+        self.show_plan(planning.plan, planning.chunk_factors)
+        if len(planning.options) > 1:
+            self._show_options(planning)
+        prediction = planning.plan.prediction
+        assert prediction is not None
+        search = f"{planning.num_solves} programmes solved in {planning.search_seconds:.2f} s"
+        of = f" of {planning.plan.schedule}" if len(planning.options) > 1 else ""
+        if prediction.is_optimal:
+            self.say(f"no plan{of} is faster under these latencies: proven, {search}")
+        else:
+            bound = milliseconds(prediction.lower_bound_seconds)
+            self.say(f"no plan{of} is faster than {bound} under these latencies: {search}")
+
+        def compare(name: str, other: Alternative | None) -> None:
+            if other:
+                slower = other.step_seconds / (prediction.step_seconds or 1) - 1
+                self.say(
+                    f"{name} would take {milliseconds(other.step_seconds)}, {slower:+.1%}: "
+                    f"{_count(other.batch_slices, 'batch slice')} of "
+                    f"{_count(other.token_slices, 'token slice')}"
+                )
+
+        compare("unsliced", planning.unsliced)
+        compare("the best uniform slices", planning.best_uniform)
+
+    def _show_options(self, planning: Planning) -> None:
+        """A line for each schedule, and why the plan's own was taken."""
+        title = "schedules, and what a stage keeps of the sequences in it"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for name in ("schedule", "step", "bubble", "kept", ""):
+            table.add_column(name, justify="left" if name in ("schedule", "") else "right")
+        for option in planning.options:
+            assert option.plan.prediction is not None
+            is_taken = option.plan.schedule == planning.plan.schedule
+            num_bytes = option.activation_bytes
+            table.add_row(
+                _schedule(option.plan),
+                milliseconds(option.plan.prediction.step_seconds),
+                f"{option.bubble:.0%}",
+                "unknown" if num_bytes is None else _megabytes(num_bytes),
+                _reason(planning) if is_taken else "" if option.fits else "does not fit",
+            )
+        self._rich.print(table)
+
+    def show_ranking(self, ranking: Sequence[Ranked]) -> None:
+        """A line for each way to divide the devices."""
+        title = "ways to divide the devices, the first is taken"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for name in ("data", "pipe", "model", "step", "bubble"):
+            table.add_column(name, justify="right")
+        table.add_column("plan")
+        for ranked in ranking:
+            sizes = [str(getattr(ranked.mesh, axis)) for axis in ("data", "pipe", "model")]
+            if ranked.planning is None:
+                table.add_row(*sizes, "-", "-", f"does not serve: {ranked.reason}")
+                continue
+            plan = ranked.planning.plan
+            bubble = predicted_timeline(plan, ranked.planning.chunk_factors).bubble
+            count = sum(map(len, plan.token_slices))
+            slices = f"{_schedule(plan)}, {_count(count, 'slice')}"
+            table.add_row(*sizes, milliseconds(ranked.seconds), f"{bubble:.0%}", slices)
+        self._rich.print(table)
+
+    def show_agreement(self, predicted_seconds: float, measured_seconds: float) -> None:
+        """How well the prediction and the measurement of a step agree."""
+        self.say(
+            f"a step takes {milliseconds(measured_seconds)}, predicted were "
+            f"{milliseconds(predicted_seconds)}: {predicted_seconds / measured_seconds - 1:+.0%}"
+        )
+
+    @contextmanager
+    def profiling(self) -> Iterator[Callable[[int, int], None]]:
+        """Shows a bar while latencies are measured; yields what moves it, `(done, all)`."""
+        if not self._rich.is_terminal:
+            self.say("profiling ...")
+        with self.working("profiling") as show:
+            yield show
+
+    @contextmanager
+    def working(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """Shows a bar; yields what moves it, `(done, all)`."""
+        progress = self._make_progress(what)
+        task = progress.add_task("", total=None, numbers="")
+        with progress:
+            yield lambda done, num_parts: progress.update(task, completed=done, total=num_parts)
+
+    @contextmanager
+    def progress(self, first_step: int, num_steps: int) -> Iterator[None]:
+        """Shows a bar while the steps run."""
+        self._progress.add_task("", total=num_steps, completed=first_step, numbers="")
+        with self._progress:
+            yield
+
+    def show_progress(self, step: int, metrics: dict[str, float]) -> None:
+        """Moves the bar; where there is no terminal to draw it on, prints a line instead."""
+        numbers = (
+            f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
+            f"{metrics['step_seconds'] * 1e3:.0f} ms/step"
+        )
+        self._progress.update(self._progress.task_ids[0], completed=step, numbers=numbers)
+        if not self._rich.is_terminal:
+            self.say(f"step {step}: {numbers}")
+        if "eval_loss" in metrics:
+            self.say(f"step {step}: held-out loss {metrics['eval_loss']:.3f} nats per token")
+
+    def show_sample(self, prompt: str, continuation: str) -> None:
+        """The end of a held-out text and what the model makes of it."""
+        self._rich.print("[dim]a held-out text ...[/dim]")
+        self.say(prompt)
+        self._rich.print("[dim]... and how the model continues it[/dim]")
+        self.say(continuation)
+
+    def _make_progress(self, what: str) -> Progress:
+        return Progress(
+            TextColumn(what),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=self._rich,
+            refresh_per_second=2,  # the cores are busy
+        )
+
+
+def _schedule(plan: Plan) -> str:
+    """The name of its schedule, with the chunks of each stage if there are several."""
+    return plan.schedule + f", {plan.num_chunks} chunks" * (plan.num_chunks > 1)
+
+
+def _reason(planning: Planning) -> str:
+    """Why the plan's schedule is taken."""
+    fitting = [option.plan for option in planning.options if option.fits]
+    if len(fitting) == 1:
+        return "taken: the only one that fits"
+    seconds = sorted(plan.prediction.step_seconds for plan in fitting if plan.prediction)
+    usual = preferred(planning.plan.num_stages)
+    if seconds[1] > (1 + TIE) * seconds[0] or planning.plan.schedule != usual:
+        return "taken: the fastest"
+    is_one_stage = planning.plan.num_stages == 1
+    return f"taken: as fast, {'keeps less' if is_one_stage else 'stages wait less'}"
+
+
+def milliseconds(seconds: float) -> str:
+    """A time as text, with as many digits as mean something."""
+    return f"{seconds * 1e3:.0f} ms" if seconds >= 0.1 else f"{seconds * 1e3:.3g} ms"
+
+
+def _megabytes(num_bytes: float) -> str:
+    return f"{num_bytes / 1e6:,.1f} MB"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers as text, as 0-3, 5."""
+    starts = [n for n in numbers if n - 1 not in numbers]
+    stops = [n for n in numbers if n + 1 not in numbers]
+    pairs = zip(starts, stops, strict=True)
+    return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in pairs)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"

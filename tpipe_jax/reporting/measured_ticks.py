@@ -1,0 +1,208 @@
+"""When the stages worked in a step that was run, read from a trace of what their devices did.
+
+In each tick in which a direction has any work a stage works, or idles, and then hands its box on.
+Both are in a conditional of the program (`inplace.run_on_all_if`), so what lies between the start
+of that and its transfer is the work of a tick. Such conditionals and their transfers are found in
+the text of the program, and then by their names in the trace.
+"""
+
+import json
+import re
+import tempfile
+import time
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import jax
+from jax.profiler import ProfileData
+from jax.sharding import Mesh
+
+from tpipe_jax.config.settings import Config
+from tpipe_jax.devices.hlo import conditionals, split_computations
+from tpipe_jax.errors import UserError
+from tpipe_jax.planning.plan import Plan
+from tpipe_jax.planning.schedule import IDLE, Schedule, make_schedule
+from tpipe_jax.planning.simulate import Box, Kind, Timeline
+from tpipe_jax.reporting.workdir import add_measured_ticks
+from tpipe_jax.runtime.processes import gathered
+
+Result = TypeVar("Result")
+
+_TRANSFER = re.compile(
+    r'^ *(?:ROOT )?%?([\w.-]+) = .* collective-permute(?:-start)?\(.*op_name="[^"]*ppermute', re.M
+)
+
+
+class Event(NamedTuple):
+    """One operation on a device, seconds."""
+
+    name: str
+    start: float
+    stop: float
+
+
+class Lane(NamedTuple):
+    """The operations of a program that are one direction of a tick, and the transfers in it."""
+
+    conditional: str
+    transfers: frozenset[str]
+
+
+def check_trace(config: Config) -> None:
+    """Raises `UserError` if config.train.trace_step cannot be traced."""
+    step = config.train.trace_step
+    if step > config.train.num_steps:
+        raise UserError(
+            f"config.train.trace_step={step} is never reached with "
+            f"config.train.num_steps={config.train.num_steps}: trace an earlier step."
+        )
+    if step and config.mesh.pipe == 1 and not config.mesh.auto:
+        raise UserError(
+            f"config.train.trace_step={step} has no ticks to show with config.mesh.pipe=1: set it "
+            "to 0, or train on several stages."
+        )
+
+
+def traced(
+    run: Callable[[], Result], text: str, schedule: Schedule, mesh: Mesh
+) -> tuple[Result, list[Box], float]:
+    """Runs a step, to its end.
+
+    Returns its result, the work of those stages whose first device is of this process, by its
+    host's clock, and how long the step took, all in seconds. There is no work where the trace does
+    not show it, or cannot be taken: devices other than CPUs may name their operations differently.
+    """
+    events: dict[int, list[Event]] = {}
+    with _recorded(events):
+        start = time.monotonic()
+        result = jax.block_until_ready(run())
+        seconds = time.monotonic() - start
+    lanes, boxes = find_lanes(text), []
+    for stage, device in enumerate(mesh.devices[0, :, 0]):
+        if device.process_index == jax.process_index():
+            # Traces number a process's devices, but CPUs by their number among all.
+            number = device.id if device.platform == "cpu" else device.local_hardware_id
+            boxes += stage_boxes(events.get(number, []), lanes, schedule, stage)
+    return result, boxes, seconds
+
+
+def gathered_ticks(
+    boxes: Sequence[Box], workdir: Path, plan: Plan, step: int
+) -> tuple[str, float | None]:
+    """Adds the boxes of all processes to timeline.json, once in a run; says what has come of it,
+    and to process 0 the share of time in which stages idle, if it is known.
+    """
+    bubble = None
+
+    def report(texts: list[str]) -> str:
+        """As text, whatever happens, since nobody must wait for a process that has failed."""
+        nonlocal bubble
+        timeline = merged(texts, plan.num_stages)
+        if not timeline:
+            return "the trace does not show its ticks"
+        is_all = make_schedule(plan).weights is None
+        bubble = timeline.bubble if is_all else None
+        try:
+            add_measured_ticks(workdir, plan, step, timeline)
+        except UserError as error:
+            return str(error)
+        passes = "" if is_all else " with passes, gradients of weights aside"
+        return (
+            f"{timeline.step_seconds:.3g} s from the first slice to the last, stages busy "
+            f"{1 - timeline.bubble:.0%} of it{passes}; timeline.json has each tick"
+        )
+
+    outcome = gathered("ticks", to_text(boxes), report)
+    return outcome, bubble
+
+
+def to_text(boxes: Sequence[Box]) -> str:
+    """What processes tell each other of their boxes."""
+    return json.dumps([tuple(vars(box).values()) for box in boxes])
+
+
+def merged(texts: Sequence[str], num_stages: int) -> Timeline | None:
+    """The timeline of all processes' boxes, from the first start on; None if a stage has none."""
+    boxes = [Box(*values) for text in texts for values in json.loads(text)]
+    if len({box.stage for box in boxes}) < num_stages:
+        return None
+    begin = min(box.start_seconds for box in boxes)
+    moved = [
+        replace(box, start_seconds=box.start_seconds - begin, stop_seconds=box.stop_seconds - begin)
+        for box in boxes
+    ]
+    return Timeline(tuple(moved), max(box.stop_seconds for box in moved), num_stages)
+
+
+def find_lanes(text: str) -> list[Lane]:
+    """The conditionals of a compiled program, `compiled.as_text()`, that hand on what they have
+    made.
+    """
+    transfers = {name: _TRANSFER.findall(body) for name, body in split_computations(text)}
+    lanes = [
+        Lane(name, frozenset(t for branch in branches for t in transfers.get(branch, [])))
+        for name, branches in conditionals(text)
+    ]
+    return [lane for lane in lanes if lane.transfers]
+
+
+def stage_boxes(
+    events: Sequence[Event], lanes: Sequence[Lane], schedule: Schedule, stage: int
+) -> list[Box]:
+    """The work of a stage, from the events of its device; none if they are not those of a step."""
+    found = []
+    for lane in lanes:
+        starts = sorted(event.start for event in events if event.name == lane.conditional)
+        transfers = sorted(event.start for event in events if event.name in lane.transfers)
+        if starts and transfers:
+            found.append((transfers, starts))
+    if len(found) != 2:
+        return []
+    boxes = []
+    kinds: tuple[Kind, Kind] = "forward", "backward"
+    tables = zip((schedule.forward, schedule.backward), kinds, strict=True)
+    for (transfers, starts), (table, kind) in zip(sorted(found), tables, strict=True):
+        column = table[(table != IDLE).any(1), stage].tolist()
+        if len(transfers) != len(column) or starts[0] > transfers[0]:
+            return []
+        for item, stop in zip(column, transfers, strict=True):
+            if item != IDLE:
+                start = starts[bisect_right(starts, stop) - 1]
+                boxes.append(Box(stage, item, kind, start, stop))
+    return boxes
+
+
+@contextmanager
+def _recorded(events: dict[int, list[Event]]) -> Iterator[None]:
+    """Adds what each device of this process does meanwhile, by its number in the trace; nothing, if
+    it cannot be recorded.
+    """
+    options, folder = jax.profiler.ProfileOptions(), ""
+    options.python_tracer_level = 0
+    with ExitStack() as stack:
+        with suppress(OSError, RuntimeError):
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            jax.profiler.start_trace(folder, profiler_options=options)
+        yield
+        with suppress(OSError, RuntimeError, ValueError):
+            jax.profiler.stop_trace()
+            [path] = Path(folder).rglob("*.xplane.pb")
+            for device, event in _device_events(ProfileData.from_file(str(path))):
+                events.setdefault(device, []).append(event)
+
+
+def _device_events(profile: ProfileData) -> Iterator[tuple[int, Event]]:
+    """Each operation, with the number of its device. Raises ValueError if nothing says when."""
+    planes = list(profile.planes)
+    stats_of_planes = [dict(plane.stats) for plane in planes]
+    [begin] = [s["profile_start_time"] for s in stats_of_planes if "profile_start_time" in s]
+    for event in (event for plane in planes for line in plane.lines for event in line.events):
+        stats = dict(event.stats)
+        if "hlo_op" in stats and "device_ordinal" in stats:
+            start, stop = event.start_ns, event.start_ns + event.duration_ns
+            times = (begin + round(start)) / 1e9, (begin + round(stop)) / 1e9
+            yield stats["device_ordinal"], Event(stats["hlo_op"], *times)

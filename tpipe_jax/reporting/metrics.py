@@ -1,0 +1,155 @@
+"""The numbers of a run, as lines of `metrics.jsonl` and as TensorBoard events.
+
+Each write reaches the files before it returns, so a killed run keeps what it logged. The events are
+written record by record: the usual writers leave that to a thread, which a full disk ends and
+which the run then waits for without end.
+"""
+
+import contextlib
+import importlib
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import (
+    Event,  # pyrefly: ignore[missing-module-attribute]
+    SessionLog,  # pyrefly: ignore[missing-module-attribute]
+)
+from tensorboard.compat.proto.summary_pb2 import Summary  # pyrefly: ignore[missing-module-attribute]
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from tpipe_jax.config.settings import Config, to_dict
+from tpipe_jax.errors import UserError
+
+
+class Metrics:
+    """`metrics.jsonl` and `tensorboard/` in `workdir`, of a run that has done `first_step` steps.
+
+    What an interrupted run logged beyond its last checkpoint, the resumed run logs again: lines of
+    steps after `first_step` are dropped, and TensorBoard is told to drop its own.
+
+    With a config that names a project of Weights & Biases it gets the numbers too. Raises
+    `UserError`, as `write` and `close` do, if a file cannot be written.
+    """
+
+    def __init__(self, workdir: Path, first_step: int, config: Config | None = None) -> None:
+        self._path = workdir / "metrics.jsonl"
+        events = workdir / "tensorboard"
+        with self._writing():
+            events.mkdir(parents=True, exist_ok=True)
+            _drop_after(first_step, self._path)
+            name = f"events.out.tfevents.{time.time_ns()}"  # nanoseconds, so that it is new
+            self._events = RecordWriter((events / name).open("xb"))
+            self._lines = self._path.open("a", encoding="utf-8")
+            self._write_event(Event(file_version="brain.Event:2"))
+            purge = SessionLog(status=SessionLog.START)
+            self._write_event(Event(step=first_step + 1, session_log=purge))
+        self._tracker: Any = None
+        if config and config.metrics.wandb:
+            try:
+                self._tracker = _tracker(config, workdir)
+            except UserError:
+                self.close()
+                raise
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Appends the values after `step` steps; NaN and infinity, unknown to JSON, as null."""
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        with self._writing():
+            self._lines.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
+            self._lines.flush()
+            self._write_event(Event(step=step, summary=Summary(value=scalars)))
+        if self._tracker:
+            with _tracking():
+                self._tracker.log(values, step=step)
+
+    def close(self) -> None:
+        """Closes the files."""
+        with self._writing(), contextlib.closing(self._events):
+            self._lines.close()
+        if self._tracker:
+            with _tracking():
+                self._tracker.finish()
+
+    def _write_event(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._events.write(event.SerializeToString())
+        self._events.flush()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write {error.filename or self._path} ({error.strerror}): make it writable "
+                "and see that the disk has space, or choose another folder with --workdir."
+            ) from error
+
+
+def check_tracker(config: Config) -> None:
+    """Raises `UserError` where config.metrics.wandb lacks its package."""
+    if config.metrics.wandb is None:
+        return
+    try:
+        importlib.import_module("wandb")
+    except ImportError:
+        raise UserError(
+            f"config.metrics.wandb={config.metrics.wandb} needs the package wandb: install it with "
+            "pip install tpipe_jax[wandb], or leave it out."
+        ) from None
+
+
+def _tracker(config: Config, workdir: Path) -> Any:
+    """A run of Weights & Biases, the same one whenever the run of the workdir goes on."""
+    check_tracker(config)
+    wandb, kept = importlib.import_module("wandb"), workdir / "wandb.id"
+    with _tracking():
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not kept.exists():
+            kept.write_text(secrets.token_hex(8))
+        return wandb.init(
+            project=config.metrics.wandb,
+            id=kept.read_text(),
+            resume="allow",
+            dir=workdir,
+            name=workdir.name,
+            config=to_dict(config),
+        )
+
+
+@contextlib.contextmanager
+def _tracking() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # wandb's own, and those of the network
+        raise UserError(
+            f"config.metrics.wandb cannot be written to ({error}): log in with wandb login, set "
+            "WANDB_MODE=offline, or leave it out; the same command continues."
+        ) from error
+
+
+def _drop_after(last_step: int, path: Path) -> None:
+    """Removes the lines of steps after `last_step`, and the torn last line that a kill leaves."""
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith(b"\n")]
+    try:
+        kept = [line for line in whole if json.loads(line)["step"] <= last_step]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path} has lines that are no metrics of a run: move it away, or choose another "
+            "folder with --workdir."
+        ) from error
+    if kept != lines:
+        # In one go, so that a kill in between cannot lose the lines that stay.
+        new = path.with_suffix(".jsonl.new")
+        new.write_bytes(b"".join(kept))
+        os.replace(new, path)

@@ -1,0 +1,127 @@
+"""What a run's folder says of it: config.json, plan.json, timeline.png and timeline.json."""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from tpipe_jax.config.settings import Config, from_dict, to_dict
+from tpipe_jax.errors import UserError, writing_to
+from tpipe_jax.model.flops import forward_flops
+from tpipe_jax.planning.estimator import predicted_timeline
+from tpipe_jax.planning.plan import Plan
+from tpipe_jax.planning.schedule import make_schedule
+from tpipe_jax.planning.simulate import Timeline, simulate
+from tpipe_jax.reporting.timeline import (
+    EXPECTED,
+    MEASURED,
+    draw_timeline,
+    read_trace,
+    trace_events,
+    work_of,
+    write_trace,
+)
+
+FILES = ("plan.json", "plan.png", "timeline.png", "timeline.json", "metrics.jsonl")
+
+
+def changed_settings(config: Config, workdir: Path) -> list[str]:
+    """Settings that differ from those of the run that is in the folder already, as text.
+
+    Raises `UserError` for a folder whose files are not of a run, since they would be overwritten.
+    """
+    try:
+        path = workdir / "config.json"
+        if not path.exists():
+            foreign = [name for name in FILES if (workdir / name).exists()]
+            if foreign:
+                raise UserError(f"{foreign[0]} without one")
+            return []
+        before = to_dict(from_dict(json.loads(path.read_text())))
+    except (UserError, ValueError, OSError, AttributeError) as error:
+        raise UserError(
+            f"--workdir={workdir} is not the folder of a run, which has a config.json ({error}): "
+            "choose another folder."
+        ) from error
+    return [
+        f"config.{section}.{name} {before[section][name]} -> {value}"
+        for section, fields in to_dict(config).items()
+        for name, value in fields.items()
+        if before[section][name] != value
+    ]
+
+
+def describe_in_files(
+    config: Config, workdir: Path, plan: Plan, chunk_factors: Sequence[float]
+) -> None:
+    """Writes config.json, plan.json, timeline.png and timeline.json, which keeps the measured ticks
+    of an earlier start with these slices. Raises `UserError` if it cannot.
+    """
+    schedule = make_schedule(plan)
+    slices = f"{len(schedule.items)} slices ({'sequences x ' * (plan.batch_size > 1)}tokens)"
+    title = f"{slices} on {schedule.num_stages} stages, "
+    if plan.prediction:
+        timeline, unit, name = predicted_timeline(plan, chunk_factors), "s", "predicted"
+        title += "as wide as the time that they should take"
+    else:
+        cost = [
+            item.num_rows * forward_flops(config.model, item.num_tokens, item.token) / 1e9
+            for item in schedule.items
+        ]
+        # A backward pass takes about twice the operations of a forward pass, half of them for
+        # gradients of weights.
+        later = None if schedule.weights is None else cost
+        backward = [2 * c for c in cost] if later is None else cost
+        timeline = simulate(
+            schedule, cost, backward, weight_seconds=later, chunk_factors=chunk_factors
+        )
+        unit, title = "GFLOP in a layer", title + "as wide as their floating-point operations"
+        name = "operations: a second is a GFLOP in a layer"
+    events = trace_events(EXPECTED, name, schedule, timeline)
+    measured = read_trace(workdir / "timeline.json", MEASURED)
+    if work_of(measured) == work_of(events):
+        events += measured
+    with writing_to(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_config(config, workdir)
+        plan.save(workdir / "plan.json")
+        draw_timeline(workdir / "timeline.png", schedule, timeline, title, unit)
+        write_trace(workdir / "timeline.json", events)
+
+
+def write_config(config: Config, workdir: Path) -> None:
+    """Writes config.json. Raises OSError."""
+    (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+
+
+def add_measured_ticks(workdir: Path, plan: Plan, step: int, timeline: Timeline) -> None:
+    """Adds a step as it was to timeline.json. Raises `UserError` if it cannot."""
+    path, name = workdir / "timeline.json", f"measured, step {step}"
+    measured = trace_events(MEASURED, name, make_schedule(plan), timeline)
+    with writing_to(workdir):
+        write_trace(path, read_trace(path, EXPECTED) + measured)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder, which it makes; a process that ends leaves it.
+
+    Raises `UserError` if one is in it. Where a file system has no locks, nothing keeps them out.
+    """
+    with writing_to(folder.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"another run is at work in --workdir={folder.parent}: wait for its end, stop "
+                    "it, or choose another folder."
+                ) from None
+        yield
+    finally:
+        os.close(descriptor)

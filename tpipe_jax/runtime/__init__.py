@@ -1,0 +1,1 @@
+"""Processes: start, agree, fail and stop together."""

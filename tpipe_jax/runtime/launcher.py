@@ -1,0 +1,189 @@
+"""Runs a program as one of a run's processes, or starts all of them on this machine."""
+
+import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from shutil import get_terminal_size
+from typing import IO, Any
+
+from tpipe_jax.config.command_line import without_option
+from tpipe_jax.config.flags import Flags
+from tpipe_jax.errors import UserError
+
+GRACE_SECONDS = 10  # for the others to end by themselves after one has failed
+RESTART_SECONDS = 20  # in which processes that others have started notice that one has failed
+FINAL = (0, 2, 130)  # done, something to mend, stopped: starting again would not help
+
+Child = subprocess.Popen[str]
+
+
+def supervise(argv: Sequence[str], flags: Flags) -> int:
+    """Runs the program in processes of its own, one, or the local ones that are asked for, and
+    again where they have failed and may be restarted; returns the last exit status.
+
+    Raises `UserError` if the devices don't divide.
+    """
+    children: list[Child] = []
+    num_left = flags.processes.max_restarts
+    argv = without_option(list(argv), "max-restarts")
+    with _passing_signals_to(children) as received:
+        while True:
+            if flags.processes.local_processes is None:
+                children[:] = [_start([sys.executable, *argv])]
+                status = _wait(children)
+            else:
+                status = start_local(argv, flags, children)
+            if status in FINAL or received or not num_left:
+                return status
+            num_left -= 1
+            _say(f"starting again from the last checkpoint; {num_left} more restarts are allowed")
+            deadline = time.monotonic() + RESTART_SECONDS
+            while flags.processes.local_processes is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+                if received:
+                    return status
+
+
+def start_local(argv: Sequence[str], flags: Flags, children: list[Child]) -> int:
+    """Starts the program once for each local process, and relays what they print, line by line.
+
+    Cores and devices are shared out evenly. Returns 0 if all processes end so, else the status of
+    the one that failed first; the others are ended then. `children` is filled with them. Raises
+    `UserError` if the devices don't divide.
+    """
+    num_processes, num_devices = flags.processes.local_processes, flags.config.mesh.num_devices
+    assert num_processes is not None
+    num_own, rest = divmod(num_devices, num_processes)
+    if rest:
+        raise UserError(
+            f"--local-processes={num_processes} does not divide the {num_devices} devices of "
+            "config.mesh: start a number that does, or change config.mesh."
+        )
+    with socket.socket() as probe:  # a port that is free now
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, *without_option(list(argv), "local-processes")]
+    command += [f"--coordinator=127.0.0.1:{port}", f"--num-processes={num_processes}"]
+    relays = []
+    children.clear()
+    for i in range(num_processes):
+        ids = map(str, range(i * num_own, (i + 1) * num_own))
+        own = [*command, f"--process-id={i}", "--local-device-ids", *ids]
+        with _on_its_cores(i, num_processes):
+            child = _start(own, is_relayed=True)
+        children.append(child)
+        for source, target in ((child.stdout, sys.stdout), (child.stderr, sys.stderr)):
+            relays.append(threading.Thread(target=_relay, args=(f"[{i}] ", source, target)))
+            relays[-1].start()
+    status = _wait(children)
+    for relay in relays:
+        relay.join()
+    return status
+
+
+def _start(command: Sequence[str], is_relayed: bool = False) -> Child:
+    """Starts a process that signals reach from here only."""
+    if not is_relayed:
+        return subprocess.Popen(command, text=True, start_new_session=True)
+    width = get_terminal_size().columns - len("[0] ")
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        env=os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": str(width)},
+        start_new_session=True,
+    )
+
+
+def _wait(children: Sequence[Child]) -> int:
+    """Waits for all processes; returns the exit status of the one that failed first, if one did.
+
+    Says which that was, and ends those that don't end by themselves then.
+    """
+    first, deadline, hanging = None, math.inf, []
+    while None in (codes := [child.poll() for child in children]) or (first is None and any(codes)):
+        if first is None and any(codes):
+            first = next(i for i, code in enumerate(codes) if code)
+            deadline = time.monotonic() + GRACE_SECONDS
+        if time.monotonic() > deadline:
+            hanging = [i for i, code in enumerate(codes) if code is None]
+            for i in hanging:
+                children[i].kill()
+            deadline = math.inf
+        time.sleep(0.05)
+    if first is None:
+        return 0
+    code = children[first].returncode
+    # Those that end alike have told each other why, and said it.
+    is_alike = all(child.returncode == code for child in children)
+    if code < 0 or not (is_alike or code in FINAL):
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+        is_alone = len(children) == 1
+        _say(f"the process {how}" if is_alone else f"process {first} {how}, before the others")
+    reason = (
+        "it waited for the other" if code == -signal.SIGKILL else "it may be the one that hangs"
+    )
+    for i in hanging:
+        _say(f"process {i} did not end by itself and was killed: {reason}")
+    return code if code > 0 else 128 - code
+
+
+@contextmanager
+def _on_its_cores(index: int, num_processes: int) -> Iterator[None]:
+    """What is started within runs on its share of the cores, or on all if there are too few."""
+    before = os.sched_getaffinity(0)
+    num_own = len(before) // num_processes
+    if num_own:
+        os.sched_setaffinity(0, sorted(before)[index * num_own : (index + 1) * num_own])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+@contextmanager
+def _passing_signals_to(children: Sequence[Child]) -> Iterator[list[int]]:
+    """Ctrl-C and SIGTERM go to the processes, which know what to do with them; yields those that
+    have come.
+    """
+    received: list[int] = []
+
+    def receive(number: int, _: Any) -> None:
+        received.append(number)
+        for child in children:
+            child.send_signal(number)  # does nothing if it has ended
+
+    before = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for child in children:
+            child.kill()  # those that an error has left running
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _relay(prefix: str, source: IO[str] | None, target: IO[str]) -> None:
+    assert source is not None
+    with source:
+        for line in source:
+            # Gloo tells of each group of processes it connects, and its threads tear the lines.
+            is_gloo = line.startswith("[Gloo] ") or "connected peer ranks is" in line
+            if is_gloo or not line.strip():
+                continue
+            target.write(prefix + line.rstrip("\n") + "\n")  # in one piece, so lines don't mix
+            target.flush()

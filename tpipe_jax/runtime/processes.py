@@ -1,0 +1,285 @@
+"""The processes of a run: how they find each other, agree, and stop after one and the same step.
+
+Built on jax's own distributed runtime. Its coordination service, in process 0, holds a few values
+that all can read; what is said here before devices are known goes through those.
+"""
+
+import hashlib
+import ipaddress
+import itertools
+import json
+import os
+import platform
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jaxlib
+import numpy as np
+from jax._src import distributed  # the coordination service's values have no public name yet
+from jax.experimental import multihost_utils
+
+from tpipe_jax.config.flags import Flags, ProcessFlags
+from tpipe_jax.config.settings import to_dict
+from tpipe_jax.errors import UserError
+from tpipe_jax.runtime.failures import ending_together, print_error
+from tpipe_jax.version import __version__
+
+PACKAGE = Path(__file__).parents[1]
+END_SECONDS = 3600  # in which process 0 should have written what it still has when others are done
+HEARTBEAT_SECONDS = 15  # after which a process that was killed, or whose host is gone, is missed
+
+
+@contextmanager
+def joined(flags: Flags) -> Iterator[int]:
+    """Joins the other processes of the run, yields their number, and leaves together with them.
+
+    Call it before anything else of jax. What fails within it in one process ends all of them, with
+    the same exit status and the first error printed; a process alone raises it as usual. Raises
+    `UserError` if the processes don't find each other in time.
+    """
+    if not _connect(flags.processes):
+        yield 1
+        return
+    with ending_together():
+        _agree(flags)
+        yield distributed.global_state.num_processes
+        _client().wait_at_barrier("tpipe_jax/end", 1000 * END_SECONDS)
+    jax.distributed.shutdown()
+
+
+def from_first(text: str) -> str:
+    """The text that process 0 has, in all processes."""
+    if jax.process_count() == 1:
+        return text
+    own = np.frombuffer(text.encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(own))))
+    own = np.resize(own, length) if len(own) else np.zeros(length, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(own)).astype(np.uint8).tobytes().decode()
+
+
+def stop_notices() -> Callable[[], bool]:
+    """Returns a function that tells whether some process has received SIGTERM.
+
+    All processes call it equally often, and it is True at one and the same call in all of them, and
+    never again. Until `stop_notices` is called, SIGTERM ends a process as usual.
+    """
+    jax.config.update("jax_enable_preemption_service", True)
+    distributed.global_state.initialize_preemption_sync_manager()
+    calls = itertools.count()
+    # A notice is due at the next number after the last one asked for, and never at one before.
+    multihost_utils.reached_preemption_sync_point(next(calls))
+    return lambda: multihost_utils.reached_preemption_sync_point(next(calls))
+
+
+def from_all(text: str) -> list[str]:
+    """The texts of all processes, in all processes."""
+    if jax.process_count() == 1:
+        return [text]
+    own = np.frombuffer(text.encode(errors="backslashreplace"), np.uint8)
+    lengths = np.asarray(multihost_utils.process_allgather(np.int32(len(own))))
+    padded = np.zeros(max(*lengths, 1), np.uint8)
+    padded[: len(own)] = own
+    rows = np.asarray(multihost_utils.process_allgather(padded)).astype(np.uint8)
+    return [row[:n].tobytes().decode() for row, n in zip(rows, lengths, strict=True)]
+
+
+def gathered(name: str, text: str, decide: Callable[[list[str]], str]) -> str:
+    """What process 0 decides once all processes have given their text; any thread may ask.
+
+    Names are used once. Nothing but the end of a process keeps the others waiting, so what may
+    fail has to be told as text.
+    """
+    index, client = distributed.global_state.process_id, distributed.global_state.client
+    if client is None:
+        return decide([text])
+    key = f"tpipe_jax/{name}"
+    client.key_value_set(f"{key}/{index}", text)
+    if index == 0:
+        others = range(distributed.global_state.num_processes)
+        texts = [client.blocking_key_value_get(f"{key}/{i}", 1000 * END_SECONDS) for i in others]
+        for i in others:
+            client.key_value_delete(f"{key}/{i}")  # which process 0 would keep in its memory
+        client.key_value_set(f"{key}/decided", decide(texts))
+    return client.blocking_key_value_get(f"{key}/decided", 1000 * END_SECONDS)
+
+
+def host_names() -> list[str]:
+    """The name of each process's host."""
+    return from_all(socket.gethostname())
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """What differs between two nested dictionaries of the same names, as text."""
+    found = []
+    for name in {**theirs, **ours}:
+        a, b = ours.get(name), theirs.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += [f"{name}.{text}" for text in differences(a, b)]
+        elif a != b:
+            found.append(f"{name} is {a} there and {b} in process 0")
+    return found
+
+
+def _connect(flags: ProcessFlags) -> bool:
+    """Whether there are other processes; returns when all have come."""
+    listening = _listening_address(flags.coordinator) if flags.coordinator else None
+    if listening and flags.process_id == 0:
+        _check_listening(listening)  # jax may crash where it cannot
+    jax.config.update("jax_enable_preemption_service", False)  # until `stop_notices`
+    with _giving_up(flags):
+        try:
+            jax.distributed.initialize(
+                flags.coordinator,
+                flags.num_processes,
+                flags.process_id,
+                flags.local_device_ids,
+                cluster_detection_method="deactivate" if flags.coordinator else None,
+                # jax aborts the process when its time is up: ours is up before.
+                initialization_timeout=2 * flags.join_seconds + 60,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+                coordinator_bind_address=listening,
+            )
+        except Exception as error:  # schedulers' own libraries raise what they like
+            if flags.coordinator is None and "coordinator_address" in str(error):
+                return _is_alone()
+            raise UserError(
+                f"jax cannot join the processes of this run ({error}): tell it about them with "
+                "--coordinator, --num-processes and --process-id."
+            ) from error
+    return True
+
+
+def _is_alone() -> bool:
+    """False, since no scheduler that jax knows has started this process with others.
+
+    Raises `UserError` if Open MPI has, whose versions from 5 on jax does not know.
+    """
+    size = os.environ.get("OMPI_COMM_WORLD_SIZE", "1")
+    if size != "1":
+        raise UserError(
+            f"mpirun has started {size} processes, but jax cannot tell how they find each other: "
+            "start them as launch/mpi.sh does, with --coordinator, --num-processes and "
+            "--process-id."
+        )
+    return False
+
+
+@contextmanager
+def _giving_up(flags: ProcessFlags) -> Iterator[None]:
+    """Ends this process with a sentence on why, if what it waits for takes too long.
+
+    jax waits in C++, where Python handles no signals, and aborts when its own time is up. So a
+    timer has to end it, and Ctrl-C is left to the system.
+    """
+
+    def give_up() -> None:
+        state = distributed.global_state
+        address = state.coordinator_address or flags.coordinator or "the scheduler's address"
+        count = state.num_processes if flags.num_processes is None else flags.num_processes
+        if state.process_id == 0 or _answers(address):
+            text = (
+                f"waited {flags.join_seconds} s at {address} for {count} processes, but fewer have "
+                "come: start the others, announce as many with --num-processes as there are (1 to "
+                "run alone), or wait longer with --join-seconds."
+            )
+        else:
+            text = (
+                f"waited {flags.join_seconds} s for process 0, but nothing answers at the "
+                f"coordinator's address {address}: start process 0 there, see that the address "
+                "can be reached from this host, or wait longer with --join-seconds."
+            )
+        print_error(f"error: {text}")
+        os._exit(2)
+
+    timer = threading.Timer(flags.join_seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        timer.cancel()
+
+
+def _listening_address(coordinator: str) -> str:
+    """Where process 0 listens: there if it is a number, else at all addresses of its host, since a
+    host's own name may mean another address to itself than to others.
+    """
+    host, port = _host_and_port(coordinator)
+    try:
+        ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+    except ValueError:
+        return f"[::]:{port}"
+    return coordinator
+
+
+def _check_listening(address: str) -> None:
+    """Raises `UserError` if no program can listen at the address."""
+    host, port = _host_and_port(address)
+    if host == "::" and not socket.has_dualstack_ipv6():
+        host = "0.0.0.0"
+    try:
+        family, *_, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(where)
+    except OSError as error:
+        raise UserError(
+            f"process 0 cannot listen at {address} ({error.strerror}): give --coordinator an "
+            "address of its host, and a port that no other program uses."
+        ) from error
+
+
+def _answers(address: str) -> bool:
+    try:
+        socket.create_connection(_host_and_port(address), 3).close()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _host_and_port(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _agree(flags: Flags) -> None:
+    """Raises `UserError` if this process was started otherwise than process 0."""
+    ours = json.loads(json.dumps(_facts(flags)))
+    key, client = "tpipe_jax/facts", _client()
+    if distributed.global_state.process_id == 0:
+        client.key_value_set(key, json.dumps(ours))
+    theirs = json.loads(client.blocking_key_value_get(key, 1000 * flags.processes.join_seconds))
+    if found := differences(ours, theirs):
+        raise UserError(
+            f"process {distributed.global_state.process_id} on {socket.gethostname()} was started "
+            f"otherwise than process 0 ({'; '.join(found)}): start all processes with the same "
+            "settings and the same versions."
+        )
+
+
+def _facts(flags: Flags) -> dict[str, Any]:
+    """What must be the same in all processes."""
+    code = hashlib.sha256()
+    for path in sorted(PACKAGE.rglob("*.py")):
+        code.update(path.read_bytes())
+    return {
+        "config": to_dict(flags.config),
+        "workdir": str(flags.workdir),
+        "num_processes": distributed.global_state.num_processes,
+        "tpipe_jax": f"{__version__} ({code.hexdigest()[:12]})",
+        "jax": jax.__version__,
+        "jaxlib": jaxlib.__version__,
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+    }
+
+
+def _client() -> Any:
+    return distributed.global_state.client

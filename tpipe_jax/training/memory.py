@@ -1,0 +1,224 @@
+"""What a step takes of a device's memory: what is known of it, what XLA says, and what fits."""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import jax
+import numpy as np
+import optax
+from jax.errors import JaxRuntimeError
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from jax.stages import Compiled
+
+from tpipe_jax.config.settings import Config
+from tpipe_jax.devices.hlo import compile_checked
+from tpipe_jax.errors import Infeasible, UserError
+from tpipe_jax.model.remat import candidates
+from tpipe_jax.model.sharding import padded_vocab_size
+from tpipe_jax.pipeline.footprint import (
+    activation_bytes_per_token,
+    cache_bytes_per_token,
+    deferred_bytes_per_token,
+    trunk_bytes_per_token,
+)
+from tpipe_jax.pipeline.vocab_parallel import chunk_tokens
+from tpipe_jax.planning.plan import Plan, PlanRequest
+from tpipe_jax.planning.schedule import Schedule, make_schedule
+from tpipe_jax.planning.schedule_check import check
+from tpipe_jax.planning.settings import settled, uniform, unit_tokens
+from tpipe_jax.runtime.processes import host_names
+from tpipe_jax.training.state import abstract_rows, abstract_state, state_bytes
+from tpipe_jax.training.step import make_train_step
+
+GIB = 2**30
+
+
+def budget(
+    config: Config, mesh: Mesh, schedule: Schedule, optimizer: optax.GradientTransformation
+) -> dict[str, int]:
+    """Bytes of a device by what they are for: all that does not depend on the slices.
+
+    Not all of it is in use at the same time.
+    """
+    model = config.model
+    rows = schedule.num_rows * model.seq_len, schedule.num_gradient_rows * model.seq_len
+    caches, activations = (
+        sum(n * per_token for n, per_token in zip(rows, of(config, mesh), strict=True))
+        for of in (cache_bytes_per_token, activation_bytes_per_token)
+    )
+    b, n = schedule.longest_shape
+    activations += schedule.num_slots * b * n * deferred_bytes_per_token(config, mesh)
+    params, opt_state = state_bytes(abstract_state(config, mesh, optimizer))
+    num_rows = padded_vocab_size(model, mesh) // (mesh.shape["pipe"] * mesh.shape["model"])
+    part_rows = max(part.num_rows for part in schedule.parts)
+    logits = part_rows * chunk_tokens(part_rows, model.seq_len) * num_rows * 4
+    return {
+        "parameters": params,
+        "gradients": params,
+        "optimiser state": opt_state,
+        "attention caches and their gradients": caches,
+        "other activations": activations - caches,
+        "input and output of the stage": rows[0] * trunk_bytes_per_token(config, mesh),
+        "logits of a chunk, softmax and gradients": 3 * logits,
+    }
+
+
+def program_bytes(program: Compiled) -> int:
+    """All memory of a program, as XLA says; 0 where the backend does not tell."""
+    analysis = program.memory_analysis()
+    if analysis is None:
+        return 0
+    results = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.argument_size_in_bytes + results + analysis.temp_size_in_bytes
+
+
+def limit_bytes(config: Config, mesh: Mesh) -> float | None:
+    """What a step may use: as set, or the least that a device has; None if that is not known.
+
+    A CPU has its share of the machine's memory, which other processes may need too.
+    """
+    if config.memory.limit_gib is not None:
+        return config.memory.limit_gib * GIB
+    device = mesh.local_devices[0]
+    reported = (device.memory_stats() or {}).get("bytes_limit", math.inf)
+    if device.platform == "cpu":
+        machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        reported = machine_bytes / _num_on_this_host(mesh)
+    if jax.process_count() > 1:
+        reported = float(multihost_utils.process_allgather(np.float64(reported)).min())
+    return reported if reported < math.inf else None
+
+
+def _num_on_this_host(mesh: Mesh) -> int:
+    """Devices of the mesh on the host of this process."""
+    hosts = host_names()
+    own = hosts[jax.process_index()]
+    return sum(hosts[device.process_index] == own for device in mesh.devices.flat)
+
+
+@contextmanager
+def out_of_memory() -> Iterator[None]:
+    """Answers a device whose memory does not do with a `UserError`, one that all processes find
+    alike if there is only one.
+    """
+    try:
+        yield
+    except JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        brief = str(error).splitlines()[0]
+        kind = Infeasible if jax.process_count() == 1 else UserError
+        raise kind(
+            f"a device has too little memory ({brief}): set config.memory.limit_gib below "
+            "what it has, with config.memory.remat=auto, to have what fits chosen; or give "
+            "config.mesh more devices, or make config.train.batch_size or config.model smaller."
+        ) from error
+
+
+def fitting_step(
+    config: Config, mesh: Mesh, plan: Plan, optimizer: optax.GradientTransformation
+) -> tuple[Config, Compiled]:
+    """The training step with the first of the allowed policies (`remat.candidates`) that keeps to
+    the memory, and the config that names the policy.
+
+    Raises `UserError` if none does.
+    """
+    config = settled(config, plan)
+    limit, needed, trial = limit_bytes(config, mesh), 0, config
+    schedule = make_schedule(plan)
+    check(schedule)
+    for remat in candidates(config.memory):
+        trial = _with_policy(config, remat)
+        needed = max(budget(trial, mesh, schedule, optimizer).values())
+        if limit is not None and needed > limit:
+            continue  # whatever else it takes, which a compiler may take long to say
+        step = compile_checked(
+            make_train_step(trial, mesh, schedule, optimizer),
+            mesh,
+            abstract_state(trial, mesh, optimizer),
+            abstract_rows(trial, mesh),
+        )
+        needed = program_bytes(step)
+        if limit is None or needed <= limit:
+            return trial, step
+    assert limit is not None
+    raise Infeasible(_too_little(trial, mesh, schedule, optimizer, limit, needed))
+
+
+def fitting_policy(
+    config: Config, mesh: Mesh, request: PlanRequest, optimizer: optax.GradientTransformation
+) -> Config:
+    """The config with the first of the allowed policies under which the smallest slices fit.
+
+    Raises `UserError` if there is none.
+    """
+    first, limit = _with_policy(config, candidates(config.memory)[0]), limit_bytes(config, mesh)
+    batch_slices = request.batch_slices or (1,) * request.batch_size
+    num_slices = request.seq_len // unit_tokens(config)
+    token_slices = request.token_slices or uniform(request.seq_len, num_slices)
+    slices = batch_slices, (token_slices,) * len(batch_slices)
+    plans = [
+        Plan(
+            request.num_stages,
+            *slices,
+            schedule=name,
+            num_chunks=request.chunk_options[0] if name == "interleaved" else 1,
+        )
+        for name in request.schedules
+    ]
+
+    def needed(plan: Plan) -> int:
+        parts = budget(settled(first, plan), mesh, make_schedule(plan), optimizer)
+        return sum(parts.values())
+
+    smallest = min(plans, key=needed)
+    if limit is None or 2 * needed(smallest) < limit:
+        return first  # it will do, as the step itself will show
+    fitting, _ = fitting_step(config, mesh, smallest, optimizer)
+    return _with_policy(config, fitting.memory.remat)
+
+
+def _with_policy(config: Config, remat: str) -> Config:
+    return replace(config, memory=replace(config.memory, remat=remat))
+
+
+def _too_little(
+    config: Config,
+    mesh: Mesh,
+    schedule: Schedule,
+    optimizer: optax.GradientTransformation,
+    limit: float,
+    needed: int,
+) -> str:
+    """By how much the last policy exceeds the limit, and what takes the most."""
+    name = (
+        f"config.memory.limit_gib={config.memory.limit_gib:g}"
+        if config.memory.limit_gib is not None
+        else f"the memory of a device, {limit / GIB:.3g} GiB,"
+    )
+    parts = budget(config, mesh, schedule, optimizer)
+    of_state = sum(parts[name] for name in ("parameters", "gradients", "optimiser state"))
+    saved = parts["attention caches and their gradients"] + parts["other activations"]
+    has_batch_slices = len({item.row for item in schedule.items}) > 1
+    one_by_one = "config.plan.schedule=1f1b" + " with more batch slices" * (not has_batch_slices)
+    could_take_turns = schedule.num_rows > 1 and len(schedule.parts) == 1
+    remedies = {
+        one_by_one: (could_take_turns and not config.memory.defer_weight_grads)
+        or schedule.num_slots > 0,
+        "config.memory.defer_weight_grads=false": config.memory.defer_weight_grads,
+        "config.memory.remat=full": config.memory.remat != "full",
+        "a smaller config.train.batch_size or config.model.seq_len": True,
+        "more devices in config.mesh.pipe or config.mesh.model": True,
+        "config.optim.shard_state with more data shards": not config.optim.shard_state,
+    }
+    return (
+        f"{name} is {(needed - limit) / GIB:.3g} GiB less than a step takes with "
+        f"config.memory.remat={config.memory.remat}: about {of_state / GIB:.3g} GiB are "
+        f"parameters, gradients and optimiser state, and {saved / GIB:.3g} GiB are saved for the "
+        f"backward pass; {', '.join(text for text, helps in remedies.items() if helps)} would "
+        "bring it down."
+    )

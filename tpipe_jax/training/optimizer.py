@@ -1,0 +1,71 @@
+"""The optimiser: AdamW with linear warm-up, cosine decay and clipping by the global norm."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from tpipe_jax.config.settings import OptimConfig
+from tpipe_jax.model.block import Params
+
+FINAL_FRACTION = 0.1  # of the peak learning rate, at the end of the run, as GPT-3
+
+
+def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
+    """Step, from 0, to learning rate: linear to the peak, then a cosine to a tenth of it."""
+    peak, warmup_steps = config.learning_rate, config.warmup_steps
+    # The first step has peak / warmup_steps rather than 0, with which it would do nothing.
+    warmup = optax.linear_schedule(peak / max(1, warmup_steps), peak, max(1, warmup_steps - 1))
+    decay = optax.cosine_decay_schedule(peak, max(1, num_steps - warmup_steps), FINAL_FRACTION)
+    return optax.join_schedules([warmup, decay], [warmup_steps])
+
+
+def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+    """AdamW over all parameters, for gradients that are `clipped`."""
+    adamw = optax.adamw(
+        learning_rate(config, num_steps),
+        b1=config.beta1,
+        b2=config.beta2,
+        weight_decay=config.weight_decay,
+        mask=_is_decayed,
+    )
+    # A chain, since checkpoints have its state under this name.
+    return optax.chain(optax.identity(), adamw)
+
+
+def global_norm(grads: Params) -> Array:
+    """The norm of all gradients, as they lie on the mesh.
+
+    Each stage adds up its own squares, so that stages exchange one number, and not one for each
+    array as with `optax.tree.norm`.
+    """
+    blocks, table_VD = grads["blocks"], grads["embed"]["tokens"]
+    num_stages = jax.tree.leaves(blocks)[0].shape[0]
+    divided = blocks, table_VD.reshape(num_stages, -1, table_VD.shape[-1])
+    whole = grads["embed"]["positions"], grads["norm"]
+
+    def squares(tree: Any, first_axis: int) -> Array:
+        leaves = jax.tree.leaves(tree)
+        return jnp.stack([jnp.square(a).sum(range(first_axis, a.ndim)) for a in leaves]).sum(0)
+
+    return jnp.sqrt(squares(divided, 1).sum() + squares(whole, 0))
+
+
+def clipped(config: OptimConfig, grads: Params, norm: Array) -> Params:
+    """Gradients of a norm, which is at most `grad_clip` then."""
+    if not config.grad_clip:
+        return grads
+    factor = jnp.minimum(1, config.grad_clip / norm)
+    return jax.tree.map(lambda a: factor * a, grads)
+
+
+def _is_decayed(params: Params) -> Params:
+    """True for the matrices of blocks; norms, biases and embeddings are not decayed."""
+
+    def is_matrix(path: tuple[Any, ...], a: Any) -> bool:
+        # Others may call it something else, and the first axis of a block is that of the stages.
+        return path[-1].key == "kernel" or (path[0].key == "blocks" and a.ndim > 2)
+
+    return jax.tree_util.tree_map_with_path(is_matrix, params)

@@ -1,0 +1,117 @@
+"""What training changes: parameters, optimiser state, step and counts, and where they lie."""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.stages import Wrapped
+
+from tpipe_jax.config.settings import Config, resolved
+from tpipe_jax.devices.mesh import over_data, shardings
+from tpipe_jax.model.block import Params
+from tpipe_jax.model.functional import init_block
+from tpipe_jax.model.sharding import padded_vocab_size, param_specs
+from tpipe_jax.model.transformer import block_keys, init
+from tpipe_jax.planning.placement import stage_layers
+from tpipe_jax.training.health import Health, new_health
+from tpipe_jax.training.loss_scale import LossScale, new_loss_scale
+
+
+class TrainState(NamedTuple):
+    """What training changes and a checkpoint holds."""
+
+    params: Params
+    opt_state: optax.OptState
+    step: Array
+    loss_scale: LossScale
+    health: Health
+
+
+def abstract_state(
+    config: Config, mesh: Mesh, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Shapes, dtypes and shardings of a state, without its arrays."""
+    is_divided = resolved(config).optim.shard_state
+    shapes = jax.eval_shape(partial(_new_state, config, mesh, optimizer))
+    specs = param_specs(config.model, len(shapes.params["blocks"]))
+    chex.assert_trees_all_equal_structs(shapes.params, specs)
+    opt_specs = optax.tree_map_params(
+        optimizer.init,
+        lambda moment, spec: over_data(mesh, spec, moment.shape) if is_divided else spec,
+        shapes.opt_state,
+        specs,
+        transform_non_params=lambda _: PartitionSpec(),
+    )
+    other_specs = jax.tree.map(lambda _: PartitionSpec(), shapes._replace(params={}, opt_state=()))
+    places = shardings(mesh, other_specs._replace(params=specs, opt_state=opt_specs))
+    return jax.tree.map(
+        lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), shapes, places
+    )
+
+
+def abstract_rows(config: Config, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """What `mesh.put_rows` makes of a batch of rows (`batches.make_row`), without its array."""
+    B, T = config.train.batch_size, config.model.seq_len
+    shape = (B, 3, T) if config.data.marks_documents else (B, T + 1)
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+
+
+def init_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh state on the mesh; its parameters depend on the seed alone."""
+    return init_step(config, mesh, optimizer)()
+
+
+def init_step(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> Wrapped:
+    """The program that makes a fresh state; each device draws the blocks of its own stage only."""
+    places = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh, optimizer))
+    return jax.jit(partial(_new_state, config, mesh, optimizer), out_shardings=places)
+
+
+def _new_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
+    params = _new_params(config, mesh)
+    loss_scale = new_loss_scale(config.precision)
+    return TrainState(params, optimizer.init(params), jnp.int32(0), loss_scale, new_health())
+
+
+def _new_params(config: Config, mesh: Mesh) -> Params:
+    model, key = config.model, jax.random.key(config.train.seed)
+    params, keys = init(model, key), block_keys(model, key)
+    draw = jax.jit(jax.vmap(partial(init_block, model)))
+
+    def blocks(layer_P: np.ndarray) -> Params:
+        is_layer_P, drawn = layer_P >= 0, draw(keys[np.maximum(layer_P, 0)])
+        return jax.tree.map(
+            lambda a: jnp.where(is_layer_P.reshape(-1, *[1] * (a.ndim - 1)), a, 0), drawn
+        )
+
+    table_VD = params["embed"]["tokens"]
+    fill = padded_vocab_size(model, mesh) - len(table_VD)
+    return params | {
+        "embed": params["embed"] | {"tokens": jnp.pad(table_VD, ((0, fill), (0, 0)))},
+        "blocks": [
+            blocks(layer_P)
+            for layer_P in stage_layers(
+                model.num_layers, mesh.shape["pipe"], config.plan.num_chunks
+            )
+        ],
+    }
+
+
+def state_bytes(state: TrainState) -> tuple[int, int]:
+    """Bytes of parameters and of optimiser state on each device; the state may be abstract."""
+
+    def num_bytes(tree: Any) -> int:
+        return sum(
+            math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
+            for a in jax.tree.leaves(tree)
+        )
+
+    return num_bytes(state.params), num_bytes(state.opt_state)

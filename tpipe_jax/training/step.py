@@ -1,0 +1,221 @@
+"""The compiled programs: a training step, its loss and gradients alone, evaluation, decoding."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array, lax
+from jax.sharding import Mesh, PartitionSpec
+from jax.stages import Wrapped
+
+from tpipe_jax.config.settings import IGNORE, Config
+from tpipe_jax.devices.collectives import psum, varying
+from tpipe_jax.devices.precision import compute_dtype, compute_format
+from tpipe_jax.errors import UserError
+from tpipe_jax.model.block import Params
+from tpipe_jax.pipeline import vocab_parallel
+from tpipe_jax.pipeline.build import (
+    empty_caches_of,
+    empty_gradients_of,
+    empty_saved_of,
+    for_compute,
+    make_head,
+    make_stage,
+    over_mesh,
+)
+from tpipe_jax.pipeline.executor import StepWork, execute
+from tpipe_jax.planning.schedule import Schedule
+from tpipe_jax.training.health import next_health
+from tpipe_jax.training.loss_scale import next_loss_scale
+from tpipe_jax.training.optimizer import clipped, global_norm
+from tpipe_jax.training.state import TrainState, abstract_state
+
+
+def make_train_step(
+    config: Config, mesh: Mesh, schedule: Schedule, optimizer: optax.GradientTransformation
+) -> Wrapped:
+    """`(state, rows)` (`batches.make_row`) to the next state and `loss`, `grad_norm`, for float16 also
+    `loss_scale`, and the counts of `Health` as they are then.
+
+    Where loss or gradients are not finite on any device, all keep their parameters and optimiser
+    state. The old state is donated.
+    """
+    loss_and_grads = make_loss_and_grads(config, mesh, schedule)
+    places = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh, optimizer))
+    is_scaled = compute_format(config.precision, mesh) == "float16"
+
+    @partial(jax.jit, donate_argnums=0, out_shardings=(places, None))
+    def train_step(state: TrainState, rows: Array) -> tuple[TrainState, dict[str, Array]]:
+        scale = state.loss_scale
+        value, grads = loss_and_grads(state.params, rows, scale.value if is_scaled else 1.0)
+        metrics = {"loss": value, "grad_norm": global_norm(grads)}
+        is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        grads = clipped(config.optim, grads, metrics["grad_norm"])
+        state = apply_gradients(optimizer, state, grads, is_finite)
+        is_lowering = jnp.bool(False)  # the loss scale, which is no sign of divergence
+        if is_scaled:
+            is_lowering = scale.value > config.precision.loss_scale_min
+            state = state._replace(loss_scale=next_loss_scale(config.precision, scale, is_finite))
+            metrics["loss_scale"] = scale.value
+        health = next_health(state.health, metrics["loss"], is_finite, is_lowering)
+        counts = ("skipped_steps", "consecutive_skips", "loss_spikes")
+        metrics |= {name: getattr(health, name) for name in counts}
+        return state._replace(health=health), metrics
+
+    return train_step
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation, state: TrainState, grads: Params, is_finite: Array
+) -> TrainState:
+    """The state after a step; one that is not finite changes nothing but the number of steps."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    new = optax.apply_updates(state.params, updates), opt_state
+    params, opt_state = jax.tree.map(
+        partial(jnp.where, is_finite), new, (state.params, state.opt_state)
+    )
+    return state._replace(params=params, opt_state=opt_state, step=state.step + 1)
+
+
+def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapped:
+    """`(params, rows, scale=1)` (`batches.make_row`) to the mean loss in nats per token and its
+    float32 gradients, which are computed as those of `scale` times the loss.
+    """
+    if config.memory.defer_weight_grads and len(schedule.parts) > 1:
+        raise UserError(
+            "config.memory.defer_weight_grads=true needs all of a batch at once, and the plan's "
+            "schedule keeps a part at a time: set it to false, or plan with "
+            "config.plan.schedule=terapipe."
+        )
+    V, dtype = config.model.vocab_size, compute_dtype(config.precision, mesh)
+
+    def local(params: Params, rows: Array, scale: Array) -> tuple[Array, Params]:
+        batch, params = _Batch.of(config, rows), for_compute(config, mesh, params)
+        count = _count(batch.targets_BT)
+        weight, head = scale / count, make_head(config, mesh, params)
+        stage = make_stage(config, mesh, params, batch.starts_BT1)
+        stage = stage._replace(
+            takes_turns=schedule.num_gradient_rows < len(batch.tokens_BT),
+            has_slots=schedule.slots is not None,
+        )
+
+        def turn(
+            y_BTD: Array, row: Array | int, sums: vocab_parallel.Sums
+        ) -> tuple[Array, vocab_parallel.Sums]:
+            targets = batch.part(row, len(y_BTD)).targets_BT
+            sums, d_y_BTD = vocab_parallel.add_cross_entropy_and_grads(
+                sums, head, y_BTD, targets, V, weight
+            )
+            return d_y_BTD, sums
+
+        def leave(
+            d_x_BTD: Array, row: Array | int, sums: vocab_parallel.Sums
+        ) -> vocab_parallel.Sums:
+            tokens, _, starts = batch.part(row, len(d_x_BTD))
+            d_embed = vocab_parallel.add_embed_grads(sums.d_embed, tokens, d_x_BTD, weight, starts)
+            return sums._replace(d_embed=d_embed)
+
+        work = StepWork(
+            _embedding(params, batch, dtype),
+            stage.forward,
+            turn,
+            stage.backward,
+            stage.weight_gradients,
+            leave,
+        )
+        saved, gradients, sums = execute(
+            schedule,
+            work,
+            _trunk(config, schedule, dtype),
+            empty_saved_of(config, mesh, schedule.num_rows),
+            empty_gradients_of(config, mesh, schedule.num_gradient_rows, _waiting(schedule)),
+            vocab_parallel.no_sums(params["embed"], head.norm),
+        )
+        d_blocks = stage.param_gradients(saved, gradients)
+        grads = {
+            "embed": vocab_parallel.embed_gradients(sums, weight),
+            "blocks": [jax.tree.map(lambda g: g[None], layer) for layer in d_blocks],
+            "norm": psum(sums.d_norm, "pipe"),
+        }
+        total, grads = psum((sums.loss, grads), "data")
+        return total / count, jax.tree.map(lambda g: g / scale, grads)
+
+    mapped = over_mesh(config, mesh, local, lambda specs: (PartitionSpec(), specs), num_scalars=1)
+    return jax.jit(lambda params, rows, scale=1.0: mapped(params, rows, jnp.float32(scale)))
+
+
+def make_loss(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapped:
+    """`(params, rows)` (`batches.make_row`) to the mean loss in nats per token."""
+    V, dtype = config.model.vocab_size, compute_dtype(config.precision, mesh)
+
+    def local(params: Params, rows: Array) -> Array:
+        batch, params = _Batch.of(config, rows), for_compute(config, mesh, params)
+        head = make_head(config, mesh, params)
+        stage = make_stage(config, mesh, params, batch.starts_BT1)
+
+        def turn(y_BTD: Array, row: Array | int, total: Array) -> tuple[Array, Array]:
+            targets = batch.part(row, len(y_BTD)).targets_BT
+            return y_BTD, total + vocab_parallel.cross_entropy(head, y_BTD, targets, V)
+
+        _, _, total = execute(
+            schedule,
+            StepWork(_embedding(params, batch, dtype), stage.infer, turn),
+            _trunk(config, schedule, dtype),
+            empty_caches_of(config, mesh, dtype, schedule.num_rows),
+            (),
+            varying(jnp.float32(0), ("data",)),
+        )
+        return psum(total, "data") / _count(batch.targets_BT)
+
+    return over_mesh(config, mesh, local, lambda _: PartitionSpec())
+
+
+class _Batch(NamedTuple):
+    """The rows of a data shard."""
+
+    tokens_BT: Array
+    targets_BT: Array
+    starts_BT1: Array | None
+    """Of documents, where these do not see each other."""
+
+    @classmethod
+    def of(cls, config: Config, rows: Array) -> "_Batch":
+        """From what `batches.make_row` has made."""
+        if not config.data.marks_documents:
+            return cls(rows[:, :-1], rows[:, 1:], None)
+        tokens_BT, targets_BT, starts_BT = rows.swapaxes(0, 1)
+        see_others = config.data.cross_document_attention
+        return cls(tokens_BT, targets_BT, None if see_others else starts_BT[..., None])
+
+    def part(self, row: Array | int, num_rows: int) -> "_Batch":
+        """Some of the rows."""
+        return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, row, num_rows), self)
+
+
+def _embedding(params: Params, batch: _Batch, dtype: Any) -> Callable[[Array | int, int], Array]:
+    """The embedding of some rows of the batch."""
+
+    def embed(row: Array | int, num_rows: int) -> Array:
+        tokens, _, starts = batch.part(row, num_rows)
+        return vocab_parallel.embed(params["embed"], tokens, dtype, starts)
+
+    return embed
+
+
+def _trunk(config: Config, schedule: Schedule, dtype: Any) -> Array:
+    """Room for the rows that are in the pipeline."""
+    return jnp.zeros((schedule.num_rows, config.model.seq_len, config.model.d_model), dtype)
+
+
+def _waiting(schedule: Schedule) -> tuple[int, int] | None:
+    """Rows and tokens of all slots."""
+    num_rows, num_tokens = schedule.longest_shape
+    return (schedule.num_slots * num_rows, num_tokens) if schedule.num_slots else None
+
+
+def _count(targets_BT: Array) -> Array:
+    """Targets of all data shards; 1 where there are none, whose loss is 0."""
+    return jnp.maximum(psum((targets_BT != IGNORE).sum(), "data"), 1)

@@ -1,0 +1,174 @@
+"""What is measured of the steps of a run, when it is logged, and when a run has diverged."""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from tpipe_jax.config.settings import Config
+from tpipe_jax.devices.hardware import peak_flops
+from tpipe_jax.errors import UserError
+from tpipe_jax.model.flops import step_flops
+from tpipe_jax.planning.estimator import predicted_timeline
+from tpipe_jax.planning.plan import Plan
+from tpipe_jax.planning.settings import work_factors
+from tpipe_jax.reporting.console import Console
+from tpipe_jax.reporting.metrics import Metrics
+from tpipe_jax.training.optimizer import learning_rate
+
+COMPARED_STEPS = 20  # until prediction and measurement are compared
+STEP_METRICS = ("loss", "grad_norm", "loss_scale", "skipped_steps", "loss_spikes")
+
+
+class StepLog:
+    """Measures steps and passes on what was due: a step is begun when it has been dispatched.
+
+    `step_seconds` is the mean over the steps since the last line, without evaluations but with
+    what a checkpoint takes from them. After some steps it tells what the plan predicted for them.
+    """
+
+    def __init__(
+        self, config: Config, plan: Plan, mesh: Mesh, metrics: Metrics | None, console: Console
+    ) -> None:
+        self._train, self._metrics, self._console = config.train, metrics, console
+        self._precision, self._optim = config.precision, config.optim
+        may_skip = self._train.on_nonfinite == "skip"
+        self._num_allowed = self._train.max_consecutive_skips if may_skip else 0
+        self._prediction, self._compared = plan.prediction, (0, 0.0)
+        self._is_warming_up, self._save_seconds = True, 0.0
+        self._measured_bubble: float | None = None
+        self._flops, self._num_devices = step_flops(config), mesh.size
+        self._device = mesh.local_devices[0]
+        self._peak_flops = peak_flops(config, self._device)
+        self._bubble = None
+        if plan.prediction:
+            self._bubble = predicted_timeline(plan, work_factors(config, plan)).bubble
+        self._tokens_per_step = config.train.batch_size * config.model.seq_len
+        self._learning_rate = learning_rate(config.optim, config.train.num_steps)
+        self._running: tuple[int, dict[str, Array]] | None = None
+        self.start()
+
+    def start(self) -> None:
+        """Counts time from now on."""
+        self._num_timed, self._since, self._wait_seconds = 0, time.monotonic(), 0.0
+
+    def begin(self, step: int, values: dict[str, Array]) -> None:
+        self._running = step, values
+
+    def add_save(self, seconds: float) -> None:
+        """Logs with the next line how long checkpoints have kept training waiting."""
+        self._save_seconds += seconds
+
+    def add_wait(self, seconds: float) -> None:
+        """Logs with the next line how long a step has waited for its batch."""
+        self._wait_seconds += seconds
+
+    def add_bubble(self, share: float | None) -> None:
+        """Logs with the next line in what share of a traced step the stages were idle."""
+        self._measured_bubble = share
+
+    def leave_out(self, seconds: float) -> None:
+        """Does not count time that no step took."""
+        self._since += seconds
+
+    def finish(self, evaluate: Callable[[], float] | None = None) -> None:
+        """Waits for the step that was begun, if there is one, and logs it if it is due."""
+        if self._running is None:
+            return
+        (step, values), self._running = self._running, None
+        values = jax.device_get(values)  # which has the names in another order
+        line = {name: values[name].item() for name in STEP_METRICS if name in values}
+        self._num_timed += 1
+        is_finite = math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
+        num_bad = int(values["consecutive_skips"])
+        has_diverged = not is_finite and num_bad > self._num_allowed
+        if not is_finite and 0 < num_bad <= self._num_allowed:
+            self._console.say(f"step {step}: loss or gradients are not finite, and not applied")
+        if not (
+            has_diverged
+            or evaluate
+            or step % self._train.log_every == 0
+            or step == self._train.num_steps
+        ):
+            return
+        step_seconds = (time.monotonic() - self._since) / self._num_timed
+        # Steps before this one that were not skipped.
+        num_updates = step - 1 - line["skipped_steps"] + (not is_finite)
+        line |= {
+            "learning_rate": np.asarray(self._learning_rate(num_updates)).item(),
+            "step_seconds": step_seconds,
+            **self._speed(step_seconds),
+            "data_wait_seconds": self._wait_seconds / self._num_timed,
+            "peak_memory_gib": _peak_bytes(self._device) / 2**30,
+        }
+        if self._bubble is not None:
+            line["bubble_predicted"] = self._bubble
+        if self._measured_bubble is not None:
+            line["bubble_measured"], self._measured_bubble = self._measured_bubble, None
+        if self._save_seconds:
+            line["checkpoint_stall_seconds"], self._save_seconds = self._save_seconds, 0.0
+        if evaluate and not has_diverged:
+            line["eval_loss"] = evaluate()
+        if self._metrics:
+            self._metrics.write(step, line)
+        self._console.show_progress(step, line)
+        if has_diverged:
+            raise UserError(self._divergence(step, num_bad))
+        self._compare(step, step_seconds)
+        self.start()
+
+    def _speed(self, step_seconds: float) -> dict[str, float]:
+        tokens, flops = (n / step_seconds for n in (self._tokens_per_step, self._flops))
+        speed = {
+            "tokens_per_second": tokens,
+            "tokens_per_second_per_device": tokens / self._num_devices,
+            "tflops_per_device": flops / self._num_devices / 1e12,
+        }
+        if self._peak_flops:
+            speed["mfu"] = flops / self._num_devices / self._peak_flops
+        return speed
+
+    def _divergence(self, step: int, num_bad: int) -> str:
+        scale = self._precision.loss_scale_min
+        steps = f"step {step} are" if num_bad == 1 else f"{num_bad} steps up to {step} were"
+        return (
+            f"training has diverged: loss or gradients of {steps} not finite"
+            + f", with the loss scale at its lower bound {scale:g}"
+            * (self._precision.compute == "float16")
+            + f"; lower config.optim.learning_rate={self._optim.learning_rate:g} or raise "
+            f"config.optim.warmup_steps={self._optim.warmup_steps}, and the same command goes on "
+            "from the last checkpoint, which is untouched, or starts again with another --workdir."
+        )
+
+    def _compare(self, step: int, step_seconds: float) -> None:
+        """Tells prediction and measurement once enough steps have been timed, after the first line,
+        whose steps warm up.
+        """
+        if self._is_warming_up and step < self._train.num_steps:
+            self._is_warming_up = False
+            return
+        num_steps, seconds = self._compared
+        self._compared = num_steps + self._num_timed, seconds + self._num_timed * step_seconds
+        is_due = self._compared[0] >= COMPARED_STEPS or step == self._train.num_steps
+        if self._prediction and is_due:
+            measured = self._compared[1] / self._compared[0]
+            self._console.show_agreement(self._prediction.step_seconds, measured)
+            self._prediction = None
+
+
+def _peak_bytes(device: Any) -> int:
+    """The most that has been in use, of a device's memory, or where it does not tell of the
+    process's.
+    """
+    reported = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    if reported is not None:
+        return reported
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
