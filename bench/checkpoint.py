@@ -24,6 +24,7 @@ import jax
 from tpipe_jax.checkpoint.checkpoints import Checkpoints
 from tpipe_jax.config.settings import Config, MeshConfig, ModelConfig
 from tpipe_jax.devices.mesh import make_mesh
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.training.optimizer import make_optimizer
 from tpipe_jax.training.state import abstract_state, init_state
 
@@ -35,8 +36,11 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 2)
     model = ModelConfig(num_layers=args.num_layers, d_model=args.d_model, num_heads=4)
     config = Config(model=model, mesh=MeshConfig(pipe=2))
-    mesh, optimizer = make_mesh(config.mesh, jax.devices()), make_optimizer(config.optim, 100)
-    state, like = init_state(config, mesh, optimizer), abstract_state(config, mesh, optimizer)
+    mesh, optimizer = make_mesh(config.mesh, jax.devices()), make_optimizer(config)
+    state, like = (
+        init_state(make_spec(config, mesh), optimizer),
+        abstract_state(make_spec(config, mesh), optimizer),
+    )
     num_bytes = sum(a.nbytes for a in jax.tree.leaves(state))
     print(f"{num_bytes / 1e6:.0f} MB, jax {jax.__version__}, medians of {args.rounds} rounds")
 

@@ -50,12 +50,12 @@ from tpipe_jax.config.settings import (
 )
 from tpipe_jax.devices.hlo import compile_checked
 from tpipe_jax.devices.mesh import make_mesh, put_rows
-from tpipe_jax.devices.precision import compute_dtype, resolve_precision
+from tpipe_jax.devices.precision import resolve_precision
 from tpipe_jax.errors import UserError
 from tpipe_jax.model.flops import step_flops
 from tpipe_jax.model.remat import POLICIES, saved_names
 from tpipe_jax.model.transformer import num_params
-from tpipe_jax.pipeline.spec import on_mesh
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.planning.settings import read_settings
@@ -107,8 +107,8 @@ def main() -> None:
     device = jax.devices()[0]
     mesh = make_mesh(Config().mesh, [device])
     config = resolve_precision(make_config(args, args.seq_len[0]), mesh)
-    rate = product_rate(args.product, compute_dtype(config.precision, mesh))
-    limit = limit_bytes(config, mesh)
+    rate = product_rate(args.product, jnp.dtype(config.precision.compute))
+    limit = limit_bytes(make_spec(config, mesh))
     print(
         f"{num_params(config.model) / 1e9:.2f}e9 parameters, {args.num_layers} layers, d_model "
         f"{args.d_model}, {args.num_heads} heads, {args.batch_tokens} tokens a step, "
@@ -184,7 +184,7 @@ def compile_programs(args: argparse.Namespace, base: Config, mesh: Mesh) -> list
     for backend in args.backend:
         attention = AttentionConfig(backend, args.block)
         try:
-            config = on_mesh(replace(base, attention=attention), mesh)
+            config = make_spec(replace(base, attention=attention), mesh).config
         except UserError as error:
             print(f"without {backend}: {error}", flush=True)
             continue
@@ -218,20 +218,20 @@ def variants(args: argparse.Namespace) -> list[tuple[int, bool, int, ScheduleNam
 
 
 def compile_into(program: Program, config: Config, mesh: Mesh) -> None:
-    optimizer = make_optimizer(config.optim, config.train.num_steps)
+    optimizer = make_optimizer(config)
     schedule = make_schedule(plan_of(config, program))
     try:
         step = compile_checked(
-            make_train_step(config, mesh, schedule, optimizer),
+            make_train_step(make_spec(config, mesh), schedule, optimizer),
             mesh,
-            abstract_state(config, mesh, optimizer),
-            abstract_rows(config, mesh),
+            abstract_state(make_spec(config, mesh), optimizer),
+            abstract_rows(make_spec(config, mesh)),
         )
     except jax.errors.JaxRuntimeError as error:
         program.failure = f"does not compile: {brief(error)}"
         return
     program.num_bytes = program_bytes(step)
-    if program.num_bytes > (limit_bytes(config, mesh) or math.inf):
+    if program.num_bytes > (limit_bytes(make_spec(config, mesh)) or math.inf):
         program.failure = f"does not fit: {program.num_bytes / GIB:.1f} GiB"
     else:
         program.step = step
@@ -241,7 +241,7 @@ def take_turns(
     args: argparse.Namespace, config: Config, mesh: Mesh, programs: list[Program]
 ) -> None:
     """Times the programs in rounds, on one state, which they all have alike."""
-    optimizer = make_optimizer(config.optim, config.train.num_steps)
+    optimizer = make_optimizer(config)
     shape = config.train.batch_size, config.model.seq_len + 1
     tokens = np.random.default_rng(0).integers(0, args.vocab_size, shape)
     rows, state = put_rows(mesh, tokens.astype(np.int32)), None
@@ -251,7 +251,7 @@ def take_turns(
                 continue
             try:
                 if state is None:
-                    state = jax.block_until_ready(init_state(config, mesh, optimizer))
+                    state = jax.block_until_ready(init_state(make_spec(config, mesh), optimizer))
                 start = time.perf_counter()
                 state, values = program.step(state, rows)
                 jax.block_until_ready((state, values))
@@ -313,8 +313,8 @@ def fit_error(args: argparse.Namespace, seq_len: int, mesh: Mesh) -> str:
     """How far the latency model is off for a stage of one layer."""
     config = make_config(args, seq_len)
     config = replace(config, model=replace(config.model, num_layers=1))
-    config = on_mesh(config, mesh)
-    profile = Profiler(config, mesh).profile(lambda done, total: None)
+    config = make_spec(config, mesh).config
+    profile = Profiler(make_spec(config, mesh)).profile(lambda done, total: None)
     errors = []
     for name, model in zip(("forward", "backward"), profile.models(), strict=True):
         off = 100 * np.abs(model.relative_errors())

@@ -27,6 +27,7 @@ from tpipe_jax.config.settings import (
     TrainConfig,
 )
 from tpipe_jax.devices.mesh import make_mesh
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.planning.settings import read_settings
@@ -71,8 +72,8 @@ def main() -> None:
 
     config = make_config(args, args.batch_size, max(args.seq_len), SLICES[-1], memory)
     mesh = make_mesh(config.mesh, jax.devices())
-    optimizer = make_optimizer(config.optim, config.train.num_steps)
-    parts = budget(config, mesh, make_schedule(plan_of(config)), optimizer)
+    optimizer = make_optimizer(config)
+    parts = budget(make_spec(config, mesh), make_schedule(plan_of(config)), optimizer)
     print(f"\nof the {args.batch_size} x {max(args.seq_len)} tokens in {SLICES[-1]} slices, dots")
     for name, num_bytes in parts.items():
         print(f"{num_bytes / 1e6:10.0f}  {name}")
@@ -98,8 +99,8 @@ def megabytes(
 ) -> float:
     config = make_config(args, batch_size, seq_len, num_slices, memory)
     mesh = make_mesh(config.mesh, jax.devices())
-    optimizer = make_optimizer(config.optim, config.train.num_steps)
-    return program_bytes(fitting_step(config, mesh, plan_of(config), optimizer)[1]) / 1e6
+    optimizer = make_optimizer(config)
+    return program_bytes(fitting_step(make_spec(config, mesh), plan_of(config), optimizer)[1]) / 1e6
 
 
 def plan_of(config: Config) -> Plan:

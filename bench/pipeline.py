@@ -46,6 +46,7 @@ from tpipe_jax.config.settings import (
     PlanConfig,
     TrainConfig,
 )
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.settings import read_settings, settled
 
@@ -218,7 +219,7 @@ def make_plans(args: argparse.Namespace) -> dict[str, Plan]:
     mesh, request = make_mesh(config.mesh, jax.devices()), plans["auto"]
     with tempfile.TemporaryDirectory() as workdir:
         quiet = Console(is_quiet=True)
-        table, planning = plan_slices(config, request, mesh, Path(workdir), quiet)
+        table, planning = plan_slices(make_spec(config, mesh), request, Path(workdir), quiet)
     if args.process_id == 0 and table.profile:
         forward, backward = (100 * abs(m.relative_errors()) for m in table.profile.models())
         print(
@@ -267,12 +268,12 @@ class Program:
         devices = jax.devices() if config.mesh.num_devices > 1 else jax.local_devices()
         mesh = make_mesh(config.mesh, devices)
         self.plan = plan
-        optimizer = make_optimizer(config.optim, config.train.num_steps)
-        self._state = init_state(config, mesh, optimizer)
+        optimizer = make_optimizer(config)
+        self._state = init_state(make_spec(config, mesh), optimizer)
         shape = args.batch_size, args.seq_len + 1
         rows = np.random.default_rng(0).integers(0, 256, shape).astype(np.int32)
         self._rows = put_rows(mesh, rows)
-        step = make_train_step(config, mesh, make_schedule(plan), optimizer)
+        step = make_train_step(make_spec(config, mesh), make_schedule(plan), optimizer)
         start = time.perf_counter()
         self._step = step.lower(self._state, self._rows).compile()
         self.compile_seconds = time.perf_counter() - start

@@ -29,6 +29,7 @@ from tpipe_jax.devices.hlo import find_collectives
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.model.transformer import num_params
 from tpipe_jax.pipeline.footprint import activation_bytes_per_token, cache_bytes_per_token
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.planning.settings import read_settings
@@ -52,11 +53,11 @@ def main() -> None:
     mesh = make_mesh(config.mesh, jax.devices())
     plan = read_settings(config)
     assert isinstance(plan, Plan)  # all slices are given
-    optimizer = make_optimizer(config.optim, config.train.num_steps)
-    state = abstract_state(config, mesh, optimizer)
-    step = make_train_step(config, mesh, make_schedule(plan), optimizer)
+    optimizer = make_optimizer(config)
+    state = abstract_state(make_spec(config, mesh), optimizer)
+    step = make_train_step(make_spec(config, mesh), make_schedule(plan), optimizer)
     start = time.perf_counter()
-    compiled = step.lower(state, abstract_rows(config, mesh)).compile()
+    compiled = step.lower(state, abstract_rows(make_spec(config, mesh))).compile()
     seconds = time.perf_counter() - start
 
     sizes = config.mesh
@@ -77,7 +78,7 @@ def main() -> None:
     tokens = plan.batch_size * plan.seq_len
     params, opt_state = state_bytes(state)
     saved, caches = (
-        tokens * sum(count(config, mesh))
+        tokens * sum(count(make_spec(config, mesh)))
         for count in (activation_bytes_per_token, cache_bytes_per_token)
     )
     analysis = compiled.memory_analysis()

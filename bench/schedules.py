@@ -37,6 +37,7 @@ from tpipe_jax.config.settings import (
     ScheduleName,
     TrainConfig,
 )
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.estimator import predicted_timeline
 from tpipe_jax.planning.plan import Plan, PlanRequest
 from tpipe_jax.planning.planner import find_plan
@@ -94,8 +95,8 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
             plan = read_settings(config)
             assert isinstance(plan, Plan)
             mesh = make_mesh(config.mesh, jax.devices()[:2])
-            optimizer = make_optimizer(config.optim, config.train.num_steps)
-            analysis = fitting_step(config, mesh, plan, optimizer)[1].memory_analysis()
+            optimizer = make_optimizer(config)
+            analysis = fitting_step(make_spec(config, mesh), plan, optimizer)[1].memory_analysis()
             assert analysis
             megabytes[name][batch_size] = analysis.temp_size_in_bytes / 1e6
         row = "".join(f"{size:14.1f}" for size in megabytes[name].values())

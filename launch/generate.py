@@ -29,9 +29,9 @@ def main() -> None:
     is_text = flags.prompt is not None
     tokenizer = open_tokenizer("--tokenizer", tokenizer_of(flags)) if is_text else None
     devices = find_devices(flags.mesh)
-    config, mesh, params, _ = load(flags.workdir, flags.step, Config(mesh=flags.mesh), devices)
-    prompt = read_prompt(flags, tokenizer, config.model)
-    following = Generator(config, mesh, params).tokens_after(
+    spec, params, _ = load(flags.workdir, flags.step, Config(mesh=flags.mesh), devices)
+    prompt = read_prompt(flags, tokenizer, spec.config.model)
+    following = Generator(spec, params).tokens_after(
         prompt, chooser(flags.temperature, flags.top_p, flags.seed)
     )
     tokens = itertools.islice(following, flags.max_tokens)

@@ -15,7 +15,7 @@ from typing import Any
 from tpipe_jax.commands.launch import launch
 from tpipe_jax.config.command_line import exit_status, parse, parse_file_plan
 from tpipe_jax.config.flags import FilePlanFlags
-from tpipe_jax.errors import UserError
+from tpipe_jax.errors import UserError, writing_to
 
 
 def main() -> int:
@@ -39,7 +39,7 @@ def plan_from_file(flags: FilePlanFlags) -> None:
     from tpipe_jax.planning.plan import PlanRequest
     from tpipe_jax.planning.planner import GIB, find_plan
     from tpipe_jax.reporting.console import Console
-    from tpipe_jax.reporting.plan_report import write_plan
+    from tpipe_jax.reporting.plan_report import draw_plan
 
     schedule = None if flags.schedule == "auto" else flags.schedule
     if flags.chunks and schedule is None:
@@ -65,7 +65,10 @@ def plan_from_file(flags: FilePlanFlags) -> None:
     planning = find_plan(table, request, factors, limit)
     console = Console()
     console.show_planning(planning)
-    write_plan(flags.workdir, table, planning.plan, planning.chunk_factors)
+    with writing_to(flags.workdir):
+        flags.workdir.mkdir(parents=True, exist_ok=True)
+        planning.plan.save(flags.workdir / "plan.json")
+    draw_plan(flags.workdir, table, planning.plan, planning.chunk_factors)
     console.say(f"plan.json and plan.png are in {flags.workdir}")
 
 

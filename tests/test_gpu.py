@@ -30,6 +30,7 @@ from tpipe_jax.config.settings import (
 from tpipe_jax.devices.inplace import Position
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.model import transformer
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.training.step import make_loss_and_grads
 
@@ -128,7 +129,7 @@ def test_loss_and_gradients_equal_the_unpipelined_models(
 ) -> None:
     config, (params, rows) = config_of(token_slices, compute, backend, schedule), inputs()
     mesh = make_mesh(config.mesh, jax.devices()[:1])
-    step = make_loss_and_grads(config, mesh, make_schedule(reference.plan_of(config)))
+    step = make_loss_and_grads(make_spec(config, mesh), make_schedule(reference.plan_of(config)))
     with jax.default_matmul_precision("highest"):
         loss, grads = step(reference.to_stages(params, mesh), rows, 2.0**10)
     got = loss, reference.from_stages(grads, 2, 50)

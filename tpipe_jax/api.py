@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 
 from tpipe_jax.commands.train import train as run_training
 from tpipe_jax.commands.trained_model import Trained
@@ -24,7 +23,7 @@ from tpipe_jax.config.settings import Config, MeshConfig
 from tpipe_jax.devices.mesh import put_rows
 from tpipe_jax.devices.startup import find_devices
 from tpipe_jax.errors import UserError
-from tpipe_jax.pipeline.spec import on_devices
+from tpipe_jax.pipeline.spec import StageSpec, spec_on_devices
 from tpipe_jax.planning.latency import LatencyTable
 from tpipe_jax.planning.plan import Plan, PlanRequest, check_plan
 from tpipe_jax.planning.planner import find_plan
@@ -55,24 +54,24 @@ def plan(
         return request
     if latencies is not None:
         return find_plan(latencies, request, work_factors(config)).plan
-    config, mesh = on_devices(config, devices or _devices(config.mesh))
+    spec = spec_on_devices(config, devices or _devices(config.mesh))
     with tempfile.TemporaryDirectory() as folder:
         where = Path(workdir or folder)
-        return plan_slices(config, request, mesh, where, Console(is_quiet=True))[1].plan
+        return plan_slices(spec, request, where, Console(is_quiet=True))[1].plan
 
 
 class TrainStep:
     """A compiled training step on its mesh: `state, metrics = step(state, rows)`."""
 
-    def __init__(self, config: Config, plan: Plan, mesh: Mesh) -> None:
-        self.plan, self.mesh = plan, mesh
-        self._optimizer = make_optimizer(config.optim, config.train.num_steps)
-        self.config, self._step = fitting_step(config, mesh, plan, self._optimizer)
+    def __init__(self, spec: StageSpec, plan: Plan) -> None:
+        self.plan, self._optimizer = plan, make_optimizer(spec.config)
+        self._spec, self._step = fitting_step(spec, plan, self._optimizer)
+        self.config, self.mesh = self._spec.config, self._spec.mesh
         self._last: dict[str, Array] = {}
 
     def init(self) -> TrainState:
         """Fresh parameters and optimiser state, drawn with config.train.seed."""
-        return init_state(self.config, self.mesh, self._optimizer)
+        return init_state(self._spec, self._optimizer)
 
     def __call__(
         self, state: TrainState, rows: np.ndarray | Array
@@ -83,13 +82,14 @@ class TrainStep:
         or `config.IGNORE` as a target; where the config marks documents, `[B, 3, T]` as
         `batches.make_row` makes them. The old state is donated, so it can be used no more.
         """
-        expected = abstract_rows(self.config, self.mesh).shape
-        if rows.shape != expected:
-            raise UserError(f"rows of shape {rows.shape} must be of {expected}, as the config is.")
+        like = abstract_rows(self._spec)
+        if rows.shape != like.shape:
+            raise UserError(
+                f"rows of shape {rows.shape} must be of {like.shape}, as the config is."
+            )
         if isinstance(rows, np.ndarray):
             rows = put_rows(self.mesh, rows.astype(np.int32))
         else:
-            like = abstract_rows(self.config, self.mesh)
             rows = jax.device_put(rows.astype(like.dtype), like.sharding)
         state, metrics = self._step(state, rows)
         # Devices of one process that are many steps behind may wait for each other without end.
@@ -104,12 +104,12 @@ def make_train_step(
     """Compiles the training step of a plan; without one, of `plan(config)`."""
     read_settings(config)  # which says what of it does not fit
     slices = slices or plan(config, devices=devices)
-    config, mesh = on_devices(config, devices or _devices(config.mesh))
+    spec = spec_on_devices(config, devices or _devices(config.mesh))
     batch_size = config.train.batch_size // config.mesh.data
     num_layers = config.model.num_layers
     request = PlanRequest(config.mesh.pipe, batch_size, config.model.seq_len, num_layers=num_layers)
     check_plan("the plan", slices, request)
-    return TrainStep(config, slices, mesh)
+    return TrainStep(spec, slices)
 
 
 def train(config: Config, workdir: Path | str, devices: Devices | None = None) -> None:

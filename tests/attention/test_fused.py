@@ -14,6 +14,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from support import reference, stand_in
 from support.slices import ROWS, TOLERANCE, B, draw, expect, rounded, run
+from tpipe_jax.attention import backends
 from tpipe_jax.attention.base import KVCache
 from tpipe_jax.attention.cudnn import cudnn_kernel
 from tpipe_jax.attention.fused import Kernel, grouped
@@ -28,6 +29,7 @@ from tpipe_jax.config.settings import (
 )
 from tpipe_jax.devices.inplace import Position
 from tpipe_jax.devices.mesh import make_mesh
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.training.optimizer import make_optimizer
 from tpipe_jax.training.state import abstract_rows, abstract_state
@@ -182,8 +184,11 @@ def test_cudnn_is_in_the_program_for_gpus(L: int) -> None:
         assert masks == ([(True, False), (False, True)] if L == 64 else [])
 
 
-def test_the_training_step_for_gpus_divides_sequences_and_heads() -> None:
+def test_the_training_step_for_gpus_divides_sequences_and_heads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Lowered for GPUs, which takes none."""
+    monkeypatch.setattr(backends, "_obstacle", lambda *_: None)
     config = Config(
         ModelConfig(num_layers=2, d_model=64, num_heads=4, seq_len=512),
         MeshConfig(data=2, pipe=2, model=2),
@@ -192,9 +197,10 @@ def test_the_training_step_for_gpus_divides_sequences_and_heads() -> None:
         precision=PrecisionConfig("bfloat16"),
         attention=AttentionConfig("cudnn", block=256),
     )
-    mesh, optimizer = make_mesh(config.mesh, jax.devices()), make_optimizer(config.optim, 10)
-    step = make_train_step(config, mesh, make_schedule(reference.plan_of(config)), optimizer)
-    args = abstract_state(config, mesh, optimizer), abstract_rows(config, mesh)
+    spec = make_spec(config, make_mesh(config.mesh, jax.devices()))
+    optimizer = make_optimizer(config)
+    step = make_train_step(spec, make_schedule(reference.plan_of(config)), optimizer)
+    args = abstract_state(spec, optimizer), abstract_rows(spec)
     text = step.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"@__cudnn\$(\w+)\(.* : \((.*)\) ->", text)
     assert len(calls) == 4

@@ -25,6 +25,7 @@ from tpipe_jax.devices.mesh import make_mesh, shardings
 from tpipe_jax.errors import UserError
 from tpipe_jax.model import transformer
 from tpipe_jax.model.sharding import param_specs
+from tpipe_jax.pipeline.spec import make_spec
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -46,7 +47,7 @@ def test_every_token_but_the_first_counts_once(
     mesh = make_mesh(mesh_config, jax.devices()[: mesh_config.num_devices])
     staged = reference.to_stages(params, mesh)
     on_mesh = jax.device_put(staged, shardings(mesh, param_specs(MODEL, len(staged["blocks"]))))
-    trained = Trained(config, mesh, on_mesh, 3)
+    trained = Trained(make_spec(config, mesh), on_mesh, 3)
     [(source, _, _)] = open_shares("--data", str(tmp_path / "tokens.bin"), 29, config.data)
     steps: list[tuple[int, int]] = []
     got = evaluate(

@@ -169,7 +169,7 @@ def test_a_batch_that_is_not_finite_is_skipped_or_ends_the_run(
         sum(n <= step for n in bad) for step in range(1, 71)
     ]
     # Skipped steps are no steps of the learning rate.
-    rates = [float(learning_rate(config.optim, 70)(n)) for n in range(70)]
+    rates = [float(learning_rate(config)(n)) for n in range(70)]
     assert lines[-1]["learning_rate"] == pytest.approx(rates[69 - len(bad)])
 
 

@@ -24,6 +24,7 @@ from tpipe_jax.model import reference as plain_model
 from tpipe_jax.model import transformer
 from tpipe_jax.model.sharding import param_specs
 from tpipe_jax.model.transformer import num_params
+from tpipe_jax.pipeline.spec import make_spec
 
 MODEL = ModelConfig(num_layers=3, d_model=16, num_heads=2, vocab_size=29, seq_len=8)
 PLAN = PlanConfig()
@@ -43,7 +44,7 @@ def generator(
     mesh = make_mesh(mesh_config, jax.devices()[: mesh_config.num_devices])
     staged = reference.to_stages(params_of(config), mesh, plan.num_chunks)
     specs = param_specs(MODEL, len(staged["blocks"]))
-    return Generator(whole, mesh, jax.device_put(staged, shardings(mesh, specs)))
+    return Generator(make_spec(whole, mesh), jax.device_put(staged, shardings(mesh, specs)))
 
 
 def plainly(prompt: list[int], num_tokens: int, choose: Any, config: ModelConfig = MODEL):

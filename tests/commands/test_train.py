@@ -138,7 +138,7 @@ def test_a_scale_that_is_too_large_costs_a_few_steps_only(config: Config, tmp_pa
     for n, line in enumerate(metrics(tmp_path / "run")):
         is_skipped = line["grad_norm"] is None
         assert line["loss_scale"] == scale
-        rate = float(learning_rate(config.optim, 6)(n - skipped))
+        rate = float(learning_rate(config)(n - skipped))
         assert line["learning_rate"] == pytest.approx(rate)
         scale = scale / 2**10 if is_skipped else min(scale * 2**10, 2.0**32)
         skipped += is_skipped

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from support import reference, runs
+from support.token_files import TOKENS, megatron
 from tpipe_jax import load
 from tpipe_jax.commands.evaluate import evaluate
 from tpipe_jax.commands.trained_model import Trained
@@ -38,6 +39,7 @@ from tpipe_jax.errors import UserError
 from tpipe_jax.model import reference as plain_model
 from tpipe_jax.model import transformer
 from tpipe_jax.model.sharding import param_specs
+from tpipe_jax.pipeline.spec import make_spec
 
 T = 12
 
@@ -156,7 +158,6 @@ def test_in_llm_c_s_files_documents_begin_with_it(tmp_path: Path):
 
 def test_shards_know_their_documents(tmp_path: Path):
     """An index of Megatron-LM, of which a document may be several sequences."""
-    from test_token_files import TOKENS, megatron
 
     path = megatron(tmp_path / "a.bin", "<u2", 8, (300, 1, 699))
     config = config_of(path, 700)
@@ -222,7 +223,7 @@ def test_evaluation_is_that_of_each_completion_alone(
     source = open_source("data", str(path), 256, config.data)
     share = Share(source, range(len(source)))
     config = with_packing(config, [share])
-    trained = Trained(config, mesh, jax.device_put(staged, places), 0)
+    trained = Trained(make_spec(config, mesh), jax.device_put(staged, places), 0)
     got = evaluate(trained, [share])
 
     total, count = 0.0, 0
@@ -271,7 +272,7 @@ def test_a_run_learns_completions(tmp_path: Path):
     assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
     trained = load(tmp_path / "run")
     config, shares = open_held_out(trained.config)
-    evaluation = evaluate(trained._replace(config=config), shares)
+    evaluation = evaluate(trained._replace(spec=make_spec(config, trained.mesh)), shares)
     assert evaluation.num_tokens == sum(len(c) for _, c in pieces)
     assert lines[-1]["eval_loss"] == pytest.approx(evaluation.loss, rel=1e-5)
 
@@ -350,7 +351,7 @@ def test_parquet_without_pyarrow(tmp_path: Path):
     code = (
         "import sys; sys.modules['pyarrow'] = None\n"
         "from tpipe_jax.config import DataConfig\n"
-        "from tpipe_jax.sources import open_source\n"
+        "from tpipe_jax.data.sources import open_source\n"
         f"open_source('data', {str(path)!r}, 256, DataConfig())\n"
     )
     command = [sys.executable, "-c", code]

@@ -1,35 +1,20 @@
 """Files of tokens as others write them."""
 
-import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from support.token_files import TOKENS, megatron
 from tpipe_jax.config.settings import DataConfig
 from tpipe_jax.data.sources import open_source
 from tpipe_jax.errors import UserError
-
-TOKENS = np.arange(3, 1003) % 700
 
 
 def llm_c(path: Path, magic: int, dtype: str, tokens: np.ndarray = TOKENS) -> Path:
     header = np.zeros(256, "<i4")
     header[:3] = magic, 1, len(tokens)
     path.write_bytes(header.tobytes() + tokens.astype(dtype).tobytes())
-    return path
-
-
-def megatron(path: Path, dtype: str, code: int, lengths: tuple[int, ...] = (300, 1, 699)) -> Path:
-    """As `IndexedDatasetBuilder` of Megatron-LM writes it."""
-    path.write_bytes(TOKENS.astype(dtype).tobytes())
-    sizes = np.array(lengths, "<i4")
-    starts = np.concatenate([[0], np.cumsum(sizes[:-1])]) * np.dtype(dtype).itemsize
-    index = b"MMIDIDX\x00\x00" + struct.pack("<Q", 1) + struct.pack("<B", code)
-    index += struct.pack("<Q", len(sizes)) + struct.pack("<Q", len(sizes) + 1)
-    index += sizes.tobytes() + starts.astype("<i8").tobytes()
-    index += np.arange(len(sizes) + 1, dtype="<i8").tobytes()
-    path.with_suffix(".idx").write_bytes(index)
     return path
 
 

@@ -28,6 +28,7 @@ from tpipe_jax.devices.mesh import make_mesh, put_rows
 from tpipe_jax.devices.precision import compute_format
 from tpipe_jax.errors import UserError
 from tpipe_jax.model import transformer
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.training.loss_scale import LossScale, new_loss_scale, next_loss_scale
 from tpipe_jax.training.optimizer import make_optimizer
@@ -87,7 +88,7 @@ CONFIG = Config(
     precision=PrecisionConfig("float16", loss_scale_start=2.0**10, loss_scale_interval=2),
 )
 MESH = make_mesh(CONFIG.mesh, jax.devices()[:4])
-OPTIMIZER = make_optimizer(CONFIG.optim, 100)
+OPTIMIZER = make_optimizer(CONFIG)
 ROWS = np.random.default_rng(0).integers(0, 11, (4, 13), np.int32)
 
 
@@ -102,7 +103,7 @@ def kept(state: TrainState) -> Any:
 @pytest.mark.parametrize("is_finite", [False, True])
 def test_a_step_that_is_not_finite_changes_no_device(is_finite: bool):
     """Whatever its gradients are where they are finite."""
-    state = init_state(CONFIG, MESH, OPTIMIZER)
+    state = init_state(make_spec(CONFIG, MESH), OPTIMIZER)
     before = kept(state)
     grads = jax.tree.map(lambda a: jax.device_put(np.full_like(a, 0.01), a.sharding), state.params)
     if not is_finite:  # on the second stage alone
@@ -110,7 +111,7 @@ def test_a_step_that_is_not_finite_changes_no_device(is_finite: bool):
         spoilt = np.array(kernel)
         spoilt[1, 0] = [np.inf, np.nan] * (spoilt.shape[-1] // 2)
         grads["blocks"][0]["ff_in"]["kernel"] = jax.device_put(spoilt, kernel.sharding)
-    places = jax.tree.map(lambda a: a.sharding, abstract_state(CONFIG, MESH, OPTIMIZER))
+    places = jax.tree.map(lambda a: a.sharding, abstract_state(make_spec(CONFIG, MESH), OPTIMIZER))
     step = jax.jit(partial(apply_gradients, OPTIMIZER), out_shardings=places)
     state = step(state, grads, jnp.asarray(is_finite))
     assert state.step == 1
@@ -133,8 +134,10 @@ def overflowing(params: Any) -> Any:
 
 def test_a_step_that_overflows_is_skipped_and_later_ones_are_not():
     """In float16 with the real step; the second stage alone is what overflows."""
-    step = make_train_step(CONFIG, MESH, make_schedule(reference.plan_of(CONFIG)), OPTIMIZER)
-    state = init_state(CONFIG, MESH, OPTIMIZER)
+    step = make_train_step(
+        make_spec(CONFIG, MESH), make_schedule(reference.plan_of(CONFIG)), OPTIMIZER
+    )
+    state = init_state(make_spec(CONFIG, MESH), OPTIMIZER)
     good = jax.device_get(state.params)
     plain = jax.device_get(transformer.init(CONFIG.model, jax.random.key(0)))
     spoilt = reference.to_stages(overflowing(plain), MESH)
@@ -170,8 +173,10 @@ def test_gradients_are_those_of_float32_whatever_the_scale(compute: Any):
             CONFIG.model, CONFIG.mesh, CONFIG.plan, CONFIG.train, CONFIG.optim, precision=precision
         )
         optimizer = optax.chain(keep_gradients(), optax.sgd(0.0))
-        state = init_state(config, MESH, optimizer)
-        step = make_train_step(config, MESH, make_schedule(reference.plan_of(config)), optimizer)
+        state = init_state(make_spec(config, MESH), optimizer)
+        step = make_train_step(
+            make_spec(config, MESH), make_schedule(reference.plan_of(config)), optimizer
+        )
         state, metrics = step(state, put_rows(MESH, ROWS))
         return jax.device_get(state.opt_state[0]), metrics
 

@@ -24,6 +24,7 @@ from tpipe_jax.errors import UserError
 from tpipe_jax.interop import convert, gpt2
 from tpipe_jax.model import reference as plain_model
 from tpipe_jax.model import transformer
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.training.optimizer import make_optimizer
 from tpipe_jax.training.state import abstract_state, init_state
 
@@ -69,7 +70,7 @@ def folder(tmp_path: Path) -> Path:
 
 def restored(workdir: Path, config: Config) -> Any:
     mesh = make_mesh(config.mesh, jax.devices()[: config.mesh.num_devices])
-    like = abstract_state(config, mesh, make_optimizer(config.optim, config.train.num_steps))
+    like = abstract_state(make_spec(config, mesh), make_optimizer(config))
     with Checkpoints(workdir / "checkpoints", CheckpointConfig(), config.model, print) as folder:
         assert folder.newest_step() == 0
         return folder.restore(0, like)
@@ -83,7 +84,7 @@ def test_logits_of_imported_weights_are_those_of_transformers(
     gpt, _ = saved
     source = tmp_path / "source"
     gpt.save_pretrained(source, max_shard_size=max_shard_size)
-    assert (source / "transformer.safetensors").exists() == (max_shard_size == "5GB")
+    assert (source / "model.safetensors").exists() == (max_shard_size == "5GB")
     config = convert.import_gpt2(source, tmp_path / "run")
     assert config.model == MODEL
     params = restored(tmp_path / "run", config).params
@@ -123,7 +124,7 @@ def test_all_but_parameters_are_as_in_a_fresh_state(folder: Path, tmp_path: Path
     config = runs.changed(config, mesh={"data": 3, "pipe": 2})
     state = restored(tmp_path / "run", config)
     mesh = make_mesh(config.mesh, jax.devices()[:6])
-    fresh = init_state(config, mesh, make_optimizer(config.optim, config.train.num_steps))
+    fresh = init_state(make_spec(config, mesh), make_optimizer(config))
     chex.assert_trees_all_equal(state._replace(params=0), fresh._replace(params=0))
 
 
@@ -148,9 +149,9 @@ def test_a_run_starts_from_imported_weights(folder: Path, tmp_path: Path):
     )
     said = runs.run(config, workdir)
     assert "starting from imported weights" in said
-    before = load_file(folder / "transformer.safetensors")
+    before = load_file(folder / "model.safetensors")
     assert convert.export_gpt2(workdir, tmp_path / "out", None) == 2
-    after = load_file(tmp_path / "out/transformer.safetensors")
+    after = load_file(tmp_path / "out/model.safetensors")
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value, name)
 
@@ -164,7 +165,7 @@ def edit(folder: Path, **settings: Any) -> None:
 
 
 def change(folder: Path, **tensors: np.ndarray | None) -> None:
-    path = folder / "transformer.safetensors"
+    path = folder / "model.safetensors"
     values = load_file(path) | {f"transformer.{n}": v for n, v in tensors.items()}
     save_file({n: v for n, v in values.items() if v is not None}, path)
 
@@ -182,14 +183,14 @@ BROKEN = {
     "heads that don't divide": (lambda f: edit(f, n_head=5), "num_heads=5 does not divide"),
     "a size that is none": (lambda f: edit(f, n_layer="x"), "num_layers='x' must be of type int"),
     "no weights": (
-        lambda f: (f / "transformer.safetensors").unlink(),
-        "has no transformer.safetensors",
+        lambda f: (f / "model.safetensors").unlink(),
+        "has no model.safetensors",
     ),
     "cut short": (
-        lambda f: (f / "transformer.safetensors").write_bytes(
-            (f / "transformer.safetensors").read_bytes()[:5000]
+        lambda f: (f / "model.safetensors").write_bytes(
+            (f / "model.safetensors").read_bytes()[:5000]
         ),
-        "transformer.safetensors cannot be read",
+        "model.safetensors cannot be read",
     ),
     "missing": (
         lambda f: change(f, **{"h.1.mlp.c_fc.bias": None, "ln_f.bias": None}),
@@ -206,9 +207,8 @@ BROKEN = {
     "foreign": (lambda f: change(f, **FOREIGN), "has a weight wte2.weight, which GPT-2 has not"),
     "a head of its own": (
         lambda f: save_file(
-            load_file(f / "transformer.safetensors")
-            | {"lm_head.weight": np.zeros((53, 24), np.float32)},
-            f / "transformer.safetensors",
+            load_file(f / "model.safetensors") | {"lm_head.weight": np.zeros((53, 24), np.float32)},
+            f / "model.safetensors",
         ),
         "has a head lm_head.weight of its own",
     ),
@@ -234,7 +234,7 @@ def test_what_cannot_be_imported_is_named_and_nothing_written(
 
 
 def test_masks_and_a_head_that_is_the_embedding_do_not_matter(folder: Path, tmp_path: Path):
-    path = folder / "transformer.safetensors"
+    path = folder / "model.safetensors"
     values = {n.removeprefix("transformer."): v for n, v in load_file(path).items()}
     mask = np.ones((1, 1, 20, 20), np.uint8)
     save_file(values | {"h.0.attn.bias": mask, "lm_head.weight": values["wte.weight"]}, path)
@@ -246,7 +246,7 @@ def test_masks_and_a_head_that_is_the_embedding_do_not_matter(folder: Path, tmp_
 def test_short_formats_become_float32(folder: Path, tmp_path: Path):
     import ml_dtypes
 
-    path = folder / "transformer.safetensors"
+    path = folder / "model.safetensors"
     values = {n: v.astype(ml_dtypes.bfloat16) for n, v in load_file(path).items()}
     save_file(values, path)
     convert.import_gpt2(folder, tmp_path / "run")
@@ -303,7 +303,7 @@ def test_the_command(folder: Path, tmp_path: Path):
     assert load_config(run / "config.json").model == MODEL
     done = convert_by("export", f"--workdir={run}", f"--to={back}", "--step=0")
     assert (done.returncode, done.stdout) == (0, f"{back} has the weights of step 0\n")
-    before, after = (load_file(f / "transformer.safetensors") for f in (folder, back))
+    before, after = (load_file(f / "model.safetensors") for f in (folder, back))
     chex.assert_trees_all_equal(after, before)
     done = convert_by("export", f"--workdir={run}", f"--to={back}")
     assert (done.returncode, done.stdout) == (2, "")

@@ -37,6 +37,7 @@ from tpipe_jax.model import transformer
 from tpipe_jax.model.flops import forward_flops
 from tpipe_jax.model.functional import block_functions, heads
 from tpipe_jax.model.sharding import check_model, param_specs
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.training.step import make_loss, make_loss_and_grads
 
@@ -147,8 +148,8 @@ def loss_and_grads(config: Config, rows: np.ndarray) -> tuple[float, float, Para
     mesh = make_mesh(config.mesh, jax.devices()[: config.mesh.num_devices])
     schedule = make_schedule(reference.plan_of(config))
     params = on_mesh(config, mesh, drawn_params(config.model))
-    value, grads = make_loss_and_grads(config, mesh, schedule)(params, rows)
-    alone = make_loss(config, mesh, schedule)(params, rows)
+    value, grads = make_loss_and_grads(make_spec(config, mesh), schedule)(params, rows)
+    alone = make_loss(make_spec(config, mesh), schedule)(params, rows)
     grads = jax.tree.map(np.asarray, grads)
     return float(alone), float(value), reference.from_stages(grads, 2, 29)
 
@@ -215,7 +216,7 @@ def test_greedy_text_is_that_of_the_whole_model(mesh: MeshConfig):
     config = make_config(LLAMA, mesh)
     devices = make_mesh(mesh, jax.devices()[: mesh.num_devices])
     params = drawn_params(config.model)
-    generator = Generator(config, devices, on_mesh(config, devices, params))
+    generator = Generator(make_spec(config, devices), on_mesh(config, devices, params))
     tokens = [3, 1, 4, 1, 5]
     following = generator.tokens_after([*tokens], chooser(0))
     for _ in range(8):

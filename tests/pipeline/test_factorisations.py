@@ -25,6 +25,7 @@ from tpipe_jax.config.settings import (
 )
 from tpipe_jax.devices import mesh
 from tpipe_jax.devices.hlo import check_branches, find_collectives
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.training.health import new_health
 from tpipe_jax.training.loss_scale import new_loss_scale
@@ -59,7 +60,7 @@ def keep_gradients() -> optax.GradientTransformation:
 
 
 def optimizer(config: Config) -> optax.GradientTransformation:
-    return optax.chain(keep_gradients(), make_optimizer(config.optim, config.train.num_steps))
+    return optax.chain(keep_gradients(), make_optimizer(config))
 
 
 def rows(step: int) -> np.ndarray:
@@ -78,7 +79,7 @@ def unpipelined() -> tuple[float, Params, Params]:
     """Loss and gradients of the first step, and the parameters after all of them."""
     config = config_on(MeshConfig())
     clip = optax.clip_by_global_norm(config.optim.grad_clip)
-    tx = optax.chain(clip, make_optimizer(config.optim, TRAIN.num_steps))
+    tx = optax.chain(clip, make_optimizer(config))
     params = draw_params(MODEL)
     opt_state = tx.init(params)
     loss_and_grads = jax.jit(jax.value_and_grad(partial(reference.loss, MODEL)))
@@ -112,9 +113,9 @@ class Step(NamedTuple):
 def compiled_step(mesh_config: MeshConfig) -> Step:
     config = config_on(mesh_config)
     devices = mesh.make_mesh(config.mesh, jax.devices()[: config.mesh.num_devices])
-    abstract = abstract_state(config, devices, optimizer(config))
+    abstract = abstract_state(make_spec(config, devices), optimizer(config))
     schedule = make_schedule(reference.plan_of(config))
-    function = make_train_step(config, devices, schedule, optimizer(config))
+    function = make_train_step(make_spec(config, devices), schedule, optimizer(config))
     placed = mesh.put_rows(devices, rows(0))
     return Step(function.lower(abstract, placed).compile(QUICK), devices, abstract)
 

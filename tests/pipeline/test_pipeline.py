@@ -32,6 +32,7 @@ from tpipe_jax.devices.hlo import check_branches, find_collectives
 from tpipe_jax.model import sharding, transformer
 from tpipe_jax.pipeline import stage as stage_module
 from tpipe_jax.pipeline.footprint import activation_bytes_per_token
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.schedule import SCHEDULES, make_schedule
 from tpipe_jax.training.step import make_loss, make_loss_and_grads
 
@@ -343,7 +344,7 @@ def test_devices_of_an_operator_save_what_the_estimate_says() -> None:
         """Bytes that a token more takes, and those that the estimate says are saved."""
         few, many = (long_config(8, (1,) * b, num_operator_devices) for b in (4, 8))
         taken = (temporary_bytes(many) - temporary_bytes(few)) / (4 * 512)
-        return taken, sum(activation_bytes_per_token(few, open_mesh(few.mesh)))
+        return taken, sum(activation_bytes_per_token(make_spec(few, open_mesh(few.mesh))))
 
     (alone, alone_saved), (shared, shared_saved) = per_token(1), per_token(2)
     assert alone - shared == pytest.approx(alone_saved - shared_saved, rel=0.03)

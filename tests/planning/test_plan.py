@@ -22,6 +22,7 @@ from tpipe_jax.config.settings import (
 )
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.errors import UserError
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.plan import Plan, PlanRequest, Prediction, load_plan
 from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.planning.settings import parse_slices, read_settings, settled
@@ -252,7 +253,7 @@ def test_deferred_products_are_planned_under_terapipe():
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     other = Plan(1, (1,) * 8, ((256,),) * 8, schedule="1f1b")
     with pytest.raises(UserError, match="keeps a part at a time: set it to false"):
-        make_loss_and_grads(config, mesh, make_schedule(other))
+        make_loss_and_grads(make_spec(config, mesh), make_schedule(other))
 
 
 def test_a_plan_of_another_schedule_is_refused(tmp_path: Path):

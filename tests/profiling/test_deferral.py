@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import Mesh
 
 from support.profiled_config import CONFIG
-from tpipe_jax.config.settings import Config
 from tpipe_jax.devices.mesh import make_mesh
+from tpipe_jax.pipeline.spec import StageSpec, make_spec
 from tpipe_jax.planning.schedule import IDLE
 from tpipe_jax.profiling import profiler
 from tpipe_jax.profiling.profiler import Profiler, Program
@@ -20,8 +20,8 @@ from tpipe_jax.profiling.shapes import Shape
 def test_deferral_is_timed_beside_what_it_replaces(monkeypatch: pytest.MonkeyPatch):
     """Without gradients of weights a backward pass takes 2 of 3 parts, and they alone 1.5."""
 
-    def program(self: Profiler, config: Config, shape: Shape) -> Program:
-        run: Any = SimpleNamespace(shape=shape, is_deferred=config.plan.schedule == "1f1b-deferred")
+    def program(self: Profiler, spec: StageSpec, shape: Shape) -> Program:
+        run: Any = SimpleNamespace(shape=shape, is_deferred=spec.weight_grads == "some ticks later")
         return Program(run, (3, 5))
 
     def seconds(self: Profiler, run: Any, *tables: np.ndarray) -> float:
@@ -37,14 +37,12 @@ def test_deferral_is_timed_beside_what_it_replaces(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Profiler, "_program", program)
     monkeypatch.setattr(Profiler, "_seconds", seconds)
     monkeypatch.setattr(profiler, "compile_checked", compiled)
-    monkeypatch.setattr(
-        profiler, "make_weights_work", lambda config, mesh, item: Shape(*item.shape, (0,))
-    )
+    monkeypatch.setattr(profiler, "make_weights_work", lambda spec, item: Shape(*item.shape, (0,)))
     made = Profiler()  # pyrefly: ignore
-    made._config, made._inputs = CONFIG, ()
-    made._mesh = make_mesh(CONFIG.mesh, jax.devices()[:2])
+    made._spec = make_spec(CONFIG, make_mesh(CONFIG.mesh, jax.devices()[:2]))
+    made._inputs = ()
     shapes = [Shape(1, 64, (0,)), Shape(1, 17, (0, 8)), Shape(4, 33, (0,))]
-    programs, parts = {shape: program(made, CONFIG, shape) for shape in shapes}, []
+    programs, parts = {shape: program(made, made._spec, shape) for shape in shapes}, []
     weights, saved = made._time_deferral(shapes, programs, lambda: parts.append(1))
     assert weights == pytest.approx((0, 1.5e-4), abs=1e-9)
     assert saved == pytest.approx((0, 1e-4), abs=1e-9)

@@ -17,6 +17,7 @@ from support.runs import Lines, changed, launch, metrics, run, small_config
 from tpipe_jax.commands.plan import plan_run
 from tpipe_jax.config.settings import Config
 from tpipe_jax.errors import UserError
+from tpipe_jax.pipeline.spec import StageSpec
 from tpipe_jax.planning.latency import Deferral, Profile, Sample, load_table
 from tpipe_jax.planning.plan import PlanRequest, load_plan
 from tpipe_jax.profiling import measured_plan
@@ -34,8 +35,8 @@ class FakeProfiler:
 
     calls: list[str]
 
-    def __init__(self, config: Config, mesh: Any) -> None:
-        self._config, self._mesh = config, mesh
+    def __init__(self, spec: StageSpec) -> None:
+        self._spec, self._config = spec, spec.config
 
     @staticmethod
     def sample(b: int, i: int, j: int) -> Sample:
@@ -55,7 +56,7 @@ class FakeProfiler:
             transfer=(1e-5, 1e-7),
             outside_seconds=0.001,
             key_block=1,
-            key=profile_key(self._config, self._mesh),
+            key=profile_key(self._spec),
             deferral=SLOW if with_deferral else None,
         )
 

@@ -170,13 +170,13 @@ def test_a_mesh_that_cannot_be_compiled_is_one_of_those_that_do_not_serve(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     class Refusing(FakeProfiler):
-        def __init__(self, config: Config, mesh: Any) -> None:
-            if config.mesh.data > 2:
+        def __init__(self, spec: StageSpec) -> None:
+            if spec.config.mesh.data > 2:
                 branch = Collective("all-gather", "attn_in", ((0, 1),), in_branch=True)
-                check_branches([branch], mesh)
-            if config.mesh.data == 2:
+                check_branches([branch], spec.mesh)
+            if spec.config.mesh.data == 2:
                 raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-            super().__init__(config, mesh)
+            super().__init__(spec)
 
     monkeypatch.setattr(measured_plan, "Profiler", Refusing)
     console = Seen()

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from support import reference
 from support.profiled_config import CONFIG
+from tpipe_jax.attention import backends
 from tpipe_jax.config.settings import (
     AttentionConfig,
     MemoryConfig,
@@ -25,6 +26,7 @@ from tpipe_jax.model.block import no_tape
 from tpipe_jax.model.functional import block_functions
 from tpipe_jax.model.reference import self_attention
 from tpipe_jax.pipeline import footprint
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.latency import Deferral
 from tpipe_jax.planning.schedule import IDLE, Item
 from tpipe_jax.profiling import profiler, programs
@@ -84,7 +86,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
         lambda self, shapes, programs, advance: [advance() for _ in shapes] and DEFERRAL,
     )
     outside = {}, 0.25, 10**6
-    monkeypatch.setattr(profiler, "_time_outside", lambda config, mesh: outside)
+    monkeypatch.setattr(profiler, "_time_outside", lambda spec: outside)
     return clock
 
 
@@ -100,7 +102,7 @@ def mesh() -> Mesh:
 
 def test_slices_are_timed_for_as_long_as_idle_sweeps_take(clock: Clock, mesh: Mesh):
     """Or for as many ticks as there may be, since the difference of both is what is measured."""
-    profiler_ = Profiler(CONFIG, mesh)
+    profiler_ = Profiler(make_spec(CONFIG, mesh))
     run: Any = SimpleNamespace(shape=Shape(1, 64, (0,)))
     table = np.full((1, 2), IDLE)
     idle_seconds = min(clock.read(profiler_, run, table, table) for _ in range(2))
@@ -115,7 +117,9 @@ def test_slices_are_timed_for_as_long_as_idle_sweeps_take(clock: Clock, mesh: Me
 
 def test_a_slice_takes_what_busy_ticks_take_longer(clock: Clock, mesh: Mesh):
     parts: list[tuple[int, int]] = []
-    profile = Profiler(CONFIG, mesh).profile(lambda *part: parts.append(part), with_deferral=True)
+    profile = Profiler(make_spec(CONFIG, mesh)).profile(
+        lambda *part: parts.append(part), with_deferral=True
+    )
     assert profile.deferral == DEFERRAL
     assert [done for done, _ in parts] == list(range(1, parts[0][1] + 1))
     assert (profile.batch_size, profile.seq_len, profile.key_block) == (4, 64, 64)
@@ -130,20 +134,20 @@ def test_a_slice_takes_what_busy_ticks_take_longer(clock: Clock, mesh: Mesh):
     assert profile.memory.fixed_bytes == 10**6
     assert profile.memory.activation_bytes(1, 1) == KEPT + 4 * 16
     assert profile.memory.activation_bytes(0, 0, 1) == LEFT
-    assert Profiler(CONFIG, mesh).profile(lambda *_: None).deferral is None
+    assert Profiler(make_spec(CONFIG, mesh)).profile(lambda *_: None).deferral is None
 
 
 def test_noise_larger_than_the_work_leaves_a_time(
     clock: Clock, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(Clock, "slice_seconds", lambda *_: np.array([-1e-3, 0.0]))
-    profile = Profiler(CONFIG, mesh).profile(lambda *_: None)
+    profile = Profiler(make_spec(CONFIG, mesh)).profile(lambda *_: None)
     assert all(t > 0 for sample in profile.samples for t in sample[3:5])
     profile.table(8)
 
 
 def test_a_test_of_the_fit_that_is_fitted_to_is_none_any_more(clock: Clock, mesh: Mesh):
-    timer = Profiler(CONFIG, mesh)
+    timer = Profiler(make_spec(CONFIG, mesh))
     before = timer.profile(lambda *_: None)
     tested = next(sample[:2] for sample in before.samples if sample.is_test)
     after = timer.refine(before, [tested])
@@ -153,7 +157,7 @@ def test_a_test_of_the_fit_that_is_fitted_to_is_none_any_more(clock: Clock, mesh
 
 def test_what_is_measured_later_is_as_if_measured_then(clock: Clock, mesh: Mesh):
     """The machine has become twice as slow, and the whole sequence, timed again, tells."""
-    timer = Profiler(CONFIG, mesh)
+    timer = Profiler(make_spec(CONFIG, mesh))
     before = timer.profile(lambda *_: None)
     clock.speed, clock.readings = 2.0, 0
     after = timer.refine(before, [(3, 16), (2, 48)])
@@ -169,8 +173,16 @@ def test_what_is_measured_later_is_as_if_measured_then(clock: Clock, mesh: Mesh)
         assert sample[3:5] == pytest.approx(clock.slice_seconds(shape, sample.context))
 
 
-def test_key_tells_what_measurements_depend_on(mesh: Mesh):
-    key = profiler.profile_key(CONFIG, mesh)
+def test_key_tells_what_measurements_depend_on(mesh: Mesh, monkeypatch: pytest.MonkeyPatch):
+    obstacle = backends._obstacle  # as if the devices could run cuDNN, where it is asked for
+    monkeypatch.setattr(
+        backends,
+        "_obstacle",
+        lambda backend, config, *more: (
+            None if config.attention.backend == "cudnn" else obstacle(backend, config, *more)
+        ),
+    )
+    key = profiler.profile_key(make_spec(CONFIG, mesh))
     same = dataclasses.replace(
         CONFIG,
         train=TrainConfig(num_steps=7, batch_size=4),
@@ -178,7 +190,7 @@ def test_key_tells_what_measurements_depend_on(mesh: Mesh):
         precision=PrecisionConfig("float32"),  # which is what auto means on a CPU
         attention=AttentionConfig("xla"),  # likewise
     )
-    assert profiler.profile_key(same, mesh) == key
+    assert profiler.profile_key(make_spec(same, mesh)) == key
     for changes in (
         {"model": dataclasses.replace(CONFIG.model, d_ff=40)},
         {"mesh": MeshConfig(pipe=1, model=2)},
@@ -191,7 +203,7 @@ def test_key_tells_what_measurements_depend_on(mesh: Mesh):
         {"optim": dataclasses.replace(CONFIG.optim, shard_state=True)},
     ):
         other = dataclasses.replace(CONFIG, **changes)
-        assert profiler.profile_key(other, mesh) != key
+        assert profiler.profile_key(make_spec(other, mesh)) != key
     assert key["jax"] == jax.__version__
     assert "2 x cpu" in key["devices"]
 
@@ -200,8 +212,8 @@ def test_saved_bytes_are_those_of_the_buffers(mesh: Mesh):
     """x, middle, q, k, v, attention and the gradients of k and v: 8 D; hidden: F; lse: H."""
     D, F, H, layers = 16, 64, 2, 1
     expected = 4 * layers * (8 * D + F + H)
-    assert sum(footprint.activation_bytes_per_token(CONFIG, mesh)) == expected
-    assert footprint.cache_bytes_per_token(CONFIG, mesh) == (4 * layers * 2 * D,) * 2
+    assert sum(footprint.activation_bytes_per_token(make_spec(CONFIG, mesh))) == expected
+    assert footprint.cache_bytes_per_token(make_spec(CONFIG, mesh)) == (4 * layers * 2 * D,) * 2
 
 
 @pytest.mark.parametrize(
@@ -222,7 +234,7 @@ def test_policies_save_what_they_name(mesh: Mesh, memory: MemoryConfig, numbers:
     config = dataclasses.replace(CONFIG, memory=memory)
     sizes = {"hidden": 64, "gelu": 64, "lse": 2}
     expected = 4 * (2 * 16 + sum(sizes.get(name, 16) for name in numbers.split()))
-    assert sum(footprint.activation_bytes_per_token(config, mesh)) == expected
+    assert sum(footprint.activation_bytes_per_token(make_spec(config, mesh))) == expected
 
 
 def test_devices_of_an_operator_divide_what_is_saved_but_for_x_and_middle():
@@ -230,11 +242,11 @@ def test_devices_of_an_operator_divide_what_is_saved_but_for_x_and_middle():
     mesh = make_mesh(config.mesh, jax.devices()[:4])
     D, F, H, layers = 16, 64, 2, 1
     expected = 4 * layers * (2 * D + (6 * D + F + H) // 2)
-    assert sum(footprint.activation_bytes_per_token(config, mesh)) == expected
+    assert sum(footprint.activation_bytes_per_token(make_spec(config, mesh))) == expected
     # Nor the outputs of norms, nor gradients with respect to middle and to what leaves the layer.
     config = dataclasses.replace(config, memory=MemoryConfig(remat="none", defer_weight_grads=True))
     expected += 4 * layers * (4 * D + (F + 3 * D + F) // 2)
-    assert sum(footprint.activation_bytes_per_token(config, mesh)) == expected
+    assert sum(footprint.activation_bytes_per_token(make_spec(config, mesh))) == expected
 
 
 def test_stages_work_on_the_slices_that_the_tables_name(mesh: Mesh):
@@ -245,7 +257,7 @@ def test_stages_work_on_the_slices_that_the_tables_name(mesh: Mesh):
     x = random.normal(size=(4, 64, 16)).astype(np.float32)
     params = transformer.init(CONFIG.model, jax.random.key(0))
     items = [Item(1, 0, 2, 24), Item(1, 24, 2, 8)]
-    work = programs.make_stage_work(CONFIG, mesh, items)
+    work = programs.make_stage_work(make_spec(CONFIG, mesh), items)
     table = np.array([[0, IDLE], [1, 0], [IDLE, 1]], np.int32)
     idle = np.full((2, 2), IDLE, np.int32)
     got = work(reference.to_stages(params, mesh), put_rows(mesh, x), table, idle)
@@ -265,7 +277,7 @@ def test_stages_work_on_the_slices_that_the_tables_name(mesh: Mesh):
 def test_handing_over_moves_slices_from_stage_to_stage(mesh: Mesh):
     x = np.random.default_rng(0).normal(size=(4, 64, 16)).astype(np.float32)
     params = reference.to_stages(transformer.init(CONFIG.model, jax.random.key(0)), mesh)
-    run = programs.make_transfer(CONFIG, mesh, Item(0, 8, 3, 16))
+    run = programs.make_transfer(make_spec(CONFIG, mesh), Item(0, 8, 3, 16))
     both = float(run(params, put_rows(mesh, x), np.array([[0, IDLE], [IDLE, 0]], np.int32)))
     assert both == pytest.approx(x.sum() + x[:3, 8:24].sum(), rel=1e-4)
 
@@ -283,7 +295,7 @@ def test_a_step_without_slices_sets_up_their_buffers(mesh: Mesh, monkeypatch: py
     for schedule in ("terapipe", "1f1b"):
         plan, train = PlanConfig(schedule=schedule), TrainConfig(batch_size=64)
         config = dataclasses.replace(CONFIG, train=train, plan=plan)
-        rest.append(profiler._time_outside(config, mesh)[2])
+        rest.append(profiler._time_outside(make_spec(config, mesh))[2])
     assert sizes[0] > KEPT * 64 * 64 > 5 * sizes[1]
     assert max(rest) < sizes[0] / 5
 
@@ -301,8 +313,8 @@ def test_where_the_batch_does_not_fit_one_sequence_comes_after_another(
         plan=PlanConfig(schedule=schedule),
         memory=MemoryConfig(limit_gib=limit_gib),
     )
-    optimizer = make_optimizer(config.optim, 1)
-    resting = profiler._resting(config, mesh, optimizer)
+    optimizer = make_optimizer(config)
+    resting = profiler._resting(make_spec(config, mesh), optimizer)
     assert resting.num_rows == num_rows
     assert sum(part.num_rows for part in resting.parts) == 64
     assert (resting.forward == IDLE).all()
@@ -326,21 +338,21 @@ def test_only_sequences_that_fit_are_timed(
         plan=PlanConfig(schedule=schedule),
         memory=MemoryConfig(limit_gib=2e6 / 2**30, defer_weight_grads=to_the_end),
     )
-    num_rows = profiler._rows_that_fit(config, mesh)
-    params, opt_state = state_bytes(abstract_state(config, mesh, make_optimizer(config.optim, 1)))
+    num_rows = profiler._rows_that_fit(make_spec(config, mesh))
+    params, opt_state = state_bytes(abstract_state(make_spec(config, mesh), make_optimizer(config)))
     assert 2 * params + opt_state + num_rows * 64 * per_token <= 2e6
     assert 2 * params + opt_state + (num_rows + 1) * 64 * per_token > 2e6
-    assert profiler._rows_that_fit(CONFIG, mesh) > 1000
+    assert profiler._rows_that_fit(make_spec(CONFIG, mesh)) > 1000
 
 
 def test_deferral_is_timed_for_sequences_that_fit(clock: Clock, mesh: Mesh):
     memory = MemoryConfig(limit_gib=2e6 / 2**30)
     config = dataclasses.replace(CONFIG, train=TrainConfig(batch_size=64), memory=memory)
     later = dataclasses.replace(config, plan=PlanConfig(schedule="1f1b-deferred"))
-    most, more = (profiler._rows_that_fit(c, mesh) for c in (later, config))
+    most, more = (profiler._rows_that_fit(make_spec(c, mesh)) for c in (later, config))
     assert 1 < most < more
     shapes = [Shape(n, 64, (0,)) for n in (1, most - 1, most, most + 1)]
-    assert Profiler(config, mesh)._shapes_to_defer(shapes) == shapes[:3]
+    assert Profiler(make_spec(config, mesh))._shapes_to_defer(shapes) == shapes[:3]
 
 
 def test_a_real_profile_is_of_this_machine(mesh: Mesh):
@@ -350,7 +362,7 @@ def test_a_real_profile_is_of_this_machine(mesh: Mesh):
         model=dataclasses.replace(CONFIG.model, seq_len=16),
         train=TrainConfig(batch_size=2),
     )
-    profile = Profiler(config, mesh).profile(lambda *_: None)
+    profile = Profiler(make_spec(config, mesh)).profile(lambda *_: None)
     assert [sample[:3] for sample in profile.samples] == [
         (1, 16, 0),
         *((1, 8, context) for context in (0, 8)),

@@ -9,14 +9,13 @@ from support.latencies import profile
 from tpipe_jax.planning.latency import LatencyTable
 from tpipe_jax.planning.plan import PlanRequest
 from tpipe_jax.planning.planner import find_plan
-from tpipe_jax.reporting.plan_report import write_plan
+from tpipe_jax.reporting.plan_report import draw_plan
 
 
 def test_points_curves_errors_and_timeline(tmp_path: Path, figures: list[Figure]):
     table = profile().table(8)
     plan = find_plan(table, PlanRequest(3, 4, 128), [1.0] * 3).plan
-    write_plan(tmp_path, table, plan, [1.0] * 3)
-    assert (tmp_path / "plan.json").exists()
+    draw_plan(tmp_path, table, plan, [1.0] * 3)
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     forward, backward, errors, timeline = figures[0].axes
     for axes, name, times in (
@@ -49,5 +48,5 @@ def test_times_alone_are_drawn_too(tmp_path: Path, figures: list[Figure]):
     ones = LatencyTable(4, np.ones((1, 2, 2)), np.ones((1, 2, 2)))
     for table in (zeros, ones):
         plan = find_plan(table, PlanRequest(2, 1, 8), [1.0] * 2).plan
-        write_plan(tmp_path, table, plan, [1.0] * 2)
+        draw_plan(tmp_path, table, plan, [1.0] * 2)
         assert len(figures[-1].axes) == 3

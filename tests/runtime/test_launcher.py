@@ -163,8 +163,8 @@ def test_what_has_failed_is_started_again_as_often_as_it_may_be(
 def test_interruptions_are_passed_on(program: str, tmp_path: Path):
     caller = tmp_path / "caller.py"
     caller.write_text(
-        "import sys; from pathlib import Path; from tpipe_jax.launcher import supervise\n"
-        "from tpipe_jax.config import *; from tpipe_jax.flags import *\n"
+        "import sys; from pathlib import Path; from tpipe_jax.runtime.launcher import supervise\n"
+        "from tpipe_jax.config import *; from tpipe_jax.config.flags import *\n"
         "processes = ProcessFlags(local_processes=2, max_restarts=3)\n"
         "flags = Flags(Config(mesh=MeshConfig(pipe=2)), Path('w'), processes)\n"
         "sys.exit(supervise(sys.argv[1:], flags))\n"

@@ -5,7 +5,7 @@ import signal
 from typing import Any
 
 from support.latencies import profile
-from tpipe_jax.config.settings import Config
+from tpipe_jax.pipeline.spec import StageSpec
 from tpipe_jax.planning.latency import Deferral, Profile, Sample
 from tpipe_jax.profiling.cache_key import profile_key
 
@@ -17,8 +17,8 @@ class FakeProfiler:
 
     seconds_per_token, calls, stopped_call = 1e-3, 0, 0
 
-    def __init__(self, config: Config, mesh: Any) -> None:
-        self._config, self._mesh = config, mesh
+    def __init__(self, spec: StageSpec) -> None:
+        self._spec, self._config = spec, spec.config
 
     def profile(self, on_progress: Any, with_deferral: bool) -> Profile:
         type(self).calls += 1
@@ -43,7 +43,7 @@ class FakeProfiler:
             transfer=(1e-5, 0.0),
             outside_seconds=0.01,
             key_block=1,
-            key=profile_key(config, self._mesh),
+            key=profile_key(self._spec),
             deferral=Deferral((1.0, 0.0), (0.0, 0.0)) if with_deferral else None,
         )
 

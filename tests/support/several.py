@@ -24,6 +24,7 @@ from tpipe_jax.config.command_line import exit_status, parse
 from tpipe_jax.config.settings import Config, resolved
 from tpipe_jax.devices.mesh import make_mesh, put_read_rows, put_rows
 from tpipe_jax.errors import UserError
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.profiling import measured_plan
 from tpipe_jax.reporting.console import Console
 from tpipe_jax.runtime import failures, processes
@@ -108,14 +109,14 @@ def save(what: str, mesh: jax.sharding.Mesh, config: Config, workdir: Path) -> N
             raise OSError("no space in the last process")
 
         saving.write_arrays = fail
-    optimizer = make_optimizer(config.optim, config.train.num_steps)
-    state = init_state(config, mesh, optimizer)
+    optimizer = make_optimizer(config)
+    state = init_state(make_spec(config, mesh), optimizer)
     with Checkpoints(workdir, config.checkpoint, config.model, print) as checkpoints:
         assert checkpoints.newest_step() is None
         checkpoints.save(1, state)
         checkpoints.wait()
         assert checkpoints.newest_step() == 1
-        restored = checkpoints.restore(1, abstract_state(config, mesh, optimizer))
+        restored = checkpoints.restore(1, abstract_state(make_spec(config, mesh), optimizer))
     pairs = zip(jax.tree.leaves(state), jax.tree.leaves(restored), strict=True)
     for a, b in pairs:
         shards = zip(a.addressable_shards, b.addressable_shards, strict=True)

@@ -18,6 +18,7 @@ from tpipe_jax.config.settings import (
 )
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.model import transformer
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.training.optimizer import make_optimizer
 from tpipe_jax.training.state import TrainState, abstract_state
 
@@ -30,7 +31,7 @@ def abstract(
     plan = PlanConfig(schedule="interleaved", chunks=num_chunks) if num_chunks > 1 else PlanConfig()
     run = resolved(Config(MODEL, config, plan, optim=OptimConfig(shard_state=shard_state)))
     mesh = make_mesh(config, jax.devices()[: config.num_devices])
-    return mesh, abstract_state(run, mesh, make_optimizer(run.optim, 10))
+    return mesh, abstract_state(make_spec(run, mesh), make_optimizer(run))
 
 
 def numbered() -> Any:

@@ -21,6 +21,7 @@ from tpipe_jax.config.settings import (
 )
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.errors import UserError
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.plan import PlanRequest
 from tpipe_jax.planning.schedule import make_schedule, terapipe
 from tpipe_jax.training import memory
@@ -42,7 +43,7 @@ CONFIG = Config(
     train=TrainConfig(batch_size=4),
 )
 MESH = make_mesh(CONFIG.mesh, jax.devices()[:2])
-OPTIMIZER = make_optimizer(CONFIG.optim, 100)
+OPTIMIZER = make_optimizer(CONFIG)
 
 
 def with_memory(**changes: Any) -> Config:
@@ -52,7 +53,7 @@ def with_memory(**changes: Any) -> Config:
 @cache
 def compiled(remat: str, defer_weight_grads: bool = False) -> Compiled:
     config = with_memory(remat=remat, defer_weight_grads=defer_weight_grads)
-    return fitting_step(config, MESH, reference.plan_of(config), OPTIMIZER)[1]
+    return fitting_step(make_spec(config, MESH), reference.plan_of(config), OPTIMIZER)[1]
 
 
 def needed(*policy: Any) -> int:
@@ -69,7 +70,7 @@ def test_what_is_computed_again_takes_no_memory():
 def test_the_budget_is_near_what_the_compiler_says(policy: tuple):
     """What it leaves out is what a slice needs while it is worked on, and formats of weights."""
     config = with_memory(remat=policy[0], defer_weight_grads=len(policy) > 1)
-    parts = budget(config, MESH, terapipe(reference.plan_of(config)), OPTIMIZER)
+    parts = budget(make_spec(config, MESH), terapipe(reference.plan_of(config)), OPTIMIZER)
     assert sum(parts.values()) == pytest.approx(needed(*policy), rel=0.2)
     assert parts["optimiser state"] >= 2 * parts["parameters"]
     assert parts["parameters"] >= 4 * 2 * 12 * 64 * 64
@@ -83,10 +84,10 @@ def test_the_budget_under_1f1b_is_near_what_the_compiler_says():
         train=TrainConfig(batch_size=8),
     )
     plan = reference.plan_of(config)
-    step = fitting_step(config, MESH, plan, OPTIMIZER)[1]
-    parts = budget(config, MESH, make_schedule(plan), OPTIMIZER)
+    step = fitting_step(make_spec(config, MESH), plan, OPTIMIZER)[1]
+    parts = budget(make_spec(config, MESH), make_schedule(plan), OPTIMIZER)
     assert sum(parts.values()) == pytest.approx(program_bytes(step), rel=0.2)
-    whole = budget(config, MESH, terapipe(plan), OPTIMIZER)
+    whole = budget(make_spec(config, MESH), terapipe(plan), OPTIMIZER)
     for name in ("other activations", "input and output of the stage"):
         assert parts[name] * 8 == whole[name] * 3
     assert sum(parts.values()) < needed("dots") < sum(whole.values())
@@ -102,12 +103,12 @@ def test_the_budget_of_slices_that_wait_is_near_what_the_compiler_says():
     plan = reference.plan_of(config)
     schedule = make_schedule(plan)
     assert (schedule.num_rows, schedule.num_slots) == (3, 3)
-    step = fitting_step(config, MESH, plan, OPTIMIZER)[1]
-    parts = budget(config, MESH, schedule, OPTIMIZER)
+    step = fitting_step(make_spec(config, MESH), plan, OPTIMIZER)[1]
+    parts = budget(make_spec(config, MESH), schedule, OPTIMIZER)
     assert sum(parts.values()) == pytest.approx(program_bytes(step), rel=0.2)
     bytes_of_slot = 64 * 4 * 9 * 64 * 2  # tokens, float32, widths, layers of a stage
     in_turn = dataclasses.replace(config, plan=dataclasses.replace(config.plan, schedule="1f1b"))
-    others = budget(in_turn, MESH, make_schedule(reference.plan_of(in_turn)), OPTIMIZER)
+    others = budget(make_spec(in_turn, MESH), make_schedule(reference.plan_of(in_turn)), OPTIMIZER)
     more = parts["other activations"] - others["other activations"]
     assert more == 3 * bytes_of_slot
 
@@ -116,11 +117,11 @@ def test_a_plan_to_come_may_have_chunks():
     """Those of the request; what fits is judged with them."""
     request = PlanRequest(2, 4, 512, schedule="interleaved", num_layers=4)
     limited = with_memory(limit_gib=1)
-    assert fitting_policy(limited, MESH, request, OPTIMIZER).memory.remat == "dots"
-    assert fitting_policy(limited, MESH, request, OPTIMIZER).plan == limited.plan
+    assert fitting_policy(make_spec(limited, MESH), request, OPTIMIZER).memory.remat == "dots"
+    assert fitting_policy(make_spec(limited, MESH), request, OPTIMIZER).plan == limited.plan
     everything = dataclasses.replace(request, schedule=None)
     tight = with_memory(limit_gib=1.5 * needed("dots") / GIB)
-    assert fitting_policy(tight, MESH, everything, OPTIMIZER).memory.remat == "dots"
+    assert fitting_policy(make_spec(tight, MESH), everything, OPTIMIZER).memory.remat == "dots"
 
 
 def test_what_fits_under_1f1b_alone_is_computed_again_no_more():
@@ -130,11 +131,13 @@ def test_what_fits_under_1f1b_alone_is_computed_again_no_more():
     shortest = PlanConfig("uniform:64", "uniform:8", schedule="1f1b")
     config_of_least = dataclasses.replace(config, plan=shortest, memory=MemoryConfig(remat="dots"))
     plan = reference.plan_of(config_of_least)
-    limit = program_bytes(fitting_step(config_of_least, MESH, plan, OPTIMIZER)[1]) / GIB
+    limit = program_bytes(fitting_step(make_spec(config_of_least, MESH), plan, OPTIMIZER)[1]) / GIB
     limited = dataclasses.replace(config, memory=MemoryConfig(limit_gib=limit))
-    assert fitting_policy(limited, MESH, request, OPTIMIZER).memory.remat == "dots"
+    assert fitting_policy(make_spec(limited, MESH), request, OPTIMIZER).memory.remat == "dots"
     with pytest.raises(UserError, match=r"config.plan.schedule=1f1b, .* would bring it down"):
-        fitting_policy(limited, MESH, dataclasses.replace(request, schedule="terapipe"), OPTIMIZER)
+        fitting_policy(
+            make_spec(limited, MESH), dataclasses.replace(request, schedule="terapipe"), OPTIMIZER
+        )
 
 
 @pytest.mark.parametrize("remat", ["dots", "attn", "full"])
@@ -142,13 +145,13 @@ def test_auto_takes_the_first_that_fits(remat: str):
     limit = needed(remat) / GIB
     config = with_memory(limit_gib=limit)
     plan = reference.plan_of(config)
-    chosen, step = fitting_step(config, MESH, plan, OPTIMIZER)
+    chosen, step = fitting_step(make_spec(config, MESH), plan, OPTIMIZER)
     assert chosen.memory == MemoryConfig(limit, remat)
     assert program_bytes(step) <= limit * GIB
 
 
 def test_without_a_limit_the_fastest_is_taken():
-    chosen, _ = fitting_step(CONFIG, MESH, reference.plan_of(CONFIG), OPTIMIZER)
+    chosen, _ = fitting_step(make_spec(CONFIG, MESH), reference.plan_of(CONFIG), OPTIMIZER)
     assert chosen.memory.remat == "dots"
 
 
@@ -156,7 +159,7 @@ def test_a_limit_that_nothing_meets_says_by_how_much_and_what_helps():
     limit = needed("full") / GIB - 0.001
     config = with_memory(limit_gib=limit)
     with pytest.raises(UserError) as error:
-        fitting_step(config, MESH, reference.plan_of(config), OPTIMIZER)
+        fitting_step(make_spec(config, MESH), reference.plan_of(config), OPTIMIZER)
     text = str(error.value)
     assert f"limit_gib={limit:g} is 0.001 GiB less than a step takes" in text
     assert "with config.memory.remat=full:" in text
@@ -169,7 +172,9 @@ def test_a_limit_that_nothing_meets_says_by_how_much_and_what_helps():
         UserError, match=r"defer_weight_grads=false, config.memory.remat=full, a smaller"
     ):
         fitting_step(
-            dataclasses.replace(config, memory=fixed), MESH, reference.plan_of(config), OPTIMIZER
+            make_spec(dataclasses.replace(config, memory=fixed), MESH),
+            reference.plan_of(config),
+            OPTIMIZER,
         )
 
 
@@ -179,13 +184,13 @@ def test_a_plan_to_come_is_judged_by_its_smallest_slices():
     shortest = dataclasses.replace(
         with_memory(remat="dots"), plan=PlanConfig("uniform:64", "uniform:4")
     )
-    step = fitting_step(shortest, MESH, reference.plan_of(shortest), OPTIMIZER)[1]
+    step = fitting_step(make_spec(shortest, MESH), reference.plan_of(shortest), OPTIMIZER)[1]
     limit = program_bytes(step) / GIB
-    chosen = fitting_policy(with_memory(limit_gib=limit), MESH, request, OPTIMIZER)
+    chosen = fitting_policy(make_spec(with_memory(limit_gib=limit), MESH), request, OPTIMIZER)
     assert chosen.memory.remat == "dots"
     whole = dataclasses.replace(request, batch_slices=(4,), token_slices=(512,))
     with pytest.raises(UserError, match="less than a step takes"):
-        fitting_policy(with_memory(limit_gib=limit), MESH, whole, OPTIMIZER)
+        fitting_policy(make_spec(with_memory(limit_gib=limit), MESH), whole, OPTIMIZER)
 
 
 def test_the_least_of_what_devices_report_is_the_limit(monkeypatch: pytest.MonkeyPatch):
@@ -199,17 +204,17 @@ def test_the_least_of_what_devices_report_is_the_limit(monkeypatch: pytest.Monke
         local_devices = (Device(),)
 
     mesh: Any = Mesh()
-    assert limit_bytes(CONFIG, mesh) == 5 * GIB
-    assert limit_bytes(with_memory(limit_gib=3), mesh) == 3 * GIB
+    assert limit_bytes(make_spec(CONFIG, mesh)) == 5 * GIB
+    assert limit_bytes(make_spec(with_memory(limit_gib=3), mesh)) == 3 * GIB
     monkeypatch.setattr(memory.jax, "process_count", lambda: 2)
     gather = lambda own: own - [0, 2 * GIB]  # noqa: E731
     monkeypatch.setattr(memory.multihost_utils, "process_allgather", gather)
-    assert limit_bytes(CONFIG, mesh) == 3 * GIB
+    assert limit_bytes(make_spec(CONFIG, mesh)) == 3 * GIB
 
 
 def test_a_cpu_has_its_share_of_the_machine():
     [line] = [n for n in Path("/proc/meminfo").read_text().splitlines() if "MemTotal" in n]
-    assert limit_bytes(CONFIG, MESH) == pytest.approx(1024 * int(line.split()[1]) / 2)
+    assert limit_bytes(make_spec(CONFIG, MESH)) == pytest.approx(1024 * int(line.split()[1]) / 2)
 
 
 def test_processes_of_one_host_share_its_memory(monkeypatch: pytest.MonkeyPatch):
@@ -229,7 +234,7 @@ def test_processes_of_one_host_share_its_memory(monkeypatch: pytest.MonkeyPatch)
     mesh: Any = Mesh()
     monkeypatch.setattr(memory, "host_names", lambda: ["here", "here", "there"])
     share = memory.os.sysconf("SC_PAGE_SIZE") * memory.os.sysconf("SC_PHYS_PAGES") / 3
-    assert limit_bytes(CONFIG, mesh) == pytest.approx(share)
+    assert limit_bytes(make_spec(CONFIG, mesh)) == pytest.approx(share)
 
 
 def test_what_can_never_fit_is_not_compiled(monkeypatch: pytest.MonkeyPatch):
@@ -237,14 +242,16 @@ def test_what_can_never_fit_is_not_compiled(monkeypatch: pytest.MonkeyPatch):
     model = dataclasses.replace(CONFIG.model, d_model=2**20, d_ff=2**22)
     config = dataclasses.replace(CONFIG, model=model)
     with pytest.raises(UserError, match=r"^the memory of a device, .* less than a step takes"):
-        fitting_step(config, MESH, reference.plan_of(config), OPTIMIZER)
+        fitting_step(make_spec(config, MESH), reference.plan_of(config), OPTIMIZER)
 
 
 def test_a_plan_to_come_that_fits_by_far_needs_no_compiler(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(memory, "compile_checked", None)
     request = PlanRequest(2, 4, 512, schedule="terapipe")
-    assert fitting_policy(CONFIG, MESH, request, OPTIMIZER).memory.remat == "dots"
+    assert fitting_policy(make_spec(CONFIG, MESH), request, OPTIMIZER).memory.remat == "dots"
     schedule = terapipe(reference.plan_of(CONFIG))
-    least = sum(budget(with_memory(remat="dots"), MESH, schedule, OPTIMIZER).values()) / GIB
+    least = (
+        sum(budget(make_spec(with_memory(remat="dots"), MESH), schedule, OPTIMIZER).values()) / GIB
+    )
     with pytest.raises(TypeError):  # it would be called here
-        fitting_policy(with_memory(limit_gib=1.9 * least), MESH, request, OPTIMIZER)
+        fitting_policy(make_spec(with_memory(limit_gib=1.9 * least), MESH), request, OPTIMIZER)

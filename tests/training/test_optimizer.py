@@ -6,10 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from tpipe_jax.config.settings import OptimConfig
+from tpipe_jax.config.settings import Config, OptimConfig, TrainConfig
 from tpipe_jax.training.optimizer import clipped, global_norm, learning_rate, make_optimizer
 
 NUM_STEPS = 20
+TRAIN = TrainConfig(num_steps=NUM_STEPS)
 
 
 def formula(step: int, config: OptimConfig, num_steps: int) -> float:
@@ -23,7 +24,7 @@ def formula(step: int, config: OptimConfig, num_steps: int) -> float:
 @pytest.mark.parametrize("warmup", [0, 1, 5, 19, 20, 50])
 def test_learning_rate(warmup: int):
     config = OptimConfig(learning_rate=0.3, warmup_steps=warmup)
-    schedule = learning_rate(config, NUM_STEPS)
+    schedule = learning_rate(Config(train=TRAIN, optim=config))
     actual = [float(schedule(step)) for step in range(NUM_STEPS + 1)]
     expected = [formula(step, config, NUM_STEPS) for step in range(NUM_STEPS + 1)]
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-8)
@@ -48,7 +49,7 @@ def test_adamw(grad_clip: float):
     }
     is_shape = lambda value: isinstance(value, tuple)  # noqa: E731
     params = jax.tree.map(lambda s: jnp.array(rng.normal(size=s)), shapes, is_leaf=is_shape)
-    optimizer = make_optimizer(config, NUM_STEPS)
+    optimizer = make_optimizer(Config(train=TRAIN, optim=config))
     state = optimizer.init(params)
 
     leaves, structure = jax.tree.flatten(params)

@@ -20,6 +20,7 @@ from tpipe_jax.config.settings import (
 )
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.model import transformer
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.training.optimizer import make_optimizer
 from tpipe_jax.training.state import TrainState, abstract_state, init_state, init_step, state_bytes
 
@@ -31,16 +32,16 @@ def open_mesh(config: Config) -> Mesh:
 
 
 def abstract(config: Config) -> TrainState:
-    optimizer = make_optimizer(config.optim, config.train.num_steps)
-    return abstract_state(config, open_mesh(config), optimizer)
+    optimizer = make_optimizer(config)
+    return abstract_state(make_spec(config, open_mesh(config)), optimizer)
 
 
 @pytest.mark.parametrize("mesh_config", [MeshConfig(), MeshConfig(2, 2, 2)], ids=str)
 def test_parameters_are_those_of_the_plain_model(mesh_config: MeshConfig):
     """Whatever the mesh; the second has a stage with a layer less and a vocabulary to fill up."""
     config = Config(MODEL, mesh_config, train=TrainConfig(seed=3))
-    optimizer = make_optimizer(config.optim, config.train.num_steps)
-    state = init_state(config, open_mesh(config), optimizer)
+    optimizer = make_optimizer(config)
+    state = init_state(make_spec(config, open_mesh(config)), optimizer)
     plain = jax.jit(partial(transformer.init, MODEL))(jax.random.key(3))
     expected = jax.jit(partial(reference.to_stages, mesh=open_mesh(config)))(plain)
     chex.assert_trees_all_equal(jax.device_get(state.params), jax.device_get(expected))
@@ -53,8 +54,13 @@ def test_parameters_are_those_of_the_plain_model(mesh_config: MeshConfig):
 def test_no_device_draws_the_blocks_of_other_stages():
     """Of 8 stages with 3 MB of blocks each, 24 MB in all."""
     config = Config(ModelConfig(8, 256, 4, vocab_size=16, seq_len=16), MeshConfig(pipe=8))
-    optimizer = make_optimizer(config.optim, config.train.num_steps)
-    analysis = init_step(config, open_mesh(config), optimizer).lower().compile().memory_analysis()
+    optimizer = make_optimizer(config)
+    analysis = (
+        init_step(make_spec(config, open_mesh(config)), optimizer)
+        .lower()
+        .compile()
+        .memory_analysis()
+    )
     assert analysis is not None
     params, opt_state = state_bytes(abstract(config))
     assert 3e6 < params < 4e6

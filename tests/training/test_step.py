@@ -9,6 +9,7 @@ from support import reference
 from tpipe_jax.config.settings import Config, ModelConfig, PlanConfig, PrecisionConfig, TrainConfig
 from tpipe_jax.devices.mesh import make_mesh, put_rows
 from tpipe_jax.model import transformer
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.training.step import make_loss_and_grads
 
@@ -26,7 +27,7 @@ def test_embedding_gradient_in_bfloat16_sums_many_tokens():
     schedule = make_schedule(reference.plan_of(config))
     half = dataclasses.replace(config, precision=PrecisionConfig("bfloat16"))
     (_, exact), (_, rounded) = (
-        make_loss_and_grads(c, mesh, schedule)(params, rows) for c in (config, half)
+        make_loss_and_grads(make_spec(c, mesh), schedule)(params, rows) for c in (config, half)
     )
     # bfloat16 has 8 bits: errors of a few times 2^-8 of the largest gradient.
     reference.assert_close(rounded["embed"], exact["embed"], 0.03)

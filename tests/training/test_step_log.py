@@ -13,6 +13,7 @@ from support import runs
 from tpipe_jax.config.settings import Config, MetricsConfig, PrecisionConfig
 from tpipe_jax.devices.hardware import peak_flops
 from tpipe_jax.devices.mesh import make_mesh
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.plan import Plan, Prediction
 from tpipe_jax.reporting.metrics import Metrics
 from tpipe_jax.training import step_log
@@ -27,7 +28,7 @@ def test_what_is_left_out_is_no_time_of_a_step(tmp_path: Path, monkeypatch: pyte
     console = runs.Lines()
     names = "loss", "grad_norm", "skipped_steps", "loss_spikes", "consecutive_skips"
     with closing(Metrics(tmp_path, 0)) as metrics, console.progress(0, 4):
-        log = step_log.StepLog(config, plan, mesh, metrics, console)
+        log = step_log.StepLog(make_spec(config, mesh), plan, metrics, console)
         for step in (1, 2, 3, 4):
             now += 1.5
             if step == 3:
@@ -51,7 +52,7 @@ def test_speed_wait_and_bubbles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     console = runs.Lines()
     names = "loss", "grad_norm", "skipped_steps", "loss_spikes", "consecutive_skips"
     with closing(Metrics(tmp_path, 0)) as metrics, console.progress(0, 2):
-        log = step_log.StepLog(config, plan, mesh, metrics, console)
+        log = step_log.StepLog(make_spec(config, mesh), plan, metrics, console)
         for step in (1, 2):
             log.add_wait(0.25 * step)
             now += 2

@@ -2,8 +2,8 @@
 
 On a mesh, a block's array is one of those of the nth layer of each stage, `[P, ...]`, zeros where a
 stage has no nth layer, which depends on how many chunks stages have (`placement`), and the token
-embedding has rows of padding (`sharding.param_specs`). In the model a layer is a layer, under its own
-number, and the vocabulary is as long as it is.
+embedding has rows of padding (`sharding.param_specs`). In the model a layer is a layer, under its
+own number, and the vocabulary is as long as it is.
 """
 
 from collections.abc import Callable, Iterator

@@ -2,22 +2,26 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from jax import Array
 
 from tpipe_jax.commands.trained_model import Trained
 from tpipe_jax.config.settings import BYTES, BYTES_NAME, IGNORE, Config, PlanConfig
 from tpipe_jax.data.batches import make_sequences, with_packing
+from tpipe_jax.data.rows import RowLayout
 from tpipe_jax.data.sources import Share
 from tpipe_jax.data.tokenizer import open_tokenizer
 from tpipe_jax.devices.hlo import compile_checked
 from tpipe_jax.devices.mesh import put_rows
 from tpipe_jax.errors import UserError
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.planning.settings import read_settings
+from tpipe_jax.training.evaluation import mean_loss
 from tpipe_jax.training.state import abstract_rows
 from tpipe_jax.training.step import make_loss
 
@@ -54,34 +58,35 @@ def evaluate(
     there, of which the last may be shorter; weights don't count. Raises `UserError` if there is
     none.
     """
-    config, mesh, params = with_packing(trained.config, shares), trained.mesh, trained.params
-    trained, batch_size = trained._replace(config=config), config.train.batch_size
+    config, batch_size = with_packing(trained.config, shares), trained.config.train.batch_size
+    spec, layout = make_spec(config, trained.mesh), RowLayout.of(config)
     sequences = [make_sequences(config, share, is_whole=False) for share in shares]
     rows_of_all = itertools.chain.from_iterable(map(iter, sequences))
     num_sequences = sum(map(len, sequences))
     if not num_sequences:
         raise UserError(f"{shares[0].source.setting} has a single token: give two at least.")
-    like = abstract_rows(config, mesh)
-    loss = compile_checked(
-        make_loss(config, mesh, make_schedule(_plan(trained))), mesh, params, like
-    )
-    count_bytes = _byte_counter(config)
-    total, num_targets, num_bytes = 0.0, 0, 0
-    for done in range(0, num_sequences, batch_size):
-        rows = np.full(like.shape, IGNORE, np.int32)
-        for n, row in enumerate(itertools.islice(rows_of_all, batch_size)):
-            rows[n] = row
-        targets = rows[:, 1] if config.data.marks_documents else rows[:, 1:]
-        targets = targets[targets != IGNORE]
-        total += targets.size * float(loss(params, put_rows(mesh, rows)))
-        num_targets += targets.size
-        num_bytes += count_bytes(targets) if count_bytes else 0
-        on_progress(min(done + batch_size, num_sequences), num_sequences)
+    like = abstract_rows(spec)
+    program = make_loss(spec, make_schedule(_plan(config)))
+    loss = compile_checked(program, spec.mesh, trained.params, like)
+    count_bytes, num_bytes = _byte_counter(config), 0
+
+    def batches() -> Iterator[tuple[Array, int]]:
+        nonlocal num_bytes
+        for done in range(0, num_sequences, batch_size):
+            rows = np.full(like.shape, IGNORE, np.int32)
+            for n, row in enumerate(itertools.islice(rows_of_all, batch_size)):
+                rows[n] = row
+            targets = layout.targets(rows)[layout.counts(rows)]
+            yield put_rows(spec.mesh, rows), targets.size
+            num_bytes += count_bytes(targets) if count_bytes else 0
+            on_progress(min(done + batch_size, num_sequences), num_sequences)
+
+    mean, num_targets = mean_loss(loss, trained.params, batches())
     if not num_targets:
         raise UserError(
             f"{shares[0].source.setting} has nothing to predict: give longer documents."
         )
-    return Evaluation(num_targets, total / num_targets, num_bytes if count_bytes else None)
+    return Evaluation(num_targets, mean, num_bytes if count_bytes else None)
 
 
 def _byte_counter(config: Config) -> Callable[[np.ndarray], int] | None:
@@ -106,11 +111,11 @@ def _byte_counter(config: Config) -> Callable[[np.ndarray], int] | None:
     return checked
 
 
-def _plan(trained: Trained) -> Plan:
+def _plan(config: Config) -> Plan:
     """Whole sequences on one stage; on several, two slices for each."""
-    num_stages = trained.config.mesh.pipe
-    num_slices = min(2 * num_stages, trained.config.model.seq_len) if num_stages > 1 else 1
+    num_stages = config.mesh.pipe
+    num_slices = min(2 * num_stages, config.model.seq_len) if num_stages > 1 else 1
     slices = PlanConfig(f"uniform:{num_slices}", "uniform:1")
-    plan = read_settings(replace(trained.config, plan=slices))
+    plan = read_settings(replace(config, plan=slices))
     assert isinstance(plan, Plan)  # all slices are given
     return plan

@@ -4,14 +4,13 @@ from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 from jax.stages import Compiled
 
-from tpipe_jax.config.settings import Config
 from tpipe_jax.devices.hlo import compile_checked
 from tpipe_jax.devices.mesh import put_rows
 from tpipe_jax.model.block import Params
 from tpipe_jax.pipeline.decode import empty_decode_caches, make_decode
+from tpipe_jax.pipeline.spec import StageSpec
 
 PART = 64  # tokens of a prompt that are read at a time
 
@@ -44,10 +43,11 @@ def chooser(temperature: float, top_p: float = 1.0, seed: int = 0) -> Choose:
 class Generator:
     """Continues texts with the model on its mesh. All processes must make the same calls."""
 
-    def __init__(self, config: Config, mesh: Mesh, params: Params) -> None:
-        self._config, self._mesh, self._params = config, mesh, params
-        self._caches = empty_decode_caches(config, mesh)
-        self._part = min(PART, config.model.seq_len)
+    def __init__(self, spec: StageSpec, params: Params) -> None:
+        self._spec, self._params = spec, params
+        self._config, self._mesh = spec.config, spec.mesh
+        self._caches = empty_decode_caches(spec)
+        self._part = min(PART, spec.config.model.seq_len)
         self._programs = {size: self._compile(size) for size in {1, self._part}}
 
     def tokens_after(self, prompt: Sequence[int] | np.ndarray, choose: Choose) -> Iterator[int]:
@@ -89,7 +89,7 @@ class Generator:
     def _compile(self, num_tokens: int) -> Compiled:
         rows = np.zeros((self._mesh.shape["data"], num_tokens), np.int32)
         return compile_checked(
-            make_decode(self._config, self._mesh),
+            make_decode(self._spec),
             self._mesh,
             self._params,
             self._caches,

@@ -9,13 +9,13 @@ import jax
 from tpipe_jax.config.settings import Config
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.errors import UserError
-from tpipe_jax.pipeline.spec import on_devices, on_mesh
+from tpipe_jax.pipeline.spec import make_spec, spec_on_devices
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.settings import read_settings
 from tpipe_jax.profiling.measured_plan import plan_slices
 from tpipe_jax.profiling.mesh_search import choose_mesh, factorisations, take_latencies
 from tpipe_jax.reporting.console import Console
-from tpipe_jax.reporting.plan_report import write_plan
+from tpipe_jax.reporting.plan_report import draw_plan
 from tpipe_jax.reporting.workdir import changed_settings, describe_in_files
 
 
@@ -31,10 +31,11 @@ def plan_run(
     if is_auto:  # what can be found before minutes of measuring
         some_mesh = next(factorisations(config.mesh, len(devices)))
         some = replace(config, mesh=some_mesh)
-        some = on_mesh(some, make_mesh(some_mesh, devices))
-        _check_is_own(some, workdir, but=("config.mesh.", "config.optim.shard_state "))
+        some = make_spec(some, make_mesh(some_mesh, devices))
+        _check_is_own(some.config, workdir, but=("config.mesh.", "config.optim.shard_state "))
         config = choose_mesh(config, devices, workdir, console)
-    config, mesh = on_devices(config, devices)
+    spec = spec_on_devices(config, devices)
+    config = spec.config
     request = read_settings(config)
     if isinstance(request, Plan):
         raise UserError(
@@ -44,12 +45,12 @@ def plan_run(
     _check_is_own(config, workdir)
     if is_auto:
         take_latencies(config.mesh, workdir)
-    table, planning = plan_slices(config, request, mesh, workdir, console)
+    table, planning = plan_slices(spec, request, workdir, console)
     factors = planning.chunk_factors
     console.show_planning(planning)
     if jax.process_index() == 0:
         describe_in_files(config, workdir, planning.plan, factors)
-        write_plan(workdir, table, planning.plan, factors)
+        draw_plan(workdir, table, planning.plan, factors)
     console.say(f"plan.json, plan.png and latency.json are in {workdir}")
 
 

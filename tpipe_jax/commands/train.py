@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -13,12 +12,14 @@ from jax.sharding import Mesh
 
 from tpipe_jax.checkpoint.checkpoints import Checkpoints
 from tpipe_jax.commands.generate import Generator, chooser
-from tpipe_jax.config.settings import BYTES, BYTES_NAME, Config, resolved
+from tpipe_jax.config.settings import BYTES, BYTES_NAME, Config
+from tpipe_jax.data.rows import RowLayout
 from tpipe_jax.data.tokenizer import open_tokenizer
 from tpipe_jax.devices.mesh import host_parts, operators_span_hosts
 from tpipe_jax.devices.precision import is_slow
 from tpipe_jax.model.block import Params
 from tpipe_jax.model.transformer import num_params
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.placement import layer_counts
 from tpipe_jax.planning.plan import Plan, PlanRequest
 from tpipe_jax.planning.settings import settled, work_factors
@@ -28,12 +29,13 @@ from tpipe_jax.reporting.console import Console
 from tpipe_jax.reporting.metrics import Metrics
 from tpipe_jax.reporting.step_profile import ProfiledSteps
 from tpipe_jax.reporting.workdir import changed_settings, describe_in_files, locked
-from tpipe_jax.runtime.failures import Expect, watched
+from tpipe_jax.runtime.failures import watched
 from tpipe_jax.runtime.processes import gathered, host_names
 from tpipe_jax.runtime.stop import Stop, Stopped
-from tpipe_jax.training.loop import Loop, Within, expect_within, put_batch
+from tpipe_jax.training.loop import Loop, put_batch
 from tpipe_jax.training.memory import out_of_memory
 from tpipe_jax.training.prepare import Run, check_inputs, compile_programs, prepare
+from tpipe_jax.training.services import Services
 from tpipe_jax.training.state import TrainState, abstract_state, init_state
 from tpipe_jax.training.step_log import StepLog
 
@@ -55,11 +57,12 @@ def train(
     measuring, and training starts. Raises `UserError` where they don't fit.
     """
     with out_of_memory(), watched() as expect, Stop(console.say) as stop:
+        services = Services(console, stop, expect, config.train.step_timeout_seconds)
         if config.mesh.auto:
             check_inputs(config)
 
             def check() -> None:
-                expect_within(config, expect, "choosing a mesh", is_step=False)
+                services.within("choosing a mesh", is_step=False)
                 stop.check()
 
             try:
@@ -69,20 +72,18 @@ def train(
                 return
             take_latencies(config.mesh, workdir)
             expect("", math.inf)  # nothing more is timed before the run says what it does
-        console.say(_run(config, workdir, devices, console, expect, stop, profiled))
+        console.say(_run(config, workdir, devices, services, profiled))
 
 
 def _run(
     config: Config,
     workdir: Path,
     devices: Sequence[jax.Device],
-    console: Console,
-    expect: Expect,
-    stop: Stop,
+    services: Services,
     profiled: range | None,
 ) -> str:
-    """All of it on a mesh that is known; returns what the run has come to."""
-    run = prepare(resolved(config), devices)
+    """Trains on a mesh that is known; returns what the run has come to."""
+    run, console = prepare(config, devices), services.console
     config = run.config
     is_first = jax.process_index() == 0  # which alone writes, but for checkpoints
     console.show_facts(_facts(run))
@@ -101,20 +102,18 @@ def _run(
             workdir / "checkpoints", config.checkpoint, config.model, console.say
         ) as checkpoints,
     ):
-        within = partial(expect_within, config, expect)
-        return _train(run, workdir, console, checkpoints, stop, within, profiled)
+        return _train(run, workdir, checkpoints, services, profiled)
 
 
 def _train(
     run: Run,
     workdir: Path,
-    console: Console,
     checkpoints: Checkpoints,
-    stop: Stop,
-    within: Within,
+    services: Services,
     profiled: range | None,
 ) -> str:
     """Plans, compiles and runs the steps that are left; returns what the run has come to."""
+    console, stop, within = services.console, services.stop, services.within
     config, num_steps, first_step = run.config, run.config.train.num_steps, 0
     try:
         within("checking checkpoints", is_step=False)
@@ -128,8 +127,8 @@ def _train(
         stop.check()
         within("planning slices", is_step=False)
         plan = _planned(run, workdir, console, stop.check)
-        config = settled(config, plan)
-        run, checkpoints.num_chunks = replace(run, config=config), plan.num_chunks
+        run = replace(run, spec=make_spec(settled(config, plan), run.mesh))
+        config, checkpoints.num_chunks = run.config, plan.num_chunks
         within("compiling", is_step=False)
         programs = compile_programs(run, plan, console)
         stop.check()
@@ -146,11 +145,9 @@ def _train(
         describe_in_files(run.described, workdir, plan, work_factors(config, plan))
         metrics = Metrics(workdir, first_step, config)
     with closing(metrics) if metrics else nullcontext():
-        log = StepLog(config, plan, run.mesh, metrics, console)
-        loop = Loop(
-            *(run, plan, programs, workdir, checkpoints, log, stop, within, console),
-            profiled=ProfiledSteps(profiled, workdir / "profile"),
-        )
+        log = StepLog(run.spec, plan, metrics, console)
+        recorded = ProfiledSteps(profiled, workdir / "profile")
+        loop = Loop(run, plan, programs, workdir, checkpoints, log, recorded, services)
         gathered("training", "", lambda _: "")  # so that nobody's first step waits for others
         with console.progress(first_step, num_steps):
             step, state = loop.steps(state, first_step, held_out)
@@ -194,7 +191,7 @@ def _planned(run: Run, workdir: Path, console: Console, check: Callable[[], None
     """The plan as given, or the fastest of those that keep to what is."""
     config = run.config
     if isinstance(run.plan, PlanRequest):
-        _, planning = plan_slices(config, run.plan, run.mesh, workdir, console, check)
+        _, planning = plan_slices(run.spec, run.plan, workdir, console, check)
         console.show_planning(planning)
         return planning.plan
     plan = as_first(run.plan)
@@ -207,8 +204,8 @@ def _first_state(
 ) -> TrainState:
     """That of the checkpoint, if there is one, or a fresh one."""
     if saved_step is None:
-        return init_state(run.config, run.mesh, run.optimizer)
-    like = abstract_state(run.config, run.mesh, run.optimizer)
+        return init_state(run.spec, run.optimizer)
+    like = abstract_state(run.spec, run.optimizer)
     state = checkpoints.restore(saved_step, like)
     after = f"continuing after step {saved_step}"
     console.say(after if saved_step else "starting from imported weights")
@@ -218,13 +215,14 @@ def _first_state(
 def _show_sample(run: Run, params: Params, stop: Stop, console: Console) -> None:
     """How the model continues a held-out text."""
     config = run.config
-    row = run.held_out.batch(0)[-1]
-    if config.data.marks_documents:
-        row = row[0, row[2] == 0]  # of the first document
-    prompt = row[: max(1, config.model.seq_len // 2)]
+    layout, rows = RowLayout.of(config), run.held_out.batch(0)[-1:]
+    tokens, starts = layout.inputs(rows)[0], layout.document_starts(rows)
+    if starts is not None:
+        tokens = tokens[starts[0] == 0]  # of the first document
+    prompt = tokens[: max(1, config.model.seq_len // 2)]
     num_tokens = config.train.sample_tokens
     choose = chooser(TEMPERATURE, seed=config.train.seed)
-    following = Generator(config, run.mesh, params).tokens_after(prompt, choose)
+    following = Generator(run.spec, params).tokens_after(prompt, choose)
     tokens = [next(following)]
     while len(tokens) < num_tokens and not stop.is_due():
         tokens.append(next(following))

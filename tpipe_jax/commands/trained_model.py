@@ -12,7 +12,7 @@ from tpipe_jax.checkpoint.arrays import restore
 from tpipe_jax.checkpoint.checkpoints import newest_sound
 from tpipe_jax.config.settings import Config, PlanConfig
 from tpipe_jax.model.block import Params
-from tpipe_jax.pipeline.spec import on_devices
+from tpipe_jax.pipeline.spec import StageSpec, spec_on_devices
 from tpipe_jax.training.optimizer import make_optimizer
 from tpipe_jax.training.state import abstract_state
 
@@ -20,10 +20,17 @@ from tpipe_jax.training.state import abstract_state
 class Trained(NamedTuple):
     """A model with its parameters."""
 
-    config: Config
-    mesh: Mesh
+    spec: StageSpec
     params: Params
     step: int
+
+    @property
+    def config(self) -> Config:
+        return self.spec.config
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.spec.mesh
 
 
 def load(workdir: Path, step: int | None, config: Config, devices: Sequence[jax.Device]) -> Trained:
@@ -34,7 +41,7 @@ def load(workdir: Path, step: int | None, config: Config, devices: Sequence[jax.
     """
     checkpoint, model = newest_sound(workdir, step)
     config = replace(config, model=model, plan=PlanConfig())  # stages without chunks
-    config, mesh = on_devices(config, devices[: config.mesh.num_devices])
-    like = abstract_state(config, mesh, make_optimizer(config.optim, config.train.num_steps))
-    params = restore(checkpoint, config.model, {"params": like.params})["params"]
-    return Trained(config, mesh, params, int(checkpoint.name))
+    spec = spec_on_devices(config, devices[: config.mesh.num_devices])
+    like = abstract_state(spec, make_optimizer(spec.config))
+    params = restore(checkpoint, model, {"params": like.params})["params"]
+    return Trained(spec, params, int(checkpoint.name))

@@ -16,6 +16,7 @@ from tpipe_jax.config.settings import GPT2, Config, MeshConfig, resolved
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.errors import UserError, writing_to
 from tpipe_jax.interop import gpt2
+from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.reporting.workdir import write_config
 from tpipe_jax.training.health import new_health
 from tpipe_jax.training.loss_scale import new_loss_scale
@@ -92,8 +93,8 @@ def export_gpt2(workdir: Path, target: Path, step: int | None) -> int:
 def _parts(config: Config, read: gpt2.Reader) -> Iterator[Piece]:
     """A fresh state with these parameters, array by array."""
     # Where a state lies does not matter, so one device will do.
-    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    like = abstract_state(config, mesh, make_optimizer(config.optim, config.train.num_steps))
+    spec = make_spec(config, make_mesh(MeshConfig(), jax.devices()[:1]))
+    like = abstract_state(spec, make_optimizer(config))
     others = {"loss_scale": new_loss_scale(config.precision), "health": new_health()}
     known = {
         f"{section}/{jax.tree_util.keystr(path, simple=True, separator='/')}": np.asarray(value)

@@ -1,8 +1,8 @@
 """The GPT of GPT-2 and GPT-3 (Radford et al. 2019), as parameters and pure functions of them.
 
-Learned positions, blocks (`functional`), a LayerNorm and a head tied to the token embedding. Modules of
-Flax NNX are in here and in the files of the blocks; parameters are plain dictionaries everywhere
-else.
+Learned positions, blocks (`functional`), a LayerNorm and a head tied to the token embedding.
+Modules of Flax NNX are in here and in the files of the blocks; parameters are plain dictionaries
+everywhere else.
 """
 
 from functools import partial

@@ -10,7 +10,7 @@ from jax import Array
 from tpipe_jax.attention.base import KVCache
 from tpipe_jax.model.block import Params
 
-Deferral = Literal["none", "some ticks", "to the end"]  # of gradients of weights
+WeightGrads = Literal["at once", "some ticks later", "at the end"]  # after a backward pass
 # What all devices of 'model' hold; they divide the rest.
 UNDIVIDED = ("x", "middle", "out", "norm_1", "norm_2")
 
@@ -67,7 +67,7 @@ def empty_gradients(
     d_caches: list[KVCache],
     block_shapes: Params,
     linears: Mapping[str, tuple[str, str]],
-    deferral: Deferral,
+    weight_grads: WeightGrads,
     outputs: tuple[int, int],
     dtype: jnp.dtype,
 ) -> list[Gradients]:
@@ -76,7 +76,7 @@ def empty_gradients(
     """
 
     def sums() -> Params:
-        is_left = {name: deferral == "to the end" and name in linears for name in block_shapes}
+        is_left = {name: weight_grads == "at the end" and name in linears for name in block_shapes}
         summed = {name: shapes for name, shapes in block_shapes.items() if not is_left[name]}
         return jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), summed)
 
@@ -84,5 +84,5 @@ def empty_gradients(
         widths = {name: block_shapes[n]["kernel"].shape[-1] for n, (_, name) in linears.items()}
         return {name: jnp.zeros((*outputs, width), dtype) for name, width in widths.items()}
 
-    is_deferred = deferral != "none"
+    is_deferred = weight_grads != "at once"
     return [Gradients(d, sums(), d_outputs() if is_deferred else {}) for d in d_caches]

@@ -9,11 +9,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 
 from tpipe_jax.attention.base import KVCache
-from tpipe_jax.config.settings import Config
 from tpipe_jax.devices.collectives import from_stage, needs_sums
 from tpipe_jax.devices.inplace import Position
 from tpipe_jax.devices.mesh import manual_part
-from tpipe_jax.devices.precision import compute_dtype
 from tpipe_jax.model.block import Params
 from tpipe_jax.model.sharding import param_specs
 from tpipe_jax.pipeline import vocab_parallel
@@ -21,15 +19,15 @@ from tpipe_jax.pipeline.buffers import empty_caches
 from tpipe_jax.pipeline.build import (
     cache_shape,
     for_compute,
-    layers_per_stage,
     make_head,
     make_stage,
 )
 from tpipe_jax.pipeline.executor import sweep
+from tpipe_jax.pipeline.spec import StageSpec
 from tpipe_jax.planning.schedule import IDLE, Item
 
 
-def make_decode(config: Config, mesh: Mesh) -> Wrapped:
+def make_decode(spec: StageSpec) -> Wrapped:
     """`(params, caches, tokens [B, L], first, index)` to the logits `[B, V]` of the token after
     `tokens[:, index]`, on all devices, and the caches, which are donated, with these tokens.
 
@@ -40,8 +38,8 @@ def make_decode(config: Config, mesh: Mesh) -> Wrapped:
         params: Params, caches: list[KVCache], tokens_BL: Array, first: Array, index: Array
     ) -> tuple[Array, list[KVCache]]:
         num_stages, (B, L) = lax.axis_size("pipe"), tokens_BL.shape
-        params = for_compute(config, mesh, params)
-        stage, head = make_stage(config, mesh, params), make_head(config, mesh, params)
+        params = for_compute(spec, params)
+        stage, head = make_stage(spec, params), make_head(spec, params)
         positions_LD = lax.dynamic_slice_in_dim(params["embed"]["positions"], first, L)
         embed = params["embed"] | {"positions": positions_LD}
 
@@ -56,35 +54,34 @@ def make_decode(config: Config, mesh: Mesh) -> Wrapped:
             np.concatenate([np.where(np.eye(num_stages, dtype=bool), c, IDLE) for c in chunks]),
             [Item(0, 0, B, L, chunk=c) for c in chunks],
             work,
-            vocab_parallel.embed(embed, tokens_BL, compute_dtype(config.precision, mesh)),
+            vocab_parallel.embed(embed, tokens_BL, spec.dtype),
             jax.tree.map(lambda a: a[0], caches),
         )
         y_BD = from_stage(-1, y_BLD[:, index])
-        logits_BV = vocab_parallel.logits(head, y_BD, config.model.vocab_size)
+        logits_BV = vocab_parallel.logits(head, y_BD, spec.config.model.vocab_size)
         return logits_BV, jax.tree.map(lambda a: a[None], caches)
 
-    specs = manual_part(param_specs(config.model, layers_per_stage(config, mesh)))
+    specs = manual_part(param_specs(spec.config.model, spec.layers_per_stage))
     caches = PartitionSpec("pipe", "data")
     mapped = jax.shard_map(
         local,
-        mesh=mesh,
+        mesh=spec.mesh,
         axis_names={"data", "pipe"},
         in_specs=(specs, caches, PartitionSpec("data"), PartitionSpec(), PartitionSpec()),
         out_specs=(PartitionSpec("data", "pipe"), caches),
-        check_vma=needs_sums(mesh),
+        check_vma=needs_sums(spec.mesh),
     )
-    out_shardings = NamedSharding(mesh, PartitionSpec()), _decode_sharding(mesh)
+    out_shardings = NamedSharding(spec.mesh, PartitionSpec()), _decode_sharding(spec.mesh)
     return jax.jit(mapped, donate_argnums=1, out_shardings=out_shardings)
 
 
-def empty_decode_caches(config: Config, mesh: Mesh) -> list[KVCache]:
+def empty_decode_caches(spec: StageSpec) -> list[KVCache]:
     """Caches for `make_decode`, with one sequence a data shard, `[P, B, H, T, K]`."""
-    shape = cache_shape(config, mesh.shape["data"])
-    dtype, num_layers = compute_dtype(config.precision, mesh), layers_per_stage(config, mesh)
+    shape = spec.num_stages, *cache_shape(spec, spec.mesh.shape["data"])
 
-    @partial(jax.jit, out_shardings=_decode_sharding(mesh))
+    @partial(jax.jit, out_shardings=_decode_sharding(spec.mesh))
     def empty() -> list[KVCache]:
-        return empty_caches(num_layers, (mesh.shape["pipe"], *shape), dtype)
+        return empty_caches(spec.layers_per_stage, shape, spec.dtype)
 
     return empty()
 

@@ -5,53 +5,49 @@ from functools import partial
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from tpipe_jax.config.settings import Config
-from tpipe_jax.devices.precision import compute_dtype
 from tpipe_jax.pipeline.buffers import UNDIVIDED
-from tpipe_jax.pipeline.build import deferral, empty_gradients_of, empty_saved_of
+from tpipe_jax.pipeline.build import gradients_of, saved_of
+from tpipe_jax.pipeline.spec import StageSpec
 
 
-def activation_bytes_per_token(config: Config, mesh: Mesh) -> tuple[int, int]:
-    """What is kept on a device for each token of a sequence in the pipeline, and besides for each
-    of one that goes backward.
+def activation_bytes_per_token(spec: StageSpec) -> tuple[int, int]:
+    """Bytes on a device for each token of a sequence in the pipeline, and further bytes for each
+    token of a sequence that goes backward.
     """
-    saved, gathered = _shapes(config, mesh, empty_saved_of), cache_bytes_per_token(config, mesh)[1]
-    to_the_end = deferral(config) == "to the end"
-    left = deferred_bytes_per_token(config, mesh) if to_the_end else 0
-    return _bytes_per_token(config, mesh, saved) + left, gathered
+    saved, gathered = _shapes(spec, saved_of), cache_bytes_per_token(spec)[1]
+    left = deferred_bytes_per_token(spec) if spec.weight_grads == "at the end" else 0
+    return _bytes_per_token(spec, saved) + left, gathered
 
 
-def deferred_bytes_per_token(config: Config, mesh: Mesh) -> int:
-    """Of a slice that waits for gradients of weights."""
-    d_outputs = [d.d_outputs for d in _shapes(config, mesh, empty_gradients_of)]
-    return _bytes_per_token(config, mesh, d_outputs)
+def deferred_bytes_per_token(spec: StageSpec) -> int:
+    """Bytes for each token of a slice that waits for gradients of weights."""
+    return _bytes_per_token(spec, [d.d_outputs for d in _shapes(spec, gradients_of)])
 
 
-def trunk_bytes_per_token(config: Config, mesh: Mesh) -> int:
-    """What the stage is given, or makes of it."""
-    return config.model.d_model * compute_dtype(config.precision, mesh).itemsize
+def trunk_bytes_per_token(spec: StageSpec) -> int:
+    """Bytes for each token of the input of the stage, which its output replaces."""
+    return spec.config.model.d_model * spec.dtype.itemsize
 
 
-def cache_bytes_per_token(config: Config, mesh: Mesh) -> tuple[int, int]:
-    """Of `activation_bytes_per_token`, what are keys, values and their gradients."""
+def cache_bytes_per_token(spec: StageSpec) -> tuple[int, int]:
+    """The part of `activation_bytes_per_token` that is keys and values, and their gradients."""
     saved, gathered = (
-        _bytes_per_token(config, mesh, [d.cache for d in _shapes(config, mesh, buffers)])
-        for buffers in (empty_saved_of, empty_gradients_of)
+        _bytes_per_token(spec, [d.cache for d in _shapes(spec, buffers)])
+        for buffers in (saved_of, gradients_of)
     )
     return saved, gathered
 
 
-def _shapes(config: Config, mesh: Mesh, buffers: Callable[..., list[Any]]) -> list[Any]:
+def _shapes(spec: StageSpec, buffers: Callable[..., list[Any]]) -> list[Any]:
     """Buffers for one sequence, without their memory."""
-    return jax.eval_shape(partial(buffers, config, mesh, num_rows=1))
+    return jax.eval_shape(partial(buffers, spec, num_rows=1))
 
 
-def _bytes_per_token(config: Config, mesh: Mesh, buffers: Any) -> int:
+def _bytes_per_token(spec: StageSpec, buffers: Any) -> int:
     """Bytes of buffers for one sequence, for one token on one device."""
     num_bytes = 0
     for path, a in jax.tree.leaves_with_path(buffers):
         is_whole = path[-1] in map(jax.tree_util.DictKey, UNDIVIDED)
-        num_bytes += a.size * a.dtype.itemsize // (1 if is_whole else mesh.shape["model"])
-    return num_bytes // config.model.seq_len
+        num_bytes += a.size * a.dtype.itemsize // (1 if is_whole else spec.mesh.shape["model"])
+    return num_bytes // spec.config.model.seq_len

@@ -1,30 +1,83 @@
-"""What the settings leave open until the devices are known."""
+"""What all programs of a run know of the stages: settings and devices brought together, once."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from tpipe_jax.attention.backends import resolve_attention
+from tpipe_jax.attention.backends import make_attention, resolve_attention
+from tpipe_jax.attention.base import Attention, Heads
 from tpipe_jax.config.settings import Config, resolved
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.devices.precision import resolve_precision
 from tpipe_jax.model.functional import heads
+from tpipe_jax.model.remat import saved_names
 from tpipe_jax.model.sharding import check_model
+from tpipe_jax.pipeline.buffers import WeightGrads
+from tpipe_jax.planning.placement import chunk_counts
 
 
-def on_devices(config: Config, devices: Sequence[jax.Device]) -> tuple[Config, Mesh]:
-    """The config as `on_mesh` has it, and the mesh. Raises `UserError` if the devices do not fit
-    the mesh, or the mesh the model.
+@dataclass(frozen=True, eq=False)
+class StageSpec:
+    """What a stage of this model is on this mesh."""
+
+    config: Config
+    """With everything filled in that depends on other settings or on the devices."""
+    mesh: Mesh
+    dtype: jnp.dtype
+    """Of matrix products and activations."""
+    heads: Heads
+    attention: Attention
+    chunk_layers: tuple[tuple[int, ...], ...]
+    """Layers of each chunk of each stage, `[chunk][stage]`."""
+    weight_grads: WeightGrads
+    saved_names: tuple[str, ...]
+    """The values of a layer that are saved, and not computed again."""
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.chunk_layers[0])
+
+    @property
+    def num_chunks(self) -> int:
+        return len(self.chunk_layers)
+
+    @property
+    def layers_per_stage(self) -> int:
+        """Layers of the stage that has most."""
+        return sum(map(max, self.chunk_layers))
+
+
+def make_spec(config: Config, mesh: Mesh) -> StageSpec:
+    """The spec of a run on a mesh. Raises `UserError` if the devices cannot run its attention."""
+    config = resolve_precision(resolved(config), mesh)
+    of_block = heads(config.model)
+    config = resolve_attention(config, mesh, of_block)
+    counts = chunk_counts(config.model.num_layers, mesh.shape["pipe"], config.plan.num_chunks)
+    return StageSpec(
+        config,
+        mesh,
+        jnp.dtype(config.precision.compute),
+        of_block,
+        make_attention(config, mesh, of_block),
+        tuple(map(tuple, counts)),
+        _weight_grads(config),
+        saved_names(config.memory.remat),
+    )
+
+
+def spec_on_devices(config: Config, devices: Sequence[jax.Device]) -> StageSpec:
+    """The spec of a run on these devices. Raises `UserError` if they do not fit the mesh, or the
+    mesh does not fit the model.
     """
     mesh = make_mesh(config.mesh, devices)
     check_model(config.model, config.mesh)
-    return on_mesh(config, mesh), mesh
+    return make_spec(config, mesh)
 
 
-def on_mesh(config: Config, mesh: Mesh) -> Config:
-    """The config with everything filled in that depends on other settings or on the devices: number
-    format and attention. Raises `UserError` if the devices cannot run the attention.
-    """
-    config = resolve_precision(resolved(config), mesh)
-    return resolve_attention(config, mesh, heads(config.model))
+def _weight_grads(config: Config) -> WeightGrads:
+    if config.plan.schedule == "1f1b-deferred":
+        return "some ticks later"
+    return "at the end" if config.memory.defer_weight_grads else "at once"

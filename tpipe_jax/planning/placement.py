@@ -4,6 +4,8 @@ Stages of a pipeline have layers one after another; those of v chunks have as ma
 as if there were v P stages, of which stage s has the sth, the (P + s)th, the (2 P + s)th and so on.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 
@@ -18,7 +20,7 @@ def chunk_counts(num_layers: int, num_stages: int, num_chunks: int) -> list[list
     return [counts[c * num_stages : (c + 1) * num_stages] for c in range(num_chunks)]
 
 
-def chunk_slots(counts: list[list[int]]) -> list[range]:
+def chunk_places(counts: Sequence[Sequence[int]]) -> list[range]:
     """The places of each chunk's layers in a stage, where all stages have as many."""
     stops = np.cumsum([max(own) for own in counts]).tolist()
     return [range(stop - max(own), stop) for own, stop in zip(counts, stops, strict=True)]

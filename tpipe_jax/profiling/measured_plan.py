@@ -11,10 +11,9 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from tpipe_jax.config.settings import Config
 from tpipe_jax.errors import UserError, writing_to
+from tpipe_jax.pipeline.spec import StageSpec
 from tpipe_jax.planning.latency import LatencyTable, Profile, load_table, read_profile
 from tpipe_jax.planning.plan import Plan, PlanRequest, read_plan
 from tpipe_jax.planning.planner import Planning, find_plan
@@ -31,9 +30,8 @@ MAX_REFINEMENTS = 3  # of seconds each; mostly one or two are enough
 
 
 def plan_slices(
-    config: Config,
+    spec: StageSpec,
     request: PlanRequest,
-    mesh: Mesh,
     workdir: Path,
     console: Console,
     check: Callable[[], None] = lambda: None,
@@ -44,12 +42,11 @@ def plan_slices(
     model, mesh and machine. Raises `UserError` if no plan keeps to the request and the memory, and
     what `check` raises, which is called in between.
     """
-    optimizer = make_optimizer(config.optim, config.train.num_steps)
-    config = fitting_policy(config, mesh, request, optimizer)
-    path, unit = workdir / LATENCY, unit_tokens(config)
-    limit, profiler = limit_bytes(config, mesh), None
+    spec = fitting_policy(spec, request, make_optimizer(spec.config))
+    path, unit = workdir / LATENCY, unit_tokens(spec.config)
+    limit, profiler = limit_bytes(spec), None
     needs_deferral = "1f1b-deferred" in request.schedules
-    profile = _measured_before(path, config, mesh, needs_deferral)
+    profile = _measured_before(path, spec, needs_deferral)
     if profile:
         console.say(f"latencies as measured before: {path}")
     else:
@@ -59,7 +56,7 @@ def plan_slices(
                 show_progress(done, num_parts)
                 check()
 
-            profiler = Profiler(config, mesh)
+            profiler = Profiler(spec)
             profile = profiler.profile(on_progress, needs_deferral)
         console.say(_errors(profile))
     num_refinements = 0
@@ -67,16 +64,18 @@ def plan_slices(
         table = profile.table(unit)
         if profiler:
             _save(path, table)
-        planning = find_plan(table, request, work_factors(config), limit)
+        planning = find_plan(table, request, work_factors(spec.config), limit)
         plan = as_first(planning.plan)
-        planning = replace(planning, plan=plan, chunk_factors=tuple(work_factors(config, plan)))
+        planning = replace(
+            planning, plan=plan, chunk_factors=tuple(work_factors(spec.config, plan))
+        )
         new = planning.plan.shapes - {s[:2] for s in profile.samples if not s.is_test}
         if not new or num_refinements == MAX_REFINEMENTS:
             return table, planning
         check()
         shapes = ", ".join(f"{b} x {n}" for b, n in sorted(new))
         console.say(f"timing what the plan is made of: {shapes} tokens")
-        profiler = profiler or Profiler(config, mesh)
+        profiler = profiler or Profiler(spec)
         profile = profiler.refine(profile, sorted(new))
         num_refinements += 1
 
@@ -86,12 +85,10 @@ def as_first(plan: Plan) -> Plan:
     return read_plan(json.loads(from_first(json.dumps(plan.to_dict()))))
 
 
-def _measured_before(
-    path: Path, config: Config, mesh: Mesh, needs_deferral: bool
-) -> Profile | None:
+def _measured_before(path: Path, spec: StageSpec, needs_deferral: bool) -> Profile | None:
     """What process 0 finds in its folder, if it is of these measurements and has what is needed."""
     profile = read_own(path) if jax.process_index() == 0 else None
-    if profile and profile.key != profile_key(config, mesh):
+    if profile and profile.key != profile_key(spec):
         profile = None
     if profile and needs_deferral and not profile.deferral:
         profile = None

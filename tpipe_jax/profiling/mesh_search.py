@@ -9,10 +9,8 @@ from pathlib import Path
 import jax
 
 from tpipe_jax.config.settings import Config, MeshConfig
-from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.errors import Infeasible, UserError, writing_to
-from tpipe_jax.model.sharding import check_model
-from tpipe_jax.pipeline.spec import on_mesh
+from tpipe_jax.pipeline.spec import spec_on_devices
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.settings import read_settings
 from tpipe_jax.profiling.measured_plan import LATENCY, plan_slices, read_own
@@ -85,11 +83,9 @@ def _try(
     """
     if config.mesh.pipe > config.model.num_layers:
         return Ranked(config.mesh, reason=f"there are {config.model.num_layers} layers.")
-    mesh = make_mesh(config.mesh, devices)
     try:
-        check_model(config.model, config.mesh)
-        config = on_mesh(config, mesh)
-        request = read_settings(config)
+        spec = spec_on_devices(config, devices)
+        request = read_settings(spec.config)
     except UserError as error:
         return Ranked(config.mesh, reason=str(error))
     if isinstance(request, Plan):
@@ -97,10 +93,10 @@ def _try(
     if jax.process_index() == 0:
         with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            write_config(config, folder)
+            write_config(spec.config, folder)
     try:
         with out_of_memory():
-            _, planning = plan_slices(config, request, mesh, folder, console, check)
+            _, planning = plan_slices(spec, request, folder, console, check)
     except Infeasible as error:
         return Ranked(config.mesh, reason=str(error))
     return Ranked(config.mesh, planning)

@@ -21,21 +21,19 @@ import jax
 import numpy as np
 import optax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from jax.stages import Compiled
 
-from tpipe_jax.attention.backends import make_attention
-from tpipe_jax.config.settings import Config, ScheduleName
+from tpipe_jax.config.settings import ScheduleName
+from tpipe_jax.data.rows import RowLayout
 from tpipe_jax.devices.hlo import compile_checked
 from tpipe_jax.devices.mesh import put_rows
 from tpipe_jax.model.block import Params
-from tpipe_jax.model.functional import heads
-from tpipe_jax.pipeline.build import deferral
 from tpipe_jax.pipeline.footprint import (
     activation_bytes_per_token,
     deferred_bytes_per_token,
     trunk_bytes_per_token,
 )
+from tpipe_jax.pipeline.spec import StageSpec, make_spec
 from tpipe_jax.planning.latency import Deferral, Memory, Profile, Sample
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import IDLE, Item, Schedule, idle, make_schedule, terapipe
@@ -75,13 +73,14 @@ class Program(NamedTuple):
 class Profiler:
     """Times slices of a model on a mesh. All processes of a run must make the same calls."""
 
-    def __init__(self, config: Config, mesh: Mesh) -> None:
-        self._key = profile_key(config, mesh)
-        config = _with_schedule(config, WHOLE.get(config.plan.schedule, config.plan.schedule))
-        self._config, self._mesh = config, mesh
+    def __init__(self, spec: StageSpec) -> None:
+        self._key = profile_key(spec)
+        schedule = spec.config.plan.schedule
+        self._spec = spec = _with_schedule(spec, WHOLE.get(schedule, schedule))
+        config, mesh = spec.config, spec.mesh
         self._batch_size = config.train.batch_size // config.mesh.data
         self._seq_len = config.model.seq_len
-        params, self._outside_seconds, self._fixed_bytes = _time_outside(config, mesh)
+        params, self._outside_seconds, self._fixed_bytes = _time_outside(spec)
         x_shape = config.train.batch_size, self._seq_len, config.model.d_model
         x_BTD = np.random.default_rng(0).normal(size=x_shape).astype(np.float32)
         self._inputs = params, put_rows(mesh, x_BTD)
@@ -103,9 +102,9 @@ class Profiler:
         """Measures what the latency model needs, and what deferring gradients of weights takes if
         that may be planned; `on_progress(done, all)` is called in between.
         """
-        config = self._config
+        config = self._spec.config
         unit, num_stages = unit_tokens(config), config.mesh.pipe
-        most_rows = min(self._batch_size, _rows_that_fit(config, self._mesh))
+        most_rows = min(self._batch_size, _rows_that_fit(self._spec))
         shapes = shapes_to_time(most_rows, self._seq_len, unit, num_stages)
         deferred = self._shapes_to_defer(shapes) if with_deferral else []
         parts, num_parts = itertools.count(1), len(shapes) + REPEATS + len(deferred)
@@ -117,10 +116,7 @@ class Profiler:
         return Profile(
             batch_size=self._batch_size,
             seq_len=self._seq_len,
-            key_block=min(
-                make_attention(self._config, self._mesh, heads(self._config.model)).key_block,
-                self._seq_len,
-            ),
+            key_block=min(self._spec.attention.key_block, self._seq_len),
             samples=_to_samples(shapes, self._time(programs, advance)),
             transfer=self._time_transfer(shapes),
             outside_seconds=self._outside_seconds,
@@ -134,7 +130,7 @@ class Profiler:
 
         A whole sequence is timed next to them, since the machine's speed may have changed.
         """
-        unit, seq_len = unit_tokens(self._config), self._seq_len
+        unit, seq_len = unit_tokens(self._spec.config), self._seq_len
         new = [Shape(b, n, contexts(seq_len, n, unit, (0, 0.5, 1))) for b, n in wanted]
         now, *seconds = self._time(self._compile([self._whole, *new], _nothing), _nothing)
         before = next(s for s in profile.samples if s[:3] == (1, seq_len, 0))
@@ -149,7 +145,7 @@ class Profiler:
         new = [shape for shape in shapes if shape not in self._programs]
 
         def program(shape: Shape) -> Program:
-            compiled = self._program(self._config, shape)
+            compiled = self._program(self._spec, shape)
             advance()
             return compiled
 
@@ -158,11 +154,11 @@ class Profiler:
             self._programs |= zip(new, pool.map(program, new), strict=True)
         return {shape: self._programs[shape] for shape in shapes}
 
-    def _program(self, config: Config, shape: Shape) -> Program:
+    def _program(self, spec: StageSpec, shape: Shape) -> Program:
         items = [Item(0, context, *shape[:2]) for context in shape.contexts]
-        work, num_ticks = make_stage_work(config, self._mesh, items), self._num_ticks(shape)
+        work, num_ticks = make_stage_work(spec, items), self._num_ticks(shape)
         tables = (self._table(IDLE, n) for n in num_ticks)
-        compiled = compile_checked(work, self._mesh, *self._inputs, *tables)
+        compiled = compile_checked(work, self._spec.mesh, *self._inputs, *tables)
         return Program(compiled, num_ticks)
 
     def _num_ticks(self, shape: Shape) -> tuple[int, int]:
@@ -217,8 +213,8 @@ class Profiler:
         tables = self._table(IDLE, MAX_TICKS), self._table(IDLE, 3 * MAX_TICKS)
         seconds = []
         for shape in chosen:
-            work = make_transfer(self._config, self._mesh, Item(0, 0, *shape[:2]))
-            runs = [(compile_checked(work, self._mesh, *self._inputs, t), t) for t in tables]
+            work = make_transfer(self._spec, Item(0, 0, *shape[:2]))
+            runs = [(compile_checked(work, self._spec.mesh, *self._inputs, t), t) for t in tables]
             turns = [[self._seconds(*run) for run in runs] for _ in range(1 + REPEATS)]
             few, many = np.median(turns[1:], 0)
             seconds.append((many - few) / (2 * MAX_TICKS))
@@ -227,22 +223,22 @@ class Profiler:
 
     def _shapes_to_defer(self, shapes: list[Shape]) -> list[Shape]:
         """Of a few sizes; gradients of weights don't depend on the context."""
-        later = _with_schedule(self._config, "1f1b-deferred")
-        most_rows = _rows_that_fit(later, self._mesh)
+        later = _with_schedule(self._spec, "1f1b-deferred")
+        most_rows = _rows_that_fit(later)
         return some_shapes([shape for shape in shapes if shape.num_rows <= most_rows])
 
     def _time_deferral(
         self, shapes: list[Shape], programs: dict[Shape, Program], advance: OnPart
     ) -> Deferral:
         """From backward passes with and without gradients of weights, and from these alone."""
-        later = _with_schedule(self._config, "1f1b-deferred")
+        later = _with_schedule(self._spec, "1f1b-deferred")
         seconds = []
         for shape in shapes:
             bare = shape._replace(contexts=(0,))
             deferred, num_ticks = self._program(later, bare), programs[shape].num_ticks[1]
-            work = make_weights_work(later, self._mesh, Item(0, 0, *shape[:2]))
+            work = make_weights_work(later, Item(0, 0, *shape[:2]))
             tables = [self._table(item, num_ticks)[..., None] for item in (IDLE, 0)]
-            alone = compile_checked(work, self._mesh, *self._inputs, tables[0])
+            alone = compile_checked(work, self._spec.mesh, *self._inputs, tables[0])
             rows = []
             for _ in range(1 + REPEATS):  # the first one warms up
                 passes = [self._turn(bare, program) for program in (programs[shape], deferred)]
@@ -259,17 +255,17 @@ class Profiler:
         """From the compiler's own figures; those of the programs differ by the slice, and by what
         is kept of so many sequences.
         """
-        saved, gathered = activation_bytes_per_token(self._config, self._mesh)
+        saved, gathered = activation_bytes_per_token(self._spec)
         sizes = np.array([shape.size for shape in programs])
         kept = np.array([shape.num_rows for shape in programs]) * self._seq_len * (saved + gathered)
         temporary = np.array([_temporary_bytes(p.compiled) for p in programs.values()]) - kept
         least, more = sizes.argmin(), sizes > sizes.min()
         slopes = (temporary[more] - temporary[least]) / (sizes[more] - sizes[least])
-        later = _with_schedule(self._config, "1f1b-deferred")
-        deferred = deferred_bytes_per_token(later, self._mesh)
+        later = _with_schedule(self._spec, "1f1b-deferred")
+        deferred = deferred_bytes_per_token(later)
         return Memory(
             fixed_bytes=self._fixed_bytes,
-            saved_bytes_per_token=saved + trunk_bytes_per_token(self._config, self._mesh),
+            saved_bytes_per_token=saved + trunk_bytes_per_token(self._spec),
             gathered_bytes_per_token=gathered,
             deferred_bytes_per_token=deferred,
             working_bytes_per_token=math.ceil(max([0.0, *slopes])),
@@ -277,7 +273,7 @@ class Profiler:
 
     def _table(self, item: int, num_ticks: int) -> np.ndarray:
         """`[tick, stage]`: all stages work on the item at every tick."""
-        return np.full((num_ticks, self._mesh.shape["pipe"]), item, np.int32)
+        return np.full((num_ticks, self._spec.mesh.shape["pipe"]), item, np.int32)
 
     def _seconds(self, run: Compiled, *tables: np.ndarray) -> float:
         start = time.perf_counter()
@@ -285,10 +281,9 @@ class Profiler:
         return time.perf_counter() - start
 
 
-def _with_schedule(config: Config, schedule: Literal["auto", ScheduleName]) -> Config:
-    return dataclasses.replace(
-        config, plan=dataclasses.replace(config.plan, schedule=schedule, chunks=None)
-    )
+def _with_schedule(spec: StageSpec, schedule: Literal["auto", ScheduleName]) -> StageSpec:
+    plan = dataclasses.replace(spec.config.plan, schedule=schedule, chunks=None)
+    return make_spec(dataclasses.replace(spec.config, plan=plan), spec.mesh)
 
 
 def _line(shapes: Sequence[Shape], seconds: np.ndarray, power: int = 0) -> tuple[float, float]:
@@ -300,16 +295,17 @@ def _line(shapes: Sequence[Shape], seconds: np.ndarray, power: int = 0) -> tuple
     return float(constant), float(per_token)
 
 
-def _resting(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> Schedule:
+def _resting(spec: StageSpec, optimizer: optax.GradientTransformation) -> Schedule:
     """A step whose stages do nothing: of the whole batch at once, or of one sequence after another
     where that is asked for, or does not fit.
     """
-    num_stages, num_rows = mesh.shape["pipe"], config.train.batch_size // mesh.shape["data"]
-    seq_len, limit = config.model.seq_len, limit_bytes(config, mesh)
+    config, num_stages = spec.config, spec.num_stages
+    num_rows = config.train.batch_size // config.mesh.data
+    seq_len, limit = config.model.seq_len, limit_bytes(spec)
     whole = terapipe(Plan(num_stages, (num_rows,), ((seq_len,),)))
     takes_turns = config.plan.schedule == "1f1b"
     if config.plan.schedule == "auto" and limit is not None:
-        takes_turns = sum(budget(config, mesh, whole, optimizer).values()) > limit
+        takes_turns = sum(budget(spec, whole, optimizer).values()) > limit
     if num_rows == 1 or config.memory.defer_weight_grads or not takes_turns:
         return idle(whole)
     token_slices = uniform(seq_len, min(2 * num_stages, seq_len))  # with which few rows are kept
@@ -320,43 +316,40 @@ def _resting(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation
     )
 
 
-def _rows_that_fit(config: Config, mesh: Mesh) -> int:
+def _rows_that_fit(spec: StageSpec) -> int:
     """For how many sequences a stage has room beside parameters and gradients, at least one, if all
     of each waits for gradients of weights, where these are deferred.
     """
-    limit = limit_bytes(config, mesh)
+    config, limit = spec.config, limit_bytes(spec)
     if limit is None:
         return config.train.batch_size
-    optimizer = make_optimizer(config.optim, config.train.num_steps)
-    params, opt_state = state_bytes(abstract_state(config, mesh, optimizer))
-    per_token = sum(activation_bytes_per_token(config, mesh))
-    if deferral(config) == "some ticks":
-        per_token += deferred_bytes_per_token(config, mesh)
+    params, opt_state = state_bytes(abstract_state(spec, make_optimizer(config)))
+    per_token = sum(activation_bytes_per_token(spec))
+    if spec.weight_grads == "some ticks later":
+        per_token += deferred_bytes_per_token(spec)
     return max(1, int((limit - 2 * params - opt_state) // (config.model.seq_len * per_token)))
 
 
-def _time_outside(config: Config, mesh: Mesh) -> tuple[Params, float, int]:
+def _time_outside(spec: StageSpec) -> tuple[Params, float, int]:
     """Parameters; seconds of a training step in which no slice is due, and its bytes less those of
     what is kept of sequences.
     """
-    optimizer = make_optimizer(config.optim, config.train.num_steps)
-    state = init_state(config, mesh, optimizer)
-    schedule = _resting(config, mesh, optimizer)
+    config, optimizer = spec.config, make_optimizer(spec.config)
+    state = init_state(spec, optimizer)
+    schedule = _resting(spec, optimizer)
     shape = config.train.batch_size, config.model.seq_len + 1
-    rows = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
-    if config.data.marks_documents:
-        rows = np.stack([rows[:, :-1], rows[:, 1:], np.zeros_like(rows[:, 1:])], 1)
-    rows = put_rows(mesh, rows)
-    train_step = make_train_step(config, mesh, schedule, optimizer)
-    step = compile_checked(train_step, mesh, state, rows)
+    tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
+    rows = put_rows(spec.mesh, RowLayout.of(config).of_tokens(tokens))
+    train_step = make_train_step(spec, schedule, optimizer)
+    step = compile_checked(train_step, spec.mesh, state, rows)
     seconds = []
     for _ in range(1 + REPEATS):  # the first one warms up
         start = time.perf_counter()
         state, values = step(state, rows)
         jax.block_until_ready((state, values))
         seconds.append(time.perf_counter() - start)
-    saved, gathered = activation_bytes_per_token(config, mesh)
-    saved += trunk_bytes_per_token(config, mesh)
+    saved, gathered = activation_bytes_per_token(spec)
+    saved += trunk_bytes_per_token(spec)
     kept = saved * schedule.num_rows + gathered * schedule.num_gradient_rows
     fixed_bytes = max(program_bytes(step) - kept * config.model.seq_len, 0)
     return state.params, float(_agree(np.array(np.median(seconds[1:])))), fixed_bytes

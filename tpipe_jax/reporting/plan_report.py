@@ -1,4 +1,4 @@
-"""What launch/plan.py leaves in a folder: plan.json, and plan.png to judge it by. No jax."""
+"""A plan as a picture to judge it by: plan.png. No jax."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,18 +17,13 @@ from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.reporting.timeline import draw_boxes
 
 
-def write_plan(
+def draw_plan(
     workdir: Path, table: LatencyTable, plan: Plan, chunk_factors: Sequence[float]
 ) -> None:
-    """Writes both files. Raises `UserError` if it cannot."""
-    with writing_to(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
-        plan.save(workdir / "plan.json")
-        draw_plan(workdir / "plan.png", table, plan, chunk_factors)
+    """Writes plan.png: latencies as measured and fitted, the fit's error, the predicted timeline.
 
-
-def draw_plan(path: Path, table: LatencyTable, plan: Plan, chunk_factors: Sequence[float]) -> None:
-    """Writes a PNG: latencies as measured and fitted, the fit's error, the predicted timeline."""
+    Raises `UserError` if it cannot.
+    """
     assert plan.prediction is not None
     figure = Figure(figsize=(13, 9), layout="constrained")
     top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(3, 2))[:, 0]
@@ -47,7 +42,9 @@ def draw_plan(path: Path, table: LatencyTable, plan: Plan, chunk_factors: Sequen
         fontsize=10,
     )
     bottom.legend(handles=kinds, loc="outside lower right", ncols=3, frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
+    with writing_to(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+        figure.savefig(workdir / "plan.png", dpi=110)
 
 
 def _draw_latencies(

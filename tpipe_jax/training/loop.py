@@ -1,55 +1,32 @@
 """The steps of a run, one after another, with what is due between them."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import jax
 import numpy as np
 from jax import Array
 
 from tpipe_jax.checkpoint.checkpoints import Checkpoints
-from tpipe_jax.config.settings import IGNORE, Config
 from tpipe_jax.data.batches import Batches
 from tpipe_jax.data.prefetch import ReadAhead
+from tpipe_jax.data.rows import RowLayout
 from tpipe_jax.devices.mesh import put_read_rows
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import make_schedule
-from tpipe_jax.reporting.console import Console
 from tpipe_jax.reporting.measured_ticks import gathered_ticks, traced
 from tpipe_jax.reporting.step_profile import ProfiledSteps
-from tpipe_jax.runtime.failures import Expect
-from tpipe_jax.runtime.stop import Stop
+from tpipe_jax.training.evaluation import mean_loss
 from tpipe_jax.training.prepare import Programs, Run
+from tpipe_jax.training.services import Services
 from tpipe_jax.training.state import TrainState, abstract_rows
 from tpipe_jax.training.step_log import StepLog
 
 StepResult = tuple[TrainState, dict[str, Array]]
-
-PHASE_SECONDS = 3600  # that planning, compiling or restoring may take, if steps may not take more
-
-
-class Within(Protocol):
-    """Says what is done from now on, and that it may not take longer than the settings allow."""
-
-    def __call__(self, what: str, is_step: bool = True) -> None: ...
-
-
-def expect_within(config: Config, expect: Expect, what: str, is_step: bool = True) -> None:
-    """A `Within`, of its config and of who notices what takes too long."""
-    seconds = config.train.step_timeout_seconds
-    if not is_step:
-        seconds = max(seconds, PHASE_SECONDS)
-    expect(
-        f"error: {what} has taken longer than {seconds} s: a device, a disk or another process "
-        "hangs, or config.train.step_timeout_seconds is too short for it; the same command "
-        "continues from the last checkpoint.",
-        seconds,
-    )
 
 
 @dataclass(frozen=True)
@@ -62,10 +39,8 @@ class Loop:
     workdir: Path
     checkpoints: Checkpoints
     log: StepLog
-    stop: Stop
-    within: Within
-    console: Console
     profiled: ProfiledSteps
+    services: Services
 
     def steps(
         self, state: TrainState, first_step: int, held_out: Sequence[Array]
@@ -76,14 +51,14 @@ class Loop:
         told in time. Raises `UserError` then.
         """
         config, num_steps = self.run.config, self.run.config.train.num_steps
-        log, checkpoints, within = self.log, self.checkpoints, self.within
+        log, checkpoints, within = self.log, self.checkpoints, self.services.within
         read = partial(put_batch, self.run, self.run.train_data)
-        batches = ReadAhead(read, first_step, num_steps, self.stop.request)
+        batches = ReadAhead(read, first_step, num_steps, self.services.stop.request)
 
         step = first_step
         with closing(batches), closing(self.profiled):
             log.start()
-            while step < num_steps and not self.stop.is_due():
+            while step < num_steps and not self.services.stop.is_due():
                 within(f"step {step + 1}")
                 start = time.monotonic()
                 step, rows = step + 1, batches.take()
@@ -125,7 +100,7 @@ class Loop:
         run_step, text = partial(train_step, state, rows), train_step.as_text() or ""
         result, boxes, seconds = traced(run_step, text, make_schedule(self.plan), self.run.mesh)
         outcome, bubble = gathered_ticks(boxes, self.workdir, self.plan, step)
-        self.console.say(f"step {step} was traced: {outcome}")
+        self.services.console.say(f"step {step} was traced: {outcome}")
         self.log.add_bubble(bubble)
         self.log.leave_out(time.monotonic() - start - seconds)
         return result
@@ -133,35 +108,36 @@ class Loop:
     def _start_profile(self) -> float:
         """Returns how long it has taken, seconds."""
         start = time.monotonic()
-        self.within("starting the profile", is_step=False)
+        self.services.within("starting the profile", is_step=False)
         self.profiled.start()
         return time.monotonic() - start
 
     def _end_profile(self) -> float:
         """Returns how long it has taken, seconds."""
         start = time.monotonic()
-        self.within("writing the profile", is_step=False)
-        self.console.say(self.profiled.stop())
+        self.services.within("writing the profile", is_step=False)
+        self.services.console.say(self.profiled.stop())
         return time.monotonic() - start
 
     def _evaluate(self, state: TrainState, held_out: Sequence[Array]) -> float:
         """The mean loss of all targets, nats per token."""
-        total, num_targets = 0.0, 0
-        for i, rows in enumerate(held_out):
-            self.within(f"batch {i + 1} of an evaluation")
-            count = int(_count_targets(rows, self.run.config.data.marks_documents))
-            total += count * float(self.programs.loss(state.params, rows))
-            num_targets += count
-        return total / max(num_targets, 1)
+        layout = RowLayout.of(self.run.config)
+
+        def batches() -> Iterator[tuple[Array, int]]:
+            for i, rows in enumerate(held_out):
+                self.services.within(f"batch {i + 1} of an evaluation")
+                yield rows, int(_num_counted(layout, rows))
+
+        return mean_loss(self.programs.loss, state.params, batches())[0]
 
 
-@partial(jax.jit, static_argnums=1)
-def _count_targets(rows: Array, marks_documents: bool) -> Array:
-    """How many of the targets of rows (`batches.make_row`) count."""
-    return ((rows[:, 1] if marks_documents else rows[:, 1:]) != IGNORE).sum()
+@partial(jax.jit, static_argnums=0)
+def _num_counted(layout: RowLayout, rows: Array) -> Array:
+    """How many of the targets count."""
+    return layout.counts(rows).sum()
 
 
 def put_batch(run: Run, batches: Batches, index: int) -> Array:
     """Puts a batch on the mesh, of which each process reads what its data shards need."""
-    shape = abstract_rows(run.config, run.mesh).shape
+    shape = abstract_rows(run.spec).shape
     return put_read_rows(run.mesh, partial(batches.batch, index), shape, np.int32)

@@ -14,7 +14,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
-from tpipe_jax.config.settings import Config
 from tpipe_jax.devices.hlo import compile_checked
 from tpipe_jax.errors import Infeasible, UserError
 from tpipe_jax.model.remat import candidates
@@ -25,6 +24,7 @@ from tpipe_jax.pipeline.footprint import (
     deferred_bytes_per_token,
     trunk_bytes_per_token,
 )
+from tpipe_jax.pipeline.spec import StageSpec, make_spec
 from tpipe_jax.pipeline.vocab_parallel import chunk_tokens
 from tpipe_jax.planning.plan import Plan, PlanRequest
 from tpipe_jax.planning.schedule import Schedule, make_schedule
@@ -38,21 +38,21 @@ GIB = 2**30
 
 
 def budget(
-    config: Config, mesh: Mesh, schedule: Schedule, optimizer: optax.GradientTransformation
+    spec: StageSpec, schedule: Schedule, optimizer: optax.GradientTransformation
 ) -> dict[str, int]:
     """Bytes of a device by what they are for: all that does not depend on the slices.
 
     Not all of it is in use at the same time.
     """
-    model = config.model
+    model, mesh = spec.config.model, spec.mesh
     rows = schedule.num_rows * model.seq_len, schedule.num_gradient_rows * model.seq_len
     caches, activations = (
-        sum(n * per_token for n, per_token in zip(rows, of(config, mesh), strict=True))
+        sum(n * per_token for n, per_token in zip(rows, of(spec), strict=True))
         for of in (cache_bytes_per_token, activation_bytes_per_token)
     )
     b, n = schedule.longest_shape
-    activations += schedule.num_slots * b * n * deferred_bytes_per_token(config, mesh)
-    params, opt_state = state_bytes(abstract_state(config, mesh, optimizer))
+    activations += schedule.num_slots * b * n * deferred_bytes_per_token(spec)
+    params, opt_state = state_bytes(abstract_state(spec, optimizer))
     num_rows = padded_vocab_size(model, mesh) // (mesh.shape["pipe"] * mesh.shape["model"])
     part_rows = max(part.num_rows for part in schedule.parts)
     logits = part_rows * chunk_tokens(part_rows, model.seq_len) * num_rows * 4
@@ -62,7 +62,7 @@ def budget(
         "optimiser state": opt_state,
         "attention caches and their gradients": caches,
         "other activations": activations - caches,
-        "input and output of the stage": rows[0] * trunk_bytes_per_token(config, mesh),
+        "input and output of the stage": rows[0] * trunk_bytes_per_token(spec),
         "logits of a chunk, softmax and gradients": 3 * logits,
     }
 
@@ -76,13 +76,14 @@ def program_bytes(program: Compiled) -> int:
     return analysis.argument_size_in_bytes + results + analysis.temp_size_in_bytes
 
 
-def limit_bytes(config: Config, mesh: Mesh) -> float | None:
+def limit_bytes(spec: StageSpec) -> float | None:
     """What a step may use: as set, or the least that a device has; None if that is not known.
 
     A CPU has its share of the machine's memory, which other processes may need too.
     """
-    if config.memory.limit_gib is not None:
-        return config.memory.limit_gib * GIB
+    limit_gib, mesh = spec.config.memory.limit_gib, spec.mesh
+    if limit_gib is not None:
+        return limit_gib * GIB
     device = mesh.local_devices[0]
     reported = (device.memory_stats() or {}).get("bytes_limit", math.inf)
     if device.platform == "cpu":
@@ -120,45 +121,46 @@ def out_of_memory() -> Iterator[None]:
 
 
 def fitting_step(
-    config: Config, mesh: Mesh, plan: Plan, optimizer: optax.GradientTransformation
-) -> tuple[Config, Compiled]:
+    spec: StageSpec, plan: Plan, optimizer: optax.GradientTransformation
+) -> tuple[StageSpec, Compiled]:
     """The training step with the first of the allowed policies (`remat.candidates`) that keeps to
-    the memory, and the config that names the policy.
+    the memory, and the spec with the policy and the schedule of the plan.
 
     Raises `UserError` if none does.
     """
-    config = settled(config, plan)
-    limit, needed, trial = limit_bytes(config, mesh), 0, config
+    spec = make_spec(settled(spec.config, plan), spec.mesh)
+    limit, needed, trial = limit_bytes(spec), 0, spec
     schedule = make_schedule(plan)
     check(schedule)
-    for remat in candidates(config.memory):
-        trial = _with_policy(config, remat)
-        needed = max(budget(trial, mesh, schedule, optimizer).values())
+    for remat in candidates(spec.config.memory):
+        trial = _with_policy(spec, remat)
+        needed = max(budget(trial, schedule, optimizer).values())
         if limit is not None and needed > limit:
             continue  # whatever else it takes, which a compiler may take long to say
         step = compile_checked(
-            make_train_step(trial, mesh, schedule, optimizer),
-            mesh,
-            abstract_state(trial, mesh, optimizer),
-            abstract_rows(trial, mesh),
+            make_train_step(trial, schedule, optimizer),
+            trial.mesh,
+            abstract_state(trial, optimizer),
+            abstract_rows(trial),
         )
         needed = program_bytes(step)
         if limit is None or needed <= limit:
             return trial, step
     assert limit is not None
-    raise Infeasible(_too_little(trial, mesh, schedule, optimizer, limit, needed))
+    raise Infeasible(_too_little(trial, schedule, optimizer, limit, needed))
 
 
 def fitting_policy(
-    config: Config, mesh: Mesh, request: PlanRequest, optimizer: optax.GradientTransformation
-) -> Config:
-    """The config with the first of the allowed policies under which the smallest slices fit.
+    spec: StageSpec, request: PlanRequest, optimizer: optax.GradientTransformation
+) -> StageSpec:
+    """The spec with the first of the allowed policies under which the smallest slices fit.
 
     Raises `UserError` if there is none.
     """
-    first, limit = _with_policy(config, candidates(config.memory)[0]), limit_bytes(config, mesh)
+    first = _with_policy(spec, candidates(spec.config.memory)[0])
+    limit = limit_bytes(spec)
     batch_slices = request.batch_slices or (1,) * request.batch_size
-    num_slices = request.seq_len // unit_tokens(config)
+    num_slices = request.seq_len // unit_tokens(spec.config)
     token_slices = request.token_slices or uniform(request.seq_len, num_slices)
     slices = batch_slices, (token_slices,) * len(batch_slices)
     plans = [
@@ -172,35 +174,36 @@ def fitting_policy(
     ]
 
     def needed(plan: Plan) -> int:
-        parts = budget(settled(first, plan), mesh, make_schedule(plan), optimizer)
-        return sum(parts.values())
+        settled_spec = make_spec(settled(first.config, plan), first.mesh)
+        return sum(budget(settled_spec, make_schedule(plan), optimizer).values())
 
     smallest = min(plans, key=needed)
     if limit is None or 2 * needed(smallest) < limit:
         return first  # it will do, as the step itself will show
-    fitting, _ = fitting_step(config, mesh, smallest, optimizer)
-    return _with_policy(config, fitting.memory.remat)
+    fitting, _ = fitting_step(spec, smallest, optimizer)
+    return _with_policy(spec, fitting.config.memory.remat)
 
 
-def _with_policy(config: Config, remat: str) -> Config:
-    return replace(config, memory=replace(config.memory, remat=remat))
+def _with_policy(spec: StageSpec, remat: str) -> StageSpec:
+    memory = replace(spec.config.memory, remat=remat)
+    return make_spec(replace(spec.config, memory=memory), spec.mesh)
 
 
 def _too_little(
-    config: Config,
-    mesh: Mesh,
+    spec: StageSpec,
     schedule: Schedule,
     optimizer: optax.GradientTransformation,
     limit: float,
     needed: int,
 ) -> str:
     """By how much the last policy exceeds the limit, and what takes the most."""
+    config = spec.config
     name = (
         f"config.memory.limit_gib={config.memory.limit_gib:g}"
         if config.memory.limit_gib is not None
         else f"the memory of a device, {limit / GIB:.3g} GiB,"
     )
-    parts = budget(config, mesh, schedule, optimizer)
+    parts = budget(spec, schedule, optimizer)
     of_state = sum(parts[name] for name in ("parameters", "gradients", "optimiser state"))
     saved = parts["attention caches and their gradients"] + parts["other activations"]
     has_batch_slices = len({item.row for item in schedule.items}) > 1

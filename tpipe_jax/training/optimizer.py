@@ -7,28 +7,29 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from tpipe_jax.config.settings import OptimConfig
+from tpipe_jax.config.settings import Config, OptimConfig
 from tpipe_jax.model.block import Params
 
 FINAL_FRACTION = 0.1  # of the peak learning rate, at the end of the run, as GPT-3
 
 
-def learning_rate(config: OptimConfig, num_steps: int) -> optax.Schedule:
+def learning_rate(config: Config) -> optax.Schedule:
     """Step, from 0, to learning rate: linear to the peak, then a cosine to a tenth of it."""
-    peak, warmup_steps = config.learning_rate, config.warmup_steps
+    peak, warmup_steps = config.optim.learning_rate, config.optim.warmup_steps
+    num_steps = config.train.num_steps
     # The first step has peak / warmup_steps rather than 0, with which it would do nothing.
     warmup = optax.linear_schedule(peak / max(1, warmup_steps), peak, max(1, warmup_steps - 1))
     decay = optax.cosine_decay_schedule(peak, max(1, num_steps - warmup_steps), FINAL_FRACTION)
     return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
-def make_optimizer(config: OptimConfig, num_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: Config) -> optax.GradientTransformation:
     """AdamW over all parameters, for gradients that are `clipped`."""
     adamw = optax.adamw(
-        learning_rate(config, num_steps),
-        b1=config.beta1,
-        b2=config.beta2,
-        weight_decay=config.weight_decay,
+        learning_rate(config),
+        b1=config.optim.beta1,
+        b2=config.optim.beta2,
+        weight_decay=config.optim.weight_decay,
         mask=_is_decayed,
     )
     # A chain, since checkpoints have its state under this name.

@@ -14,7 +14,7 @@ from tpipe_jax.config.settings import Config
 from tpipe_jax.data.batches import Batches, open_data
 from tpipe_jax.devices.hlo import compile_checked
 from tpipe_jax.model.remat import candidates
-from tpipe_jax.pipeline.spec import on_devices
+from tpipe_jax.pipeline.spec import StageSpec, make_spec, spec_on_devices
 from tpipe_jax.planning.plan import Plan, PlanRequest
 from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.planning.settings import read_settings
@@ -31,15 +31,22 @@ from tpipe_jax.training.step import make_loss
 class Run:
     """What a run is made of, found to fit together."""
 
-    config: Config
+    spec: StageSpec
     described: Config
-    """As config.json has it: without what config.data.packing=auto has become."""
-    mesh: Mesh
+    """The settings as config.json has them: without what config.data.packing=auto has become."""
     plan: Plan | PlanRequest
     """As the settings have it; what they leave open is planned before the run starts."""
     train_data: Batches
     held_out: Batches
     optimizer: optax.GradientTransformation
+
+    @property
+    def config(self) -> Config:
+        return self.spec.config
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.spec.mesh
 
 
 def prepare(config: Config, devices: Sequence[jax.Device]) -> Run:
@@ -47,17 +54,17 @@ def prepare(config: Config, devices: Sequence[jax.Device]) -> Run:
 
     Raises `UserError` where they don't fit.
     """
-    config, mesh = on_devices(config, devices)
-    candidates(config.memory)
-    plan = read_settings(config)
-    train_data, held_out = check_inputs(config)
-    described, config = config, train_data.config
-    optimizer = make_optimizer(config.optim, config.train.num_steps)
-    return Run(config, described, mesh, plan, train_data, held_out, optimizer)
+    spec = spec_on_devices(config, devices)
+    described = spec.config
+    plan = read_settings(described)
+    train_data, held_out = check_inputs(described)
+    spec = make_spec(train_data.config, spec.mesh)
+    return Run(spec, described, plan, train_data, held_out, make_optimizer(spec.config))
 
 
 def check_inputs(config: Config) -> tuple[Batches, Batches]:
     """The data to train on and what is held out, of settings that fit them, whatever the mesh."""
+    candidates(config.memory)
     check_trace(config)
     check_tracker(config)
     train_data, held_out = open_data(config)
@@ -81,19 +88,14 @@ def compile_programs(run: Run, plan: Plan, console: Console) -> Programs:
     """
     start = time.monotonic()
     schedule = make_schedule(plan)
-    config, train_step = fitting_step(run.config, run.mesh, plan, run.optimizer)
-    params = abstract_state(config, run.mesh, run.optimizer).params
-    loss = compile_checked(
-        make_loss(config, run.mesh, schedule),
-        run.mesh,
-        params,
-        abstract_rows(config, run.mesh),
-    )
+    spec, train_step = fitting_step(run.spec, plan, run.optimizer)
+    params = abstract_state(spec, run.optimizer).params
+    loss = compile_checked(make_loss(spec, schedule), spec.mesh, params, abstract_rows(spec))
     console.say(f"compiled in {time.monotonic() - start:.0f} s")
     console.show_budget(
-        budget(config, run.mesh, schedule, run.optimizer),
-        config.memory.remat,
+        budget(spec, schedule, run.optimizer),
+        spec.config.memory.remat,
         program_bytes(train_step),
-        limit_bytes(config, run.mesh),
+        limit_bytes(spec),
     )
     return Programs(train_step, loss)

@@ -10,15 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 
-from tpipe_jax.config.settings import Config, resolved
+from tpipe_jax.data.rows import RowLayout
 from tpipe_jax.devices.mesh import over_data, shardings
 from tpipe_jax.model.block import Params
 from tpipe_jax.model.functional import init_block
 from tpipe_jax.model.sharding import padded_vocab_size, param_specs
 from tpipe_jax.model.transformer import block_keys, init
+from tpipe_jax.pipeline.spec import StageSpec
 from tpipe_jax.planning.placement import stage_layers
 from tpipe_jax.training.health import Health, new_health
 from tpipe_jax.training.loss_scale import LossScale, new_loss_scale
@@ -34,17 +35,15 @@ class TrainState(NamedTuple):
     health: Health
 
 
-def abstract_state(
-    config: Config, mesh: Mesh, optimizer: optax.GradientTransformation
-) -> TrainState:
+def abstract_state(spec: StageSpec, optimizer: optax.GradientTransformation) -> TrainState:
     """Shapes, dtypes and shardings of a state, without its arrays."""
-    is_divided = resolved(config).optim.shard_state
-    shapes = jax.eval_shape(partial(_new_state, config, mesh, optimizer))
-    specs = param_specs(config.model, len(shapes.params["blocks"]))
+    mesh, is_divided = spec.mesh, spec.config.optim.shard_state
+    shapes = jax.eval_shape(partial(_new_state, spec, optimizer))
+    specs = param_specs(spec.config.model, spec.layers_per_stage)
     chex.assert_trees_all_equal_structs(shapes.params, specs)
     opt_specs = optax.tree_map_params(
         optimizer.init,
-        lambda moment, spec: over_data(mesh, spec, moment.shape) if is_divided else spec,
+        lambda moment, own: over_data(mesh, own, moment.shape) if is_divided else own,
         shapes.opt_state,
         specs,
         transform_non_params=lambda _: PartitionSpec(),
@@ -56,33 +55,32 @@ def abstract_state(
     )
 
 
-def abstract_rows(config: Config, mesh: Mesh) -> jax.ShapeDtypeStruct:
+def abstract_rows(spec: StageSpec) -> jax.ShapeDtypeStruct:
     """What `mesh.put_rows` makes of a batch of rows (`batches.make_row`), without its array."""
-    B, T = config.train.batch_size, config.model.seq_len
-    shape = (B, 3, T) if config.data.marks_documents else (B, T + 1)
-    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    shape = RowLayout.of(spec.config).shape(spec.config.train.batch_size)
+    sharding = NamedSharding(spec.mesh, PartitionSpec("data"))
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
 
 
-def init_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(spec: StageSpec, optimizer: optax.GradientTransformation) -> TrainState:
     """A fresh state on the mesh; its parameters depend on the seed alone."""
-    return init_step(config, mesh, optimizer)()
+    return init_step(spec, optimizer)()
 
 
-def init_step(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> Wrapped:
+def init_step(spec: StageSpec, optimizer: optax.GradientTransformation) -> Wrapped:
     """The program that makes a fresh state; each device draws the blocks of its own stage only."""
-    places = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh, optimizer))
-    return jax.jit(partial(_new_state, config, mesh, optimizer), out_shardings=places)
+    places = jax.tree.map(lambda a: a.sharding, abstract_state(spec, optimizer))
+    return jax.jit(partial(_new_state, spec, optimizer), out_shardings=places)
 
 
-def _new_state(config: Config, mesh: Mesh, optimizer: optax.GradientTransformation) -> TrainState:
-    params = _new_params(config, mesh)
-    loss_scale = new_loss_scale(config.precision)
+def _new_state(spec: StageSpec, optimizer: optax.GradientTransformation) -> TrainState:
+    params = _new_params(spec)
+    loss_scale = new_loss_scale(spec.config.precision)
     return TrainState(params, optimizer.init(params), jnp.int32(0), loss_scale, new_health())
 
 
-def _new_params(config: Config, mesh: Mesh) -> Params:
-    model, key = config.model, jax.random.key(config.train.seed)
+def _new_params(spec: StageSpec) -> Params:
+    model, key = spec.config.model, jax.random.key(spec.config.train.seed)
     params, keys = init(model, key), block_keys(model, key)
     draw = jax.jit(jax.vmap(partial(init_block, model)))
 
@@ -93,14 +91,12 @@ def _new_params(config: Config, mesh: Mesh) -> Params:
         )
 
     table_VD = params["embed"]["tokens"]
-    fill = padded_vocab_size(model, mesh) - len(table_VD)
+    fill = padded_vocab_size(model, spec.mesh) - len(table_VD)
     return params | {
         "embed": params["embed"] | {"tokens": jnp.pad(table_VD, ((0, fill), (0, 0)))},
         "blocks": [
             blocks(layer_P)
-            for layer_P in stage_layers(
-                model.num_layers, mesh.shape["pipe"], config.plan.num_chunks
-            )
+            for layer_P in stage_layers(model.num_layers, spec.num_stages, spec.num_chunks)
         ],
     }
 

@@ -1,4 +1,4 @@
-"""The compiled programs: a training step, its loss and gradients alone, evaluation, decoding."""
+"""The compiled programs: a training step, its loss and gradients alone, and evaluation."""
 
 from collections.abc import Callable
 from functools import partial
@@ -8,25 +8,26 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 from jax.stages import Wrapped
 
 from tpipe_jax.config.settings import IGNORE, Config
+from tpipe_jax.data.rows import RowLayout
 from tpipe_jax.devices.collectives import psum, varying
-from tpipe_jax.devices.precision import compute_dtype, compute_format
 from tpipe_jax.errors import UserError
 from tpipe_jax.model.block import Params
 from tpipe_jax.pipeline import vocab_parallel
 from tpipe_jax.pipeline.build import (
-    empty_caches_of,
-    empty_gradients_of,
-    empty_saved_of,
+    caches_of,
     for_compute,
+    gradients_of,
     make_head,
     make_stage,
     over_mesh,
+    saved_of,
 )
 from tpipe_jax.pipeline.executor import StepWork, execute
+from tpipe_jax.pipeline.spec import StageSpec
 from tpipe_jax.planning.schedule import Schedule
 from tpipe_jax.training.health import next_health
 from tpipe_jax.training.loss_scale import next_loss_scale
@@ -35,17 +36,17 @@ from tpipe_jax.training.state import TrainState, abstract_state
 
 
 def make_train_step(
-    config: Config, mesh: Mesh, schedule: Schedule, optimizer: optax.GradientTransformation
+    spec: StageSpec, schedule: Schedule, optimizer: optax.GradientTransformation
 ) -> Wrapped:
-    """`(state, rows)` (`batches.make_row`) to the next state and `loss`, `grad_norm`, for float16 also
+    """`(state, rows)` (`RowLayout`) to the next state and `loss`, `grad_norm`, for float16 also
     `loss_scale`, and the counts of `Health` as they are then.
 
     Where loss or gradients are not finite on any device, all keep their parameters and optimiser
     state. The old state is donated.
     """
-    loss_and_grads = make_loss_and_grads(config, mesh, schedule)
-    places = jax.tree.map(lambda a: a.sharding, abstract_state(config, mesh, optimizer))
-    is_scaled = compute_format(config.precision, mesh) == "float16"
+    config, loss_and_grads = spec.config, make_loss_and_grads(spec, schedule)
+    places = jax.tree.map(lambda a: a.sharding, abstract_state(spec, optimizer))
+    is_scaled = config.precision.compute == "float16"
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(places, None))
     def train_step(state: TrainState, rows: Array) -> tuple[TrainState, dict[str, Array]]:
@@ -80,23 +81,23 @@ def apply_gradients(
     return state._replace(params=params, opt_state=opt_state, step=state.step + 1)
 
 
-def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapped:
-    """`(params, rows, scale=1)` (`batches.make_row`) to the mean loss in nats per token and its
+def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
+    """`(params, rows, scale=1)` (`RowLayout`) to the mean loss in nats per token and its
     float32 gradients, which are computed as those of `scale` times the loss.
     """
-    if config.memory.defer_weight_grads and len(schedule.parts) > 1:
+    if spec.weight_grads == "at the end" and len(schedule.parts) > 1:
         raise UserError(
             "config.memory.defer_weight_grads=true needs all of a batch at once, and the plan's "
             "schedule keeps a part at a time: set it to false, or plan with "
             "config.plan.schedule=terapipe."
         )
-    V, dtype = config.model.vocab_size, compute_dtype(config.precision, mesh)
+    V = spec.config.model.vocab_size
 
     def local(params: Params, rows: Array, scale: Array) -> tuple[Array, Params]:
-        batch, params = _Batch.of(config, rows), for_compute(config, mesh, params)
+        batch, params = _Batch.of(spec.config, rows), for_compute(spec, params)
         count = _count(batch.targets_BT)
-        weight, head = scale / count, make_head(config, mesh, params)
-        stage = make_stage(config, mesh, params, batch.starts_BT1)
+        weight, head = scale / count, make_head(spec, params)
+        stage = make_stage(spec, params, batch.starts_BT1)
         stage = stage._replace(
             takes_turns=schedule.num_gradient_rows < len(batch.tokens_BT),
             has_slots=schedule.slots is not None,
@@ -119,7 +120,7 @@ def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapp
             return sums._replace(d_embed=d_embed)
 
         work = StepWork(
-            _embedding(params, batch, dtype),
+            _embedding(params, batch, spec.dtype),
             stage.forward,
             turn,
             stage.backward,
@@ -129,9 +130,9 @@ def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapp
         saved, gradients, sums = execute(
             schedule,
             work,
-            _trunk(config, schedule, dtype),
-            empty_saved_of(config, mesh, schedule.num_rows),
-            empty_gradients_of(config, mesh, schedule.num_gradient_rows, _waiting(schedule)),
+            _trunk(spec, schedule),
+            saved_of(spec, schedule.num_rows),
+            gradients_of(spec, schedule.num_gradient_rows, _waiting(schedule)),
             vocab_parallel.no_sums(params["embed"], head.norm),
         )
         d_blocks = stage.param_gradients(saved, gradients)
@@ -143,18 +144,18 @@ def make_loss_and_grads(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapp
         total, grads = psum((sums.loss, grads), "data")
         return total / count, jax.tree.map(lambda g: g / scale, grads)
 
-    mapped = over_mesh(config, mesh, local, lambda specs: (PartitionSpec(), specs), num_scalars=1)
+    mapped = over_mesh(spec, local, lambda specs: (PartitionSpec(), specs), num_scalars=1)
     return jax.jit(lambda params, rows, scale=1.0: mapped(params, rows, jnp.float32(scale)))
 
 
-def make_loss(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapped:
-    """`(params, rows)` (`batches.make_row`) to the mean loss in nats per token."""
-    V, dtype = config.model.vocab_size, compute_dtype(config.precision, mesh)
+def make_loss(spec: StageSpec, schedule: Schedule) -> Wrapped:
+    """`(params, rows)` (`RowLayout`) to the mean loss in nats per token."""
+    V = spec.config.model.vocab_size
 
     def local(params: Params, rows: Array) -> Array:
-        batch, params = _Batch.of(config, rows), for_compute(config, mesh, params)
-        head = make_head(config, mesh, params)
-        stage = make_stage(config, mesh, params, batch.starts_BT1)
+        batch, params = _Batch.of(spec.config, rows), for_compute(spec, params)
+        head = make_head(spec, params)
+        stage = make_stage(spec, params, batch.starts_BT1)
 
         def turn(y_BTD: Array, row: Array | int, total: Array) -> tuple[Array, Array]:
             targets = batch.part(row, len(y_BTD)).targets_BT
@@ -162,15 +163,15 @@ def make_loss(config: Config, mesh: Mesh, schedule: Schedule) -> Wrapped:
 
         _, _, total = execute(
             schedule,
-            StepWork(_embedding(params, batch, dtype), stage.infer, turn),
-            _trunk(config, schedule, dtype),
-            empty_caches_of(config, mesh, dtype, schedule.num_rows),
+            StepWork(_embedding(params, batch, spec.dtype), stage.infer, turn),
+            _trunk(spec, schedule),
+            caches_of(spec, spec.dtype, schedule.num_rows),
             (),
             varying(jnp.float32(0), ("data",)),
         )
         return psum(total, "data") / _count(batch.targets_BT)
 
-    return over_mesh(config, mesh, local, lambda _: PartitionSpec())
+    return over_mesh(spec, local, lambda _: PartitionSpec())
 
 
 class _Batch(NamedTuple):
@@ -183,12 +184,12 @@ class _Batch(NamedTuple):
 
     @classmethod
     def of(cls, config: Config, rows: Array) -> "_Batch":
-        """From what `batches.make_row` has made."""
-        if not config.data.marks_documents:
-            return cls(rows[:, :-1], rows[:, 1:], None)
-        tokens_BT, targets_BT, starts_BT = rows.swapaxes(0, 1)
-        see_others = config.data.cross_document_attention
-        return cls(tokens_BT, targets_BT, None if see_others else starts_BT[..., None])
+        """From rows as `RowLayout` makes them."""
+        layout = RowLayout.of(config)
+        starts_BT = layout.document_starts(rows)
+        if starts_BT is None or config.data.cross_document_attention:
+            return cls(layout.inputs(rows), layout.targets(rows), None)
+        return cls(layout.inputs(rows), layout.targets(rows), starts_BT[..., None])
 
     def part(self, row: Array | int, num_rows: int) -> "_Batch":
         """Some of the rows."""
@@ -205,9 +206,10 @@ def _embedding(params: Params, batch: _Batch, dtype: Any) -> Callable[[Array | i
     return embed
 
 
-def _trunk(config: Config, schedule: Schedule, dtype: Any) -> Array:
+def _trunk(spec: StageSpec, schedule: Schedule) -> Array:
     """Room for the rows that are in the pipeline."""
-    return jnp.zeros((schedule.num_rows, config.model.seq_len, config.model.d_model), dtype)
+    model = spec.config.model
+    return jnp.zeros((schedule.num_rows, model.seq_len, model.d_model), spec.dtype)
 
 
 def _waiting(schedule: Schedule) -> tuple[int, int] | None:

@@ -10,12 +10,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 
-from tpipe_jax.config.settings import Config
 from tpipe_jax.devices.hardware import peak_flops
 from tpipe_jax.errors import UserError
 from tpipe_jax.model.flops import step_flops
+from tpipe_jax.pipeline.spec import StageSpec
 from tpipe_jax.planning.estimator import predicted_timeline
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.settings import work_factors
@@ -35,8 +34,9 @@ class StepLog:
     """
 
     def __init__(
-        self, config: Config, plan: Plan, mesh: Mesh, metrics: Metrics | None, console: Console
+        self, spec: StageSpec, plan: Plan, metrics: Metrics | None, console: Console
     ) -> None:
+        config = spec.config
         self._train, self._metrics, self._console = config.train, metrics, console
         self._precision, self._optim = config.precision, config.optim
         may_skip = self._train.on_nonfinite == "skip"
@@ -44,14 +44,14 @@ class StepLog:
         self._prediction, self._compared = plan.prediction, (0, 0.0)
         self._is_warming_up, self._save_seconds = True, 0.0
         self._measured_bubble: float | None = None
-        self._flops, self._num_devices = step_flops(config), mesh.size
-        self._device = mesh.local_devices[0]
+        self._flops, self._num_devices = step_flops(config), spec.mesh.size
+        self._device = spec.mesh.local_devices[0]
         self._peak_flops = peak_flops(config, self._device)
         self._bubble = None
         if plan.prediction:
             self._bubble = predicted_timeline(plan, work_factors(config, plan)).bubble
         self._tokens_per_step = config.train.batch_size * config.model.seq_len
-        self._learning_rate = learning_rate(config.optim, config.train.num_steps)
+        self._learning_rate = learning_rate(config)
         self._running: tuple[int, dict[str, Array]] | None = None
         self.start()
 
