@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tpipe_jax.attention.base import Attention, KVCache
+from tpipe_jax.attention.base import Attention, KVCache, Slice
 from tpipe_jax.attention.blockwise import blockwise
 from tpipe_jax.attention.cudnn import cudnn_kernel
 from tpipe_jax.attention.fused import grouped
@@ -87,7 +87,7 @@ def measure(num_queries: int, context: int) -> None:
     keys = jax.random.split(jax.random.key(0), 4)
     q, d_out = (jax.random.normal(k, (1, H, num_queries, K), dtype) for k in keys[:2])
     k, v = (jax.random.normal(k, (1, H, num_keys, K), dtype) for k in keys[2:])
-    cache, at = KVCache(k, v), Position(0, jnp.int32(context))
+    own = Slice(q, KVCache(k, v), Position(0, jnp.int32(context)))
     visible_keys = context + num_queries // 2
     forward: Programs = {"products": products(2, q, visible_keys)}
     backward: Programs = {"products": products(5, q, visible_keys)}
@@ -98,14 +98,14 @@ def measure(num_queries: int, context: int) -> None:
     backward["dense"] = lambda: run_vjp(q, k, v, d_out)
     for name, attention in attentions().items():
         run = jax.jit(attention.forward)
-        run_backward = jax.jit(attention.backward, donate_argnums=6)
-        out, lse = run(q, cache, at)
+        run_backward = jax.jit(attention.backward, donate_argnums=4)
+        out, lse = run(own)
 
         def step(run_backward=run_backward, out=out, lse=lse) -> object:
             zeros = KVCache(*jnp.zeros((2, *k.shape)))
-            return run_backward(q, cache, at, out, lse, d_out, zeros)
+            return run_backward(own, out, lse, d_out, zeros)
 
-        forward[name], backward[name] = lambda run=run: run(q, cache, at), step
+        forward[name], backward[name] = lambda run=run: run(own), step
     row = f"{num_queries:5} {context:5}"
     for direction, programs in (("forward", forward), ("backward", backward)):
         figures = medians(programs, repeats)

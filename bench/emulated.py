@@ -170,12 +170,12 @@ def program(plan: Plan, times: list[Times], slowdown: float) -> Callable[[], Any
         work = StepWork(
             embed=lambda row, num_rows: jax.lax.dynamic_slice_in_dim(x_BTD, row, num_rows),
             forward=lambda chunk, x_BLD, at, saved: (forward(x_BLD, at), saved),
-            turn=lambda y_BTD, row, sums: (y_BTD, sums),
+            losses=lambda y_BTD, row, sums: (y_BTD, sums),
             backward=backward_pass,
             weights=lambda each, saved, slept: each(
                 lambda chunk, shape, at, slept: weights[0](slept, at), slept
             ),
-            leave=lambda d_x_BTD, row, sums: sums + d_x_BTD.sum(),
+            embed_grads=lambda d_x_BTD, row, sums: sums + d_x_BTD.sum(),
         )
         trunk_RTD = jnp.zeros((schedule.num_rows, T, 1))
         _, slept, sums = execute(schedule, work, trunk_RTD, (), jnp.zeros(1), varying(jnp.zeros(1)))

@@ -15,7 +15,8 @@ from typing import Any
 from tpipe_jax.commands.launch import launch
 from tpipe_jax.config.command_line import exit_status, parse, parse_file_plan
 from tpipe_jax.config.flags import FilePlanFlags
-from tpipe_jax.errors import UserError, writing_to
+from tpipe_jax.errors import UserError
+from tpipe_jax.files import writing_to
 
 
 def main() -> int:

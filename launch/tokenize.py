@@ -29,7 +29,8 @@ def main() -> None:
     from tpipe_jax.config.command_line import parse_tokenize
     from tpipe_jax.data.token_shards import cut, find_files, make_shards, texts
     from tpipe_jax.data.tokenizer import train_bpe
-    from tpipe_jax.errors import UserError, writing_to
+    from tpipe_jax.errors import UserError
+    from tpipe_jax.files import writing_to
     from tpipe_jax.reporting.console import Console
 
     flags = parse_tokenize(sys.argv[1:], "python launch/tokenize.py")

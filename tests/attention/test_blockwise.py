@@ -9,7 +9,7 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from support import reference
-from support.slices import ROWS, TOLERANCE, B, Slice, draw, expect, rounded, run
+from support.slices import ROWS, TOLERANCE, B, DrawnSlice, draw, expect, rounded, run
 from tpipe_jax.attention.base import KVCache
 from tpipe_jax.attention.blockwise import blockwise
 from tpipe_jax.devices.inplace import Position
@@ -73,7 +73,7 @@ def test_slices_in_descending_order_sum_to_the_gradient_of_the_sequence(
     for start, L in reversed(list(zip(starts, lengths, strict=False))):
         part = slice(start, start + L)
         q, d_out = whole.q[:, :, part], whole.d_out[:, :, part]
-        got = run(Slice(Position(1, start), q, whole.cache, d_out, d_cache), BLOCKS)
+        got = run(DrawnSlice(Position(1, start), q, whole.cache, d_out, d_cache), BLOCKS)
         d_cache = got.d_cache
         for name in ("out", "lse", "d_q"):
             wanted = getattr(want, name)

@@ -15,7 +15,7 @@ from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from support import reference, stand_in
 from support.slices import ROWS, TOLERANCE, B, draw, expect, rounded, run
 from tpipe_jax.attention import backends
-from tpipe_jax.attention.base import KVCache
+from tpipe_jax.attention.base import KVCache, Slice
 from tpipe_jax.attention.cudnn import cudnn_kernel
 from tpipe_jax.attention.fused import Kernel, grouped
 from tpipe_jax.config.settings import (
@@ -178,7 +178,8 @@ def test_cudnn_is_in_the_program_for_gpus(L: int) -> None:
     q, kv = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (s.q, s.cache))
     forward, backward, _ = grouped(KERNEL, 128)
     lse, at = jnp.zeros((*q.shape[:-1], 1)), Position(*map(jnp.int32, s.at))
-    for program in (text(forward, q, kv, at), text(backward, q, kv, at, q, lse, q, s.d_cache)):
+    own = Slice(q, kv, at)
+    for program in (text(forward, own), text(backward, own, q, lse, q, s.d_cache)):
         calls = [line for line in program.splitlines() if "custom_call @__cudnn" in line]
         masks = [("CAUSAL" in call, "PADDING" in call) for call in calls]
         assert masks == ([(True, False), (False, True)] if L == 64 else [])

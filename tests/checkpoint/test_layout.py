@@ -10,7 +10,7 @@ import pytest
 from jax.tree_util import keystr
 
 from support.states import MODEL, abstract, numbered, state_on
-from tpipe_jax.checkpoint.layout import pieces, restored
+from tpipe_jax.checkpoint.layout import fragments, restored
 from tpipe_jax.config.settings import MeshConfig
 from tpipe_jax.training.health import Health
 from tpipe_jax.training.state import TrainState
@@ -30,7 +30,7 @@ def gathered(state: TrainState, num_chunks: int = 1) -> dict[str, np.ndarray]:
     """The arrays of the model that the pieces make, each element exactly once."""
     arrays: dict[str, np.ndarray] = {}
     times: dict[str, np.ndarray] = {}
-    for piece in pieces(MODEL, state, num_chunks):
+    for piece in fragments(MODEL, state, num_chunks):
         whole = arrays.setdefault(piece.name, np.zeros(piece.shape, piece.data.dtype))
         count = times.setdefault(piece.name, np.zeros(piece.shape, int))
         whole[piece.index] = piece.data

@@ -164,7 +164,7 @@ def test_gradients_in_short_formats(dtype: Any) -> None:
 @pytest.mark.parametrize("chunk", [1, 7, 8, 36])
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     """One chunk or many, some with nothing that counts, some that don't divide the tokens."""
-    monkeypatch.setattr(vocab_parallel, "CHUNK", chunk)
+    monkeypatch.setattr(vocab_parallel, "TILE_TOKENS", chunk)
     check_loss(MeshConfig(pipe=2), 37)
 
 
@@ -203,7 +203,7 @@ def test_embedding_equals_plain_jax(config: MeshConfig, vocab_size: int) -> None
 def test_chunks_of_the_embedding_change_nothing(
     monkeypatch: pytest.MonkeyPatch, chunk: int
 ) -> None:
-    monkeypatch.setattr(vocab_parallel, "CHUNK", chunk)
+    monkeypatch.setattr(vocab_parallel, "TILE_TOKENS", chunk)
     check_embedding(MeshConfig(pipe=2), 37)
 
 

@@ -10,7 +10,7 @@ import pytest
 from support.latencies import profile
 from tpipe_jax.config.settings import ScheduleName
 from tpipe_jax.errors import UserError
-from tpipe_jax.planning import planner
+from tpipe_jax.planning import schedule_search
 from tpipe_jax.planning.estimator import predicted_timeline
 from tpipe_jax.planning.latency import Deferral, LatencyTable, Memory
 from tpipe_jax.planning.plan import Plan, PlanRequest, read_plan
@@ -89,7 +89,7 @@ def test_moved_cuts_make_1f1b_faster(monkeypatch: pytest.MonkeyPatch):
     times = np.where(i + j <= 8, i * (1.0 + 2 * j + i), np.inf)[None]
     table, request = LatencyTable(4, times, 2.5 * times), PlanRequest(5, 3, 32, schedule="1f1b")
     moved = find_plan(table, request, [1.0] * 5).plan
-    monkeypatch.setattr(planner, "MOST_MOVES", 0)
+    monkeypatch.setattr(schedule_search, "MOST_MOVES", 0)
     assert seconds(moved) < 0.98 * seconds(find_plan(table, request, [1.0] * 5).plan)
     assert seconds(moved) == pytest.approx(makespan(table, moved))
 
@@ -142,8 +142,8 @@ def test_a_plan_that_fits_is_found(num_stages: int, schedule: ScheduleName | Non
     least = 1000 + 7 * rows * 128 + 3 * 128 + 10000 * 8
     limit = least + (excess if excess in (0, 1) else excess * least)
     planned = find_plan(measured, request, [1.0] * num_stages, limit).plan
-    in_turn = make_schedule(planned)
-    kept = 7 * in_turn.num_rows * 128 + 3 * in_turn.num_gradient_rows * 128
+    in_shared_rows = make_schedule(planned)
+    kept = 7 * in_shared_rows.num_rows * 128 + 3 * in_shared_rows.num_gradient_rows * 128
     assert 1000 + kept + 10000 * max(b * n for b, n in planned.shapes) <= limit
     with pytest.raises(UserError, match="too little for any plan"):
         find_plan(measured, request, [1.0] * num_stages, least - 1)

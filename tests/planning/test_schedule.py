@@ -32,7 +32,9 @@ def test_terapipe_of_three_stages_and_four_items():
     idle = [[x, x, x]] * 6
     assert schedule.forward.tolist() == forward + idle
     assert schedule.backward.tolist() == idle + backward
-    assert schedule.parts == (Part(0, 1, 0, enters=0, turns=5, leaves=11, ends=11),)
+    assert schedule.parts == (
+        Part(0, 1, 0, embed_tick=0, loss_tick=5, embed_grad_tick=11, last_tick=11),
+    )
 
 
 def test_1f1b_of_three_stages_and_four_sequences_of_two_slices():
@@ -48,7 +50,7 @@ def test_1f1b_of_three_stages_and_four_sequences_of_two_slices():
         [x, x, x, x, 1, 0, 3, 2, 5, 4, 7, 6, x],
         [x, x, x, 1, 0, 3, 2, 5, 4, 7, 6, x, x],
     ]
-    assert [(p.enters, p.turns, p.leaves) for p in schedule.parts] == [
+    assert [(p.embed_tick, p.loss_tick, p.embed_grad_tick) for p in schedule.parts] == [
         *[(0, 3, 6), (2, 5, 8), (4, 7, 10), (6, 9, 12)]
     ]
 
@@ -129,7 +131,7 @@ def test_rows_are_as_few_as_the_table_allows(plan: Plan):
     """But for gaps between parts of unequal sizes, and never more than the batch has."""
     schedule = make_schedule(plan)
     most = max(
-        sum(part.num_rows for part in schedule.parts if part.enters <= tick <= part.ends)
+        sum(part.num_rows for part in schedule.parts if part.embed_tick <= tick <= part.last_tick)
         for tick in range(schedule.num_ticks)
     )
     assert most <= schedule.num_rows <= plan.batch_size
@@ -207,18 +209,30 @@ FIRST, SECOND, *REST = TABLES.parts
         ({"forward": TABLES.backward, "backward": TABLES.forward}, "one tick after its neighbour"),
         ({"forward": swapped(TABLES.forward, 0, 1)}, "item 1 does not follow item 0"),
         ({"backward": swapped(TABLES.backward, 2, 3)}, "item 3 does not follow item 2"),
-        ({"backward": swapped(TABLES.backward, 0, 2)}, "item 0 goes backward before its part"),
-        ({"parts": (replace(FIRST, enters=1), SECOND, *REST)}, "item 0 goes forward before"),
-        ({"parts": (replace(FIRST, turns=2), SECOND, *REST)}, "item 1 goes forward .* after its"),
-        ({"parts": (replace(FIRST, turns=4), SECOND, *REST)}, "item 1 goes backward before"),
-        ({"parts": (replace(FIRST, leaves=5), SECOND, *REST)}, "item 0 goes backward .* has left"),
+        ({"backward": swapped(TABLES.backward, 0, 2)}, "item 0 goes backward before the losses"),
+        ({"parts": (replace(FIRST, embed_tick=1), SECOND, *REST)}, "item 0 goes forward before"),
+        (
+            {"parts": (replace(FIRST, loss_tick=2), SECOND, *REST)},
+            "item 1 goes forward .* after its losses",
+        ),
+        ({"parts": (replace(FIRST, loss_tick=4), SECOND, *REST)}, "item 1 goes backward before"),
+        (
+            {"parts": (replace(FIRST, embed_grad_tick=5), SECOND, *REST)},
+            "item 0 goes backward .* after the grad",
+        ),
         ({"parts": (FIRST, replace(SECOND, buffer_row=0), *REST)}, "parts 0 and 1 have the same"),
         ({"num_rows": 3}, "part 3 has no rows"),
         ({"num_gradient_rows": 0}, "part 0 has no rows for gradients"),
-        ({"parts": (FIRST, replace(SECOND, enters=0), *REST)}, "enters is the same tick"),
-        ({"parts": (replace(FIRST, leaves=8), SECOND, *REST)}, "leaves is the same tick"),
+        ({"parts": (FIRST, replace(SECOND, embed_tick=0), *REST)}, "embed_tick is the same tick"),
+        (
+            {"parts": (replace(FIRST, embed_grad_tick=8), SECOND, *REST)},
+            "embed_grad_tick is the same tick",
+        ),
         ({"forward": TABLES.forward[1:]}, "different shapes"),
-        ({"parts": (replace(FIRST, ends=5), SECOND, *REST)}, "part 0 ends before it has left"),
+        (
+            {"parts": (replace(FIRST, last_tick=5), SECOND, *REST)},
+            "part 0 ends before the gradients",
+        ),
     ],
 )
 def test_tables_that_cannot_be_followed_are_refused(changes: dict[str, Any], reason: str):
@@ -240,7 +254,7 @@ def test_rows_that_are_needed_to_their_end_are_no_other_part_s():
     schedule = one_forward_one_backward(Plan(2, (1,) * 6, ((8,),) * 6))
     first, second, third, fourth, *rest = schedule.parts
     assert first.buffer_row == fourth.buffer_row
-    longer = replace(first, ends=fourth.enters)
+    longer = replace(first, last_tick=fourth.embed_tick)
     with pytest.raises(ValueError, match="parts 0 and 3 have the same rows"):
         check(replace(schedule, parts=(longer, second, third, fourth, *rest)))
 
@@ -266,4 +280,4 @@ def test_gradients_of_weights_that_come_too_early_or_late_are_refused():
         check(replace(schedule, slots=np.zeros_like(schedule.slots)))
     *parts, last = schedule.parts
     with pytest.raises(ValueError, match="taken after their part has ended"):
-        check(replace(schedule, parts=(*parts, replace(last, ends=last.leaves - 1))))
+        check(replace(schedule, parts=(*parts, replace(last, last_tick=last.embed_grad_tick - 1))))

@@ -95,9 +95,9 @@ def longest_path(schedule: Schedule, times: Times, factors: list[float]) -> floa
         "backward": schedule.backward[..., None],
     }
     meetings = {
-        "forward": {part.enters for part in schedule.parts},
-        "backward": {part.turns for part in schedule.parts},
-        "weights": {part.leaves for part in schedule.parts},
+        "forward": {part.embed_tick for part in schedule.parts},
+        "backward": {part.loss_tick for part in schedule.parts},
+        "weights": {part.embed_grad_tick for part in schedule.parts},
     }
 
     @cache

@@ -14,13 +14,13 @@ from tpipe_jax.pipeline.spec import StageSpec, make_spec
 from tpipe_jax.planning.schedule import IDLE
 from tpipe_jax.profiling import profiler
 from tpipe_jax.profiling.profiler import Profiler, Program
-from tpipe_jax.profiling.shapes import Shape
+from tpipe_jax.profiling.shapes import TimedShape
 
 
 def test_deferral_is_timed_beside_what_it_replaces(monkeypatch: pytest.MonkeyPatch):
     """Without gradients of weights a backward pass takes 2 of 3 parts, and they alone 1.5."""
 
-    def program(self: Profiler, spec: StageSpec, shape: Shape) -> Program:
+    def program(self: Profiler, spec: StageSpec, shape: TimedShape) -> Program:
         run: Any = SimpleNamespace(shape=shape, is_deferred=spec.weight_grads == "some ticks later")
         return Program(run, (3, 5))
 
@@ -37,11 +37,13 @@ def test_deferral_is_timed_beside_what_it_replaces(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Profiler, "_program", program)
     monkeypatch.setattr(Profiler, "_seconds", seconds)
     monkeypatch.setattr(profiler, "compile_checked", compiled)
-    monkeypatch.setattr(profiler, "make_weights_work", lambda spec, item: Shape(*item.shape, (0,)))
+    monkeypatch.setattr(
+        profiler, "make_weights_work", lambda spec, item: TimedShape(*item.shape, (0,))
+    )
     made = Profiler()  # pyrefly: ignore
     made._spec = make_spec(CONFIG, make_mesh(CONFIG.mesh, jax.devices()[:2]))
     made._inputs = ()
-    shapes = [Shape(1, 64, (0,)), Shape(1, 17, (0, 8)), Shape(4, 33, (0,))]
+    shapes = [TimedShape(1, 64, (0,)), TimedShape(1, 17, (0, 8)), TimedShape(4, 33, (0,))]
     programs, parts = {shape: program(made, made._spec, shape) for shape in shapes}, []
     weights, saved = made._time_deferral(shapes, programs, lambda: parts.append(1))
     assert weights == pytest.approx((0, 1.5e-4), abs=1e-9)
@@ -51,7 +53,7 @@ def test_deferral_is_timed_beside_what_it_replaces(monkeypatch: pytest.MonkeyPat
 
 def test_short_slices_count_as_much_as_long_ones():
     """Of three times, each off by a share, the shortest one's line is not lost."""
-    shapes = [Shape(1, n, (0,)) for n in (10, 100, 10000)]
+    shapes = [TimedShape(1, n, (0,)) for n in (10, 100, 10000)]
     seconds = np.array([0.4, 1.0, 90.0])
     sizes = np.array([10, 100, 10000])
     constant, per_token = profiler._line(shapes, seconds, 1)

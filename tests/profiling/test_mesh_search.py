@@ -17,10 +17,11 @@ from tpipe_jax.config.command_line import parse
 from tpipe_jax.config.settings import Config, MeshConfig
 from tpipe_jax.devices.hlo import Collective, check_branches
 from tpipe_jax.errors import UserError
+from tpipe_jax.pipeline.spec import StageSpec
 from tpipe_jax.profiling import measured_plan
 from tpipe_jax.profiling.mesh_search import choose_mesh, factorisations, take_latencies
 from tpipe_jax.reporting.console import Ranked
-from tpipe_jax.reporting.workdir import locked
+from tpipe_jax.reporting.workdir import run_lock
 
 pytestmark = pytest.mark.usefixtures("kept_programs")
 
@@ -209,7 +210,7 @@ def test_processes_choose_one_mesh(tmp_path: Path):
 
 def test_one_run_measures_at_a_time(config: Config, tmp_path: Path):
     with (
-        locked(tmp_path / "run" / "meshes"),
+        run_lock(tmp_path / "run" / "meshes"),
         pytest.raises(UserError, match=r"another run is at work in --workdir=\S*/run:"),
     ):
         choose_mesh(config, jax.devices()[:4], tmp_path / "run", Seen())

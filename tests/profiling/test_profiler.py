@@ -31,7 +31,7 @@ from tpipe_jax.planning.latency import Deferral
 from tpipe_jax.planning.schedule import IDLE, Item
 from tpipe_jax.profiling import profiler, programs
 from tpipe_jax.profiling.profiler import MAX_TICKS, MIN_SECONDS, Profiler, Program
-from tpipe_jax.profiling.shapes import Shape, shapes_to_time
+from tpipe_jax.profiling.shapes import TimedShape, shapes_to_time
 from tpipe_jax.training.optimizer import make_optimizer
 from tpipe_jax.training.state import abstract_state, state_bytes
 
@@ -43,7 +43,7 @@ class Clock:
         self.speed, self.readings = 1.0, 0
 
     @staticmethod
-    def slice_seconds(shape: Shape, context: int) -> np.ndarray:
+    def slice_seconds(shape: TimedShape, context: int) -> np.ndarray:
         work = shape.size * (1e-4 + 1e-6 * context)
         return np.array([work, 3 * work])
 
@@ -63,7 +63,9 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
 
-    def compile_(self: Profiler, shapes: list[Shape], advance: Any) -> dict[Shape, Program]:
+    def compile_(
+        self: Profiler, shapes: list[TimedShape], advance: Any
+    ) -> dict[TimedShape, Program]:
         programs = {}
         for shape in shapes:
             analysis = SimpleNamespace(
@@ -103,12 +105,12 @@ def mesh() -> Mesh:
 def test_slices_are_timed_for_as_long_as_idle_sweeps_take(clock: Clock, mesh: Mesh):
     """Or for as many ticks as there may be, since the difference of both is what is measured."""
     profiler_ = Profiler(make_spec(CONFIG, mesh))
-    run: Any = SimpleNamespace(shape=Shape(1, 64, (0,)))
+    run: Any = SimpleNamespace(shape=TimedShape(1, 64, (0,)))
     table = np.full((1, 2), IDLE)
     idle_seconds = min(clock.read(profiler_, run, table, table) for _ in range(2))
     assert idle_seconds > MIN_SECONDS
     for num_tokens in (64, 16, 8):
-        shape = Shape(1, num_tokens, (0,))
+        shape = TimedShape(1, num_tokens, (0,))
         for ticks, per_token in zip(
             profiler_._num_ticks(shape), profiler_._seconds_per_token, strict=True
         ):
@@ -128,7 +130,7 @@ def test_a_slice_takes_what_busy_ticks_take_longer(clock: Clock, mesh: Mesh):
     expected = [(*shape[:2], context) for shape in shapes for context in shape.contexts]
     assert [sample[:3] for sample in profile.samples] == expected
     for sample in profile.samples:
-        shape = Shape(*sample[:2], (sample.context,))
+        shape = TimedShape(*sample[:2], (sample.context,))
         assert sample[3:5] == pytest.approx(clock.slice_seconds(shape, sample.context))
     assert profile.memory.working_bytes_per_token == 70
     assert profile.memory.fixed_bytes == 10**6
@@ -169,7 +171,7 @@ def test_what_is_measured_later_is_as_if_measured_then(clock: Clock, mesh: Mesh)
     ]
     for sample in added:
         assert not sample.is_test
-        shape = Shape(*sample[:2], (sample.context,))
+        shape = TimedShape(*sample[:2], (sample.context,))
         assert sample[3:5] == pytest.approx(clock.slice_seconds(shape, sample.context))
 
 
@@ -351,7 +353,7 @@ def test_deferral_is_timed_for_sequences_that_fit(clock: Clock, mesh: Mesh):
     later = dataclasses.replace(config, plan=PlanConfig(schedule="1f1b-deferred"))
     most, more = (profiler._rows_that_fit(make_spec(c, mesh)) for c in (later, config))
     assert 1 < most < more
-    shapes = [Shape(n, 64, (0,)) for n in (1, most - 1, most, most + 1)]
+    shapes = [TimedShape(n, 64, (0,)) for n in (1, most - 1, most, most + 1)]
     assert Profiler(make_spec(config, mesh))._shapes_to_defer(shapes) == shapes[:3]
 
 

@@ -9,20 +9,9 @@ from pathlib import Path
 import pytest
 
 from support import several
-from tpipe_jax.runtime.processes import _listening_address, differences
+from tpipe_jax.runtime.processes import _listening_address
 
 MESH = ["--config.mesh.pipe=1", "--config.mesh.data=2"]
-
-
-def test_differences_name_what_differs():
-    ours = {"config": {"a": {"x": 1, "y": None}, "b": {"z": 2}}, "jax": "1"}
-    theirs = {"config": {"a": {"x": 3, "y": None}, "b": {"z": 2}}, "jax": "2", "new": "4"}
-    assert differences(ours, ours) == []
-    assert differences(ours, theirs) == [
-        "config.a.x is 1 there and 3 in process 0",
-        "jax is 1 there and 2 in process 0",
-        "new is None there and 4 in process 0",
-    ]
 
 
 def test_all_have_what_the_first_has_and_read_their_rows_once():

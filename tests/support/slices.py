@@ -9,7 +9,7 @@ import numpy as np
 from jax.stages import Compiled
 
 from support import reference
-from tpipe_jax.attention.base import Attention, KVCache
+from tpipe_jax.attention.base import Attention, KVCache, Slice
 from tpipe_jax.devices.inplace import Position
 
 B, K = 2, 16  # of a slice
@@ -20,7 +20,7 @@ ROWS, T = 4, 640  # of the cache
 TOLERANCE = 5e-6
 
 
-class Slice(NamedTuple):
+class DrawnSlice(NamedTuple):
     """A slice, its cache and what comes back to it; all but `at` are arrays of `[B, H, L, K]` or
     `[ROWS, H, T, K]`.
     """
@@ -46,12 +46,12 @@ class Result(NamedTuple):
 
 def draw(
     at: Position, L: int, T: int = T, scale: float = 1.0, seed: int = 0, num_heads: int = 2
-) -> Slice:
+) -> DrawnSlice:
     """Normal values; queries are scaled."""
     random, H = np.random.default_rng(seed), num_heads
     normal = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
     cache, d_cache = (KVCache(*normal(2, ROWS, H, T, K)) for _ in range(2))
-    return Slice(at, scale * normal(B, H, L, K), cache, normal(B, H, L, K), d_cache)
+    return DrawnSlice(at, scale * normal(B, H, L, K), cache, normal(B, H, L, K), d_cache)
 
 
 @cache
@@ -63,25 +63,25 @@ def compiled(
     q, lse = array((B, H, L, K), dtype), array((B, H, L, 1), jnp.float32)
     kv, d_kv = (array((ROWS, H, T, K), d) for d in (dtype, jnp.float32))
     at = Position(array((), jnp.int32), array((), jnp.int32))
-    args = q, KVCache(kv, kv), at
-    forward = jax.jit(attention.forward).lower(*args)
-    backward = jax.jit(attention.backward).lower(*args, q, lse, q, KVCache(d_kv, d_kv))
+    own = Slice(q, KVCache(kv, kv), at)
+    forward = jax.jit(attention.forward).lower(own)
+    backward = jax.jit(attention.backward).lower(own, q, lse, q, KVCache(d_kv, d_kv))
     return forward.compile(), backward.compile()
 
 
-def run(s: Slice, attention: Attention, dtype: Any = jnp.float32) -> Result:
+def run(s: DrawnSlice, attention: Attention, dtype: Any = jnp.float32) -> Result:
     """What the attention makes of the slice."""
     _, H, L, _ = s.q.shape
     forward, backward = compiled(attention, L, s.cache.k.shape[2], H, jnp.dtype(dtype))
     cast = partial(jax.tree.map, lambda a: jnp.asarray(a, dtype))
     at = Position(jnp.int32(s.at.row), jnp.int32(s.at.token))
-    q, kv = cast(s.q), cast(s.cache)
-    out, lse = forward(q, kv, at)
-    d_q, d_cache = backward(q, kv, at, out, lse, cast(s.d_out), s.d_cache)
+    own = Slice(cast(s.q), cast(s.cache), at)
+    out, lse = forward(own)
+    d_q, d_cache = backward(own, out, lse, cast(s.d_out), s.d_cache)
     return jax.tree.map(np.asarray, Result(out, lse, d_q, d_cache))
 
 
-def expect(s: Slice) -> Result:
+def expect(s: DrawnSlice) -> Result:
     """The float64 reference, with gradients added to the part of `d_cache` that the slice sees."""
     k, v = map(s.own, s.cache)
     out, lse = reference.attention(s.q, k, v)
@@ -92,9 +92,9 @@ def expect(s: Slice) -> Result:
     return Result(out, lse, d_q, d_cache)
 
 
-def rounded(s: Slice, dtype: Any) -> Slice:
+def rounded(s: DrawnSlice, dtype: Any) -> DrawnSlice:
     """The slice with values that the dtype has, and no gradients of keys and values yet."""
     q, cache, d_out = jax.tree.map(
         lambda a: np.asarray(jnp.asarray(a, dtype), np.float32), (s.q, s.cache, s.d_out)
     )
-    return Slice(s.at, q, cache, d_out, jax.tree.map(np.zeros_like, s.d_cache))
+    return DrawnSlice(s.at, q, cache, d_out, jax.tree.map(np.zeros_like, s.d_cache))

@@ -107,8 +107,12 @@ def test_the_budget_of_slices_that_wait_is_near_what_the_compiler_says():
     parts = budget(make_spec(config, MESH), schedule, OPTIMIZER)
     assert sum(parts.values()) == pytest.approx(program_bytes(step), rel=0.2)
     bytes_of_slot = 64 * 4 * 9 * 64 * 2  # tokens, float32, widths, layers of a stage
-    in_turn = dataclasses.replace(config, plan=dataclasses.replace(config.plan, schedule="1f1b"))
-    others = budget(make_spec(in_turn, MESH), make_schedule(reference.plan_of(in_turn)), OPTIMIZER)
+    in_shared_rows = dataclasses.replace(
+        config, plan=dataclasses.replace(config.plan, schedule="1f1b")
+    )
+    others = budget(
+        make_spec(in_shared_rows, MESH), make_schedule(reference.plan_of(in_shared_rows)), OPTIMIZER
+    )
     more = parts["other activations"] - others["other activations"]
     assert more == 3 * bytes_of_slot
 

@@ -21,8 +21,8 @@ import chex
 import jax.numpy as jnp
 from jax import Array, lax
 
-from tpipe_jax.attention.base import MASKED, Attention, KVCache, add_to_cache
-from tpipe_jax.devices.inplace import Position, in_turn, read, write
+from tpipe_jax.attention.base import MASKED, Attention, KVCache, Slice, add_to_cache
+from tpipe_jax.devices.inplace import Position, in_shared_rows, read, write
 from tpipe_jax.planning.context_blocks import BLOCK, query_block
 
 _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -33,19 +33,9 @@ def blockwise(block: int) -> Attention:
     return Attention(partial(attend, block=block), partial(attend_backward, block=block), block)
 
 
-def attend(
-    q_BNLK: Array,
-    cache: KVCache,
-    at: Position,
-    starts_BL1: Array | None = None,
-    block: int = BLOCK,
-) -> tuple[Array, Array]:
-    """Attention of the slice at a position, whose keys and values are in the cache already.
-
-    Where `starts` are given, each token sees the sequence from there on only. Returns the output,
-    `[B, G H, L, K]` in the dtype of q, and the log-sum-exp of each row of scores, `[B, G H, L, 1]`
-    float32.
-    """
+def attend(slice_: Slice, block: int = BLOCK) -> tuple[Array, Array]:
+    """Attention of a slice, as `Attention.forward`, in blocks of so many keys."""
+    q_BNLK, cache, at, starts_BL1 = slice_
     (B, N, L, K), (_, H, T, _) = q_BNLK.shape, cache.k.shape
     chex.assert_shape(cache, (None, H, None, K))
     key_block = min(block, T)
@@ -82,23 +72,15 @@ def attend(
 
 
 def attend_backward(
-    q_BNLK: Array,
-    cache: KVCache,
-    at: Position,
+    slice_: Slice,
     out_BNLK: Array,
     lse_BNL1: Array,
     d_out_BNLK: Array,
     d_cache: KVCache,
-    starts_BL1: Array | None = None,
     block: int = BLOCK,
 ) -> tuple[Array, KVCache]:
-    """Gradients of `attend`, given its results and the gradient with respect to its output.
-
-    Adds this slice's share to `d_cache`, float32, for its own and for all earlier keys and values,
-    in its first rows if it has fewer than the cache; the sums of a slice are complete once all
-    later slices and the slice itself have been here. Returns the gradient with respect to q and the
-    new `d_cache`.
-    """
+    """Gradients of `attend`, as `Attention.backward`."""
+    q_BNLK, cache, at, starts_BL1 = slice_
     (B, N, L, K), (_, H, T, _) = q_BNLK.shape, cache.k.shape
     key_block = min(block, T)
     delta_BNL1 = (d_out_BNLK.astype(jnp.float32) * out_BNLK.astype(jnp.float32)).sum(
@@ -128,7 +110,7 @@ def attend_backward(
             d_k = _dot("bhqk,bhqe->bhke", d_score, q)
             d_v = _dot("bhqk,bhqe->bhke", weight.astype(q.dtype), d_out)
             d_cache = add_to_cache(
-                d_cache, KVCache(d_k, d_v), in_turn(keys, d_cache.k, len(cache.k))
+                d_cache, KVCache(d_k, d_v), in_shared_rows(keys, d_cache.k, len(cache.k))
             )
             return d_q + _dot("bhqk,bhke->bhqe", d_score, k), d_cache
 

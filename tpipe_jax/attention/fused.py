@@ -8,7 +8,6 @@ backward pass of FlashAttention-2, arXiv 2307.08691, works in the same way on it
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,9 +15,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from tpipe_jax.attention.base import Attention, KVCache, add_to_cache
+from tpipe_jax.attention.base import Attention, KVCache, Slice, add_to_cache
 from tpipe_jax.attention.blockwise import attend, attend_backward, over_context
-from tpipe_jax.devices.inplace import Position, in_turn, read
+from tpipe_jax.devices.inplace import Position, in_shared_rows, read
 
 
 class Kernel(NamedTuple):
@@ -39,92 +38,83 @@ class Kernel(NamedTuple):
     """Of the fewest queries and keys that it can do."""
 
 
+class _Grouped(NamedTuple):
+    """Attention by a kernel, with the context in groups of so many keys."""
+
+    kernel: Kernel
+    group: int
+
+    def forward(self, slice_: Slice) -> tuple[Array, Array]:
+        """As `Attention.forward`, of sequences that are one document each."""
+        q_BHLK, cache, at, starts_BL1 = slice_
+        assert starts_BL1 is None
+        B, _, L, _ = q_BHLK.shape
+        if self.kernel.min_tokens > L:
+            return attend(slice_)
+
+        def fold(state: tuple[Array, Array], size: int, first: Array, num_visible: Array):
+            out, lse = state
+            keys = _read(cache, Position(at.row, first), B, size)
+            group_out, group_lse = self.kernel.forward(q_BHLK, keys, num_visible)
+            merged = jnp.logaddexp(lse, group_lse)
+            shares = jnp.exp(lse - merged), jnp.exp(group_lse - merged)
+            return out * shares[0] + group_out * shares[1], merged
+
+        out, lse = self.kernel.forward(q_BHLK, _read(cache, at, B, L), None)
+        out, lse = self._over_groups(slice_, fold, (out.astype(jnp.float32), lse))
+        return out.astype(q_BHLK.dtype), lse
+
+    def backward(
+        self,
+        slice_: Slice,
+        out_BHLK: Array,
+        lse_BHL1: Array,
+        d_out_BHLK: Array,
+        d_cache: KVCache,
+    ) -> tuple[Array, KVCache]:
+        """As `Attention.backward`, of sequences that are one document each."""
+        q_BHLK, cache, at, starts_BL1 = slice_
+        assert starts_BL1 is None
+        B, _, L, _ = q_BHLK.shape
+        results = out_BHLK, lse_BHL1, d_out_BHLK
+        if self.kernel.min_tokens > L:
+            return attend_backward(slice_, *results, d_cache)
+
+        def fold(state: tuple[Array, KVCache], size: int, first: Array, num_visible: Array):
+            d_q, d_cache = state
+            where = Position(at.row, first)
+            keys = _read(cache, where, B, size)
+            group_d_q, *d_kv = self.kernel.backward(q_BHLK, keys, num_visible, *results)
+            is_visible = jnp.arange(size)[:, None] < num_visible
+            d_kv = KVCache(*(jnp.where(is_visible, d, 0) for d in d_kv))
+            return d_q + group_d_q, add_to_cache(
+                d_cache, d_kv, in_shared_rows(where, d_cache.k, len(cache.k))
+            )
+
+        d_q, *d_kv = self.kernel.backward(q_BHLK, _read(cache, at, B, L), None, *results)
+        d_at = in_shared_rows(at, d_cache.k, len(cache.k))
+        state = d_q.astype(jnp.float32), add_to_cache(d_cache, KVCache(*d_kv), d_at)
+        d_q, d_cache = self._over_groups(slice_, fold, state)
+        return d_q.astype(q_BHLK.dtype), d_cache
+
+    def _over_groups(
+        self, slice_: Slice, fold: Callable[[Any, int, Array, Array], Any], state: Any
+    ) -> Any:
+        """Folds the context of a slice, `fold(state, size, first_key, num_visible)`."""
+        at, seq_len = slice_.at, slice_.cache.k.shape[2]
+        if slice_.num_tokens == seq_len:
+            return state  # a whole sequence has no context
+        size = min(self.group, seq_len)
+        return over_context(at.token, size, lambda state, *where: fold(state, size, *where), state)
+
+
 def grouped(kernel: Kernel, group: int) -> Attention:
-    """Attention by the kernel, with contexts in groups of so many keys; slices that are too short
-    for it are attended in blocks.
+    """Attention by the kernel, with contexts in groups of so many keys. Slices that are too short
+    for the kernel are attended in blocks.
     """
     assert group >= kernel.min_tokens
-    return Attention(
-        partial(_forward, kernel, group), partial(_backward, kernel, group), key_block=group
-    )
-
-
-def _forward(
-    kernel: Kernel,
-    group: int,
-    q_BHLK: Array,
-    cache: KVCache,
-    at: Position,
-    starts_BL1: Array | None = None,
-) -> tuple[Array, Array]:
-    """As `attend`, without starts."""
-    assert starts_BL1 is None
-    B, _, L, _ = q_BHLK.shape
-    if kernel.min_tokens > L:
-        return attend(q_BHLK, cache, at)
-
-    def fold(state: tuple[Array, Array], size: int, first: Array, num_visible: Array):
-        out, lse = state
-        keys = _read(cache, Position(at.row, first), B, size)
-        group_out, group_lse = kernel.forward(q_BHLK, keys, num_visible)
-        merged = jnp.logaddexp(lse, group_lse)
-        shares = jnp.exp(lse - merged), jnp.exp(group_lse - merged)
-        return out * shares[0] + group_out * shares[1], merged
-
-    out, lse = kernel.forward(q_BHLK, _read(cache, at, B, L), None)
-    out, lse = _over_groups(group, cache, at, L, fold, (out.astype(jnp.float32), lse))
-    return out.astype(q_BHLK.dtype), lse
-
-
-def _backward(
-    kernel: Kernel,
-    group: int,
-    q_BHLK: Array,
-    cache: KVCache,
-    at: Position,
-    out_BHLK: Array,
-    lse_BHL1: Array,
-    d_out_BHLK: Array,
-    d_cache: KVCache,
-    starts_BL1: Array | None = None,
-) -> tuple[Array, KVCache]:
-    """As `attend_backward`, without starts."""
-    assert starts_BL1 is None
-    B, _, L, _ = q_BHLK.shape
-    results = out_BHLK, lse_BHL1, d_out_BHLK
-    if kernel.min_tokens > L:
-        return attend_backward(q_BHLK, cache, at, *results, d_cache)
-
-    def fold(state: tuple[Array, KVCache], size: int, first: Array, num_visible: Array):
-        d_q, d_cache = state
-        where = Position(at.row, first)
-        keys = _read(cache, where, B, size)
-        group_d_q, *d_kv = kernel.backward(q_BHLK, keys, num_visible, *results)
-        is_visible = jnp.arange(size)[:, None] < num_visible
-        d_kv = KVCache(*(jnp.where(is_visible, d, 0) for d in d_kv))
-        return d_q + group_d_q, add_to_cache(d_cache, d_kv, in_turn(where, d_cache.k, len(cache.k)))
-
-    d_q, *d_kv = kernel.backward(q_BHLK, _read(cache, at, B, L), None, *results)
-    d_at = in_turn(at, d_cache.k, len(cache.k))
-    state = d_q.astype(jnp.float32), add_to_cache(d_cache, KVCache(*d_kv), d_at)
-    d_q, d_cache = _over_groups(group, cache, at, L, fold, state)
-    return d_q.astype(q_BHLK.dtype), d_cache
-
-
-def _over_groups(
-    group: int,
-    cache: KVCache,
-    at: Position,
-    num_queries: int,
-    fold: Callable[[Any, int, Array, Array], Any],
-    state: Any,
-) -> Any:
-    """Folds the context into the state, `fold(state, size, first_key, num_visible)`."""
-    seq_len = cache.k.shape[2]
-    if num_queries == seq_len:
-        return state  # a whole sequence has no context
-    size = min(group, seq_len)
-    return over_context(at.token, size, lambda state, *where: fold(state, size, *where), state)
+    own = _Grouped(kernel, group)
+    return Attention(own.forward, own.backward, key_block=group)
 
 
 def _read(cache: KVCache, at: Position, num_rows: int, num_tokens: int) -> KVCache:
@@ -135,13 +125,15 @@ def over_heads(attention: Attention) -> Attention:
     """The attention with its heads divided over 'model' by hand, since GSPMD does not look into
     kernels. For code in a `shard_map` that leaves this axis automatic.
     """
-    heads, whole = PartitionSpec(None, "model"), PartitionSpec()
+    heads: Any = PartitionSpec(None, "model")
+    whole: Any = PartitionSpec()
 
-    def divided(function: Callable, num_heads_args: int) -> Callable:
-        """Of arguments q, cache and position, so many more with heads, and starts."""
-        in_specs = (heads, heads, whole, *(heads,) * num_heads_args, whole)
+    own = Slice(heads, heads, whole, whole)
+
+    def divided(function: Callable, *other_specs: PartitionSpec) -> Callable:
+        in_specs = own, *other_specs
         return jax.shard_map(function, axis_names={"model"}, in_specs=in_specs, out_specs=heads)
 
     return attention._replace(
-        forward=divided(attention.forward, 0), backward=divided(attention.backward, 4)
+        forward=divided(attention.forward), backward=divided(attention.backward, *[heads] * 4)
     )

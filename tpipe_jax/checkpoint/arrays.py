@@ -12,7 +12,7 @@ import numpy as np
 import tensorstore as ts
 
 from tpipe_jax.checkpoint import manifest as files
-from tpipe_jax.checkpoint.layout import Index, Piece, Shape, restored
+from tpipe_jax.checkpoint.layout import ArrayShape, Fragment, Index, restored
 from tpipe_jax.config.settings import ModelConfig
 from tpipe_jax.errors import UserError, brief
 
@@ -29,7 +29,7 @@ def restore(checkpoint: Path, model: ModelConfig, like: PyTree, num_chunks: int 
     """
     open_array = cache(lambda name: open_zarr(checkpoint / name))
 
-    def read(name: str, shape: Shape, index: Index) -> np.ndarray:
+    def read(name: str, shape: ArrayShape, index: Index) -> np.ndarray:
         array = open_array(name)
         if array.shape != shape:
             raise ValueError(f"{name} has shape {array.shape} instead of {shape}")
@@ -55,13 +55,13 @@ def read_array(checkpoint: Path, name: str) -> np.ndarray:
     return open_zarr(checkpoint / name).read().result()
 
 
-def write_arrays(folder: Path, parts: Sequence[Piece]) -> files.Digests:
+def write_arrays(folder: Path, parts: Sequence[Fragment]) -> files.Digests:
     """Writes chunks of arrays as Zarr, and what describes an array with its first chunk."""
 
-    def write(part: Piece) -> files.Digests:
-        chunk = np.zeros(part.chunk, part.data.dtype)
+    def write(part: Fragment) -> files.Digests:
+        chunk = np.zeros(part.zarr_chunk, part.data.dtype)
         chunk[tuple(map(slice, part.data.shape))] = part.data  # the last one may be padded
-        grid = [i.start // n for i, n in zip(part.index, part.chunk, strict=True)]
+        grid = [i.start // n for i, n in zip(part.index, part.zarr_chunk, strict=True)]
         contents = {f"{part.name}/{'.'.join(map(str, grid)) or '0'}": chunk.tobytes()}
         if not any(grid):
             contents[f"{part.name}/.zarray"] = _zarray(part)
@@ -74,12 +74,12 @@ def write_arrays(folder: Path, parts: Sequence[Piece]) -> files.Digests:
         return {name: digest for one in pool.map(write, parts) for name, digest in one.items()}
 
 
-def _zarray(part: Piece) -> bytes:
+def _zarray(part: Fragment) -> bytes:
     """Describes an array, in version 2 of Zarr."""
     about = {
         "zarr_format": 2,
         "shape": part.shape,
-        "chunks": part.chunk,
+        "chunks": part.zarr_chunk,
         "dtype": part.data.dtype.newbyteorder("<").str,
         "order": "C",
         "compressor": None,

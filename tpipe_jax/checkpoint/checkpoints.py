@@ -9,9 +9,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -20,10 +20,11 @@ import jax
 
 from tpipe_jax.checkpoint import manifest as files
 from tpipe_jax.checkpoint.arrays import PyTree, restore, write_arrays
-from tpipe_jax.checkpoint.layout import Piece, pieces
+from tpipe_jax.checkpoint.layout import Fragment, fragments
 from tpipe_jax.checkpoint.manifest import DamagedError
-from tpipe_jax.config.settings import CheckpointConfig, ModelConfig
+from tpipe_jax.config.settings import CheckpointConfig, ModelConfig, differences
 from tpipe_jax.errors import UserError, brief
+from tpipe_jax.files import told_as
 from tpipe_jax.runtime.processes import from_all, from_first, gathered
 
 
@@ -102,7 +103,7 @@ class Checkpoints:
         self.wait()
         if step != self._last_step:
             self._num_saves += 1
-            parts = list(pieces(self._model, state, self.num_chunks))
+            parts = list(fragments(self._model, state, self.num_chunks))
             self._started = time.monotonic()
             save = self._thread.submit(self._save, step, parts, self._num_saves)
             self._saving = step, save
@@ -177,20 +178,18 @@ class Checkpoints:
             self._say(f"the checkpoint of step {step} is damaged ({damage}): it is now {aside}")
 
     def _check_identity(self, step: int) -> None:
-        saved = dict(_settings(_completed(files.read_manifest(self._folder / str(step)).identity)))
-        ours = dict(_settings(self._identity))
-        differences = [
-            f"{name}={saved.get(name)}, but this run has {ours.get(name)}"
-            for name in {**ours, **saved}
-            if saved.get(name) != ours.get(name)
+        saved = _completed(files.read_manifest(self._folder / str(step)).identity)
+        found = [
+            f"{name}={then}, but this run has {now}"
+            for name, now, then in differences(self._identity, saved)
         ]
-        if differences:
+        if found:
             raise UserError(
-                f"the checkpoint in {self._folder} was written with {'; with '.join(differences)}: "
+                f"the checkpoint in {self._folder} was written with {'; with '.join(found)}: "
                 "use the same settings, or start another run with --workdir."
             )
 
-    def _save(self, step: int, parts: Sequence[Piece], number: int) -> None:
+    def _save(self, step: int, parts: Sequence[Fragment], number: int) -> None:
         """Writes what this process has; process 0 finishes when all have."""
         saving = self._folder / f"{step}{files.SAVING}"
         try:
@@ -224,16 +223,14 @@ class Checkpoints:
             except OSError as error:
                 self._say(f"the old checkpoint of step {old} is not removed ({brief(error)})")
 
-    @contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
+    def _writing(self) -> AbstractContextManager[None]:
+        return told_as(
+            lambda error: (
                 f"cannot write checkpoints to {self._folder} ({brief(error)}): make it writable, "
                 "see that the disk has space and that all hosts share it, or choose another folder "
                 "with --workdir."
-            ) from error
+            )
+        )
 
 
 def newest_sound(workdir: Path, step: int | None = None) -> tuple[Path, ModelConfig]:
@@ -259,7 +256,9 @@ def newest_sound(workdir: Path, step: int | None = None) -> tuple[Path, ModelCon
     )
 
 
-def write_checkpoint(folder: Path, step: int, model: ModelConfig, parts: Iterable[Piece]) -> None:
+def write_checkpoint(
+    folder: Path, step: int, model: ModelConfig, parts: Iterable[Fragment]
+) -> None:
     """Writes a checkpoint of one process, part by part, as `Checkpoints.save` does; nothing of it
     stays if that fails.
     """
@@ -286,11 +285,3 @@ def _completed(identity: dict[str, Any]) -> dict[str, Any]:
 def identity_of(model: ModelConfig) -> dict[str, Any]:
     """What a checkpoint is bound to."""
     return {"model": asdict(model)}
-
-
-def _settings(identity: dict[str, Any], prefix: str = "config") -> Iterator[tuple[str, Any]]:
-    for name, value in identity.items():
-        if isinstance(value, dict):
-            yield from _settings(value, f"{prefix}.{name}")
-        else:
-            yield f"{prefix}.{name}", value

@@ -18,19 +18,19 @@ from jax.tree_util import DictKey, KeyPath, SequenceKey
 from tpipe_jax.config.settings import ModelConfig
 from tpipe_jax.planning.placement import stage_layers
 
-Shape = tuple[int, ...]
+ArrayShape = tuple[int, ...]
 Index = tuple[slice, ...]  # with start and stop
 
 
-class Piece(NamedTuple):
+class Fragment(NamedTuple):
     """A part of an array of the model, on this process's host."""
 
     name: str
     """As `params/blocks/3/ff_in/kernel`."""
-    shape: Shape
+    shape: ArrayShape
     """Of the whole array."""
-    chunk: Shape
-    """Of all parts of the array, but those at its end, which may be smaller."""
+    zarr_chunk: ArrayShape
+    """The shape of every fragment of the array; those at its end may be smaller."""
     index: Index
     """Which part it is."""
     data: np.ndarray
@@ -38,7 +38,7 @@ class Piece(NamedTuple):
 
 def arrays(
     config: ModelConfig, state: Any, num_chunks: int = 1
-) -> Iterator[tuple[str, Shape, np.dtype]]:
+) -> Iterator[tuple[str, ArrayShape, np.dtype]]:
     """Name, shape and type of all arrays of a state, which may be abstract."""
     for path, array in jax.tree.leaves_with_path(state):
         whole = tuple(slice(0, n) for n in array.shape)
@@ -46,7 +46,7 @@ def arrays(
             yield name, shape, array.dtype
 
 
-def pieces(config: ModelConfig, state: Any, num_chunks: int = 1) -> Iterator[Piece]:
+def fragments(config: ModelConfig, state: Any, num_chunks: int = 1) -> Iterator[Fragment]:
     """All parts of a state that this process has, copied; all processes together have each part
     once.
     """
@@ -68,7 +68,7 @@ def restored(
     config: ModelConfig,
     path: KeyPath,
     like: jax.ShapeDtypeStruct,
-    read: Callable[[str, Shape, Index], np.ndarray],
+    read: Callable[[str, ArrayShape, Index], np.ndarray],
     num_chunks: int = 1,
 ) -> Array:
     """An array of a state, in the sharding of `like`, from parts of the model's arrays, which
@@ -93,21 +93,25 @@ def restored(
 class _Leaf:
     """An array of the state on a mesh, and what it is made of."""
 
-    def __init__(self, config: ModelConfig, path: KeyPath, shape: Shape, num_chunks: int) -> None:
+    def __init__(
+        self, config: ModelConfig, path: KeyPath, shape: ArrayShape, num_chunks: int
+    ) -> None:
         self._path, self._shape = path, shape
         self._vocab_size = config.vocab_size
         at = [i for i, key in enumerate(path[:-1]) if key == DictKey("blocks")]
-        self._slot = at[0] + 1 if at else None  # where the path has the place of a layer in a stage
-        if self._slot is not None:
+        self._place = (
+            at[0] + 1 if at else None
+        )  # where the path has the place of a layer in a stage
+        if self._place is not None:
             layers = stage_layers(config.num_layers, shape[0], num_chunks)
-            self._layers: list[int] = layers[path[self._slot].idx].tolist()
+            self._layers: list[int] = layers[path[self._place].idx].tolist()
         self._is_vocabulary = path[-2:] == (DictKey("embed"), DictKey("tokens"))
 
-    def parts(self, bounds: Index) -> Iterator[tuple[str, Shape, Index, Index]]:
+    def parts(self, bounds: Index) -> Iterator[tuple[str, ArrayShape, Index, Index]]:
         """Of a part of the array: name and shape of each array of the model that has a share in it,
         and where that is there and here.
         """
-        if self._slot is not None:
+        if self._place is not None:
             for stage in range(bounds[0].start, bounds[0].stop):
                 layer = self._layers[stage]
                 if layer >= 0:
@@ -121,21 +125,21 @@ class _Leaf:
         else:
             yield self._name(), self._shape, bounds, ()
 
-    def to_model(self, bounds: Index, data: np.ndarray) -> Iterator[Piece]:
+    def to_model(self, bounds: Index, data: np.ndarray) -> Iterator[Fragment]:
         """A shard as parts of the model's arrays."""
-        chunk = data.shape if self._slot is None else data.shape[1:]
+        chunk = data.shape if self._place is None else data.shape[1:]
         for name, shape, index, here in self.parts(bounds):
             own = data[here]
-            yield Piece(name, shape, chunk, index, own if self._slot is None else own[0])
+            yield Fragment(name, shape, chunk, index, own if self._place is None else own[0])
 
     def _name(self, layer: int | None = None) -> str:
         path = list(self._path)
         if layer is not None:
-            assert self._slot is not None
-            path[self._slot] = SequenceKey(layer)
+            assert self._place is not None
+            path[self._place] = SequenceKey(layer)
         return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def _bounded(index: Index, shape: Shape) -> Index:
+def _bounded(index: Index, shape: ArrayShape) -> Index:
     """The index with all its bounds."""
     return tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, shape, strict=True))

@@ -10,10 +10,10 @@ from tpipe_jax.config.settings import Config
 from tpipe_jax.runtime.launcher import supervise
 
 # Of config, workdir, devices and console.
-Work = Callable[[Config, Path, Sequence[Any], Any], None]
+Main = Callable[[Config, Path, Sequence[Any], Any], None]
 
 
-def launch(flags: Flags, work: Work) -> int:
+def launch(flags: Flags, main: Main) -> int:
     """Runs the work in each process; returns the exit status."""
     if flags.processes.local_processes is not None or flags.processes.max_restarts:
         return supervise(sys.argv, flags)
@@ -26,5 +26,5 @@ def launch(flags: Flags, work: Work) -> int:
 
     with joined(flags) as num_processes:
         devices = find_devices(flags.config.mesh, num_processes)
-        work(flags.config, flags.workdir, devices, Console(is_quiet=jax.process_index() > 0))
+        main(flags.config, flags.workdir, devices, Console(is_quiet=jax.process_index() > 0))
     return 0

@@ -28,7 +28,7 @@ from tpipe_jax.profiling.mesh_search import choose_mesh, take_latencies
 from tpipe_jax.reporting.console import Console
 from tpipe_jax.reporting.metrics import Metrics
 from tpipe_jax.reporting.step_profile import ProfiledSteps
-from tpipe_jax.reporting.workdir import changed_settings, describe_in_files, locked
+from tpipe_jax.reporting.workdir import changed_settings, describe_in_files, run_lock
 from tpipe_jax.runtime.failures import watched
 from tpipe_jax.runtime.processes import gathered, host_names
 from tpipe_jax.runtime.stop import Stop, Stopped
@@ -97,7 +97,7 @@ def _run(
     _show_hosts(run.mesh, console)  # all meet here, after the first has found the folder fit
 
     with (
-        locked(workdir / "checkpoints") if is_first else nullcontext(),
+        run_lock(workdir / "checkpoints") if is_first else nullcontext(),
         Checkpoints(
             workdir / "checkpoints", config.checkpoint, config.model, console.say
         ) as checkpoints,

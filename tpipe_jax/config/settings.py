@@ -322,6 +322,17 @@ def from_dict(values: dict[str, dict[str, Any]]) -> Config:
         raise UserError(f"this is not the config of a run: {error}.") from None
 
 
+def differences(ours: Any, theirs: Any, name: str = "config") -> Iterator[tuple[str, Any, Any]]:
+    """Name, our value and their value of everything that differs between two values, which may be
+    nested dictionaries; None where there is none.
+    """
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in {**theirs, **ours}:
+            yield from differences(ours.get(key), theirs.get(key), f"{name}.{key}" if name else key)
+    elif ours != theirs:
+        yield name, ours, theirs
+
+
 def _fields(config: Config) -> Iterator[tuple[str, Any, Any]]:
     for section in dataclasses.fields(config):
         values = getattr(config, section.name)

@@ -12,14 +12,14 @@ import grain
 import numpy as np
 
 from tpipe_jax.config.settings import IGNORE, Config
-from tpipe_jax.data.packing import Piece, best_fit
+from tpipe_jax.data.packing import Span, best_fit
 from tpipe_jax.data.sources import Share, TokenSource, open_shares
 from tpipe_jax.errors import UserError
 
 
 @dataclass(frozen=True)
 class _Windows:
-    """Piece i is tokens `[i*T, i*T + T + 1)` of the positions, by itself."""
+    """Span i is tokens `[i*T, i*T + T + 1)` of the positions, by itself."""
 
     positions: range
     seq_len: int
@@ -30,7 +30,7 @@ class _Windows:
         num_targets = max(len(self.positions) - 1, 0)
         return num_targets // self.seq_len if self.is_whole else -(-num_targets // self.seq_len)
 
-    def __getitem__(self, index: int) -> list[Piece]:
+    def __getitem__(self, index: int) -> list[Span]:
         start = self.positions.start + range(len(self))[index] * self.seq_len
         return [(start, min(start + self.seq_len + 1, self.positions.stop))]
 
@@ -41,7 +41,7 @@ class Sequences:
 
     config: Config
     source: TokenSource
-    pieces: list[list[Piece]] | _Windows
+    pieces: list[list[Span]] | _Windows
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -150,7 +150,7 @@ def make_sequences(config: Config, share: Share, is_whole: bool = True) -> Seque
     return Sequences(config, source, pieces)
 
 
-def make_row(config: Config, source: TokenSource, pieces: Sequence[Piece]) -> np.ndarray:
+def make_row(config: Config, source: TokenSource, pieces: Sequence[Span]) -> np.ndarray:
     """A sequence of these pieces of a source, int32.
 
     `[T + 1]`: inputs are all but the last, targets all but the first. Where the config marks
@@ -177,14 +177,14 @@ def make_row(config: Config, source: TokenSource, pieces: Sequence[Piece]) -> np
     return np.stack([tokens[:-1], np.where(is_target, tokens, IGNORE)[1:], starts[:-1]])
 
 
-def _pieces(config: Config, source: TokenSource, positions: range) -> list[Piece]:
+def _pieces(config: Config, source: TokenSource, positions: range) -> list[Span]:
     """The documents that begin at these positions; one too long for a sequence in several, each
     from the last token of the one before on.
     """
     seq_len, starts = config.model.seq_len, source.document_starts
     bounds = np.append(starts, len(source))
     low, high = np.searchsorted(starts, (positions.start, positions.stop))
-    pieces: list[Piece] = []
+    pieces: list[Span] = []
     for start, stop in zip(bounds[low:high].tolist(), bounds[low + 1 :].tolist(), strict=False):
         if stop - start > seq_len + 1 and not source.is_learnt(start, stop).all():
             raise UserError(

@@ -4,15 +4,15 @@ import bisect
 import heapq
 from collections.abc import Sequence
 
-Piece = tuple[int, int]  # where it begins, and where it ends
+Span = tuple[int, int]  # where it begins, and where it ends
 
 
-def best_fit(pieces: Sequence[Piece], size: int) -> list[list[Piece]]:
+def best_fit(pieces: Sequence[Span], size: int) -> list[list[Span]]:
     """Puts each piece, none longer than `size`, with those that leave the least room where it fits.
 
     Sequences are in the order of their first pieces, and pieces in the order given.
     """
-    sequences: list[list[Piece]] = []
+    sequences: list[list[Span]] = []
     # The sequences that have so much room left, as a heap, and the amounts that some have.
     having: list[list[int]] = [[] for _ in range(size + 1)]
     amounts: list[int] = []

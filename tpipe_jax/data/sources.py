@@ -41,7 +41,7 @@ class Documents:
         return self.tokens[where]
 
 
-Part = TokenFile | Documents
+Segment = TokenFile | Documents
 
 
 class TokenSource:
@@ -53,7 +53,7 @@ class TokenSource:
         self,
         setting: str,
         vocab_size: int,
-        parts: Sequence[Part],
+        parts: Sequence[Segment],
         files: Set[str] = frozenset(),
         formats: Sequence[str] = (),
         separator: int | None = None,
@@ -147,7 +147,7 @@ class TokenSource:
             at = stop
         return result
 
-    def _within(self, start: int, stop: int) -> list[tuple[Part, slice]]:
+    def _within(self, start: int, stop: int) -> list[tuple[Segment, slice]]:
         """The parts that `[start, stop)` is made of, and what of each."""
         first = bisect.bisect_right(self._bounds, start) - 1
         end = bisect.bisect_left(self._bounds, stop)
@@ -208,7 +208,7 @@ def open_source(name: str, value: str, vocab_size: int, data: DataConfig) -> Tok
     return TokenSource(setting, vocab_size, parts, files, formats, data.separator)
 
 
-def _in_tokens(part: Part, tokenizer: Tokenizer, vocab_size: int, data: DataConfig) -> Part:
+def _in_tokens(part: Segment, tokenizer: Tokenizer, vocab_size: int, data: DataConfig) -> Segment:
     """Records, and text where a token is no byte, as tokens in memory; what is tokens stays."""
     is_record = part.path is not None and part.path.suffix.lower() in RECORD_SUFFIXES
     if not is_record and (part.format != TEXT or data.tokenizer == BYTES_NAME):

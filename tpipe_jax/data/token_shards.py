@@ -8,7 +8,6 @@ The inputs are cut into parts, each of which becomes a shard, so what is done do
 many work at it. Until all shards are there the folder is called OUT.partial.
 """
 
-import fcntl
 import hashlib
 import itertools
 import json
@@ -20,7 +19,6 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -37,6 +35,7 @@ from tpipe_jax.data.documents import (
 from tpipe_jax.data.token_files import INDEX, MEGATRON
 from tpipe_jax.data.tokenizer import Tokenizer, open_tokenizer
 from tpipe_jax.errors import UserError
+from tpipe_jax.files import locked
 
 PARTIAL = ".partial"
 PART_BYTES = 64 * 2**20  # of input for one shard, if no document is longer
@@ -45,7 +44,7 @@ LARGEST = 2**16  # vocabulary of 16-bit tokens
 
 
 @dataclass(frozen=True)
-class Part:
+class ShardInput:
     """Some of the documents: text files, one each, or records of a file, of JSON lines some."""
 
     files: tuple[tuple[str, int, int], ...]
@@ -85,9 +84,10 @@ def make_shards(
     vocab_size = open_tokenizer("--tokenizer", tokenizer).vocab_size
     content = b"" if tokenizer == BYTES_NAME else Path(tokenizer).read_bytes()
     how = {"field": field, "tokenizer": hashlib.sha256(content).hexdigest()}
+    busy = f"another command is at work on --out={out}: wait for its end, or stop it."
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        with _alone(partial, out):
+        with locked(partial, busy):
             results = _results(parts, partial, tokenizer, how, num_workers, on_progress)
         (partial / TOKENIZER).unlink(missing_ok=True)
         if content:
@@ -132,14 +132,14 @@ def find_files(inputs: Sequence[Path]) -> list[Path]:
     return found
 
 
-def cut(files: Sequence[Path]) -> list[Part]:
+def cut(files: Sequence[Path]) -> list[ShardInput]:
     """Parts of about equal size: some text files, or some lines; other files of records whole."""
-    parts: list[Part] = []
+    parts: list[ShardInput] = []
     files_of_part: list[tuple[str, int, int]] = []
 
     def close() -> None:
         if files_of_part:
-            parts.append(Part(tuple(files_of_part), 0, 0))
+            parts.append(ShardInput(tuple(files_of_part), 0, 0))
             files_of_part.clear()
 
     num_bytes = 0
@@ -150,7 +150,7 @@ def cut(files: Sequence[Path]) -> list[Part]:
             close()
             is_cut = path.suffix.lower() == JSON_LINES
             bounds = [*(_line_starts(path, stat.st_size) if is_cut else [0]), stat.st_size]
-            parts += [Part((file,), a, b) for a, b in itertools.pairwise(bounds) if a < b]
+            parts += [ShardInput((file,), a, b) for a, b in itertools.pairwise(bounds) if a < b]
         else:
             num_bytes += stat.st_size
             if files_of_part and num_bytes > PART_BYTES:
@@ -161,7 +161,7 @@ def cut(files: Sequence[Path]) -> list[Part]:
     return parts
 
 
-def texts(part: Part, field: str) -> Iterator[str]:
+def texts(part: ShardInput, field: str) -> Iterator[str]:
     """The documents of a part. Raises `UserError` for one that is empty, cannot be read, or has a
     prompt, which would be learnt too.
     """
@@ -177,7 +177,7 @@ def texts(part: Part, field: str) -> Iterator[str]:
 
 
 def _results(
-    parts: Sequence[Part],
+    parts: Sequence[ShardInput],
     folder: Path,
     tokenizer: str,
     how: dict[str, str],
@@ -229,7 +229,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _write_shard(folder: Path, index: int, part: Part, how: dict[str, str]) -> Result:
+def _write_shard(folder: Path, index: int, part: ShardInput, how: dict[str, str]) -> Result:
     """Writes a shard, and what it was made of last."""
     assert _tokenizer is not None
     is_short = _tokenizer.vocab_size <= LARGEST
@@ -254,7 +254,7 @@ def _write_shard(folder: Path, index: int, part: Part, how: dict[str, str]) -> R
     return result
 
 
-def _left_behind(folder: Path, index: int, part: Part, how: dict[str, str]) -> Result | None:
+def _left_behind(folder: Path, index: int, part: ShardInput, how: dict[str, str]) -> Result | None:
     """What an earlier call has made of the same part in the same way."""
     try:
         known = json.loads((folder / f"{index:05}.json").read_text())
@@ -263,21 +263,6 @@ def _left_behind(folder: Path, index: int, part: Part, how: dict[str, str]) -> R
         return Result(**known["result"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-@contextmanager
-def _alone(folder: Path, out: Path) -> Iterator[None]:
-    """Raises `UserError` if another command is at work in the folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(
-            f"another command is at work on --out={out}: wait for its end, or stop it."
-        ) from None
-    finally:
-        os.close(descriptor)
 
 
 def _line_starts(path: Path, size: int) -> Iterator[int]:

@@ -26,7 +26,7 @@ class Position(NamedTuple):
     """The first row of its slot in buffers of as many slots as slices wait."""
 
 
-def in_turn(at: Position, buffer: Array, num_rows: int) -> Position:
+def in_shared_rows(at: Position, buffer: Array, num_rows: int) -> Position:
     """The position in a buffer of fewer rows than others have, `num_rows`: sequences take turns in
     it, so that it is in the first.
     """

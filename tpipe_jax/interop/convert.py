@@ -11,10 +11,11 @@ from safetensors import SafetensorError
 from tpipe_jax.checkpoint import manifest as files
 from tpipe_jax.checkpoint.arrays import read_array
 from tpipe_jax.checkpoint.checkpoints import newest_sound, write_checkpoint
-from tpipe_jax.checkpoint.layout import Piece, arrays
+from tpipe_jax.checkpoint.layout import Fragment, arrays
 from tpipe_jax.config.settings import GPT2, Config, MeshConfig, resolved
 from tpipe_jax.devices.mesh import make_mesh
-from tpipe_jax.errors import UserError, writing_to
+from tpipe_jax.errors import UserError
+from tpipe_jax.files import writing_to
 from tpipe_jax.interop import gpt2
 from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.reporting.workdir import write_config
@@ -90,7 +91,7 @@ def export_gpt2(workdir: Path, target: Path, step: int | None) -> int:
     return int(checkpoint.name)
 
 
-def _parts(config: Config, read: gpt2.Reader) -> Iterator[Piece]:
+def _parts(config: Config, read: gpt2.Reader) -> Iterator[Fragment]:
     """A fresh state with these parameters, array by array."""
     # Where a state lies does not matter, so one device will do.
     spec = make_spec(config, make_mesh(MeshConfig(), jax.devices()[:1]))
@@ -106,4 +107,4 @@ def _parts(config: Config, read: gpt2.Reader) -> Iterator[Piece]:
             data = read(name.removeprefix(PARAMS))
         else:
             data = known.get(name, np.zeros(shape, dtype))  # of the optimiser, and the step
-        yield Piece(name, shape, shape, tuple(slice(0, n) for n in shape), data)
+        yield Fragment(name, shape, shape, tuple(slice(0, n) for n in shape), data)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tpipe_jax.attention.base import KVCache
+from tpipe_jax.attention.base import KVCache, Slice
 from tpipe_jax.attention.blockwise import attend, attend_backward
 from tpipe_jax.config.settings import ModelConfig
 from tpipe_jax.devices.inplace import Position
@@ -18,11 +18,11 @@ def self_attention(q: Array, k: Array, v: Array) -> Array:
     """Attention of whole sequences, queries `[B, G H, T, K]`, keys and values `[B, H, T, K]`, as a
     single slice, differentiable.
     """
-    return attend(q, KVCache(k, v), Position(0, 0))[0]
+    return attend(Slice(q, KVCache(k, v), Position(0, 0)))[0]
 
 
 def _self_attention_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
-    out, lse = attend(q, KVCache(k, v), Position(0, 0))
+    out, lse = attend(Slice(q, KVCache(k, v), Position(0, 0)))
     return out, (q, k, v, out, lse)
 
 
@@ -31,7 +31,8 @@ def _self_attention_backward(
 ) -> tuple[Array, Array, Array]:
     q, k, v, out, lse = residuals
     zeros = KVCache(jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32))
-    d_q, d_cache = attend_backward(q, KVCache(k, v), Position(0, 0), out, lse, d_out, zeros)
+    own = Slice(q, KVCache(k, v), Position(0, 0))
+    d_q, d_cache = attend_backward(own, out, lse, d_out, zeros)
     return d_q, d_cache.k.astype(k.dtype), d_cache.v.astype(v.dtype)
 
 

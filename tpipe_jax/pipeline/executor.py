@@ -25,29 +25,25 @@ import numpy as np
 from jax import Array, lax
 
 from tpipe_jax.devices.collectives import varying
-from tpipe_jax.devices.inplace import Position, read, run_if, run_on_all_if, write
+from tpipe_jax.devices.inplace import Position, read, run_on_all_if, write
+from tpipe_jax.pipeline.lane import Carry, ItemShape, ItemWork, Lane, State
 from tpipe_jax.planning.schedule import IDLE, Item, Part, Schedule
 
-State = TypeVar("State")
 Saved = TypeVar("Saved")
 Gradients = TypeVar("Gradients")
 Sums = TypeVar("Sums")
-Carry = tuple[State, Array, Array]  # state, trunk, and the box that goes round the stages
-Work = Callable[[int, Array, Position, State], tuple[Array, State]]
-Shape = tuple[int, int]
 
 
 class StepWork(NamedTuple):
-    """What a step is made of; parts of the batch are given as their first row and its number."""
+    """The work of a step. A part of the batch is given as its first row and its number of rows."""
 
     embed: Callable[[Array | int, int], Array]
     """`(row, num_rows)` to `x [b, T, D]`, what the first stage is given."""
-    forward: Work
+    forward: ItemWork
     """`(chunk, x [B, L, D], position, saved)` to `(y [B, L, D], saved)`."""
-    turn: Callable[[Array, Array | int, Any], tuple[Array, Any]]
-    """`(y [b, T, D], row, sums)`, where y is read on the last stage only, to what that is given
-    backward, and the sums, with the loss.
-    """
+    losses: Callable[[Array, Array | int, Any], tuple[Array, Any]]
+    """`(y [b, T, D], row, sums)`, where y is read on the last stage only, to what the last stage is
+    given backward, and the sums with the losses."""
     backward: Callable[[Any, int, Array, Position, Any], tuple[Array, Any]] | None = None
     """`(saved, chunk, d_y [B, L, D], position, gradients)` to `(d_x [B, L, D], gradients)`."""
     weights: Callable[[Any, Any, Any], Any] | None = None
@@ -55,8 +51,9 @@ class StepWork(NamedTuple):
     backward passes leave them out. `each(function, state)` calls `function(chunk, (B, L), position,
     state)` for each of these slices.
     """
-    leave: Callable[[Array, Array | int, Any], Any] | None = None
-    """`(d_x [b, T, D], row, sums)`, where d_x is read on the first stage only, to the sums."""
+    embed_grads: Callable[[Array, Array | int, Any], Any] | None = None
+    """`(d_x [b, T, D], row, sums)`, where d_x is read on the first stage only, to the sums with the
+    gradients of the embedding."""
 
 
 def execute(
@@ -77,51 +74,39 @@ def execute(
         gradients: what the backward passes fill.
         sums: what all stages add up together.
     """
-    num_stages, (_, T, D) = schedule.num_stages, trunk_RTD.shape
     slot_rows = None if schedule.slots is None else schedule.longest_shape[0] * schedule.slots
     forward, backward = (
-        _Lane(schedule.items, schedule.buffer_rows, num_stages, reverse, slot_rows)
+        Lane(schedule.items, schedule.buffer_rows, schedule.num_stages, reverse, slot_rows)
         for reverse in (False, True)
     )
 
     def tick(carry, row):
         trunk, ahead, back, saved, gradients, sums = carry
-
-        def embed(part: _Rows, trunk: Array) -> Array:
-            return write(trunk, work.embed(part.row, part.num_rows), part.in_buffers)
-
-        def turn(part: _Rows, carry: tuple[Array, Sums]) -> tuple[Array, Sums]:
-            trunk, sums = carry
-            y_BTD = read(trunk, part.in_buffers, part.num_rows, T)
-            d_y_BTD, sums = work.turn(y_BTD, part.row, sums)
-            return write(trunk, d_y_BTD, part.in_buffers), sums
-
-        def leave(part: _Rows, sums: Sums) -> Sums:
-            assert work.leave
-            d_x_BTD = read(trunk, part.in_buffers, part.num_rows, T)
-            return work.leave(d_x_BTD, part.row, sums)
-
-        trunk = _on_part(schedule.parts, row["enters"], embed, trunk)
+        trunk = _on_part(schedule.parts, row["embed"], partial(_embed, work), trunk)
         saved, trunk, ahead = run_on_all_if(
             row["any_forward"],
             partial(forward.tick, work.forward, row["forward"]),
             (saved, trunk, ahead),
         )
-        trunk, sums = _on_part(schedule.parts, row["turns"], turn, (trunk, sums))
+        trunk, sums = _on_part(schedule.parts, row["losses"], partial(_losses, work), (trunk, sums))
         if work.backward:
             gradients, trunk, back = run_on_all_if(
                 row["any_backward"],
                 partial(backward.tick, partial(work.backward, saved), row["backward"]),
                 (gradients, trunk, back),
             )
-        if work.leave:
-            sums = _on_part(schedule.parts, row["leaves"], leave, sums)
+        if work.embed_grads:
+            sums = _on_part(
+                schedule.parts, row["embed_grads"], partial(_embed_grads, work, trunk), sums
+            )
         if "weights" in row:  # last, since the next tick changes in place what they are taken from
             assert work.weights
             gradients = work.weights(partial(backward.each_alone, row["weights"]), saved, gradients)
         return (trunk, ahead, back, saved, gradients, sums), None
 
-    ahead, back = (lane.empty_box(D, trunk_RTD.dtype) for lane in (forward, backward))
+    ahead, back = (
+        lane.empty_packet(trunk_RTD.shape[-1], trunk_RTD.dtype) for lane in (forward, backward)
+    )
     start = *varying((trunk_RTD, ahead, back, saved, gradients)), sums
     rows = _kept(_tick_rows(schedule, is_training=work.backward is not None))
     (_, _, _, saved, gradients, sums), _ = lax.scan(tick, start, rows)
@@ -131,17 +116,17 @@ def execute(
 def _tick_rows(schedule: Schedule, is_training: bool) -> dict[str, np.ndarray]:
     """What the ticks are told."""
     rows = {
-        "enters": schedule.parts_at(lambda part: part.enters),
+        "embed": schedule.parts_at(lambda part: part.embed_tick),
         "forward": schedule.forward,
         "any_forward": (schedule.forward != IDLE).any(1),
-        "turns": schedule.parts_at(lambda part: part.turns),
+        "losses": schedule.parts_at(lambda part: part.loss_tick),
     }
-    if not is_training:  # what comes after the last turn is backward
-        return {name: a[: 1 + max(p.turns for p in schedule.parts)] for name, a in rows.items()}
+    if not is_training:  # what comes after the last losses is backward
+        return {name: a[: 1 + max(p.loss_tick for p in schedule.parts)] for name, a in rows.items()}
     rows |= {
         "backward": schedule.backward,
         "any_backward": (schedule.backward != IDLE).any(1),
-        "leaves": schedule.parts_at(lambda part: part.leaves),
+        "embed_grads": schedule.parts_at(lambda part: part.embed_grad_tick),
     }
     return rows if schedule.weights is None else rows | {"weights": schedule.weights}
 
@@ -149,13 +134,13 @@ def _tick_rows(schedule: Schedule, is_training: bool) -> dict[str, np.ndarray]:
 def each_alone(
     table: Array,
     items: Sequence[Item],
-    function: Callable[[int, Shape, Position, State], State],
+    function: Callable[[int, ItemShape, Position, State], State],
     state: State,
 ) -> State:
     """`function(chunk, (B, L), position, state)` for each item of a table `[tick, stage, n]`, as
     `execute` takes gradients of weights.
     """
-    lane = _Lane(items, [item.row for item in items], table.shape[1])
+    lane = Lane(items, [item.row for item in items], table.shape[1])
 
     def tick(state: State, row: Array) -> tuple[State, None]:
         return lane.each_alone(row, function, state), None
@@ -166,7 +151,7 @@ def each_alone(
 def sweep(
     table: np.ndarray | Array,
     items: Sequence[Item],
-    work: Work,
+    work: ItemWork,
     trunk_BTD: Array,
     state: State,
     *,
@@ -187,105 +172,15 @@ def sweep(
         trunk: the result of the sweep on the stage where the items leave. And the state.
     """
     chex.assert_rank([table, trunk_BTD], [2, 3])
-    lane = _Lane(items, [item.row for item in items], table.shape[1], reverse)
+    lane = Lane(items, [item.row for item in items], table.shape[1], reverse)
 
     def tick(carry: Carry, row: Array) -> tuple[Carry, None]:
         return lane.tick(work, row, carry), None
 
-    box_BLD = lane.empty_box(trunk_BTD.shape[-1], trunk_BTD.dtype)
-    start = varying((state, trunk_BTD, box_BLD))
+    packet_BLD = lane.empty_packet(trunk_BTD.shape[-1], trunk_BTD.dtype)
+    start = varying((state, trunk_BTD, packet_BLD))
     (state, trunk_BTD, _), _ = lax.scan(tick, start, _kept(jnp.asarray(table)))
     return trunk_BTD, state
-
-
-class _Lane:
-    """One direction through the stages."""
-
-    def __init__(
-        self,
-        items: Sequence[Item],
-        buffer_rows: Sequence[int],
-        num_stages: int,
-        reverse: bool = False,
-        slot_rows: np.ndarray | None = None,
-    ) -> None:
-        """`slot_rows` `[item, stage]` are those of the items' positions, if they have slots."""
-        ends, step = ((num_stages - 1, 0), -1) if reverse else ((0, num_stages - 1), 1)
-        self._entry, self._exit = ends
-        self._is_ring = any(item.chunk for item in items)
-        pairs = [(s, s + step) for s in range(num_stages) if s != self._exit]
-        self._neighbours = pairs + [(self._exit, self._entry)] * self._is_ring
-        self._items = items
-        self._places = jnp.array(
-            [(first, item.token, item.row) for first, item in zip(buffer_rows, items, strict=True)]
-        )
-        self._slot_rows = None if slot_rows is None else jnp.asarray(slot_rows)
-
-    def empty_box(self, width: int, dtype: Any) -> Array:
-        """What goes from stage to stage."""
-        shapes = [item.shape for item in self._items]
-        longest = max(B for B, _ in shapes), max(L for _, L in shapes)
-        return jnp.zeros((*longest, width), dtype)
-
-    def tick(self, work: Work, row: Array, carry: Carry) -> Carry:
-        """Each stage works on its item of the row, `[P]`, and hands the result on."""
-        stage = lax.axis_index("pipe")
-
-        def run(kind: tuple[int, Shape], at: Position, carry: Carry) -> Carry:
-            (chunk, (B, L)), (state, trunk, box_BLD) = kind, carry
-            x_BLD = jnp.where(stage == self._entry, read(trunk, at, B, L), box_BLD[:B, :L])
-            y_BLD, state = work(chunk, x_BLD, at, state)
-            return state, write(trunk, y_BLD, at), write(box_BLD, y_BLD, Position(0, 0))
-
-        kinds = [(item.chunk, item.shape) for item in self._items]
-        state, trunk, box_BLD = self._by_kind(kinds, row[stage], run, carry)
-        if self._neighbours:
-            box_BLD = lax.ppermute(box_BLD, "pipe", self._neighbours)
-        if self._is_ring:  # where it waits for its turn in the next chunk
-
-            def put(shape: Shape, at: Position, trunk: Array) -> Array:
-                B, L = shape
-                return write(trunk, box_BLD[:B, :L], at)
-
-            index = jnp.where(stage == self._entry, row[self._exit], IDLE)
-            trunk = self._by_kind([item.shape for item in self._items], index, put, trunk)
-        return state, trunk, box_BLD
-
-    def each_alone(
-        self, row: Array, function: Callable[[int, Shape, Position, State], State], state: State
-    ) -> State:
-        """`function(chunk, (B, L), position, state)` for each of a stage's items of the row,
-        `[P, n]`, which are handed to nobody.
-        """
-        own = row[lax.axis_index("pipe")]
-
-        def run(kind: tuple[int, Shape], at: Position, state: State) -> State:
-            return function(*kind, at, state)
-
-        def one(n: Array, state: State) -> State:
-            kinds = [(item.chunk, item.shape) for item in self._items]
-            return self._by_kind(kinds, own[n], run, state)
-
-        return lax.fori_loop(0, len(own), one, state)
-
-    def _by_kind(
-        self,
-        kinds: Sequence[Any],
-        index: Array,
-        function: Callable[[Any, Position, State], State],
-        state: State,
-    ) -> State:
-        """`function(kind, position, state)` of the item, of which each has one of a few kinds, that
-        are known when the program is compiled; the state as it is for IDLE.
-        """
-        distinct, at = sorted(set(kinds)), Position(*self._places[index])
-        if self._slot_rows is not None:
-            at = at._replace(slot_row=self._slot_rows[index, lax.axis_index("pipe")])
-        kind_of = jnp.array([distinct.index(kind) for kind in kinds])
-        for n, kind in enumerate(distinct):
-            is_due = (index != IDLE) & (kind_of[index] == n)
-            state = run_if(is_due, partial(function, kind, at), state)
-        return state
 
 
 class _Rows(NamedTuple):
@@ -294,6 +189,23 @@ class _Rows(NamedTuple):
     row: Array | int
     num_rows: int
     in_buffers: Position
+
+
+def _embed(work: StepWork, part: _Rows, trunk: Array) -> Array:
+    return write(trunk, work.embed(part.row, part.num_rows), part.in_buffers)
+
+
+def _losses(work: StepWork, part: _Rows, carry: tuple[Array, Sums]) -> tuple[Array, Sums]:
+    trunk, sums = carry
+    y_BTD = read(trunk, part.in_buffers, part.num_rows, trunk.shape[1])
+    d_y_BTD, sums = work.losses(y_BTD, part.row, sums)
+    return write(trunk, d_y_BTD, part.in_buffers), sums
+
+
+def _embed_grads(work: StepWork, trunk: Array, part: _Rows, sums: Sums) -> Sums:
+    assert work.embed_grads
+    d_x_BTD = read(trunk, part.in_buffers, part.num_rows, trunk.shape[1])
+    return work.embed_grads(d_x_BTD, part.row, sums)
 
 
 def _on_part(

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from tpipe_jax.attention.base import Attention, KVCache
-from tpipe_jax.devices.inplace import Position, in_turn, read, run_if, write
+from tpipe_jax.attention.base import Attention, KVCache, Slice
+from tpipe_jax.devices.inplace import Position, in_shared_rows, read, run_if, write
 from tpipe_jax.model.block import Params, merge_heads, split_heads
 from tpipe_jax.model.functional import BlockFunctions
 from tpipe_jax.pipeline.buffers import Gradients, Saved
@@ -32,7 +32,7 @@ DEFERRED_TOKENS = 1024
 class Chunk(NamedTuple):
     """Layers of a stage that a slice goes through one after another."""
 
-    slots: range
+    places: range
     """Their places in the lists of what each layer has."""
     num_active: Array | int
     """How many of them are layers of this stage, a run-time scalar; the others are padding."""
@@ -50,7 +50,7 @@ class Stage(NamedTuple):
     starts_BT1: Array | None = None
     """Where the document of each token begins in its sequence, `[B, T, 1]` int32, where documents
     do not see each other; None where they do."""
-    takes_turns: bool = False
+    shares_gradient_rows: bool = False
     """Whether sequences go backward one after another in the same rows of `Gradients.cache`."""
     has_slots: bool = False
     """Whether slices wait in slots of `Gradients.d_outputs`."""
@@ -91,9 +91,9 @@ class Stage(NamedTuple):
         """Walks back through the layers; the slices of a sequence must come in descending order."""
         B, L, _ = d_y_BLD.shape
         cache = gradients[0].cache
-        if self.takes_turns:  # the rows may have been another sequence's
+        if self.shares_gradient_rows:  # the rows may have been another sequence's
             is_first = at.token + L == cache.k.shape[-2]
-            d_at = in_turn(at._replace(token=0), cache.k, len(saved[0].cache.k))
+            d_at = in_shared_rows(at._replace(token=0), cache.k, len(saved[0].cache.k))
             gradients = run_if(is_first, partial(_without_cache, d_at, B), gradients)
 
         def layer(n: int, carry: tuple[Array, Gradients]) -> tuple[Array, Gradients]:
@@ -143,7 +143,7 @@ class Stage(NamedTuple):
         starts_BL1 = self._starts(at, B, L)
         q, k, v = self.block.qkv(self.params[n], x_BLD, _positions(at, L, starts_BL1), record)
         cache = KVCache(write(cache.k, k, at), write(cache.v, v, at))
-        attn, lse = self.attention.forward(q, cache, at, starts_BL1)
+        attn, lse = self.attention.forward(Slice(q, cache, at, starts_BL1))
         y_BLD = self.block.finish(self.params[n], x_BLD, attn, record)
         own = {"x": x_BLD, "q": q, "attn": merge_heads(attn), "lse": lse}
         return y_BLD, cache, values | own
@@ -184,10 +184,9 @@ class Stage(NamedTuple):
             replay(self.block.finish), others, taps, x_BLD, attn, has_aux=True
         )
         d_others, d_taps, d_x_BLD, d_attn_BHLK = finish_vjp(d_y_BLD)
-        d_q, d_cache = self.attention.backward(
-            q, cache, at, attn, lse, d_attn_BHLK, d_cache, starts_BL1
-        )
-        d_at = in_turn(at, d_cache.k, len(cache.k))
+        own = Slice(q, cache, at, starts_BL1)
+        d_q, d_cache = self.attention.backward(own, attn, lse, d_attn_BHLK, d_cache)
+        d_at = in_shared_rows(at, d_cache.k, len(cache.k))
         d_qkv = d_q, *(read(d, d_at, B, L).astype(d_q.dtype) for d in d_cache)
         positions = _positions(at, L, starts_BL1)
         _, qkv_vjp, seen_before = jax.vjp(
@@ -216,7 +215,7 @@ class Stage(NamedTuple):
             positions = _positions(at, x_BLD.shape[1], starts_BL1)
             q = self.block.query(self.params[n], x_BLD, positions, _of_block(values).get)
         if "attn" not in values:
-            return q, *self.attention.forward(q, cache, at, starts_BL1)
+            return q, *self.attention.forward(Slice(q, cache, at, starts_BL1))
         return q, split_heads(values["attn"], q.shape[1]), values["lse"]
 
     def _deferred(self, n: int, saved: Saved, d_outputs: dict[str, Array]) -> Params:
@@ -286,7 +285,7 @@ class Stage(NamedTuple):
         states: list[LayerState],
         reverse: bool = False,
     ) -> tuple[Value, list[LayerState]]:
-        states, order = list(states), list(enumerate(chunk.slots))
+        states, order = list(states), list(enumerate(chunk.places))
         for place, n in reversed(order) if reverse else order:
             run, carry = partial(layer, n), (value, states[n])
             if place < chunk.min_active:

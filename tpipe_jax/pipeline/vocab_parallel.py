@@ -23,7 +23,7 @@ from tpipe_jax.model.block import Params
 from tpipe_jax.model.transformer import final_norm
 
 SCALE = 2.0**10  # of gradients of logits, so that float16 holds those of unlikely tokens
-CHUNK = 1024  # tokens of all sequences whose logits are in memory at a time, at most
+TILE_TOKENS = 1024  # tokens of all sequences whose logits are in memory at a time, at most
 
 _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -70,9 +70,9 @@ def embed(params: Params, tokens_BT: Array, dtype: Any, starts_BT1: Array | None
     Summed in float32, as the parameters are, and rounded to `dtype`.
     """
     (B, T), table_VD = tokens_BT.shape, params["tokens"]
-    num_tokens, chunks = _chunks(B, T)
+    num_tokens, tiles = _tiles(B, T)
 
-    def chunk(x_BTD: Array, here: _Chunk) -> tuple[Array, None]:
+    def tile(x_BTD: Array, here: _Tile) -> tuple[Array, None]:
         found_BLD = _own_rows(
             _read(tokens_BT, here, num_tokens), len(table_VD), lambda rows: table_VD[rows]
         )
@@ -83,7 +83,7 @@ def embed(params: Params, tokens_BT: Array, dtype: Any, starts_BT1: Array | None
         return write(x_BTD, found_BLD + added, Position(0, here.token)), None
 
     empty = varying(jnp.zeros((B, T, table_VD.shape[-1]), dtype), ("data",))
-    return lax.scan(chunk, empty, chunks)[0]
+    return lax.scan(tile, empty, tiles)[0]
 
 
 def add_embed_grads(
@@ -99,9 +99,9 @@ def add_embed_grads(
     So many tokens may add to one row that a sum in a shorter format would stand still.
     """
     num_rows = len(d_params["tokens"])
-    num_tokens, chunks = _chunks(*tokens_BT.shape)
+    num_tokens, tiles = _tiles(*tokens_BT.shape)
 
-    def chunk(d_params: Params, here: _Chunk) -> tuple[Params, None]:
+    def tile(d_params: Params, here: _Tile) -> tuple[Params, None]:
         d_x_BLD = from_stage(0, _read(d_x_BTD, here, num_tokens)).astype(jnp.float32)
         d_x_BLD = jnp.where(here.is_new_L[:, None], d_x_BLD, 0)
         rows_BL, is_own_BL = _find_rows(_read(tokens_BT, here, num_tokens), num_rows)
@@ -118,7 +118,7 @@ def add_embed_grads(
         d_tokens = d_params["tokens"].at[rows_BL].add(d_own_BLD)
         return {"tokens": d_tokens, "positions": d_positions}, None
 
-    return lax.scan(chunk, d_params, chunks)[0]
+    return lax.scan(tile, d_params, tiles)[0]
 
 
 def cross_entropy(head: Head, y_BTD: Array, targets_BT: Array, vocab_size: int) -> Array:
@@ -126,14 +126,14 @@ def cross_entropy(head: Head, y_BTD: Array, targets_BT: Array, vocab_size: int) 
 
     `y_BTD` is read on the last stage only. Targets equal to `IGNORE` don't count.
     """
-    num_tokens, chunks = _chunks(*targets_BT.shape)
+    num_tokens, tiles = _tiles(*targets_BT.shape)
 
-    def chunk(total: Array, here: _Chunk) -> tuple[Array, None]:
+    def tile(total: Array, here: _Tile) -> tuple[Array, None]:
         y_BLD = from_stage(-1, _read(y_BTD, here, num_tokens))
-        value = _chunk_loss(logits(head, y_BLD, vocab_size), _targets(targets_BT, here))
+        value = _tile_loss(logits(head, y_BLD, vocab_size), _targets(targets_BT, here))
         return total + value, None
 
-    return lax.scan(chunk, varying(jnp.float32(0), ("data",)), chunks)[0]
+    return lax.scan(tile, varying(jnp.float32(0), ("data",)), tiles)[0]
 
 
 def add_cross_entropy_and_grads(
@@ -142,13 +142,13 @@ def add_cross_entropy_and_grads(
     """Adds `cross_entropy`, and the gradients of `weight` times it with respect to the head, to the
     sums.
 
-    Returns those with respect to `y_BTD` too, on all stages. They take its place, chunk by chunk,
+    Returns those with respect to `y_BTD` too, on all stages. They take its place, tile by tile,
     so that there is no second buffer of its size. Nothing is summed over 'data'.
     """
     head, dtype = varying(head), head.table_VD.dtype
-    num_tokens, chunks = _chunks(*targets_BT.shape)
+    num_tokens, tiles = _tiles(*targets_BT.shape)
 
-    def chunk(carry: tuple[Array, Array, Params, Array], here: _Chunk):
+    def tile(carry: tuple[Array, Array, Params, Array], here: _Tile):
         total, d_table_VD, d_norm, buffer_BTD = carry
         here_BLD = _read(buffer_BTD, here, num_tokens)
         targets_BL = _targets(targets_BT, here)
@@ -156,13 +156,13 @@ def add_cross_entropy_and_grads(
         y_BLD = varying(from_stage(-1, here_BLD))
         normed_BLD, norm_vjp = jax.vjp(final_norm, head.norm, y_BLD)
         normed_BLD = normed_BLD.astype(dtype)
-        value, d_logits_BLV = _chunk_loss_and_grads(
+        value, d_logits_BLV = _tile_loss_and_grads(
             _logits(head.table_VD, normed_BLD, vocab_size), targets_BL, dtype
         )
         more_VD = _dot("blv,bld->vd", d_logits_BLV, normed_BLD)
         d_normed_BLD = _dot("blv,vd->bld", d_logits_BLV, head.table_VD)
         more_of_norm, d_y_BLD = norm_vjp(weight / SCALE * d_normed_BLD)
-        # Tokens that were in the chunk before as well have their gradients already.
+        # Tokens that were in the tile before as well have their gradients already.
         d_y_BLD = jnp.where(here.is_new_L[:, None], sum_over("pipe", d_y_BLD), here_BLD)
         return (
             total + value,
@@ -172,7 +172,7 @@ def add_cross_entropy_and_grads(
         ), None
 
     start = sums.loss, sums.d_embed["tokens"], sums.d_norm, varying(y_BTD)
-    (total, d_table_VD, d_norm, d_y_BTD), _ = lax.scan(chunk, start, chunks)
+    (total, d_table_VD, d_norm, d_y_BTD), _ = lax.scan(tile, start, tiles)
     return Sums(total, sums.d_embed | {"tokens": d_table_VD}, d_norm), d_y_BTD
 
 
@@ -192,11 +192,11 @@ def _logits(table_VD: Array, normed: Array, vocab_size: int) -> Array:
     return jnp.where(is_token_V, logits, MASKED)
 
 
-def _chunk_loss(logits_BLV: Array, targets_BL: Array) -> Array:
+def _tile_loss(logits_BLV: Array, targets_BL: Array) -> Array:
     return _loss_of(*_top_and_total(logits_BLV), logits_BLV, targets_BL)
 
 
-def _chunk_loss_and_grads(logits_BLV: Array, targets_BL: Array, dtype: Any) -> tuple[Array, Array]:
+def _tile_loss_and_grads(logits_BLV: Array, targets_BL: Array, dtype: Any) -> tuple[Array, Array]:
     """The loss, and the gradients of `SCALE` times it with respect to the logits, in a format for
     products.
     """
@@ -239,41 +239,41 @@ def _find_rows(ids: Array, num_rows: int) -> tuple[Array, Array]:
     return jnp.clip(rows, 0, num_rows - 1), (rows >= 0) & (rows < num_rows)
 
 
-class _Chunk(NamedTuple):
+class _Tile(NamedTuple):
     """Some tokens of all sequences."""
 
     token: Array
     """The first of them."""
     is_new_L: Array
-    """False for those that were in the chunk before."""
+    """False for those that were in the tile before."""
 
 
-def chunk_tokens(batch_size: int, seq_len: int) -> int:
+def tile_tokens(batch_size: int, seq_len: int) -> int:
     """Tokens of each sequence whose logits are in memory at a time."""
-    num_chunks = -(-seq_len // min(max(1, CHUNK // batch_size), seq_len))
-    return -(-seq_len // num_chunks)
+    num_tiles = -(-seq_len // min(max(1, TILE_TOKENS // batch_size), seq_len))
+    return -(-seq_len // num_tiles)
 
 
-def _chunks(batch_size: int, seq_len: int) -> tuple[int, _Chunk]:
-    """Tokens of each chunk, and all chunks, stacked; the last overlaps where they don't divide."""
-    num_tokens = chunk_tokens(batch_size, seq_len)
+def _tiles(batch_size: int, seq_len: int) -> tuple[int, _Tile]:
+    """Tokens of each tile, and all tiles, stacked; the last overlaps where they don't divide."""
+    num_tokens = tile_tokens(batch_size, seq_len)
     due = np.arange(0, seq_len, num_tokens)
     first = np.minimum(due, seq_len - num_tokens)
     is_new = first[:, None] + np.arange(num_tokens) >= due[:, None]
-    return num_tokens, _Chunk(jnp.asarray(first), jnp.asarray(is_new))
+    return num_tokens, _Tile(jnp.asarray(first), jnp.asarray(is_new))
 
 
-def _read(buffer: Array, chunk: _Chunk, num_tokens: int) -> Array:
-    """The chunk's part of a `[B, T]` or `[B, T, D]`."""
-    return lax.dynamic_slice_in_dim(buffer, chunk.token, num_tokens, 1)
+def _read(buffer: Array, tile: _Tile, num_tokens: int) -> Array:
+    """The tile's part of a `[B, T]` or `[B, T, D]`."""
+    return lax.dynamic_slice_in_dim(buffer, tile.token, num_tokens, 1)
 
 
-def _positions(starts_BT1: Array, chunk: _Chunk, num_tokens: int) -> Array:
-    """Of the chunk's tokens in their documents, `[B, L]`."""
-    return chunk.token + jnp.arange(num_tokens) - _read(starts_BT1, chunk, num_tokens)[..., 0]
+def _positions(starts_BT1: Array, tile: _Tile, num_tokens: int) -> Array:
+    """Of the tile's tokens in their documents, `[B, L]`."""
+    return tile.token + jnp.arange(num_tokens) - _read(starts_BT1, tile, num_tokens)[..., 0]
 
 
-def _targets(targets_BT: Array, chunk: _Chunk) -> Array:
-    """The chunk's targets; those that were in the chunk before don't count again."""
-    targets_BL = _read(targets_BT, chunk, chunk.is_new_L.size)
-    return jnp.where(chunk.is_new_L, targets_BL, IGNORE)
+def _targets(targets_BT: Array, tile: _Tile) -> Array:
+    """The tile's targets; those that were in the tile before don't count again."""
+    targets_BL = _read(targets_BT, tile, tile.is_new_L.size)
+    return jnp.where(tile.is_new_L, targets_BL, IGNORE)

@@ -165,7 +165,9 @@ def read_plan(content: Any) -> Plan:
 
 
 def load_plan(path: Path, request: PlanRequest) -> Plan:
-    """Reads `plan.json`. Raises `UserError` if it is none, or is not of what is requested."""
+    """Reads `plan.json`. Raises `UserError` if the file is not a valid plan, or was made for other
+    settings.
+    """
     try:
         plan = read_plan(json.loads(path.read_text()))
     except (OSError, ValueError) as error:
@@ -180,7 +182,7 @@ def load_plan(path: Path, request: PlanRequest) -> Plan:
 
 
 def check_plan(name: str, plan: Plan, request: PlanRequest) -> None:
-    """Raises `UserError` if a plan is not of what is requested."""
+    """Raises `UserError` if a plan was made for other settings; `name` begins the sentence."""
     lengths = {sum(slices) for slices in plan.token_slices}
     schedule = request.schedule or plan.schedule
     for what, planned, setting, wanted in (

@@ -70,15 +70,16 @@ class Part:
     row: int
     num_rows: int
     buffer_row: int
-    """The first of the rows that the stages keep of these sequences, from `enters` to `ends`."""
-    enters: int
-    """Embedded before the forward passes of this tick."""
-    turns: int
-    """Its losses are taken between forward and backward passes of this tick."""
-    leaves: int
-    """Gradients of its embedding are taken after the backward passes of this tick."""
-    ends: int
-    """No later tick needs its rows."""
+    """The first of the rows of the stages' buffers that hold these sequences, from `embed_tick` to
+    `last_tick`."""
+    embed_tick: int
+    """The sequences are embedded before the forward passes of this tick."""
+    loss_tick: int
+    """Their losses are taken between the forward and the backward passes of this tick."""
+    embed_grad_tick: int
+    """The gradients of their embedding are taken after the backward passes of this tick."""
+    last_tick: int
+    """No later tick needs their rows."""
 
     @property
     def buffer_rows(self) -> range:
@@ -96,7 +97,7 @@ class Schedule:
     num_rows: int
     """Sequences that a stage keeps at a time."""
     num_gradient_rows: int
-    """Of these, how many it keeps gradients of keys and values for; if fewer, parts take turns in
+    """Of these, how many it keeps gradients of keys and values for; if fewer, parts share the
     the first of them."""
     weights: np.ndarray | None = None
     """`[tick, stage, n]`: the items whose gradients of weights are taken in a tick, after its
@@ -173,7 +174,7 @@ def terapipe(plan: Plan) -> Schedule:
     for stage in range(P):
         forward[np.array(entries) + stage, stage] = range(len(items))
     idle, last = np.full_like(forward, IDLE), 2 * num_ticks - 1
-    part = Part(0, plan.batch_size, 0, enters=0, turns=num_ticks - 1, leaves=last, ends=last)
+    part = Part(0, plan.batch_size, 0, 0, num_ticks - 1, embed_grad_tick=last, last_tick=last)
     # Backward is forward run in reverse: last item first, last stage first.
     return Schedule(
         items,
@@ -195,16 +196,17 @@ def one_forward_one_backward(plan: Plan) -> Schedule:
     parts: list[Part] = []
     for size, own in zip(plan.batch_slices, plan.token_slices, strict=True):
         first, count = len(forward_entries), len(own)
-        enters = 1 + max(forward_entries[-1:], default=-1)
+        embed_tick = 1 + max(forward_entries[-1:], default=-1)
         if P == 1 and parts:
-            enters = parts[-1].leaves + 1
-        forward_entries += range(enters, enters + count)
-        turns = forward_entries[-1] + P - 1
-        start = max(turns, 1 + max(backward_entries.values(), default=-1))
+            embed_tick = parts[-1].embed_grad_tick + 1
+        forward_entries += range(embed_tick, embed_tick + count)
+        loss_tick = forward_entries[-1] + P - 1
+        start = max(loss_tick, 1 + max(backward_entries.values(), default=-1))
         backward_entries |= {first + count - 1 - n: start + n for n in range(count)}
-        leaves, row = start + count - 1 + P - 1, sum(part.num_rows for part in parts)
-        parts.append(Part(row, size, 0, enters, turns, leaves, ends=leaves))
-    num_ticks = parts[-1].leaves + 1
+        embed_grad_tick, row = start + count + P - 2, sum(part.num_rows for part in parts)
+        ticks = embed_tick, loss_tick, embed_grad_tick
+        parts.append(Part(row, size, 0, *ticks, last_tick=embed_grad_tick))
+    num_ticks = parts[-1].embed_grad_tick + 1
     forward, backward = (np.full((num_ticks, P), IDLE, np.int32) for _ in range(2))
     for stage in range(P):
         for item, entry in enumerate(forward_entries):
@@ -243,7 +245,7 @@ def deferred_weights(plan: Plan) -> Schedule:
     more = ((0, len(rows) - schedule.num_ticks), (0, 0))
     part_of = np.array(schedule.part_of)
     parts = (
-        replace(part, ends=max(part.leaves, _last_tick(weights, part_of == i)))
+        replace(part, last_tick=max(part.embed_grad_tick, _last_tick(weights, part_of == i)))
         for i, part in enumerate(schedule.parts)
     )
     return _with_rows(
@@ -283,7 +285,7 @@ def _with_rows(schedule: Schedule) -> Schedule:
     """Its parts in the lowest rows of the buffers that are free."""
     parts: list[Part] = []
     for part in schedule.parts:
-        alive = [other for other in parts if other.ends >= part.enters]
+        alive = [other for other in parts if other.last_tick >= part.embed_tick]
         parts.append(replace(part, buffer_row=_free_row(alive, part.num_rows)))
     num_rows = max(part.buffer_row + part.num_rows for part in parts)
     longest = max(part.num_rows for part in parts)
@@ -306,8 +308,9 @@ def _free_row(alive: Sequence[Part], num_rows: int) -> int:
 
 
 def idle(schedule: Schedule) -> Schedule:
-    """The schedule with stages that do nothing: its parts enter, turn and leave. The one item that
-    is left, which never comes, is so small that it needs no memory.
+    """The schedule with stages that do nothing: parts are embedded, and their losses and the
+    gradients of their embedding are taken. The one item that is left, which never comes, is so
+    small that it needs no memory.
     """
     table, item = np.full_like(schedule.forward, IDLE), Item(0, 0, 1, 1)
     idle = replace(schedule, items=(item,), forward=table, backward=table)

@@ -13,9 +13,10 @@ def check(schedule: Schedule) -> None:
 
     Every item passes every stage once in each direction, in the tick after its neighbour; a slice
     goes through the chunks one after another; the tokens of a sequence go forward in ascending and
-    backward in descending order; a part is embedded before, turned between and left after its
-    passes, one part in a tick; gradients of weights come after the backward pass of the item; rows
-    have one part at a time, and slots one item.
+    backward in descending order; a part is embedded before its forward passes, its losses are taken
+    after them and before its backward passes, and the gradients of its embedding after these, each
+    of one part in a tick; gradients of weights come after the backward pass of the item; rows have
+    one part at a time, and slots one item.
     """
     part_of, P = np.array(schedule.part_of), schedule.num_stages
     if schedule.forward.shape != schedule.backward.shape:
@@ -26,10 +27,15 @@ def check(schedule: Schedule) -> None:
         raise ValueError("an item does not come one tick after its neighbour")
     for i, item in enumerate(schedule.items):
         part = schedule.parts[part_of[i]]
-        if not part.enters <= forward[i, 0] <= forward[i, P - 1] <= part.turns:
-            raise ValueError(f"item {i} goes forward before its part enters, or after its turn")
-        if not part.turns <= backward[i, P - 1] <= backward[i, 0] <= part.leaves:
-            raise ValueError(f"item {i} goes backward before its part turns, or has left")
+        if not part.embed_tick <= forward[i, 0] <= forward[i, P - 1] <= part.loss_tick:
+            raise ValueError(
+                f"item {i} goes forward before its part is embedded, or after its losses"
+            )
+        if not part.loss_tick <= backward[i, P - 1] <= backward[i, 0] <= part.embed_grad_tick:
+            raise ValueError(
+                f"item {i} goes backward before the losses of its part, or after the gradients of "
+                "its embedding"
+            )
         if item.row + item.num_rows > part.row + part.num_rows:
             raise ValueError(f"item {i} is of several parts")
     _check_order(schedule.items, forward, backward)
@@ -63,8 +69,8 @@ def _check_weights(schedule: Schedule, part_of: np.ndarray, backward: np.ndarray
     weights = _ticks(schedule.weights, len(schedule.items))
     if not (weights >= backward).all():
         raise ValueError("gradients of weights are taken before their backward pass")
-    ends = np.array([part.ends for part in schedule.parts])[part_of]
-    if not (weights <= ends[:, None]).all():
+    last = np.array([part.last_tick for part in schedule.parts])[part_of]
+    if not (weights <= last[:, None]).all():
         raise ValueError("gradients of weights are taken after their part has ended")
     for stage in range(schedule.num_stages):
         order = np.lexsort((backward[:, stage], schedule.slots[:, stage]))
@@ -76,7 +82,7 @@ def _check_weights(schedule: Schedule, part_of: np.ndarray, backward: np.ndarray
 
 def _check_parts(schedule: Schedule, part_of: np.ndarray, backward: np.ndarray) -> None:
     """`part_of` each item, and its ticks `[item, stage]`."""
-    for name in ("enters", "turns", "leaves"):
+    for name in ("embed_tick", "loss_tick", "embed_grad_tick"):
         ticks = [getattr(part, name) for part in schedule.parts]
         if len(set(ticks)) < len(ticks):
             raise ValueError(f"{name} is the same tick for several parts")
@@ -85,19 +91,19 @@ def _check_parts(schedule: Schedule, part_of: np.ndarray, backward: np.ndarray) 
         for of in (np.min, np.max)
     )
     for i, part in enumerate(schedule.parts):
-        if part.ends < part.leaves:
-            raise ValueError(f"part {i} ends before it has left")
+        if part.last_tick < part.embed_grad_tick:
+            raise ValueError(f"part {i} ends before the gradients of its embedding are taken")
         if part.buffer_row + part.num_rows > schedule.num_rows:
             raise ValueError(f"part {i} has no rows")
         if part.num_rows > schedule.num_gradient_rows:
             raise ValueError(f"part {i} has no rows for gradients")
         for j, other in enumerate(schedule.parts[:i]):
             is_shared = set(part.buffer_rows) & set(other.buffer_rows)
-            is_apart = part.ends < other.enters or other.ends < part.enters
+            is_apart = part.last_tick < other.embed_tick or other.last_tick < part.embed_tick
             if is_shared and not is_apart:
                 raise ValueError(f"parts {j} and {i} have the same rows at a time")
-            take_turns = ((last[i] < first[j]) | (last[j] < first[i])).all()
-            if schedule.num_gradient_rows < schedule.num_rows and not take_turns:
+            is_one_at_a_time = ((last[i] < first[j]) | (last[j] < first[i])).all()
+            if schedule.num_gradient_rows < schedule.num_rows and not is_one_at_a_time:
                 raise ValueError(f"parts {j} and {i} have the same gradients at a time")
 
 

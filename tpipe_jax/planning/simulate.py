@@ -49,8 +49,9 @@ def simulate(
     """The timeline of a schedule as the executor follows it.
 
     In each direction in which a tick has any work, a stage goes on once it has what its neighbour
-    hands on, if that is only that there is nothing. Where a part of the batch enters, turns or
-    leaves, all stages wait for each other; what they do together then takes no time here.
+    hands on, if that is only that there is nothing. All stages wait for each other where a
+    part of the batch is embedded, and where its losses or the gradients of its embedding are taken;
+    what they do together then takes no time here.
 
     Args:
         schedule: any one that the executor can follow.
@@ -63,53 +64,68 @@ def simulate(
             c * P + s; 1 without. A transfer takes as much longer, or less long, as that of the same
             stage without chunks.
     """
-    P = schedule.num_stages
-    num_chunks = 1 + max(item.chunk for item in schedule.items)
-    factors = chunk_factors or [1.0] * (P * num_chunks)
-    transfers = transfer_seconds or [0.0] * len(schedule.items)
-    enters, turns, leaves = (
-        {getattr(part, when) for part in schedule.parts} for when in ("enters", "turns", "leaves")
+    clock = _Clock(schedule, chunk_factors, transfer_seconds)
+    embed_ticks, loss_ticks, embed_grad_ticks = (
+        {getattr(part, when) for part in schedule.parts}
+        for when in ("embed_tick", "loss_tick", "embed_grad_tick")
     )
-    boxes: list[Box] = []
-    free = [0.0] * P
-
-    def work(stage: int, item: int, seconds: Sequence[float], kind: Kind) -> float:
-        """Does it when the stage is free; returns when that is so again."""
-        factor = factors[schedule.items[item].chunk * P + stage]
-        start, stop = free[stage], free[stage] + factor * seconds[item]
-        boxes.append(Box(stage, item, kind, start, stop))
-        return stop + num_chunks * factor * transfers[item] * (kind != "weights")
-
-    def go(row: Sequence[int], seconds: Sequence[float], kind: Kind) -> None:
-        """All stages' work in one direction of a tick."""
-        nonlocal free
-        done = [
-            free[stage] if item == IDLE else work(stage, item, seconds, kind)
-            for stage, item in enumerate(row)
-        ]
-        before = [s - 1 if kind == "forward" else s + 1 for s in range(P)]
-        if num_chunks > 1:
-            before = [s % P for s in before]
-        free = [max(done[s], done[n]) if 0 <= n < P else done[s] for s, n in enumerate(before)]
-
-    def meet(tick: int, ticks: set[int]) -> None:
-        nonlocal free
-        if tick in ticks:
-            free = [max(free)] * P
-
     tables = schedule.forward.tolist(), schedule.backward.tolist()
     weights = [] if schedule.weights is None else schedule.weights.tolist()
     for tick, (forward, backward) in enumerate(zip(*tables, strict=True)):
-        meet(tick, enters)
-        if any(item != IDLE for item in forward):
-            go(forward, forward_seconds, "forward")
-        meet(tick, turns)
-        if any(item != IDLE for item in backward):
-            go(backward, backward_seconds, "backward")
-        meet(tick, leaves)
+        clock.meet(tick in embed_ticks)
+        clock.go(forward, forward_seconds, "forward")
+        clock.meet(tick in loss_ticks)
+        clock.go(backward, backward_seconds, "backward")
+        clock.meet(tick in embed_grad_ticks)
         for stage, items in enumerate(weights[tick] if weights else []):
             for item in items:
                 if item != IDLE:
                     assert weight_seconds
-                    free[stage] = work(stage, item, weight_seconds, "weights")
-    return Timeline(tuple(boxes), max(free), P)
+                    clock.work(stage, item, weight_seconds, "weights")
+    return Timeline(tuple(clock.boxes), max(clock.free), schedule.num_stages)
+
+
+class _Clock:
+    """When each stage is free, while a schedule goes on."""
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        chunk_factors: Sequence[float] | None,
+        transfer_seconds: Sequence[float] | None,
+    ) -> None:
+        self._chunks = [item.chunk for item in schedule.items]
+        self._num_stages, self._num_chunks = schedule.num_stages, 1 + max(self._chunks)
+        self._factors = chunk_factors or [1.0] * (self._num_stages * self._num_chunks)
+        self._transfers = transfer_seconds or [0.0] * len(schedule.items)
+        self.boxes: list[Box] = []
+        self.free = [0.0] * self._num_stages
+
+    def work(self, stage: int, item: int, seconds: Sequence[float], kind: Kind) -> None:
+        """The stage works on an item as soon as it is free, and hands on what it makes of it."""
+        factor = self._factors[self._chunks[item] * self._num_stages + stage]
+        start, stop = self.free[stage], self.free[stage] + factor * seconds[item]
+        self.boxes.append(Box(stage, item, kind, start, stop))
+        is_handed_on = kind != "weights"
+        self.free[stage] = stop + self._num_chunks * factor * self._transfers[item] * is_handed_on
+
+    def go(self, row: Sequence[int], seconds: Sequence[float], kind: Kind) -> None:
+        """All stages' work in one direction of a tick, and what they wait for then."""
+        if all(item == IDLE for item in row):
+            return
+        for stage, item in enumerate(row):
+            if item != IDLE:
+                self.work(stage, item, seconds, kind)
+        done, step = self.free, -1 if kind == "forward" else 1
+        before = [stage + step for stage in range(self._num_stages)]
+        if self._num_chunks > 1:
+            before = [stage % self._num_stages for stage in before]
+        self.free = [
+            max(own, done[n]) if 0 <= n < self._num_stages else own
+            for own, n in zip(done, before, strict=True)
+        ]
+
+    def meet(self, is_due: bool) -> None:
+        """All stages wait for each other."""
+        if is_due:
+            self.free = [max(self.free)] * self._num_stages

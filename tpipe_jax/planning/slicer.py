@@ -203,7 +203,7 @@ def _trace(starts: np.ndarray) -> tuple[int, ...]:
     return tuple(reversed(cuts))
 
 
-Box = tuple[range, range]  # slicings by the ranks of their longest forward and backward time
+Rectangle = tuple[range, range]  # slicings by the ranks of their longest forward and backward time
 
 
 def _search(
@@ -220,36 +220,37 @@ def _search(
         for values, low in zip(levels, lowest, strict=True)
     )
     order = itertools.count()  # settles ties of bounds
-    open_boxes = [(0.0, next(order), (first, second))]
-    while open_boxes and num_solves < max_solves:
-        if open_boxes[0][0] >= best_seconds * (1 - ROUNDING):
+    open_rectangles = [(0.0, next(order), (first, second))]
+    while open_rectangles and num_solves < max_solves:
+        if open_rectangles[0][0] >= best_seconds * (1 - ROUNDING):
             break
-        _, _, box = heapq.heappop(open_boxes)
-        solution = times.least_work((levels[0][box[0][-1]], levels[1][box[1][-1]]))
+        _, _, rectangle = heapq.heappop(open_rectangles)
+        solution = times.least_work((levels[0][rectangle[0][-1]], levels[1][rectangle[1][-1]]))
         num_solves += 1
         if solution is None:
             continue
         if solution.seconds(weights) < best_seconds:
             best, best_seconds = solution, solution.seconds(weights)
-        for part in _undecided(box, solution, levels):
+        for part in _undecided(rectangle, solution, levels):
             wait = levels[0][part[0][0]] + levels[1][part[1][0]]
             bound = weights[0] * solution.work + weights[1] * wait
             if bound < best_seconds:
-                heapq.heappush(open_boxes, (bound, next(order), part))
-    bound = open_boxes[0][0] if open_boxes else np.inf
+                heapq.heappush(open_rectangles, (bound, next(order), part))
+    bound = open_rectangles[0][0] if open_rectangles else np.inf
     return best, float(min(best_seconds, bound)), num_solves
 
 
 def _undecided(
-    box: Box, solution: _Solution, levels: tuple[np.ndarray, np.ndarray]
-) -> Iterator[Box]:
-    """The parts of a box in which there may be a faster slicing than the solution at its top.
+    rectangle: Rectangle, solution: _Solution, levels: tuple[np.ndarray, np.ndarray]
+) -> Iterator[Rectangle]:
+    """The parts of a rectangle in which there may be a faster slicing than the solution at its top.
 
-    No slicing in the box has less work, so a faster one has a shorter longest forward or a shorter
-    longest backward time. Both parts are halved, so that the lower half soon gets a closer bound.
+    No slicing in the rectangle has less work, so a faster one has a shorter longest forward or a
+    shorter longest backward time. Both parts are halved, so that the lower half soon gets a closer
+    bound.
     """
     (f, b), (forward, backward) = (
-        box,
+        rectangle,
         (
             int(np.searchsorted(values, longest))
             for values, longest in zip(levels, solution.longest, strict=True)
@@ -261,17 +262,18 @@ def _undecided(
             yield from _halves(part, levels)
 
 
-def _halves(box: Box, levels: tuple[np.ndarray, np.ndarray]) -> Iterator[Box]:
-    """The box cut in the middle of the direction in which it is wider, if it is not a point."""
+def _halves(rectangle: Rectangle, levels: tuple[np.ndarray, np.ndarray]) -> Iterator[Rectangle]:
+    """The rectangle cut in the middle of its wider side, if it is not a point."""
     widths = [
-        values[ranks[-1]] - values[ranks[0]] for values, ranks in zip(levels, box, strict=True)
+        values[ranks[-1]] - values[ranks[0]]
+        for values, ranks in zip(levels, rectangle, strict=True)
     ]
     axis = int(widths[1] > widths[0])
-    ranks, values = box[axis], levels[axis]
+    ranks, values = rectangle[axis], levels[axis]
     if len(ranks) == 1:
-        yield box
+        yield rectangle
         return
     middle = values[ranks[0]] + widths[axis] / 2
     cut = max(1, int(np.searchsorted(values[ranks.start : ranks.stop - 1], middle)))
     for half in (ranks[:cut], ranks[cut:]):
-        yield (half, box[1]) if axis == 0 else (box[0], half)
+        yield (half, rectangle[1]) if axis == 0 else (rectangle[0], half)

@@ -1,7 +1,7 @@
 """Measures a model on its mesh and plans its slices.
 
-The slices of a plan that were not timed are timed then, and planned with again: the fastest plan
-of a model with errors is one whose errors flatter it, unless it has been measured.
+Shapes in the plan that were never timed are timed now, and planning is repeated; otherwise the
+search would favour shapes whose time the model underestimates.
 """
 
 import json
@@ -12,7 +12,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from tpipe_jax.errors import UserError, writing_to
+from tpipe_jax.errors import UserError
+from tpipe_jax.files import writing_to
 from tpipe_jax.pipeline.spec import StageSpec
 from tpipe_jax.planning.latency import LatencyTable, Profile, load_table, read_profile
 from tpipe_jax.planning.plan import Plan, PlanRequest, read_plan

@@ -9,13 +9,14 @@ from pathlib import Path
 import jax
 
 from tpipe_jax.config.settings import Config, MeshConfig
-from tpipe_jax.errors import Infeasible, UserError, writing_to
+from tpipe_jax.errors import Infeasible, UserError
+from tpipe_jax.files import writing_to
 from tpipe_jax.pipeline.spec import spec_on_devices
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.settings import read_settings
 from tpipe_jax.profiling.measured_plan import LATENCY, plan_slices, read_own
 from tpipe_jax.reporting.console import Console, Ranked
-from tpipe_jax.reporting.workdir import changed_settings, locked, write_config
+from tpipe_jax.reporting.workdir import changed_settings, run_lock, write_config
 from tpipe_jax.training.memory import out_of_memory
 
 
@@ -37,7 +38,7 @@ def choose_mesh(
         changed_settings(config, workdir)
         read_own(workdir / LATENCY)
     ranking = []
-    with locked(workdir / "meshes") if is_first else nullcontext():
+    with run_lock(workdir / "meshes") if is_first else nullcontext():
         for mesh in factorisations(config.mesh, len(devices)):
             check()
             console.say(f"mesh: data {mesh.data} x pipe {mesh.pipe} x model {mesh.model}")

@@ -40,7 +40,7 @@ from tpipe_jax.planning.schedule import IDLE, Item, Schedule, idle, make_schedul
 from tpipe_jax.planning.settings import uniform, unit_tokens
 from tpipe_jax.profiling.cache_key import profile_key
 from tpipe_jax.profiling.programs import make_stage_work, make_transfer, make_weights_work
-from tpipe_jax.profiling.shapes import Shape, contexts, shapes_to_time, some_shapes
+from tpipe_jax.profiling.shapes import TimedShape, contexts, shapes_to_time, some_shapes
 from tpipe_jax.training.memory import budget, limit_bytes, program_bytes
 from tpipe_jax.training.optimizer import make_optimizer
 from tpipe_jax.training.state import abstract_state, init_state, state_bytes
@@ -85,15 +85,15 @@ class Profiler:
         x_BTD = np.random.default_rng(0).normal(size=x_shape).astype(np.float32)
         self._inputs = params, put_rows(mesh, x_BTD)
         # A whole sequence tells how many ticks others need, and how the machine's speed drifts.
-        self._whole = Shape(1, self._seq_len, (0,))
+        self._whole = TimedShape(1, self._seq_len, (0,))
         self._seconds_per_token, self._least_seconds = np.full(2, np.inf), MIN_SECONDS
-        self._programs: dict[Shape, Program] = {}
+        self._programs: dict[TimedShape, Program] = {}
         program = self._compile([self._whole], _nothing)[self._whole]
-        turn = self._turn(self._whole, program)
-        whole_seconds = self._slice_seconds(program, [turn])
+        round_ = self._round(self._whole, program)
+        whole_seconds = self._slice_seconds(program, [round_])
         self._seconds_per_token = whole_seconds[0] / self._whole.size
         # What idle sweeps take is subtracted, so no slice is measured against noise in it.
-        self._least_seconds = max(MIN_SECONDS, float(_agree(np.array(turn[0]))))
+        self._least_seconds = max(MIN_SECONDS, float(_agree(np.array(round_[0]))))
         self._programs.clear()  # now that the number of ticks is known
 
     def profile(
@@ -131,7 +131,7 @@ class Profiler:
         A whole sequence is timed next to them, since the machine's speed may have changed.
         """
         unit, seq_len = unit_tokens(self._spec.config), self._seq_len
-        new = [Shape(b, n, contexts(seq_len, n, unit, (0, 0.5, 1))) for b, n in wanted]
+        new = [TimedShape(b, n, contexts(seq_len, n, unit, (0, 0.5, 1))) for b, n in wanted]
         now, *seconds = self._time(self._compile([self._whole, *new], _nothing), _nothing)
         before = next(s for s in profile.samples if s[:3] == (1, seq_len, 0))
         drift = sum(before[3:5]) / now.sum()
@@ -140,11 +140,11 @@ class Profiler:
         kept = tuple(s for s in profile.samples if not (s.is_test and s[:2] in shapes))
         return dataclasses.replace(profile, samples=kept + samples)
 
-    def _compile(self, shapes: list[Shape], advance: OnPart) -> dict[Shape, Program]:
+    def _compile(self, shapes: list[TimedShape], advance: OnPart) -> dict[TimedShape, Program]:
         """The program of each shape; compiled in threads, where processes need not agree."""
         new = [shape for shape in shapes if shape not in self._programs]
 
-        def program(shape: Shape) -> Program:
+        def program(shape: TimedShape) -> Program:
             compiled = self._program(self._spec, shape)
             advance()
             return compiled
@@ -154,38 +154,38 @@ class Profiler:
             self._programs |= zip(new, pool.map(program, new), strict=True)
         return {shape: self._programs[shape] for shape in shapes}
 
-    def _program(self, spec: StageSpec, shape: Shape) -> Program:
+    def _program(self, spec: StageSpec, shape: TimedShape) -> Program:
         items = [Item(0, context, *shape[:2]) for context in shape.contexts]
         work, num_ticks = make_stage_work(spec, items), self._num_ticks(shape)
         tables = (self._table(IDLE, n) for n in num_ticks)
         compiled = compile_checked(work, self._spec.mesh, *self._inputs, *tables)
         return Program(compiled, num_ticks)
 
-    def _num_ticks(self, shape: Shape) -> tuple[int, int]:
+    def _num_ticks(self, shape: TimedShape) -> tuple[int, int]:
         """Of the forward and of the backward sweep that times a slice."""
         ticks = np.ceil(self._least_seconds / (self._seconds_per_token * shape.size))
         forward, backward = np.clip(ticks, 1, MAX_TICKS).astype(int).tolist()
         return forward, backward
 
-    def _time(self, programs: dict[Shape, Program], advance: OnPart) -> list[np.ndarray]:
+    def _time(self, programs: dict[TimedShape, Program], advance: OnPart) -> list[np.ndarray]:
         """For each shape the seconds `[context, direction]` of a slice.
 
         The shapes take turns, so that a machine whose speed drifts disturbs all alike.
         """
-        turns: dict[Shape, list[tuple[float, np.ndarray]]] = {shape: [] for shape in programs}
-        for turn in range(REPEATS):
+        rounds: dict[TimedShape, list[tuple[float, np.ndarray]]] = {shape: [] for shape in programs}
+        for round_ in range(REPEATS):
             for shape, program in programs.items():
-                if turn < self._num_turns(shape):
-                    turns[shape].append(self._turn(shape, program))
+                if round_ < self._num_rounds(shape):
+                    rounds[shape].append(self._round(shape, program))
             advance()
-        return [self._slice_seconds(program, turns[s]) for s, program in programs.items()]
+        return [self._slice_seconds(program, rounds[s]) for s, program in programs.items()]
 
-    def _num_turns(self, shape: Shape) -> int:
+    def _num_rounds(self, shape: TimedShape) -> int:
         """Fewer for slices that take so long that noise is small beside them."""
         seconds = float(self._seconds_per_token.sum()) * shape.size
         return min(max(math.ceil(LONG_SECONDS / seconds), 3), REPEATS)
 
-    def _turn(self, shape: Shape, program: Program) -> tuple[float, np.ndarray]:
+    def _round(self, shape: TimedShape, program: Program) -> tuple[float, np.ndarray]:
         """Seconds of idle sweeps, and of sweeps with work by `[context, direction]`."""
 
         def seconds(forward: int, backward: int) -> float:
@@ -200,14 +200,14 @@ class Profiler:
         return idle, np.array(busy)
 
     def _slice_seconds(
-        self, program: Program, turns: Sequence[tuple[float, np.ndarray]]
+        self, program: Program, rounds: Sequence[tuple[float, np.ndarray]]
     ) -> np.ndarray:
-        """Seconds `[context, direction]` of a slice, from several turns."""
-        busy = np.median([busy - idle for idle, busy in turns], 0)
+        """Seconds `[context, direction]` of a slice, from several rounds."""
+        busy = np.median([busy - idle for idle, busy in rounds], 0)
         # No work takes less than clocks can tell, whatever the noise.
         return _agree(np.maximum(busy, 1e-6) / program.num_ticks)
 
-    def _time_transfer(self, shapes: list[Shape]) -> tuple[float, float]:
+    def _time_transfer(self, shapes: list[TimedShape]) -> tuple[float, float]:
         """Seconds of a tick without work: a constant, and for each token that is handed over."""
         chosen = some_shapes(shapes)
         tables = self._table(IDLE, MAX_TICKS), self._table(IDLE, 3 * MAX_TICKS)
@@ -215,20 +215,20 @@ class Profiler:
         for shape in chosen:
             work = make_transfer(self._spec, Item(0, 0, *shape[:2]))
             runs = [(compile_checked(work, self._spec.mesh, *self._inputs, t), t) for t in tables]
-            turns = [[self._seconds(*run) for run in runs] for _ in range(1 + REPEATS)]
-            few, many = np.median(turns[1:], 0)
+            rounds = [[self._seconds(*run) for run in runs] for _ in range(1 + REPEATS)]
+            few, many = np.median(rounds[1:], 0)
             seconds.append((many - few) / (2 * MAX_TICKS))
         constant, per_token = _line(chosen, _agree(np.array(seconds)))
         return max(constant, 0.0), max(per_token, 0.0)
 
-    def _shapes_to_defer(self, shapes: list[Shape]) -> list[Shape]:
+    def _shapes_to_defer(self, shapes: list[TimedShape]) -> list[TimedShape]:
         """Of a few sizes; gradients of weights don't depend on the context."""
         later = _with_schedule(self._spec, "1f1b-deferred")
         most_rows = _rows_that_fit(later)
         return some_shapes([shape for shape in shapes if shape.num_rows <= most_rows])
 
     def _time_deferral(
-        self, shapes: list[Shape], programs: dict[Shape, Program], advance: OnPart
+        self, shapes: list[TimedShape], programs: dict[TimedShape, Program], advance: OnPart
     ) -> Deferral:
         """From backward passes with and without gradients of weights, and from these alone."""
         later = _with_schedule(self._spec, "1f1b-deferred")
@@ -241,9 +241,9 @@ class Profiler:
             alone = compile_checked(work, self._spec.mesh, *self._inputs, tables[0])
             rows = []
             for _ in range(1 + REPEATS):  # the first one warms up
-                passes = [self._turn(bare, program) for program in (programs[shape], deferred)]
+                passes = [self._round(bare, program) for program in (programs[shape], deferred)]
                 backward = [of_slice[0, 1] - at_rest for at_rest, of_slice in passes]
-                # As in a turn: one that counts for nothing, then work, then idle ones twice.
+                # As in a round: one that counts for nothing, then work, then idle ones twice.
                 _, busy, *idle = (self._seconds(alone, tables[n]) for n in (0, 1, 0, 0))
                 rows.append([busy - sum(idle) / 2, *backward])
             seconds.append(np.median(rows[1:], 0) / num_ticks)
@@ -251,7 +251,7 @@ class Profiler:
         weights, whole, without = _agree(np.array(seconds)).T
         return Deferral(_line(shapes, weights, 1), _line(shapes, whole - without, 1))
 
-    def _memory(self, programs: dict[Shape, Program]) -> Memory:
+    def _memory(self, programs: dict[TimedShape, Program]) -> Memory:
         """From the compiler's own figures; those of the programs differ by the slice, and by what
         is kept of so many sequences.
         """
@@ -286,7 +286,7 @@ def _with_schedule(spec: StageSpec, schedule: Literal["auto", ScheduleName]) -> 
     return make_spec(dataclasses.replace(spec.config, plan=plan), spec.mesh)
 
 
-def _line(shapes: Sequence[Shape], seconds: np.ndarray, power: int = 0) -> tuple[float, float]:
+def _line(shapes: Sequence[TimedShape], seconds: np.ndarray, power: int = 0) -> tuple[float, float]:
     """A constant, and for each token, where errors count by their size over that of the slice to a
     power.
     """
@@ -303,10 +303,10 @@ def _resting(spec: StageSpec, optimizer: optax.GradientTransformation) -> Schedu
     num_rows = config.train.batch_size // config.mesh.data
     seq_len, limit = config.model.seq_len, limit_bytes(spec)
     whole = terapipe(Plan(num_stages, (num_rows,), ((seq_len,),)))
-    takes_turns = config.plan.schedule == "1f1b"
+    is_one_by_one = config.plan.schedule == "1f1b"
     if config.plan.schedule == "auto" and limit is not None:
-        takes_turns = sum(budget(spec, whole, optimizer).values()) > limit
-    if num_rows == 1 or config.memory.defer_weight_grads or not takes_turns:
+        is_one_by_one = sum(budget(spec, whole, optimizer).values()) > limit
+    if num_rows == 1 or config.memory.defer_weight_grads or not is_one_by_one:
         return idle(whole)
     token_slices = uniform(seq_len, min(2 * num_stages, seq_len))  # with which few rows are kept
     return idle(
@@ -361,7 +361,7 @@ def _temporary_bytes(program: Compiled) -> int:
     return analysis.temp_size_in_bytes if analysis else 0
 
 
-def _to_samples(shapes: Iterable[Shape], seconds: Iterable[np.ndarray]) -> tuple[Sample, ...]:
+def _to_samples(shapes: Iterable[TimedShape], seconds: Iterable[np.ndarray]) -> tuple[Sample, ...]:
     return tuple(
         Sample(shape.num_rows, shape.num_tokens, context, forward, backward, shape.is_test)
         for shape, of_shape in zip(shapes, seconds, strict=True)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 
-class Shape(NamedTuple):
+class TimedShape(NamedTuple):
     """Slices to time: of one shape, after several contexts."""
 
     num_rows: int
@@ -18,7 +18,7 @@ class Shape(NamedTuple):
         return self.num_rows * self.num_tokens
 
 
-def shapes_to_time(batch_size: int, seq_len: int, unit: int, num_stages: int) -> list[Shape]:
+def shapes_to_time(batch_size: int, seq_len: int, unit: int, num_stages: int) -> list[TimedShape]:
     """Lengths near a half, a quarter ... of the sequence, and a few numbers of sequences.
 
     Lengths are odd multiples of the unit, since powers of two are often faster or slower than all
@@ -40,8 +40,8 @@ def shapes_to_time(batch_size: int, seq_len: int, unit: int, num_stages: int) ->
     shapes += [(b, n) for b in sizes for n in some]
     tests = zip((1, 3, 6, 4), between, strict=False)
     tests = dict.fromkeys((min(b, batch_size), n) for b, n in tests if n)
-    return [Shape(b, n, contexts(seq_len, n, unit, (0, 0.5, 1))) for b, n in shapes] + [
-        Shape(b, n, contexts(seq_len, n, unit, (0, 0.25, 0.75)), is_test=True)
+    return [TimedShape(b, n, contexts(seq_len, n, unit, (0, 0.5, 1))) for b, n in shapes] + [
+        TimedShape(b, n, contexts(seq_len, n, unit, (0, 0.25, 0.75)), is_test=True)
         for b, n in tests
         if (b, n) not in shapes
     ]
@@ -54,7 +54,7 @@ def contexts(
     return tuple(sorted({int((seq_len - num_tokens) * share / unit) * unit for share in shares}))
 
 
-def some_shapes(shapes: Sequence[Shape]) -> list[Shape]:
+def some_shapes(shapes: Sequence[TimedShape]) -> list[TimedShape]:
     """The smallest, one of middle size and the largest."""
     by_size = sorted(shapes, key=lambda shape: shape.size)
     return [by_size[0], by_size[len(by_size) // 2], by_size[-1]]

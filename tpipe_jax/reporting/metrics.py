@@ -25,6 +25,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from tpipe_jax.config.settings import Config, to_dict
 from tpipe_jax.errors import UserError
+from tpipe_jax.files import told_as
 
 
 class Metrics:
@@ -82,15 +83,13 @@ class Metrics:
         self._events.write(event.SerializeToString())
         self._events.flush()
 
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise UserError(
+    def _writing(self) -> contextlib.AbstractContextManager[None]:
+        return told_as(
+            lambda error: (
                 f"cannot write {error.filename or self._path} ({error.strerror}): make it writable "
                 "and see that the disk has space, or choose another folder with --workdir."
-            ) from error
+            )
+        )
 
 
 def check_tracker(config: Config) -> None:

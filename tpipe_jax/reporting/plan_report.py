@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from tpipe_jax.errors import writing_to
+from tpipe_jax.files import writing_to
 from tpipe_jax.planning.estimator import predicted_timeline
 from tpipe_jax.planning.latency import LatencyTable, Profile, Sample
 from tpipe_jax.planning.plan import Plan

@@ -1,14 +1,13 @@
 """What a run's folder says of it: config.json, plan.json, timeline.png and timeline.json."""
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
-from tpipe_jax.config.settings import Config, from_dict, to_dict
-from tpipe_jax.errors import UserError, writing_to
+from tpipe_jax.config.settings import Config, differences, from_dict, to_dict
+from tpipe_jax.errors import UserError
+from tpipe_jax.files import locked, writing_to
 from tpipe_jax.model.flops import forward_flops
 from tpipe_jax.planning.estimator import predicted_timeline
 from tpipe_jax.planning.plan import Plan
@@ -45,12 +44,7 @@ def changed_settings(config: Config, workdir: Path) -> list[str]:
             f"--workdir={workdir} is not the folder of a run, which has a config.json ({error}): "
             "choose another folder."
         ) from error
-    return [
-        f"config.{section}.{name} {before[section][name]} -> {value}"
-        for section, fields in to_dict(config).items()
-        for name, value in fields.items()
-        if before[section][name] != value
-    ]
+    return [f"{name} {then} -> {now}" for name, now, then in differences(to_dict(config), before)]
 
 
 def describe_in_files(
@@ -105,23 +99,16 @@ def add_measured_ticks(workdir: Path, plan: Plan, step: int, timeline: Timeline)
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder, which it makes; a process that ends leaves it.
+def run_lock(folder: Path) -> Iterator[None]:
+    """Keeps other runs out of a folder of a workdir, which it makes.
 
-    Raises `UserError` if one is in it. Where a file system has no locks, nothing keeps them out.
+    Raises `UserError` if one is in it.
     """
     with writing_to(folder.parent):
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"another run is at work in --workdir={folder.parent}: wait for its end, stop "
-                    "it, or choose another folder."
-                ) from None
+    sentence = (
+        f"another run is at work in --workdir={folder.parent}: wait for its end, stop it, or "
+        "choose another folder."
+    )
+    with locked(folder, sentence):
         yield
-    finally:
-        os.close(descriptor)

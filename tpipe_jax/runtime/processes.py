@@ -25,7 +25,7 @@ from jax._src import distributed  # the coordination service's values have no pu
 from jax.experimental import multihost_utils
 
 from tpipe_jax.config.flags import Flags, ProcessFlags
-from tpipe_jax.config.settings import to_dict
+from tpipe_jax.config.settings import differences, to_dict
 from tpipe_jax.errors import UserError
 from tpipe_jax.runtime.failures import ending_together, print_error
 from tpipe_jax.version import __version__
@@ -112,18 +112,6 @@ def gathered(name: str, text: str, decide: Callable[[list[str]], str]) -> str:
 def host_names() -> list[str]:
     """The name of each process's host."""
     return from_all(socket.gethostname())
-
-
-def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
-    """What differs between two nested dictionaries of the same names, as text."""
-    found = []
-    for name in {**theirs, **ours}:
-        a, b = ours.get(name), theirs.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += [f"{name}.{text}" for text in differences(a, b)]
-        elif a != b:
-            found.append(f"{name} is {a} there and {b} in process 0")
-    return found
 
 
 def _connect(flags: ProcessFlags) -> bool:
@@ -257,7 +245,11 @@ def _agree(flags: Flags) -> None:
     if distributed.global_state.process_id == 0:
         client.key_value_set(key, json.dumps(ours))
     theirs = json.loads(client.blocking_key_value_get(key, 1000 * flags.processes.join_seconds))
-    if found := differences(ours, theirs):
+    found = [
+        f"{name} is {own} there and {first} in process 0"
+        for name, own, first in differences(ours, theirs, name="")
+    ]
+    if found:
         raise UserError(
             f"process {distributed.global_state.process_id} on {socket.gethostname()} was started "
             f"otherwise than process 0 ({'; '.join(found)}): start all processes with the same "

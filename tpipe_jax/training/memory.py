@@ -25,7 +25,7 @@ from tpipe_jax.pipeline.footprint import (
     trunk_bytes_per_token,
 )
 from tpipe_jax.pipeline.spec import StageSpec, make_spec
-from tpipe_jax.pipeline.vocab_parallel import chunk_tokens
+from tpipe_jax.pipeline.vocab_parallel import tile_tokens
 from tpipe_jax.planning.plan import Plan, PlanRequest
 from tpipe_jax.planning.schedule import Schedule, make_schedule
 from tpipe_jax.planning.schedule_check import check
@@ -55,7 +55,7 @@ def budget(
     params, opt_state = state_bytes(abstract_state(spec, optimizer))
     num_rows = padded_vocab_size(model, mesh) // (mesh.shape["pipe"] * mesh.shape["model"])
     part_rows = max(part.num_rows for part in schedule.parts)
-    logits = part_rows * chunk_tokens(part_rows, model.seq_len) * num_rows * 4
+    logits = part_rows * tile_tokens(part_rows, model.seq_len) * num_rows * 4
     return {
         "parameters": params,
         "gradients": params,
@@ -63,7 +63,7 @@ def budget(
         "attention caches and their gradients": caches,
         "other activations": activations - caches,
         "input and output of the stage": rows[0] * trunk_bytes_per_token(spec),
-        "logits of a chunk, softmax and gradients": 3 * logits,
+        "logits of a tile, softmax and gradients": 3 * logits,
     }
 
 

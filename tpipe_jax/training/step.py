@@ -85,12 +85,7 @@ def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
     """`(params, rows, scale=1)` (`RowLayout`) to the mean loss in nats per token and its
     float32 gradients, which are computed as those of `scale` times the loss.
     """
-    if spec.weight_grads == "at the end" and len(schedule.parts) > 1:
-        raise UserError(
-            "config.memory.defer_weight_grads=true needs all of a batch at once, and the plan's "
-            "schedule keeps a part at a time: set it to false, or plan with "
-            "config.plan.schedule=terapipe."
-        )
+    _check_weight_grads(spec, schedule)
     V = spec.config.model.vocab_size
 
     def local(params: Params, rows: Array, scale: Array) -> tuple[Array, Params]:
@@ -99,11 +94,11 @@ def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
         weight, head = scale / count, make_head(spec, params)
         stage = make_stage(spec, params, batch.starts_BT1)
         stage = stage._replace(
-            takes_turns=schedule.num_gradient_rows < len(batch.tokens_BT),
+            shares_gradient_rows=schedule.num_gradient_rows < len(batch.tokens_BT),
             has_slots=schedule.slots is not None,
         )
 
-        def turn(
+        def losses(
             y_BTD: Array, row: Array | int, sums: vocab_parallel.Sums
         ) -> tuple[Array, vocab_parallel.Sums]:
             targets = batch.part(row, len(y_BTD)).targets_BT
@@ -112,7 +107,7 @@ def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
             )
             return d_y_BTD, sums
 
-        def leave(
+        def embed_grads(
             d_x_BTD: Array, row: Array | int, sums: vocab_parallel.Sums
         ) -> vocab_parallel.Sums:
             tokens, _, starts = batch.part(row, len(d_x_BTD))
@@ -122,10 +117,10 @@ def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
         work = StepWork(
             _embedding(params, batch, spec.dtype),
             stage.forward,
-            turn,
+            losses,
             stage.backward,
             stage.weight_gradients,
-            leave,
+            embed_grads,
         )
         saved, gradients, sums = execute(
             schedule,
@@ -148,6 +143,16 @@ def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
     return jax.jit(lambda params, rows, scale=1.0: mapped(params, rows, jnp.float32(scale)))
 
 
+def _check_weight_grads(spec: StageSpec, schedule: Schedule) -> None:
+    """Raises `UserError` if they are taken at the end, and the schedule keeps a part at a time."""
+    if spec.weight_grads == "at the end" and len(schedule.parts) > 1:
+        raise UserError(
+            "config.memory.defer_weight_grads=true needs all of a batch at once, and the plan's "
+            "schedule keeps a part at a time: set it to false, or plan with "
+            "config.plan.schedule=terapipe."
+        )
+
+
 def make_loss(spec: StageSpec, schedule: Schedule) -> Wrapped:
     """`(params, rows)` (`RowLayout`) to the mean loss in nats per token."""
     V = spec.config.model.vocab_size
@@ -157,13 +162,13 @@ def make_loss(spec: StageSpec, schedule: Schedule) -> Wrapped:
         head = make_head(spec, params)
         stage = make_stage(spec, params, batch.starts_BT1)
 
-        def turn(y_BTD: Array, row: Array | int, total: Array) -> tuple[Array, Array]:
+        def losses(y_BTD: Array, row: Array | int, total: Array) -> tuple[Array, Array]:
             targets = batch.part(row, len(y_BTD)).targets_BT
             return y_BTD, total + vocab_parallel.cross_entropy(head, y_BTD, targets, V)
 
         _, _, total = execute(
             schedule,
-            StepWork(_embedding(params, batch, spec.dtype), stage.infer, turn),
+            StepWork(_embedding(params, batch, spec.dtype), stage.infer, losses),
             _trunk(spec, schedule),
             caches_of(spec, spec.dtype, schedule.num_rows),
             (),

@@ -1,0 +1,111 @@
+"""One direction through the stages: each works on its own item and hands the result on.
+
+This is code of one device inside `shard_map`, with the axis 'pipe' manual. Items of one shape share
+one compiled body, since their position is a run-time value.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from tpipe_jax.devices.inplace import Position, read, run_if, write
+from tpipe_jax.planning.schedule import IDLE, Item
+
+State = TypeVar("State")
+Carry = tuple[State, Array, Array]  # state, trunk, and the packet that goes round the stages
+ItemWork = Callable[[int, Array, Position, State], tuple[Array, State]]
+ItemShape = tuple[int, int]
+
+
+class Lane:
+    """One direction through the stages."""
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        buffer_rows: Sequence[int],
+        num_stages: int,
+        reverse: bool = False,
+        slot_rows: np.ndarray | None = None,
+    ) -> None:
+        """`slot_rows` `[item, stage]` are those of the items' positions, if they have slots."""
+        ends, step = ((num_stages - 1, 0), -1) if reverse else ((0, num_stages - 1), 1)
+        self._entry, self._exit = ends
+        self._is_ring = any(item.chunk for item in items)
+        pairs = [(s, s + step) for s in range(num_stages) if s != self._exit]
+        self._neighbours = pairs + [(self._exit, self._entry)] * self._is_ring
+        self._items = items
+        self._places = jnp.array(
+            [(first, item.token, item.row) for first, item in zip(buffer_rows, items, strict=True)]
+        )
+        self._slot_rows = None if slot_rows is None else jnp.asarray(slot_rows)
+
+    def empty_packet(self, width: int, dtype: Any) -> Array:
+        """What goes from stage to stage."""
+        shapes = [item.shape for item in self._items]
+        longest = max(B for B, _ in shapes), max(L for _, L in shapes)
+        return jnp.zeros((*longest, width), dtype)
+
+    def tick(self, work: ItemWork, row: Array, carry: Carry) -> Carry:
+        """Each stage works on its item of the row, `[P]`, and hands the result on."""
+        stage = lax.axis_index("pipe")
+
+        def run(kind: tuple[int, ItemShape], at: Position, carry: Carry) -> Carry:
+            (chunk, (B, L)), (state, trunk, packet_BLD) = kind, carry
+            x_BLD = jnp.where(stage == self._entry, read(trunk, at, B, L), packet_BLD[:B, :L])
+            y_BLD, state = work(chunk, x_BLD, at, state)
+            return state, write(trunk, y_BLD, at), write(packet_BLD, y_BLD, Position(0, 0))
+
+        kinds = [(item.chunk, item.shape) for item in self._items]
+        state, trunk, packet_BLD = self._by_kind(kinds, row[stage], run, carry)
+        if self._neighbours:
+            packet_BLD = lax.ppermute(packet_BLD, "pipe", self._neighbours)
+        if self._is_ring:  # where it waits for its turn in the next chunk
+
+            def put(shape: ItemShape, at: Position, trunk: Array) -> Array:
+                B, L = shape
+                return write(trunk, packet_BLD[:B, :L], at)
+
+            index = jnp.where(stage == self._entry, row[self._exit], IDLE)
+            trunk = self._by_kind([item.shape for item in self._items], index, put, trunk)
+        return state, trunk, packet_BLD
+
+    def each_alone(
+        self, row: Array, function: Callable[[int, ItemShape, Position, State], State], state: State
+    ) -> State:
+        """`function(chunk, (B, L), position, state)` for each of a stage's items of the row,
+        `[P, n]`, which are handed to nobody.
+        """
+        own = row[lax.axis_index("pipe")]
+
+        def run(kind: tuple[int, ItemShape], at: Position, state: State) -> State:
+            return function(*kind, at, state)
+
+        def one(n: Array, state: State) -> State:
+            kinds = [(item.chunk, item.shape) for item in self._items]
+            return self._by_kind(kinds, own[n], run, state)
+
+        return lax.fori_loop(0, len(own), one, state)
+
+    def _by_kind(
+        self,
+        kinds: Sequence[Any],
+        index: Array,
+        function: Callable[[Any, Position, State], State],
+        state: State,
+    ) -> State:
+        """`function(kind, position, state)` of the item, of which each has one of a few kinds, that
+        are known when the program is compiled; the state as it is for IDLE.
+        """
+        distinct, at = sorted(set(kinds)), Position(*self._places[index])
+        if self._slot_rows is not None:
+            at = at._replace(slot_row=self._slot_rows[index, lax.axis_index("pipe")])
+        kind_of = jnp.array([distinct.index(kind) for kind in kinds])
+        for n, kind in enumerate(distinct):
+            is_due = (index != IDLE) & (kind_of[index] == n)
+            state = run_if(is_due, partial(function, kind, at), state)
+        return state

@@ -1,0 +1,267 @@
+"""The best plan under one schedule, and plainer plans to compare with. No jax."""
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from tpipe_jax.config.settings import ScheduleName
+from tpipe_jax.planning.estimator import Estimator, predicted_timeline
+from tpipe_jax.planning.plan import Plan
+from tpipe_jax.planning.settings import uniform as uniform_parts
+from tpipe_jax.planning.slicer import ROUNDING, Slicing, fastest_slicing, least_work
+
+MOST_UNIFORM = 8  # numbers of equal slices that are tried for each size of batch slices
+MOST_MOVES = 100  # of a cut by a unit, that are tried
+
+
+@dataclass(frozen=True)
+class Option:
+    """The best plan that was found under a schedule."""
+
+    plan: Plan
+    bubble: float
+    activation_bytes: float | None
+    """What a stage keeps of the sequences in the pipeline; None where that is not known."""
+    fits: bool
+    """Whether a step keeps to the memory."""
+
+
+def step_seconds(plan: Plan) -> float:
+    """The predicted time of a step under a plan that has a prediction."""
+    assert plan.prediction is not None
+    return plan.prediction.step_seconds
+
+
+def search_schedule(
+    schedule: ScheduleName, estimator: Estimator, limit_bytes: float | None
+) -> tuple[Option | None, int]:
+    """The best plan under a schedule, if there is any, and how many programmes were solved: the
+    best of those that keep to the memory, or else of all.
+    """
+    if schedule == "1f1b-deferred" and estimator.deferred is None:
+        return None, 0  # what its slices take is not known
+    search = _terapipe if schedule == "terapipe" else partial(_best_found, schedule)
+    plan, num_solves = search(estimator, limit_bytes)
+    fits = plan is not None
+    if plan is None and limit_bytes is not None:
+        plan, more = search(estimator, None)
+        num_solves += more
+    if plan is None:
+        return None, num_solves
+    bubble = predicted_timeline(plan, estimator.chunk_factors(plan.num_chunks)).bubble
+    return Option(plan, bubble, estimator.activation_bytes(plan), fits), num_solves
+
+
+def _terapipe(estimator: Estimator, limit_bytes: float | None) -> tuple[Plan | None, int]:
+    """The fastest plan if all goes forward before any goes backward, which is proven."""
+    request, factors = estimator.request, estimator.stage_factors
+    estimator = within_memory(estimator, limit_bytes)
+    slicing = fastest_slicing(
+        *estimator.times, request.batch_size, factors, batch_slices=request.batch_slices
+    )
+    if slicing is None:
+        return None, 0
+    plan = estimator.plan_of(slicing, "terapipe")
+    if min(factors) < max(factors) and request.batch_slices is None:
+        # The slicer minimises a bound then, and a plainer plan may turn out faster.
+        plainer = (
+            best_uniform_plan(estimator, counts) for counts in ([1], range(1, len(estimator.cuts)))
+        )
+        plan = min((plan, *(p for p in plainer if p)), key=step_seconds)
+    return _with_bound(plan, slicing.lower_bound_seconds), slicing.num_solves
+
+
+def _best_found(
+    schedule: ScheduleName, estimator: Estimator, limit_bytes: float | None
+) -> tuple[Plan | None, int]:
+    """The best plan under another schedule that was found: of those that are fastest with all
+    forward before any backward, for each size of batch slices and number of chunks, and of equal
+    slices, made faster by moving cuts.
+    """
+    slicings: list[tuple[int, Slicing]] = []  # with numbers of chunks
+    is_interleaved = schedule == "interleaved"
+    for num_chunks in estimator.request.chunk_options if is_interleaved else (1,):
+        for sizes in _batch_slices(estimator, at_least=1 if is_interleaved else 2):
+            allowed = within_memory(estimator, limit_bytes, schedule, sizes)
+            fastest = fastest_slicing(
+                *allowed.times,
+                sum(sizes),
+                estimator.stage_factors,
+                batch_slices=sizes,
+                num_chunks=num_chunks,
+            )
+            found = [fastest] if fastest else []
+            if estimator.request.token_slices is None:
+                uniform = _uniform(allowed, [sizes], range(1, len(estimator.cuts)))
+                found += uniform[:MOST_UNIFORM]
+                found += uniform and [max(uniform, key=lambda slicing: len(slicing.cuts[0]))]
+            slicings += [(num_chunks, slicing) for slicing in found]
+    num_solves = sum(slicing.num_solves for _, slicing in slicings)
+
+    def seconds(num_chunks: int, slicing: Slicing) -> float:
+        plan = estimator.plan_of(slicing, schedule, num_chunks)
+        if limit_bytes is not None and estimator.step_bytes(plan) > limit_bytes:
+            return np.inf
+        return step_seconds(plan)
+
+    known = [(seconds(*option), *option) for option in slicings]
+    least, num_chunks, best = min(known, key=lambda found: found[0], default=(np.inf, 1, None))
+    if best is None or least == np.inf:
+        return None, num_solves
+    best = _with_moved_cuts(estimator, best, least, partial(seconds, num_chunks))
+    plan = estimator.plan_of(best, schedule, num_chunks)
+    return _with_bound(plan, _lower_bound_seconds(estimator, plan)), num_solves
+
+
+def _with_moved_cuts(
+    estimator: Estimator, best: Slicing, least: float, seconds: Callable[[Slicing], float]
+) -> Slicing:
+    """The slicing with one cut after another moved by a unit where that makes it faster, until none
+    does or MOST_MOVES have been tried.
+    """
+    num_tried, has_improved = 0, True
+    while has_improved:
+        has_improved = False
+        for place in _places(estimator, best):
+            moved = _moved(estimator, best, *place)
+            if moved is None:
+                continue
+            if num_tried == MOST_MOVES:
+                return best
+            num_tried += 1
+            if (after := seconds(moved)) < least:
+                least, best, has_improved = after, moved, True
+    return best
+
+
+def _lower_bound_seconds(estimator: Estimator, plan: Plan) -> float:
+    """No slices take less under the schedule of a plan, with as many chunks: each stage has all
+    work, and before and after that a slice has to come to it and back; when it goes back, gradients
+    of weights that are taken later need not be done.
+    """
+    request, P = estimator.request, plan.num_stages
+    (forward, backward), weights = estimator.times, None
+    if plan.schedule == "1f1b-deferred":
+        assert estimator.deferred
+        backward, weights = estimator.deferred
+    to_come, to_go = (float(t[np.isfinite(t)].min()) for t in (forward, backward))
+    ways = [(backward, to_come + to_go)]
+    ways += [] if weights is None else [(backward + weights, to_come)]
+    factors = np.reshape(estimator.chunk_factors(plan.num_chunks), (plan.num_chunks, P))
+    whole, first = factors.sum(0).tolist(), factors[0].tolist()
+    before = list(itertools.accumulate(first[:-1], initial=0.0))  # of the stages before each
+    bounds = []
+    for back, wait in ways:
+        work = least_work(forward, back, request.batch_size, request.batch_slices)
+        bounds += [a * work + b * wait for a, b in zip(whole, before, strict=True)]
+    return max(bounds)
+
+
+def _batch_slices(estimator: Estimator, at_least: int) -> list[tuple[int, ...]]:
+    """The sizes of batch slices to try: the given ones, or equal ones, so many at least."""
+    request = estimator.request
+    if request.batch_slices is not None:
+        return [request.batch_slices]
+    counts = {
+        -(-request.batch_size // size)
+        for size in range(1, len(estimator.forward) + 1)
+        if size & (size - 1) == 0 and at_least * size <= request.batch_size
+    }
+    return [uniform_parts(request.batch_size, count) for count in sorted(counts)]
+
+
+def _places(estimator: Estimator, slicing: Slicing) -> list[tuple[int, int, int]]:
+    """Where a cut can be moved to: of batch slices of so many sequences, which cut, and how far."""
+    if estimator.request.token_slices is not None:
+        return []
+    cuts = dict(zip(slicing.batch_slices, slicing.cuts, strict=True))
+    return [
+        (size, i, step)
+        for size, own in sorted(cuts.items())
+        for i in range(1, len(own) - 1)
+        for step in (-1, 1)
+    ]
+
+
+def _moved(estimator: Estimator, slicing: Slicing, size: int, i: int, step: int) -> Slicing | None:
+    """The slicing with a cut of all batch slices of a size elsewhere, if that is allowed."""
+    sizes = slicing.batch_slices
+    own = dict(zip(sizes, slicing.cuts, strict=True))[size]
+    moved = (*own[:i], own[i] + step, *own[i + 1 :])
+    pairs = list(itertools.pairwise(moved))
+    is_allowed = all(start < stop for start, stop in pairs) and all(
+        np.isfinite(t[size - 1, stop, start]) for start, stop in pairs for t in estimator.times
+    )
+    if not is_allowed:
+        return None
+    cuts = (moved if n == size else c for n, c in zip(sizes, slicing.cuts, strict=True))
+    return replace(slicing, cuts=tuple(cuts))
+
+
+def within_memory(
+    estimator: Estimator,
+    limit_bytes: float | None,
+    schedule: ScheduleName = "terapipe",
+    batch_slices: tuple[int, ...] | None = None,
+) -> Estimator:
+    """Without the slices that take too much memory, where as little is kept as the shortest slices
+    allow.
+    """
+    if limit_bytes is None:
+        return estimator
+    batch_slices = batch_slices or (estimator.request.batch_size,)
+    kept = estimator.least_activation_bytes(batch_slices, schedule)
+    needed = estimator.memory.step_bytes(kept, estimator.slice_tokens)
+    return estimator.without(needed > limit_bytes)
+
+
+def _with_bound(plan: Plan, lower_bound_seconds: float) -> Plan:
+    """The plan with what no plan under its schedule can be faster than, in its pipeline."""
+    prediction = plan.prediction
+    assert prediction is not None
+    bound = lower_bound_seconds + prediction.outside_seconds
+    is_optimal = bound >= prediction.step_seconds * (1 - 10 * ROUNDING)
+    return replace(
+        plan,
+        prediction=replace(prediction, is_optimal=is_optimal, lower_bound_seconds=bound),
+    )
+
+
+def best_uniform_plan(estimator: Estimator, token_counts: Iterable[int]) -> Plan | None:
+    """The fastest plan of equal batch slices with one of these numbers of equal slices, if all goes
+    forward before any goes backward; None where slices are given.
+    """
+    request = estimator.request
+    if request.token_slices is not None:
+        return None
+    batches = [uniform_parts(request.batch_size, n) for n in range(1, request.batch_size + 1)]
+    found = _uniform(estimator, batches, token_counts)
+    return estimator.plan_of(found[0], "terapipe") if found else None
+
+
+def _uniform(
+    estimator: Estimator, batches: Iterable[tuple[int, ...]], token_counts: Iterable[int]
+) -> list[Slicing]:
+    """Slicings of these batch slices into these numbers of equal slices, by the formula of all
+    forward before any backward from the fastest on.
+    """
+    (forward, backward), factors = estimator.times, estimator.stage_factors
+    slowest = max(factors)
+    wait = sum(factors) - slowest
+    batches, found = list(batches), []
+    for num_tokens in token_counts:
+        cuts = np.cumsum([0, *uniform_parts(forward.shape[1] - 1, num_tokens)])
+        f, b = (t[:, cuts[1:], cuts[:-1]] for t in (forward, backward))  # [sizes, token slices]
+        work, longest_f, longest_b = (f + b).sum(1), f.max(1), b.max(1)
+        for sizes in batches:
+            if max(sizes) > len(f):
+                continue
+            rows = np.array(sizes) - 1
+            longest = longest_f[rows].max() + longest_b[rows].max()
+            if np.isfinite(longest):
+                seconds = float(slowest * work[rows].sum() + wait * longest)
+                found.append(Slicing(sizes, (tuple(cuts.tolist()),) * len(sizes), seconds, 0.0, 0))
+    return sorted(found, key=lambda slicing: slicing.seconds)
