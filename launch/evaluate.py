@@ -19,7 +19,6 @@ def main() -> None:
     from tpipe_jax.data.batches import open_held_out
     from tpipe_jax.data.sources import open_shares
     from tpipe_jax.devices.startup import find_devices
-    from tpipe_jax.pipeline.spec import make_spec
     from tpipe_jax.reporting.console import Console
 
     path = flags.workdir / "config.json"
@@ -31,7 +30,7 @@ def main() -> None:
     trained = load(flags.workdir, flags.step, config, devices)
     if flags.data is None:
         config, shares = open_held_out(trained.config)
-        trained = trained._replace(spec=make_spec(config, trained.mesh))
+        trained = trained.with_config(config)
     else:
         vocab_size = trained.config.model.vocab_size
         shares = open_shares("--data", flags.data, vocab_size, data)

@@ -16,7 +16,6 @@ from tpipe_jax.commands.evaluate import evaluate
 from tpipe_jax.config.settings import Config, MeshConfig, ModelConfig, PlanConfig, TrainConfig
 from tpipe_jax.data.batches import open_held_out
 from tpipe_jax.errors import UserError
-from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.plan import Plan
 
 EXAMPLES = sorted((runs.ROOT / "examples").glob("*.py"))
@@ -61,7 +60,7 @@ def test_a_name_that_the_library_does_not_have():
 )
 def test_a_plan_of_another_config_is_refused(plan: Plan, what: str):
     with pytest.raises(UserError, match=f"the plan is for {what}"):
-        tpipe_jax.make_train_step(make_spec(small(), plan), jax.devices()[:2])
+        tpipe_jax.make_train_step(small(), plan, jax.devices()[:2])
 
 
 def test_a_step_takes_arrays_of_numpy_and_of_jax():

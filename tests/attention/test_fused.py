@@ -108,7 +108,7 @@ def test_a_whole_sequence_has_no_context_to_loop_over() -> None:
     s = draw(Position(1, 0), L=70, T=70)
     reference.assert_close(run(s, IN_GROUPS[100]), expect(s), TOLERANCE)
     q, at = jnp.asarray(s.q), Position(jnp.int32(1), jnp.int32(0))
-    assert "while" not in str(jax.make_jaxpr(IN_GROUPS[100].forward)(q, s.cache, at))
+    assert "while" not in str(jax.make_jaxpr(IN_GROUPS[100].forward)(Slice(q, s.cache, at)))
 
 
 def test_slices_too_short_for_the_kernel_are_attended_without_it() -> None:

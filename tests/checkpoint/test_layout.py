@@ -27,15 +27,15 @@ MESHES = [
 
 
 def gathered(state: TrainState, num_chunks: int = 1) -> dict[str, np.ndarray]:
-    """The arrays of the model that the pieces make, each element exactly once."""
+    """The arrays of the model that the fragments make, each element exactly once."""
     arrays: dict[str, np.ndarray] = {}
     times: dict[str, np.ndarray] = {}
-    for piece in fragments(MODEL, state, num_chunks):
-        whole = arrays.setdefault(piece.name, np.zeros(piece.shape, piece.data.dtype))
-        count = times.setdefault(piece.name, np.zeros(piece.shape, int))
-        whole[piece.index] = piece.data
-        count[piece.index] += 1
-        for i, n in zip(piece.index, piece.chunk, strict=True):
+    for fragment in fragments(MODEL, state, num_chunks):
+        whole = arrays.setdefault(fragment.name, np.zeros(fragment.shape, fragment.data.dtype))
+        count = times.setdefault(fragment.name, np.zeros(fragment.shape, int))
+        whole[fragment.index] = fragment.data
+        count[fragment.index] += 1
+        for i, n in zip(fragment.index, fragment.zarr_chunk, strict=True):
             assert i.start % n == 0  # a chunk of its own
             assert i.stop - i.start <= n
     for count in times.values():

@@ -105,7 +105,7 @@ def test_tokens_of_another_tokenizer(tmp_path: Path):
     data = dataclasses.replace(trained.config.data, tokenizer=str(tmp_path / "small.json"))
     config = dataclasses.replace(trained.config, data=data)
     shares = open_shares("--data", str(tmp_path / "tokens.bin"), 256, data)
-    with_bytes = evaluate(trained._replace(config=config), shares)
+    with_bytes = evaluate(trained.with_config(config), shares)
     assert with_bytes.num_bytes == with_bytes.num_tokens  # a byte each
     words = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     words.decoder = decoders.ByteLevel()
@@ -113,7 +113,7 @@ def test_tokens_of_another_tokenizer(tmp_path: Path):
     data = dataclasses.replace(data, tokenizer=str(tmp_path / "words.json"))
     config = dataclasses.replace(config, data=data)
     with pytest.raises(UserError, match=r"words.json has 1 tokens, but the data have token id 255"):
-        evaluate(trained._replace(config=config), shares)
+        evaluate(trained.with_config(config), shares)
 
 
 @pytest.mark.parametrize(

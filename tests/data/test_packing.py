@@ -272,7 +272,7 @@ def test_a_run_learns_completions(tmp_path: Path):
     assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
     trained = load(tmp_path / "run")
     config, shares = open_held_out(trained.config)
-    evaluation = evaluate(trained._replace(spec=make_spec(config, trained.mesh)), shares)
+    evaluation = evaluate(trained.with_config(config), shares)
     assert evaluation.num_tokens == sum(len(c) for _, c in pieces)
     assert lines[-1]["eval_loss"] == pytest.approx(evaluation.loss, rel=1e-5)
 

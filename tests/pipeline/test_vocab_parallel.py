@@ -161,10 +161,10 @@ def test_gradients_in_short_formats(dtype: Any) -> None:
     reference.assert_close(got, want, 4 * float(jnp.finfo(dtype).eps))
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 8, 36])
-def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    """One chunk or many, some with nothing that counts, some that don't divide the tokens."""
-    monkeypatch.setattr(vocab_parallel, "TILE_TOKENS", chunk)
+@pytest.mark.parametrize("num_tokens", [1, 7, 8, 36])
+def test_tiles_change_nothing(monkeypatch: pytest.MonkeyPatch, num_tokens: int) -> None:
+    """One tile or many, some with nothing that counts, some that don't divide the tokens."""
+    monkeypatch.setattr(vocab_parallel, "TILE_TOKENS", num_tokens)
     check_loss(MeshConfig(pipe=2), 37)
 
 
@@ -199,11 +199,11 @@ def test_embedding_equals_plain_jax(config: MeshConfig, vocab_size: int) -> None
     check_embedding(config, vocab_size)
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 8, 36])
-def test_chunks_of_the_embedding_change_nothing(
-    monkeypatch: pytest.MonkeyPatch, chunk: int
+@pytest.mark.parametrize("num_tokens", [1, 7, 8, 36])
+def test_tiles_of_the_embedding_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, num_tokens: int
 ) -> None:
-    monkeypatch.setattr(vocab_parallel, "TILE_TOKENS", chunk)
+    monkeypatch.setattr(vocab_parallel, "TILE_TOKENS", num_tokens)
     check_embedding(MeshConfig(pipe=2), 37)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -48,6 +49,11 @@ OPTIMIZER = make_optimizer(CONFIG)
 
 def with_memory(**changes: Any) -> Config:
     return dataclasses.replace(CONFIG, memory=MemoryConfig(**changes))
+
+
+def of(config: Config, mesh: Any) -> Any:
+    """What is asked of a spec, on a mesh of devices that do not exist."""
+    return SimpleNamespace(config=config, mesh=mesh)
 
 
 @cache
@@ -107,11 +113,11 @@ def test_the_budget_of_slices_that_wait_is_near_what_the_compiler_says():
     parts = budget(make_spec(config, MESH), schedule, OPTIMIZER)
     assert sum(parts.values()) == pytest.approx(program_bytes(step), rel=0.2)
     bytes_of_slot = 64 * 4 * 9 * 64 * 2  # tokens, float32, widths, layers of a stage
-    in_shared_rows = dataclasses.replace(
+    all_at_once = dataclasses.replace(
         config, plan=dataclasses.replace(config.plan, schedule="1f1b")
     )
     others = budget(
-        make_spec(in_shared_rows, MESH), make_schedule(reference.plan_of(in_shared_rows)), OPTIMIZER
+        make_spec(all_at_once, MESH), make_schedule(reference.plan_of(all_at_once)), OPTIMIZER
     )
     more = parts["other activations"] - others["other activations"]
     assert more == 3 * bytes_of_slot
@@ -121,11 +127,15 @@ def test_a_plan_to_come_may_have_chunks():
     """Those of the request; what fits is judged with them."""
     request = PlanRequest(2, 4, 512, schedule="interleaved", num_layers=4)
     limited = with_memory(limit_gib=1)
-    assert fitting_policy(make_spec(limited, MESH), request, OPTIMIZER).memory.remat == "dots"
-    assert fitting_policy(make_spec(limited, MESH), request, OPTIMIZER).plan == limited.plan
+    assert (
+        fitting_policy(make_spec(limited, MESH), request, OPTIMIZER).config.memory.remat == "dots"
+    )
+    assert fitting_policy(make_spec(limited, MESH), request, OPTIMIZER).config.plan == limited.plan
     everything = dataclasses.replace(request, schedule=None)
     tight = with_memory(limit_gib=1.5 * needed("dots") / GIB)
-    assert fitting_policy(make_spec(tight, MESH), everything, OPTIMIZER).memory.remat == "dots"
+    assert (
+        fitting_policy(make_spec(tight, MESH), everything, OPTIMIZER).config.memory.remat == "dots"
+    )
 
 
 def test_what_fits_under_1f1b_alone_is_computed_again_no_more():
@@ -137,7 +147,9 @@ def test_what_fits_under_1f1b_alone_is_computed_again_no_more():
     plan = reference.plan_of(config_of_least)
     limit = program_bytes(fitting_step(make_spec(config_of_least, MESH), plan, OPTIMIZER)[1]) / GIB
     limited = dataclasses.replace(config, memory=MemoryConfig(limit_gib=limit))
-    assert fitting_policy(make_spec(limited, MESH), request, OPTIMIZER).memory.remat == "dots"
+    assert (
+        fitting_policy(make_spec(limited, MESH), request, OPTIMIZER).config.memory.remat == "dots"
+    )
     with pytest.raises(UserError, match=r"config.plan.schedule=1f1b, .* would bring it down"):
         fitting_policy(
             make_spec(limited, MESH), dataclasses.replace(request, schedule="terapipe"), OPTIMIZER
@@ -150,13 +162,13 @@ def test_auto_takes_the_first_that_fits(remat: str):
     config = with_memory(limit_gib=limit)
     plan = reference.plan_of(config)
     chosen, step = fitting_step(make_spec(config, MESH), plan, OPTIMIZER)
-    assert chosen.memory == MemoryConfig(limit, remat)
+    assert chosen.config.memory == MemoryConfig(limit, remat)
     assert program_bytes(step) <= limit * GIB
 
 
 def test_without_a_limit_the_fastest_is_taken():
     chosen, _ = fitting_step(make_spec(CONFIG, MESH), reference.plan_of(CONFIG), OPTIMIZER)
-    assert chosen.memory.remat == "dots"
+    assert chosen.config.memory.remat == "dots"
 
 
 def test_a_limit_that_nothing_meets_says_by_how_much_and_what_helps():
@@ -191,7 +203,7 @@ def test_a_plan_to_come_is_judged_by_its_smallest_slices():
     step = fitting_step(make_spec(shortest, MESH), reference.plan_of(shortest), OPTIMIZER)[1]
     limit = program_bytes(step) / GIB
     chosen = fitting_policy(make_spec(with_memory(limit_gib=limit), MESH), request, OPTIMIZER)
-    assert chosen.memory.remat == "dots"
+    assert chosen.config.memory.remat == "dots"
     whole = dataclasses.replace(request, batch_slices=(4,), token_slices=(512,))
     with pytest.raises(UserError, match="less than a step takes"):
         fitting_policy(make_spec(with_memory(limit_gib=limit), MESH), whole, OPTIMIZER)
@@ -208,12 +220,12 @@ def test_the_least_of_what_devices_report_is_the_limit(monkeypatch: pytest.Monke
         local_devices = (Device(),)
 
     mesh: Any = Mesh()
-    assert limit_bytes(make_spec(CONFIG, mesh)) == 5 * GIB
-    assert limit_bytes(make_spec(with_memory(limit_gib=3), mesh)) == 3 * GIB
+    assert limit_bytes(of(CONFIG, mesh)) == 5 * GIB
+    assert limit_bytes(of(with_memory(limit_gib=3), mesh)) == 3 * GIB
     monkeypatch.setattr(memory.jax, "process_count", lambda: 2)
     gather = lambda own: own - [0, 2 * GIB]  # noqa: E731
     monkeypatch.setattr(memory.multihost_utils, "process_allgather", gather)
-    assert limit_bytes(make_spec(CONFIG, mesh)) == 3 * GIB
+    assert limit_bytes(of(CONFIG, mesh)) == 3 * GIB
 
 
 def test_a_cpu_has_its_share_of_the_machine():
@@ -238,7 +250,7 @@ def test_processes_of_one_host_share_its_memory(monkeypatch: pytest.MonkeyPatch)
     mesh: Any = Mesh()
     monkeypatch.setattr(memory, "host_names", lambda: ["here", "here", "there"])
     share = memory.os.sysconf("SC_PAGE_SIZE") * memory.os.sysconf("SC_PHYS_PAGES") / 3
-    assert limit_bytes(make_spec(CONFIG, mesh)) == pytest.approx(share)
+    assert limit_bytes(of(CONFIG, mesh)) == pytest.approx(share)
 
 
 def test_what_can_never_fit_is_not_compiled(monkeypatch: pytest.MonkeyPatch):
@@ -252,7 +264,7 @@ def test_what_can_never_fit_is_not_compiled(monkeypatch: pytest.MonkeyPatch):
 def test_a_plan_to_come_that_fits_by_far_needs_no_compiler(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(memory, "compile_checked", None)
     request = PlanRequest(2, 4, 512, schedule="terapipe")
-    assert fitting_policy(make_spec(CONFIG, MESH), request, OPTIMIZER).memory.remat == "dots"
+    assert fitting_policy(make_spec(CONFIG, MESH), request, OPTIMIZER).config.memory.remat == "dots"
     schedule = terapipe(reference.plan_of(CONFIG))
     least = (
         sum(budget(make_spec(with_memory(remat="dots"), MESH), schedule, OPTIMIZER).values()) / GIB

@@ -12,7 +12,7 @@ from tpipe_jax.checkpoint.arrays import restore
 from tpipe_jax.checkpoint.checkpoints import newest_sound
 from tpipe_jax.config.settings import Config, PlanConfig
 from tpipe_jax.model.block import Params
-from tpipe_jax.pipeline.spec import StageSpec, spec_on_devices
+from tpipe_jax.pipeline.spec import StageSpec, make_spec, spec_on_devices
 from tpipe_jax.training.optimizer import make_optimizer
 from tpipe_jax.training.state import abstract_state
 
@@ -31,6 +31,10 @@ class Trained(NamedTuple):
     @property
     def mesh(self) -> Mesh:
         return self.spec.mesh
+
+    def with_config(self, config: Config) -> "Trained":
+        """The same model under settings that differ in data or batch."""
+        return self._replace(spec=make_spec(config, self.mesh))
 
 
 def load(workdir: Path, step: int | None, config: Config, devices: Sequence[jax.Device]) -> Trained:
