@@ -1,15 +1,16 @@
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
 from hypothesis import settings
-from jax.experimental.compilation_cache import compilation_cache
 from matplotlib.figure import Figure
 
 # Read when jax looks for devices, which are CPUs unless test_gpu.py is asked for. Flags are as
-# `mesh.prepare_cpu` has them: one process has 8 devices, so operators need no threads of their own.
-# And programs run for less time than their machine code would take to be optimised.
+# `startup.prepare_cpu` has them: one process has 8 devices, so operators need no threads of their
+# own. And programs run for less time than their machine code would take to be optimised.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 os.environ["XLA_FLAGS"] = (
@@ -20,32 +21,42 @@ os.environ["XLA_FLAGS"] = (
 )
 jax.config.update("jax_num_cpu_devices", 8)
 
+# Compiling is most of the tests' time. So each program is compiled once, for all tests and for the
+# next time; other processes that tests start find it too.
+PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "programs"
+MAX_PROGRAMS_BYTES = 4 * 2**30
+for name, value in {
+    "compilation_cache_dir": PROGRAMS,
+    "persistent_cache_min_compile_time_secs": 0,
+    "persistent_cache_min_entry_size_bytes": -1,
+}.items():
+    os.environ[f"JAX_{name.upper()}"] = str(value)
+    jax.config.update(f"jax_{name}", str(value) if isinstance(value, Path) else value)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Programs of older code are not kept for ever."""
+    is_worker = hasattr(config, "workerinput")
+    if not is_worker and PROGRAMS.exists():
+        sizes = [path.stat().st_size for path in PROGRAMS.iterdir()]
+        if sum(sizes) > MAX_PROGRAMS_BYTES:
+            shutil.rmtree(PROGRAMS)
+
+
 settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 settings.register_profile("thorough", deadline=None, database=None, max_examples=5000)
 settings.load_profile("tests")
 
 
-@pytest.fixture(scope="session")
-def program_cache(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(tmp_path_factory.mktemp("programs"))
-
-
 @pytest.fixture(scope="module")
-def kept_programs(program_cache: str) -> Iterator[None]:
-    """Programs are compiled once for all runs of the tests that ask for it, and those of other
-    processes into machine code that is not optimised.
+def short_flags() -> Iterator[None]:
+    """Other processes compile into machine code that is not optimised; their other flags are those
+    that a run gives itself.
     """
-    options = {"compilation_cache_dir": program_cache, "persistent_cache_min_compile_time_secs": 0}
-    before = dict(os.environ)
+    before = os.environ["XLA_FLAGS"]
     os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"
-    for name, value in options.items():
-        os.environ[f"JAX_{name.upper()}"] = str(value)
-        jax.config.update(f"jax_{name}", value)
     yield
-    os.environ.clear()
-    os.environ |= before
-    jax.config.update("jax_compilation_cache_dir", None)
-    compilation_cache.reset_cache()
+    os.environ["XLA_FLAGS"] = before
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from tpipe_jax.planning.simulate import simulate
 BENCH = several.ROOT / "bench"
 
 
+@pytest.mark.slow
 def test_faults_lose_nothing_but_steps_since_the_last_checkpoint():
     """A short form of the soak; it judges itself."""
     kinds = ["kill in a save", "flip"]
@@ -76,6 +77,7 @@ def test_the_formula_of_a_paper_s_step_is_the_makespan_of_its_schedule(
         assert v100.step_seconds(setting, cluster, slices) == pytest.approx(makespan)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("c++"), reason="the sleeping stages need a C++ compiler")
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_stages_that_sleep_take_no_less_than_their_makespan(
@@ -122,6 +124,7 @@ SIZES = f"--d-model={D} --num-layers={L} --num-heads=2 --vocab-size={V} --seq-le
 OPTIONS = f"{SIZES} --batch-tokens={B * T} --slices=1 --slices=2 --remat=full --rounds=2".split()
 
 
+@pytest.mark.slow
 def test_figures_of_a_program_agree():
     """One sequence after another, under each schedule."""
     options = [*OPTIONS, "--product=256", "--no-torch", "--no-latency", f"--batch-slices={B}"]
@@ -145,6 +148,7 @@ def test_figures_of_a_program_agree():
     assert "without cudnn: config.attention.backend=cudnn needs GPUs" in done.stdout
 
 
+@pytest.mark.slow
 def test_programs_that_fail_leave_the_others_their_rows(
     gpu: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
@@ -191,6 +195,7 @@ def test_programs_that_fail_leave_the_others_their_rows(
     gpu.report(config, [compiled], 1e12, None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "reason"),
     [
@@ -218,6 +223,7 @@ def test_pytorch_that_fails_is_left_out(
     assert (reason or "") in text
 
 
+@pytest.mark.slow
 def test_pytorch_on_a_cpu_has_to_be_asked_for(gpu: Any, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("torch")
     assert gpu.run_torch(gpu.parse_args(OPTIONS), T) is None

@@ -22,6 +22,7 @@ EXAMPLES = sorted((runs.ROOT / "examples").glob("*.py"))
 LEARNT = {"train_on_arrays": 1.25, "own_block": 2.5}  # at the end, from 4.6 and 5.5 nats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_it_runs(path: Path, tmp_path: Path):
     """From another folder."""
@@ -72,6 +73,7 @@ def test_a_step_takes_arrays_of_numpy_and_of_jax():
         step(step.init(), rows[:, :8])
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_and_loaded(tmp_path: Path):
     """And evaluated on what it holds out, as it has evaluated itself."""
     config = runs.changed(runs.small_config(tmp_path), train={"eval_batches": 1, "batch_size": 2})

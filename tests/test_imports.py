@@ -1,12 +1,15 @@
 """The architecture: which folder of the package may import which."""
 
 import ast
+import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import tpipe_jax
 
@@ -150,3 +153,10 @@ def test_a_forbidden_import_is_named(tmp_path: Path):
         f"{where}:3 imports Plan from planning, which is for users: name its module",
         f"{where}:4 imports _search, which is private to planning.slicer",
     }
+
+
+def test_the_picture_of_the_folders_is_as_the_code():
+    """`python docs/folders.py` draws it anew."""
+    docs = runpy.run_path(str(PACKAGE.parent / "docs" / "folders.py"))
+    with Image.open(docs["PICTURE"]) as picture:
+        assert json.loads(picture.info["Description"]) == docs["imports"]()

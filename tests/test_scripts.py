@@ -120,6 +120,7 @@ def test_xla_knows_the_flags_that_the_scripts_set(flag: str):
     assert (done.returncode == 0) == (flag == "documented")
 
 
+@pytest.mark.slow
 def test_processes_find_each_other_by_what_slurm_tells_them():
     mesh = ["--config.mesh.pipe=1", "--config.mesh.data=2"]
     port = several.free_port()

@@ -1,9 +1,9 @@
 """The library: plans, steps and runs in a Python program of your own. See `examples/`.
 
-All functions take a `Config` with the settings of the command line, and the devices to work on;
-without these they take those that jax has, of which CPUs become as many as the mesh asks for if jax
-has not been used before; the process then keeps the memory that it frees, which is faster. What
-does not fit raises `UserError`, one sentence that says what to do.
+All functions take a `Config`, which has the settings of the command line, and the devices to work
+on. Without devices they take those of jax. On CPUs they first make as many devices as the mesh asks
+for, unless jax has been used before. The process then keeps the memory that it frees, which is
+faster. If something does not fit, they raise `UserError`: one sentence that says what to do.
 """
 
 import tempfile
@@ -43,11 +43,11 @@ def plan(
     workdir: Path | str | None = None,
     devices: Devices | None = None,
 ) -> Plan:
-    """How a run of this config would slice its batch and sequences.
+    """Returns how a run of this config would slice its batch and sequences.
 
-    Where its settings leave that open the slices follow from the latencies; these are measured if
-    they are not given, which needs the devices and takes minutes on CPUs. What was measured is kept
-    in the workdir, if there is one, and taken from there the next time.
+    If the settings leave the slices open, they are planned from latencies. Latencies that are not
+    given are measured, which needs the devices and takes minutes on CPUs. With a workdir, they are
+    kept there and used again the next time.
     """
     request = read_settings(config)
     if isinstance(request, Plan):
@@ -70,17 +70,20 @@ class TrainStep:
         self._last: dict[str, Array] = {}
 
     def init(self) -> TrainState:
-        """Fresh parameters and optimiser state, drawn with config.train.seed."""
+        """Returns fresh parameters and optimiser state, drawn with config.train.seed."""
         return init_state(self._spec, self._optimizer)
 
     def __call__(
         self, state: TrainState, rows: np.ndarray | Array
     ) -> tuple[TrainState, dict[str, Array]]:
-        """The next state, and `loss` (nats per token), `grad_norm` and others as scalars.
+        """Returns the next state, and the metrics as scalars: `loss` (nats per token), `grad_norm`
+        and others.
 
-        Rows are tokens `[B, T + 1]`, inputs and targets in one, int32 below the vocabulary's size
-        or `config.IGNORE` as a target; where the config marks documents, `[B, 3, T]` as
-        `batches.make_row` makes them. The old state is donated, so it can be used no more.
+        Rows are int32 tokens `[B, T + 1]`: inputs are all but the last, targets all but the first.
+        Tokens are below the vocabulary's size; a target may also be `config.IGNORE`, which does not
+        count. If the config marks documents, rows are `[B, 3, T]`, as `batches.make_row` makes
+        them. The old state is donated, so it cannot be used again. Raises `UserError` if the rows
+        have another shape.
         """
         like = abstract_rows(self._spec)
         if rows.shape != like.shape:
@@ -92,7 +95,7 @@ class TrainStep:
         else:
             rows = jax.device_put(rows.astype(like.dtype), like.sharding)
         state, metrics = self._step(state, rows)
-        # Devices of one process that are many steps behind may wait for each other without end.
+        # If devices of a process fall many steps behind, they may wait for each other for ever.
         jax.block_until_ready(self._last)
         self._last = metrics
         return state, metrics
@@ -101,8 +104,8 @@ class TrainStep:
 def make_train_step(
     config: Config, slices: Plan | None = None, devices: Devices | None = None
 ) -> TrainStep:
-    """Compiles the training step of a plan; without one, of `plan(config)`."""
-    read_settings(config)  # which says what of it does not fit
+    """Compiles the training step of a plan; without a plan, the step of `plan(config)`."""
+    read_settings(config)  # raises `UserError` for settings that do not fit
     slices = slices or plan(config, devices=devices)
     spec = spec_on_devices(config, devices or _devices(config.mesh))
     batch_size = config.train.batch_size // config.mesh.data
@@ -113,8 +116,8 @@ def make_train_step(
 
 
 def train(config: Config, workdir: Path | str, devices: Devices | None = None) -> None:
-    """What `python launch/multihost.py` does in one process: plans, trains, evaluates and saves,
-    and goes on where an earlier call has stopped.
+    """Plans, trains, evaluates and saves, as `python launch/multihost.py` does in one process. Goes
+    on where an earlier call has stopped.
     """
     run_training(config, Path(workdir), devices or _devices(config.mesh), Console())
 
@@ -125,11 +128,11 @@ def load(
     config: Config | None = None,
     devices: Devices | None = None,
 ) -> Trained:
-    """The model of a run's newest sound checkpoint, or of a step, on a mesh: its config, the mesh
-    and the parameters, for `generate.Generator` and `evaluate.evaluate`.
+    """Loads the model of a run's newest sound checkpoint, or of `step`, onto a mesh.
 
-    The config says how it is laid out, as `mesh` and `precision`; its model does not matter, and
-    its data are the run's.
+    Returns its config, the mesh and the parameters, for `generate.Generator` and
+    `evaluate.evaluate`. The given config says how the model is laid out, with `mesh` and
+    `precision`. The model itself is the checkpoint's, and the data settings are the run's.
     """
     config = config or Config()
     path = Path(workdir) / "config.json"
@@ -142,5 +145,5 @@ def _devices(mesh: MeshConfig) -> Devices:
     try:
         devices = find_devices(mesh)
         return devices if mesh.auto else devices[: mesh.num_devices]
-    except RuntimeError:  # jax has been used before, and its devices are what they are
+    except RuntimeError:  # jax has been used before, so its devices are fixed
         return jax.devices()[: mesh.num_devices]

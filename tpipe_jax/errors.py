@@ -1,10 +1,10 @@
-"""What a user can mend, as one sentence. No jax."""
+"""Errors that the user can mend, each told in one sentence. No jax."""
 
 import textwrap
 
 
 class UserError(Exception):
-    """Something that the user can mend: one sentence with setting, value, rule and remedy."""
+    """An error that the user can mend: one sentence with setting, value, rule and remedy."""
 
 
 class Infeasible(UserError):

@@ -1,4 +1,4 @@
-"""Files that cannot be written, and folders that one process has to itself. No jax."""
+"""Turns failed writes into user errors, and locks folders for one process. No jax."""
 
 import fcntl
 import os
@@ -11,7 +11,7 @@ from tpipe_jax.errors import UserError
 
 @contextmanager
 def told_as(sentence: Callable[[OSError], str]) -> Iterator[None]:
-    """Turns an OSError into a `UserError` with a sentence of it."""
+    """Turns an OSError raised inside into a `UserError` whose text is `sentence(error)`."""
     try:
         yield
     except OSError as error:
@@ -19,7 +19,9 @@ def told_as(sentence: Callable[[OSError], str]) -> Iterator[None]:
 
 
 def writing_to(folder: Path, option: str = "--workdir") -> AbstractContextManager[None]:
-    """Turns an OSError into a `UserError`: the folder that an option names cannot be written."""
+    """Turns an OSError raised inside into a `UserError`, which says that the folder named by
+    `option` cannot be written.
+    """
     return told_as(
         lambda error: (
             f"cannot write to {option}={folder} ({error.strerror}: {error.filename}): make it "
@@ -30,10 +32,10 @@ def writing_to(folder: Path, option: str = "--workdir") -> AbstractContextManage
 
 @contextmanager
 def locked(folder: Path, sentence: str) -> Iterator[None]:
-    """Keeps other processes out of a folder; a process that ends leaves it.
+    """Keeps other processes out of a folder until the block or this process ends.
 
-    Raises `UserError` with the sentence if another one is in it. Where a file system has no locks,
-    nothing keeps them out.
+    Raises `UserError` with `sentence` if another process has locked the folder. On a file system
+    without locks, other processes are not kept out.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -224,6 +224,7 @@ def test_the_command_does_not_call_damaged_what_cannot_be_read(
     assert line.endswith("cannot be read: [Errno 116] Stale file handle\n")
 
 
+@pytest.mark.slow
 def test_processes_save_together(tmp_path: Path):
     """Two of four, which have copies of what the others have, have nothing to save."""
     args = [*PIECES, f"--workdir={tmp_path}", "--config.optim.shard-state=false"]

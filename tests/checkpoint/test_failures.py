@@ -238,6 +238,7 @@ def failure_of(checkpoints: Checkpoints) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "sentence"),
     [

@@ -15,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models
 
 from support import reference, runs
+from support.marks import slow
 from tpipe_jax import load
 from tpipe_jax.commands.evaluate import evaluate
 from tpipe_jax.commands.trained_model import Trained
@@ -27,13 +28,13 @@ from tpipe_jax.model import transformer
 from tpipe_jax.model.sharding import param_specs
 from tpipe_jax.pipeline.spec import make_spec
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
+pytestmark = pytest.mark.usefixtures("short_flags")
 
 MODEL = ModelConfig(num_layers=3, d_model=16, num_heads=2, vocab_size=29, seq_len=8)
-MESHES = [MeshConfig(), MeshConfig(pipe=2), MeshConfig(data=2, pipe=2)]
+MESHES = [slow(MeshConfig()), MeshConfig(pipe=2), slow(MeshConfig(data=2, pipe=2))]
 
 
-@pytest.mark.parametrize("num_tokens", [2, 9, 10, 60])
+@pytest.mark.parametrize("num_tokens", [slow(2), slow(9), slow(10), 60])
 @pytest.mark.parametrize("mesh_config", MESHES, ids=str)
 def test_every_token_but_the_first_counts_once(
     tmp_path: Path, num_tokens: int, mesh_config: MeshConfig
@@ -68,6 +69,7 @@ def test_every_token_but_the_first_counts_once(
     assert steps[-1] == (len(losses), len(losses))
 
 
+@pytest.mark.slow
 def test_what_a_run_holds_out(tmp_path: Path):
     """As the run has evaluated it, if it does so on all of it; and bytes have bits."""
     config = runs.small_config(tmp_path)
@@ -97,6 +99,7 @@ def test_what_a_run_holds_out(tmp_path: Path):
     assert f"of {len(text) - held_out - 1} tokens after step 6" in done.stdout
 
 
+@pytest.mark.slow
 def test_tokens_of_another_tokenizer(tmp_path: Path):
     runs.run(runs.changed(runs.small_config(tmp_path), train={"num_steps": 1}), tmp_path / "run")
     trained = load(tmp_path / "run")

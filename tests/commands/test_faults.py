@@ -25,7 +25,7 @@ from tpipe_jax.pipeline import vocab_parallel
 from tpipe_jax.profiling import measured_plan
 from tpipe_jax.training.optimizer import learning_rate
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
+pytestmark = pytest.mark.usefixtures("short_flags")
 
 
 @pytest.fixture
@@ -33,6 +33,7 @@ def config(tmp_path: Path) -> Config:
     return small_config(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_and_resumed_is_bitwise_uninterrupted(
     config: Config, tmp_path: Path, number: int
@@ -110,6 +111,7 @@ def test_second_interruption_stops_at_once(config: Config, tmp_path: Path):
         run(config, tmp_path / "run", interrupt_twice)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", ["float32", "float16"])
 def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(
     config: Config, tmp_path: Path, compute: str
@@ -144,6 +146,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocab_parallel, "embed", spoilt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
 def test_a_batch_that_is_not_finite_is_skipped_or_ends_the_run(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_nonfinite: str
@@ -173,6 +176,7 @@ def test_a_batch_that_is_not_finite_is_skipped_or_ends_the_run(
     assert lines[-1]["learning_rate"] == pytest.approx(rates[69 - len(bad)])
 
 
+@pytest.mark.slow
 def test_too_many_skipped_steps_in_a_row_end_the_run(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -184,6 +188,7 @@ def test_too_many_skipped_steps_in_a_row_end_the_run(
     assert [line["skipped_steps"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_data_that_is_lost_ends_the_run_with_all_steps_saved(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

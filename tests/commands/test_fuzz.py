@@ -169,7 +169,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.usefixtures("kept_programs")
+@pytest.mark.slow
+@pytest.mark.usefixtures("short_flags")
 def test_any_settings_train_a_step_or_are_refused(folder: Path, capsys: pytest.CaptureFixture[str]):
     seen: Counter[str] = Counter()
 
@@ -325,6 +326,7 @@ def two_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @settings(max_examples=max(20, EXAMPLES // 2))
 @given(st.data())
 def test_a_damaged_checkpoint_is_found_and_the_one_before_it_is_used(

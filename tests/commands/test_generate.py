@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from support import reference, runs
+from support.marks import slow
 from tpipe_jax.commands.generate import Generator, chooser
 from tpipe_jax.commands.trained_model import load
 from tpipe_jax.config.settings import Config, MeshConfig, ModelConfig, PlanConfig, PrecisionConfig
@@ -28,7 +29,7 @@ from tpipe_jax.pipeline.spec import make_spec
 
 MODEL = ModelConfig(num_layers=3, d_model=16, num_heads=2, vocab_size=29, seq_len=8)
 PLAN = PlanConfig()
-MESHES = [MeshConfig(), MeshConfig(data=2, pipe=2), MeshConfig(pipe=3, model=2)]
+MESHES = [slow(MeshConfig()), MeshConfig(data=2, pipe=2), slow(MeshConfig(pipe=3, model=2))]
 
 
 def params_of(config: ModelConfig) -> Any:
@@ -81,6 +82,7 @@ def test_draws_as_the_plain_model_does(mesh: MeshConfig):
         assert len(set(got)) >= 3
 
 
+@pytest.mark.slow
 def test_draws_through_the_chunks_of_each_stage():
     """As a run does under the schedule interleaved."""
     config = replace(MODEL, num_layers=7)
@@ -134,6 +136,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return made, folder / "run"
 
 
+@pytest.mark.slow
 def test_greedy_tokens_are_those_of_transformers(gpt2: tuple[Any, Path]):
     torch = pytest.importorskip("torch")
     made, workdir = gpt2
@@ -153,6 +156,7 @@ def run_launcher(workdir: Path, *args: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_bytes_are_printed_as_text(gpt2: tuple[Any, Path]):
     _, workdir = gpt2
     prompt = "The quick"
@@ -163,6 +167,7 @@ def test_bytes_are_printed_as_text(gpt2: tuple[Any, Path]):
     assert text.rstrip("\n") == expected.rstrip("\n")
 
 
+@pytest.mark.slow
 def test_text_of_a_tokenizer(tmp_path: Path):
     """That the model has more tokens than its tokenizer does not matter."""
     path, source, workdir = tmp_path / "tokenizer.json", tmp_path / "made", tmp_path / "run"

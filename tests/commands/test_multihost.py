@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from support import reference, several, ticks, zarr_files
+from support.marks import slow
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
+pytestmark = pytest.mark.usefixtures("short_flags")
 
 PROGRAM = "launch/multihost.py"
 SETTINGS = [
@@ -67,7 +68,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
-@pytest.mark.parametrize("num_processes", [2, 4])
+@pytest.mark.parametrize("num_processes", [2, slow(4)])
 def test_losses_do_not_depend_on_the_processes(num_processes: int, alone: Path, tmp_path: Path):
     out = run(tmp_path, f"--local-processes={num_processes}", "--config.train.trace-step=5")
     check_same(tmp_path, alone)
@@ -84,6 +85,7 @@ def test_losses_do_not_depend_on_the_processes(num_processes: int, alone: Path, 
     reference.assert_close(got, want, 1e-5)
 
 
+@pytest.mark.slow
 def test_what_processes_have_saved_goes_on(tmp_path: Path):
     """In as many processes bitwise, in one and on another mesh up to rounding."""
     checkpoints = tmp_path / "checkpoints"
@@ -108,6 +110,7 @@ def test_what_processes_have_saved_goes_on(tmp_path: Path):
         assert line["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_processes_plan_together(tmp_path: Path):
     """They measure, sample, and don't measure again to go further."""
     workdir = f"--workdir={tmp_path}"
@@ -145,6 +148,7 @@ def processes_of(child: subprocess.Popen) -> list[int]:
     ]
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_at_one_step_in_all_processes(alone: Path, tmp_path: Path):
     args = [*SETTINGS, f"--workdir={tmp_path}", "--local-processes=2"]
     many = "--config.train.num-steps=100000"
@@ -177,6 +181,7 @@ def test_ctrl_c_saves_at_one_step_in_all_processes(alone: Path, tmp_path: Path):
     assert steps == sorted({*range(2, stopped + 2, 2), stopped + 2})
 
 
+@pytest.mark.slow
 def test_processes_that_were_started_by_hand_restart_each_on_its_own(tmp_path: Path):
     """One is killed; the other fails by that, and both find each other again."""
     settings = [*SETTINGS, f"--workdir={tmp_path}", "--config.checkpoint.every=2"]
@@ -228,6 +233,7 @@ def hosts(tmp_path: Path) -> Iterator[list[list[str]]]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
 
 
+@pytest.mark.slow
 def test_two_hosts_train_together(hosts: list[list[str]], alone: Path, tmp_path: Path):
     """By hand, each with its own address: stages go across the hosts."""
     workdir = tmp_path / "run"

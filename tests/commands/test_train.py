@@ -20,7 +20,7 @@ from tpipe_jax.errors import UserError
 from tpipe_jax.model import transformer
 from tpipe_jax.training.optimizer import learning_rate
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
+pytestmark = pytest.mark.usefixtures("short_flags")
 
 
 @pytest.fixture
@@ -57,6 +57,7 @@ def test_a_run_leaves_its_files(config: Config, tmp_path: Path):
     assert any(str(workdir) in text for text in said)
 
 
+@pytest.mark.slow
 def test_each_step_takes_the_next_batch(config: Config, tmp_path: Path):
     """Without learning, the losses of a run are those of the plain model on batch after batch."""
     config = changed(
@@ -89,6 +90,7 @@ def test_a_finished_run_says_how_to_go_on_and_changes_nothing(config: Config, tm
     assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_losses_do_not_depend_on_the_mesh(config: Config, tmp_path: Path):
     meshes = {"1x2x1": MeshConfig(1, 2, 1), "2x2x2": MeshConfig(2, 2, 2)}
     losses = {}
@@ -99,6 +101,7 @@ def test_losses_do_not_depend_on_the_mesh(config: Config, tmp_path: Path):
     np.testing.assert_allclose(losses["2x2x2"], losses["1x2x1"], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_another_schedule(config: Config, tmp_path: Path):
     """Whose stages have other layers: checkpoints have those of the model."""
     config = changed(config, model={"num_layers": 5}, train={"sample_tokens": 3})
@@ -111,6 +114,7 @@ def test_a_run_goes_on_under_another_schedule(config: Config, tmp_path: Path):
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_shorter_formats_train_as_float32_does(config: Config, tmp_path: Path):
     for compute in ("float32", "bfloat16", "float16"):
         run(changed(config, precision={"compute": compute}), tmp_path / compute)
@@ -124,6 +128,7 @@ def test_shorter_formats_train_as_float32_does(config: Config, tmp_path: Path):
     assert {line["skipped_steps"] for line in metrics(tmp_path / "float16")} == {0}
 
 
+@pytest.mark.slow
 def test_a_scale_that_is_too_large_costs_a_few_steps_only(config: Config, tmp_path: Path):
     """Steps that overflow are counted, use up a batch, and are no steps of the learning rate; the
     scale is part of the checkpoint.
@@ -156,6 +161,7 @@ def test_checkpoint_of_another_model_is_refused(config: Config, tmp_path: Path):
     assert before == {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "layout",
     [
@@ -204,6 +210,7 @@ def test_files_that_are_not_of_a_run_stay(config: Config, tmp_path: Path, name: 
     assert (tmp_path / name).read_text() == "mine"
 
 
+@pytest.mark.slow
 def test_settings_that_a_state_does_not_depend_on_may_change(config: Config, tmp_path: Path):
     run(changed(config, train={"num_steps": 2}), tmp_path)
     said = run(changed(config, model={"d_ff": 64}, optim={"grad_clip": 0.0}), tmp_path)
@@ -250,6 +257,7 @@ def test_the_program_answers_mistakes_in_one_sentence(args: list[str], sentence:
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_says_how_to_continue(tmp_path: Path):
     """The quick start as a user runs and interrupts it, then the same command to its end."""
     args = [f"--workdir={tmp_path}", "--config.train.num-steps=30", "--config.train.log-every=1"]

@@ -206,6 +206,7 @@ def test_records_are_documents(tmp_path: Path, name: str, write: Any):
     assert whole.document_starts.tolist() == [*source.document_starts, len(source)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh_config", [MeshConfig(), MeshConfig(pipe=2)], ids=str)
 @pytest.mark.parametrize("is_apart", [False, True])
 def test_evaluation_is_that_of_each_completion_alone(
@@ -285,6 +286,7 @@ def written(path: Path, content: str) -> Path:
 TWENTY = {"prompt": "a" * 10, "completion": "b" * 10}
 
 
+@pytest.mark.slow
 def test_slices_are_planned_for_documents(tmp_path: Path):
     """By a profile of the program that has them."""
     path = pairs(tmp_path / "a.jsonl")

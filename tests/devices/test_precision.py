@@ -164,6 +164,7 @@ def test_a_step_that_overflows_is_skipped_and_later_ones_are_not():
     assert change > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compute", ["float16", "bfloat16"])
 def test_gradients_are_those_of_float32_whatever_the_scale(compute: Any):
     """Divided by the scale again; one that is far too large makes them overflow."""

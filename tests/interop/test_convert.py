@@ -128,6 +128,7 @@ def test_all_but_parameters_are_as_in_a_fresh_state(folder: Path, tmp_path: Path
     chex.assert_trees_all_equal(state._replace(params=0), fresh._replace(params=0))
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_imported_weights(folder: Path, tmp_path: Path):
     workdir = tmp_path / "run"
     convert.import_gpt2(folder, workdir)

@@ -15,6 +15,7 @@ import pytest
 from jax import Array
 
 from support import reference, runs
+from support.marks import slow
 from support.own_blocks import LLAMA, B, T, make_config
 from tpipe_jax import load
 from tpipe_jax.commands.generate import Generator, chooser
@@ -44,7 +45,7 @@ from tpipe_jax.training.step import make_loss, make_loss_and_grads
 Params = Any
 TOLERANCE = 1e-5
 
-MESHES = [MeshConfig(), MeshConfig(pipe=2), MeshConfig(data=2, pipe=2, model=2)]
+MESHES = [slow(MeshConfig()), slow(MeshConfig(pipe=2)), MeshConfig(data=2, pipe=2, model=2)]
 
 
 def llama_layer(params: Params, x_TD: Array, num_heads: int) -> Array:
@@ -171,6 +172,7 @@ def test_is_the_same_as_without_a_pipeline(block: str, mesh: MeshConfig, is_apar
     reference.assert_close(grads, expected[1], TOLERANCE)
 
 
+@pytest.mark.slow
 def test_documents_that_follow_each_other_in_the_same_rows():
     """Six sequences, which are two, three times, in the rows of three."""
     config = make_config(LLAMA, MeshConfig(pipe=2), is_apart=True)
@@ -183,6 +185,7 @@ def test_documents_that_follow_each_other_in_the_same_rows():
     reference.assert_close(grads, expected[1], TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("block", "memory"),
     [
@@ -201,6 +204,7 @@ def test_whatever_is_saved_gives_the_same_gradients(block: str, memory: MemoryCo
     reference.assert_close(grads, expected[1], TOLERANCE)
 
 
+@pytest.mark.slow
 def test_a_short_format_is_near():
     """Gradients of parameters that are no `linears` are rounded to bfloat16 (2^-9) by slices."""
     short = PrecisionConfig(compute="bfloat16")
@@ -211,7 +215,7 @@ def test_a_short_format_is_near():
     reference.assert_close(grads, expected[1], 0.1)
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(pipe=2)], ids=str)
+@pytest.mark.parametrize("mesh", [slow(MeshConfig()), MeshConfig(pipe=2)], ids=str)
 def test_greedy_text_is_that_of_the_whole_model(mesh: MeshConfig):
     config = make_config(LLAMA, mesh)
     devices = make_mesh(mesh, jax.devices()[: mesh.num_devices])
@@ -265,6 +269,7 @@ class Declared(load_file(Path(LLAMA)).LlamaBlock):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "memory"),
     [
@@ -304,6 +309,7 @@ class Absolute(load_file(Path(LLAMA)).LlamaBlock):
 """
 
 
+@pytest.mark.slow
 def test_positions_are_those_in_the_document(tmp_path: Path):
     """Which rotary ones cannot tell. And a value that is called as one of the stage's is not taken
     for it.
@@ -317,6 +323,7 @@ def test_positions_are_those_in_the_document(tmp_path: Path):
     reference.assert_close(grads, expected[1], TOLERANCE)
 
 
+@pytest.mark.slow
 def test_a_run_with_another_block(tmp_path: Path):
     """Trains, continues on another mesh, samples, and is not mistaken for a GPT-2."""
     config = runs.changed(runs.small_config(tmp_path), model={"block": LLAMA, "num_heads": 4})

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.stages import Compiled
 
 from support import reference, stand_in
+from support.marks import slow
 from support.quick_pipeline import QUICK, TOLERANCE, Params, draw_params
 from tpipe_jax.attention import backends
 from tpipe_jax.config.settings import (
@@ -34,7 +35,7 @@ from tpipe_jax.model import sharding, transformer
 from tpipe_jax.pipeline import stage as stage_module
 from tpipe_jax.pipeline.footprint import activation_bytes_per_token
 from tpipe_jax.pipeline.spec import make_spec
-from tpipe_jax.planning.schedule import SCHEDULES, make_schedule
+from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.training.step import make_loss, make_loss_and_grads
 
 
@@ -153,6 +154,7 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 # Shrinking would take minutes, since each example is compiled.
+@pytest.mark.slow
 @settings(max_examples=8, phases=[Phase.generate])
 @given(cases())
 def test_gradients_equal_those_of_the_unpipelined_model(case: Case) -> None:
@@ -162,20 +164,20 @@ def test_gradients_equal_those_of_the_unpipelined_model(case: Case) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        Case(MeshConfig(1, 4, 1), 2, "6,6", "1,2", 3),  # two stages have no layer
-        Case(MeshConfig(2, 4, 1), 5, "7,5", "uniform:1", 1),
+        slow(Case(MeshConfig(1, 4, 1), 2, "6,6", "1,2", 3)),  # two stages have no layer
+        slow(Case(MeshConfig(2, 4, 1), 5, "7,5", "uniform:1", 1)),
         # Six sequences take turns in the rows of three.
-        Case(MeshConfig(1, 2, 1), 3, "5,4,3", "uniform:6", 6, "1f1b"),
-        Case(MeshConfig(1, 3, 1), 3, "7,5", "1,2,1,2,1,2", 9, "1f1b"),
+        slow(Case(MeshConfig(1, 2, 1), 3, "5,4,3", "uniform:6", 6, "1f1b")),
+        slow(Case(MeshConfig(1, 3, 1), 3, "7,5", "1,2,1,2,1,2", 9, "1f1b")),
         Case(MeshConfig(), 2, "7,5", "1,2,1", 4, "1f1b"),
         Case(MeshConfig(2, 2, 2), 3, "7,5", "uniform:4", 4, "1f1b"),
         # Fewer slices than stages, which wait for the first to come round, and more, which wait.
         Case(MeshConfig(1, 3, 1), 7, "12", "2", 2, "interleaved"),
-        Case(MeshConfig(1, 2, 1), 7, "7,5", "1,2", 3, "interleaved"),  # the last chunk has less
-        Case(MeshConfig(2, 2, 2), 6, "5,4,3", "uniform:1", 2, "interleaved", 3),
+        slow(Case(MeshConfig(1, 2, 1), 7, "7,5", "1,2", 3, "interleaved")),  # the last has less
+        slow(Case(MeshConfig(2, 2, 2), 6, "5,4,3", "uniform:1", 2, "interleaved", 3)),
         Case(MeshConfig(1, 2, 1), 3, "5,4,3", "uniform:5", 5, "1f1b-deferred"),
-        Case(MeshConfig(1, 3, 1), 3, "7,5", "1,2,1,2", 6, "1f1b-deferred"),
-        Case(MeshConfig(2, 2, 2), 3, "7,5", "uniform:4", 4, "1f1b-deferred"),
+        slow(Case(MeshConfig(1, 3, 1), 3, "7,5", "1,2,1,2", 6, "1f1b-deferred")),
+        slow(Case(MeshConfig(2, 2, 2), 3, "7,5", "uniform:4", 4, "1f1b-deferred")),
     ],
     ids=str,
 )
@@ -186,8 +188,8 @@ def test_gradients_on_chosen_meshes(case: Case) -> None:
 @pytest.mark.parametrize(
     ("divided", "schedule"),
     [
-        (MeshConfig(2, 2, 2), "terapipe"),
-        (MeshConfig(1, 2, 1), "terapipe"),
+        slow(MeshConfig(2, 2, 2), "terapipe"),
+        slow(MeshConfig(1, 2, 1), "terapipe"),
         (MeshConfig(1, 2, 1), "1f1b"),
     ],
     ids=str,
@@ -210,6 +212,7 @@ def test_gradients_with_a_fused_kernel(
     check_branches(find_collectives(compile_step(config).as_text()), open_mesh(divided))
 
 
+@pytest.mark.slow
 def test_slices_change_nothing() -> None:
     whole, *sliced = (
         Case(MeshConfig(pipe=2), 3, token_slices, batch_slices, 3).config
@@ -228,8 +231,10 @@ def test_slices_change_nothing() -> None:
 @pytest.mark.parametrize(
     "memory",
     [
-        *(MemoryConfig(remat=remat) for remat in ("none", "full", "attn,hidden,norm_1")),
-        MemoryConfig(defer_weight_grads=True),
+        slow(MemoryConfig(remat="none")),
+        MemoryConfig(remat="full"),
+        slow(MemoryConfig(remat="attn,hidden,norm_1")),
+        slow(MemoryConfig(defer_weight_grads=True)),
     ],
     ids=str,
 )
@@ -239,7 +244,7 @@ def test_what_is_saved_changes_nothing(memory: MemoryConfig) -> None:
     check_gradients(dataclasses.replace(config, memory=memory))
 
 
-@pytest.mark.parametrize("remat", ["full", "hidden", "none"])
+@pytest.mark.parametrize("remat", ["full", slow("hidden"), slow("none")])
 def test_gradients_of_weights_come_later_whatever_is_saved(remat: str) -> None:
     config = Case(MeshConfig(pipe=2), 3, "7,5", "uniform:3", 3, "1f1b-deferred").config
     check_gradients(dataclasses.replace(config, memory=MemoryConfig(remat=remat)))
@@ -249,9 +254,9 @@ def test_gradients_of_weights_come_later_whatever_is_saved(remat: str) -> None:
     ("mesh", "seq_len", "batch_slices", "tokens", "part"),
     [
         (MeshConfig(pipe=2), 12, "1,2", 4, (1, 4)),
-        (MeshConfig(pipe=2), 11, "1,2", 4, (1, 11)),  # which has no divisor
-        (MeshConfig(pipe=2), 12, "1,3", 24, (2, 12)),
-        (MeshConfig(pipe=2, model=2), 12, "1,2", 4, (1, 4)),
+        slow(MeshConfig(pipe=2), 11, "1,2", 4, (1, 11)),  # which has no divisor
+        slow(MeshConfig(pipe=2), 12, "1,3", 24, (2, 12)),
+        slow(MeshConfig(pipe=2, model=2), 12, "1,2", 4, (1, 4)),
     ],
 )
 def test_deferred_products_go_part_by_part(
@@ -281,13 +286,16 @@ def test_deferred_products_go_part_by_part(
     assert shapes == {part}
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "schedule", ["terapipe", "1f1b", slow("interleaved"), slow("1f1b-deferred")]
+)
 def test_loss_alone_equals_the_loss_with_gradients(schedule: ScheduleName) -> None:
     config = Case(MeshConfig(data=2, pipe=2), 4, "5,5,2", "1,1,1,1", 4, schedule).config
     expected, _ = unpipelined(config.model, config.train.batch_size)
     reference.assert_close(run_step(config, make_loss), expected, TOLERANCE)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_near_float32() -> None:
     """Activations are rounded to 2^-9 some twenty times on the way through 3 layers and back: up to
     4% of the largest gradient is seen. The loss is an average over tokens, and so is their error.
@@ -317,6 +325,7 @@ def temporary_bytes(config: Config) -> int:
     return compile_step(config).memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_slices() -> None:
     """Temporaries of one slice shrink with its length, which would hide that something is kept for
     each of a few slices; from 8 to 16 slices that no longer counts.
@@ -326,6 +335,7 @@ def test_memory_does_not_grow_with_the_slices() -> None:
     assert sixteen <= 1.1 * eight
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["1f1b", "1f1b-deferred"])
 def test_memory_does_not_grow_with_the_batch_under_1f1b(schedule: ScheduleName) -> None:
     """But for the tokens of the batch, which are 1% of it here."""
@@ -339,6 +349,7 @@ def test_memory_does_not_grow_with_the_batch_under_1f1b(schedule: ScheduleName) 
     assert few < temporary_bytes(long_config(4, (1,) * whole))
 
 
+@pytest.mark.slow
 def test_devices_of_an_operator_save_what_the_estimate_says() -> None:
     """Other buffers that grow with the batch are the same however many devices share operators, so
     they cancel out.

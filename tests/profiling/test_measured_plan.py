@@ -23,7 +23,7 @@ from tpipe_jax.planning.plan import PlanRequest, load_plan
 from tpipe_jax.profiling import measured_plan
 from tpipe_jax.profiling.cache_key import profile_key
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
+pytestmark = pytest.mark.usefixtures("short_flags")
 
 ROOT = Path(__file__).parents[2]
 
@@ -211,6 +211,7 @@ def test_a_run_is_not_planned_over(config: Config, tmp_path: Path, calls: list[s
     assert before == {path: path.read_bytes() for path in tmp_path.glob("*.json")}
 
 
+@pytest.mark.slow
 def test_an_unreadable_latency_file_is_measured_anew(
     config: Config, tmp_path: Path, calls: list[str]
 ):

@@ -23,7 +23,7 @@ from tpipe_jax.profiling.mesh_search import choose_mesh, factorisations, take_la
 from tpipe_jax.reporting.console import Ranked
 from tpipe_jax.reporting.workdir import run_lock
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
+pytestmark = pytest.mark.usefixtures("short_flags")
 
 
 class Seen(Lines):
@@ -188,6 +188,7 @@ def test_a_mesh_that_cannot_be_compiled_is_one_of_those_that_do_not_serve(
     assert "a device has too little memory" in reasons[2, 2, 1]
 
 
+@pytest.mark.slow
 def test_processes_choose_one_mesh(tmp_path: Path):
     text = tmp_path / "text.txt"
     text.write_text("all of them " * 100)

@@ -284,6 +284,7 @@ def test_handing_over_moves_slices_from_stage_to_stage(mesh: Mesh):
     assert both == pytest.approx(x.sum() + x[:3, 8:24].sum(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_a_step_without_slices_sets_up_their_buffers(mesh: Mesh, monkeypatch: pytest.MonkeyPatch):
     """XLA could see that no slice is due, and leave out what a real step spends time on. What is
     kept of sequences is no part of the rest, however many of them there are at a time.

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from support import runs, ticks
+from support.marks import slow
 from tpipe_jax.config.settings import MeshConfig
 from tpipe_jax.errors import UserError
 from tpipe_jax.planning.plan import Plan
@@ -13,7 +14,7 @@ from tpipe_jax.planning.schedule import one_forward_one_backward, terapipe
 from tpipe_jax.planning.simulate import Box, Timeline
 from tpipe_jax.reporting.measured_ticks import Event, Lane, find_lanes, merged, stage_boxes, to_text
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
+pytestmark = pytest.mark.usefixtures("short_flags")
 
 SCHEDULE = terapipe(Plan(2, (1,), ((5, 3),)))  # three ticks in each direction
 LANES = [Lane("back", frozenset({"t.2"})), Lane("forth", frozenset({"t.1"}))]
@@ -120,7 +121,7 @@ def test_boxes_of_all_processes_start_at_nought():
 
 
 @pytest.mark.parametrize(
-    "sizes", [MeshConfig(pipe=2), MeshConfig(data=2, pipe=2, model=2)], ids=str
+    "sizes", [MeshConfig(pipe=2), slow(MeshConfig(data=2, pipe=2, model=2))], ids=str
 )
 def test_a_traced_step_is_in_the_timeline(sizes: MeshConfig, tmp_path: Path):
     """And stays there when the run goes on; losses are those of a run without."""

@@ -14,9 +14,10 @@ from tpipe_jax.config.settings import TrainConfig
 from tpipe_jax.errors import UserError
 from tpipe_jax.reporting.step_profile import ProfiledSteps, parse_steps
 
-pytestmark = pytest.mark.usefixtures("kept_programs")
+pytestmark = pytest.mark.usefixtures("short_flags")
 
 
+@pytest.mark.slow
 def test_a_profile_has_its_steps_and_changes_nothing(tmp_path: Path):
     config = runs.small_config(tmp_path)
     console = runs.Lines()

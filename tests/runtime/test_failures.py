@@ -52,6 +52,7 @@ def test_what_is_next_starts_anew(given_up: list[str]):
     assert given_up == []
 
 
+@pytest.mark.slow
 def test_time_in_which_the_process_is_stopped_does_not_count():
     """It is stopped (as by Ctrl-Z) for longer than it may take, then goes on to its end."""
     child = several.start("watched 3")

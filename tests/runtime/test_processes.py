@@ -29,6 +29,7 @@ def test_all_have_what_the_first_has_and_read_their_rows_once():
     assert [one["asked"] for one in seen] == [[[0, 1]], [[2, 3]]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "status", "first", "last"),
     [
@@ -49,6 +50,7 @@ def test_one_failing_ends_all_and_the_first_tells(what: str, status: int, first:
         assert "Traceback" not in err_1  # of an error that only follows from the first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_others(killed: int):
     """The other waits in a collective; it may notice by its connection or by heartbeats missed."""
@@ -62,6 +64,7 @@ def test_a_killed_process_ends_the_others(killed: int):
     assert err
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_ends_all_and_all_tell_where():
     children = several.start_all(2, "hang", *MESH)
     (status_0, _, err_0), (status_1, _, err_1) = several.results(children)
@@ -74,6 +77,7 @@ def test_a_process_that_hangs_ends_all_and_all_tell_where():
         assert call in last, own
 
 
+@pytest.mark.slow
 def test_processes_with_other_settings_are_refused():
     each = [["--workdir=a"], ["--workdir=b", "--config.train.seed=3"]]
     answers = several.results(several.start_all(2, "exchange", *MESH, each=each))
@@ -85,6 +89,7 @@ def test_processes_with_other_settings_are_refused():
     assert all(sentence in err for _, _, err in answers)
 
 
+@pytest.mark.slow
 def test_devices_that_processes_cannot_share_out_are_refused():
     mesh = ["--config.mesh.pipe=3", "--config.mesh.data=1"]
     answers = several.results(several.start_all(2, "exchange", *mesh))
@@ -159,6 +164,7 @@ def test_process_0_listens_at_the_address_given_or_for_a_name_at_all(
     assert _listening_address(coordinator) == address
 
 
+@pytest.mark.slow
 def test_names_are_enough_to_find_each_other():
     """The host's own, which often means 127.0.0.1 or 127.0.1.1 to itself."""
     where = [f"--coordinator={socket.gethostname()}:{several.free_port()}", "--num-processes=2"]

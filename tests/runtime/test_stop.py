@@ -49,6 +49,7 @@ with Stop(print):
 """
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_a_process_that_waits_for_a_device():
     """Python calls no handler then."""
     process = subprocess.Popen(

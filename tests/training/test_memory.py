@@ -12,6 +12,7 @@ import pytest
 from jax.stages import Compiled
 
 from support import reference
+from support.marks import slow
 from tpipe_jax.config.settings import (
     Config,
     MemoryConfig,
@@ -66,13 +67,16 @@ def needed(*policy: Any) -> int:
     return program_bytes(compiled(*policy))
 
 
+@pytest.mark.slow
 def test_what_is_computed_again_takes_no_memory():
     """What they save differs by more than what else they take."""
     assert needed("full") < needed("attn") < needed("dots") < needed("none")
     assert needed("dots") < needed("dots", True)
 
 
-@pytest.mark.parametrize("policy", [("full",), ("dots",), ("none",), ("dots", True)], ids=str)
+@pytest.mark.parametrize(
+    "policy", [slow(("full",)), ("dots",), slow(("none",)), slow(("dots", True))], ids=str
+)
 def test_the_budget_is_near_what_the_compiler_says(policy: tuple):
     """What it leaves out is what a slice needs while it is worked on, and formats of weights."""
     config = with_memory(remat=policy[0], defer_weight_grads=len(policy) > 1)
@@ -99,6 +103,7 @@ def test_the_budget_under_1f1b_is_near_what_the_compiler_says():
     assert sum(parts.values()) < needed("dots") < sum(whole.values())
 
 
+@pytest.mark.slow
 def test_the_budget_of_slices_that_wait_is_near_what_the_compiler_says():
     """Four sequences, and three slices that wait for gradients of weights."""
     config = dataclasses.replace(
@@ -138,6 +143,7 @@ def test_a_plan_to_come_may_have_chunks():
     )
 
 
+@pytest.mark.slow
 def test_what_fits_under_1f1b_alone_is_computed_again_no_more():
     """Judged by the shortest slices that either schedule may have."""
     request = PlanRequest(2, 8, 512)
@@ -156,6 +162,7 @@ def test_what_fits_under_1f1b_alone_is_computed_again_no_more():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["dots", "attn", "full"])
 def test_auto_takes_the_first_that_fits(remat: str):
     limit = needed(remat) / GIB
@@ -171,6 +178,7 @@ def test_without_a_limit_the_fastest_is_taken():
     assert chosen.config.memory.remat == "dots"
 
 
+@pytest.mark.slow
 def test_a_limit_that_nothing_meets_says_by_how_much_and_what_helps():
     limit = needed("full") / GIB - 0.001
     config = with_memory(limit_gib=limit)
@@ -194,6 +202,7 @@ def test_a_limit_that_nothing_meets_says_by_how_much_and_what_helps():
         )
 
 
+@pytest.mark.slow
 def test_a_plan_to_come_is_judged_by_its_smallest_slices():
     """Whole sequences need more, so the limit allows short slices only."""
     request = PlanRequest(2, 4, 512, schedule="terapipe")  # of units of 8 tokens

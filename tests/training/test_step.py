@@ -1,9 +1,10 @@
-"""The compiled programs in lower precision; tests/test_pipeline.py has their float32."""
+"""The compiled programs in lower precision; tests/pipeline has their float32."""
 
 import dataclasses
 
 import jax
 import numpy as np
+import pytest
 
 from support import reference
 from tpipe_jax.config.settings import Config, ModelConfig, PlanConfig, PrecisionConfig, TrainConfig
@@ -14,6 +15,7 @@ from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.training.step import make_loss_and_grads
 
 
+@pytest.mark.slow
 def test_embedding_gradient_in_bfloat16_sums_many_tokens():
     """A token that occurs thousands of times: sums in bfloat16 would stand still at 256 terms."""
     config = Config(

@@ -1,4 +1,4 @@
-"""Which attention a run uses: what the settings ask for and the devices can do."""
+"""Chooses the attention of a run: what the settings ask for, if the devices can run it."""
 
 from dataclasses import replace
 from typing import get_args
@@ -15,16 +15,16 @@ from tpipe_jax.devices.precision import compute_format
 from tpipe_jax.errors import UserError
 from tpipe_jax.planning.context_blocks import BLOCK
 
-# Keys that are read together on GPUs and TPUs: the fastest of 256, 512 and 1024 for whole sequences
-# on an H200, and a guess (docs/gpu.md).
+# Keys that are read together on GPUs and TPUs. XLA_BLOCK was the fastest of 256, 512 and 1024 for
+# whole sequences on an H200; CUDNN_GROUP is a guess (docs/gpu.md).
 XLA_BLOCK = 1024
 CUDNN_GROUP = 1024
 
 
 def resolve_attention(config: Config, mesh: Mesh, heads: Heads) -> Config:
-    """The config with `attention.backend` as it is on these devices.
+    """Returns the config with `attention.backend` resolved for these devices.
 
-    Raises `UserError` if they cannot run it.
+    Raises `UserError` if the devices cannot run the backend.
     """
     backend = attention_backend(config, mesh, heads)
     if obstacle := _obstacle(backend, config, mesh, heads):
@@ -40,14 +40,14 @@ def resolve_attention(config: Config, mesh: Mesh, heads: Heads) -> Config:
 
 
 def attention_backend(config: Config, mesh: Mesh, heads: Heads) -> Backend:
-    """The name of the backend, `auto` resolved for the devices: cuDNN where it runs, else XLA."""
+    """Returns the name of the backend; `auto` becomes cuDNN if the devices run it, else XLA."""
     if config.attention.backend != "auto":
         return config.attention.backend
     return "xla" if _obstacle("cudnn", config, mesh, heads) else "cudnn"
 
 
 def make_attention(config: Config, mesh: Mesh, heads: Heads) -> Attention:
-    """The attention of the config, for code of one device."""
+    """Makes the attention that the config names, for code of one device."""
     block = config.attention.block
     if attention_backend(config, mesh, heads) == "cudnn":
         attention = grouped(cudnn_kernel(), block or CUDNN_GROUP)
@@ -57,7 +57,7 @@ def make_attention(config: Config, mesh: Mesh, heads: Heads) -> Attention:
 
 
 def _obstacle(backend: Backend, config: Config, mesh: Mesh, heads: Heads) -> str | None:
-    """Why these devices cannot run the backend for this model."""
+    """Returns why these devices cannot run the backend for this model; None if they can."""
     if backend == "xla":
         return None
     if backend == "tokamax":
@@ -77,7 +77,7 @@ def _obstacle(backend: Backend, config: Config, mesh: Mesh, heads: Heads) -> str
             "computes in float16 and bfloat16, not in config.precision.compute=float32, which may "
             "be changed"
         )
-    # The backward pass in "Support Matrix", docs.nvidia.com/cudnn, "Attention".
+    # Limits of the backward pass: "Support Matrix" in docs.nvidia.com/cudnn, "Attention".
     if not config.data.cross_document_attention:
         return "does not know where documents begin, as cross_document_attention=false needs"
     num_queries, num_keys, width = heads
@@ -92,7 +92,7 @@ def _obstacle(backend: Backend, config: Config, mesh: Mesh, heads: Heads) -> str
     version = cudnn_version()
     if version is None:
         return "finds no cuDNN, which comes with jax[cuda12] and jax[cuda13]"
-    # Refused by jax for 10.3, and by cuDNN's own front end.
+    # jax refuses older versions for capability 10.3; for others, cuDNN's own front end does.
     least = 91100 if capability == (10, 3) else 91002
     if version < least:
         return f"needs cuDNN {_text(least)} or newer, which {_text(version)} is not"

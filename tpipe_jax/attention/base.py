@@ -1,4 +1,4 @@
-"""What attention is to a stage: keys and values in a cache, and two functions of a slice."""
+"""The interface of attention: a cache of keys and values, and two functions of a slice."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class Heads(NamedTuple):
 
 class KVCache(NamedTuple):
     """Keys and values of the sequences, `[B, H, T, K]` each, or their gradients. Each head of keys
-    serves as many heads of queries as lie side by side, so that there are G H of these.
+    serves G neighbouring heads of queries, so there are G H heads of queries.
     """
 
     k: Array
@@ -31,14 +31,14 @@ class Slice(NamedTuple):
     """A token slice whose keys and values are in the cache already."""
 
     q_BNLK: Array
-    """Its queries, of G H heads."""
+    """The queries of the slice, with G H heads."""
     cache: KVCache
-    """Keys and values of whole sequences, of which the slice sees its context and itself."""
+    """Keys and values of whole sequences. The slice sees only its context and itself."""
     at: Position
     """Where the slice lies in the cache, a run-time value."""
     starts_BL1: Array | None = None
-    """Where each token's document begins in its sequence, int32; a token sees nothing before that.
-    None where a sequence is one document."""
+    """Where each token's document begins in its sequence, int32; a token sees nothing before that
+    start. None where each sequence is one document."""
 
     @property
     def num_tokens(self) -> int:
@@ -55,15 +55,15 @@ class Attention(NamedTuple):
     """`(slice, output, log-sum-exp, gradient with respect to the output, d_cache)` to the gradient
     with respect to the queries, and the new d_cache.
 
-    Adds the share of the slice to `d_cache`, float32, for its own and for all earlier keys and
-    values; in its first rows, if it has fewer than the cache. The sums of a slice are complete once
-    all later slices and the slice itself have been here."""
+    Adds the gradients that come from this slice to `d_cache`, float32, for the keys and values of
+    the slice and of its context. If `d_cache` has fewer rows than the cache, its first rows are
+    used. The sums for a slice are complete once the slice and all later ones have gone backward."""
     key_block: int
-    """Keys that are read together: the time of a context grows in such steps."""
+    """Keys that are read together: time grows with the context in steps of so many tokens."""
 
 
 def add_to_cache(cache: KVCache, values: KVCache, at: Position) -> KVCache:
-    """The cache with these values added from a position on."""
+    """Returns the cache with these values added to it, from a position on."""
     B, _, L, _ = values.k.shape
     sums = (read(c, at, B, L) + value for c, value in zip(cache, values, strict=True))
     return KVCache(*(write(c, value, at) for c, value in zip(cache, sums, strict=True)))

@@ -1,15 +1,15 @@
 """Causal attention of one token slice over its context, in blocks, forward and backward.
 
-The keys and values of a sequence lie in a cache as long as the sequence; a slice attends to
-everything before it there and to itself. Both loops, over query blocks and over the key blocks of
-the context, have run-time trip counts: time follows the context that a slice really has, and one
-compiled body serves every slice of one length, wherever it lies.
+The keys and values of a sequence lie in a cache as long as the sequence. A slice attends to all
+tokens before it in the cache and to itself. The loop over the key blocks of the context has a
+run-time trip count. So time follows the actual context of a slice, and one compiled body serves
+every slice of one length, wherever it lies.
 
-`Attention` is what the stages call; `blockwise` makes it of XLA's operators, for any device and
-dtype. Others are in `fused`, and `backends` chooses.
+The stages call an `Attention`. `blockwise` makes one from XLA's operators, for any device and
+dtype; `fused` has others, and `backends` chooses.
 
-Softmax over blocks keeps a running maximum and sum (Milakov and Gimelshein 2018, arXiv 1805.02867);
-the backward pass recomputes the weights from the saved log-sum-exp (FlashAttention, arXiv
+Softmax over blocks keeps a running maximum and sum (Milakov and Gimelshein 2018, arXiv 1805.02867).
+The backward pass recomputes the weights from the saved log-sum-exp (FlashAttention, arXiv
 2205.14135). Only the block on the diagonal has the causal mask.
 """
 
@@ -29,12 +29,12 @@ _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
 
 def blockwise(block: int) -> Attention:
-    """Attention in blocks of so many keys, and about as many queries."""
+    """Makes an attention that works in blocks of `block` keys and about as many queries."""
     return Attention(partial(attend, block=block), partial(attend_backward, block=block), block)
 
 
 def attend(slice_: Slice, block: int = BLOCK) -> tuple[Array, Array]:
-    """Attention of a slice, as `Attention.forward`, in blocks of so many keys."""
+    """Computes the attention of a slice, as `Attention.forward`, in blocks of `block` keys."""
     q_BNLK, cache, at, starts_BL1 = slice_
     (B, N, L, K), (_, H, T, _) = q_BNLK.shape, cache.k.shape
     chex.assert_shape(cache, (None, H, None, K))
@@ -79,7 +79,7 @@ def attend_backward(
     d_cache: KVCache,
     block: int = BLOCK,
 ) -> tuple[Array, KVCache]:
-    """Gradients of `attend`, as `Attention.backward`."""
+    """Computes the gradients of `attend`, as `Attention.backward`."""
     q_BNLK, cache, at, starts_BL1 = slice_
     (B, N, L, K), (_, H, T, _) = q_BNLK.shape, cache.k.shape
     key_block = min(block, T)
@@ -131,11 +131,11 @@ def over_context(
     state: Any,
     lowest: Array | int = 0,
 ) -> Any:
-    """Folds the tokens before `context` into the state, block by block, the last block first, until
-    `lowest` has been seen: `fold(state, first_key, num_visible)`.
+    """Calls `state = fold(state, first_key, num_visible)` for each block of keys before `context`,
+    from the last block back to the one that holds `lowest`. Returns the state.
 
-    The blocks end at `context`, so the one at the start of the sequence may be short: it is read in
-    full all the same, and only the first `num_visible` of its keys count.
+    The blocks are counted back from `context`, so the block at the start of the sequence may be
+    short. It is read in full all the same, but only the first `num_visible` of its keys count.
     """
 
     def one_block(i: Array, state: Any) -> Any:
@@ -147,7 +147,7 @@ def over_context(
 
 
 def _masked(fold: Callable[..., Any], block: int) -> Callable[[Any, Array, Array], Any]:
-    """Gives a fold the mask of a block's visible keys."""
+    """Returns a fold for `over_context`, which gives `fold` the mask of a block's visible keys."""
 
     def masked(state: Any, first_key: Array, num_visible: Array) -> Any:
         return fold(state, first_key, block, jnp.arange(block) < num_visible)
@@ -158,7 +158,9 @@ def _masked(fold: Callable[..., Any], block: int) -> Callable[[Any, Array, Array
 def _over_queries(
     num_queries: int, block: int, work: Callable[[Array | int, int, Any], Any], carry: Any
 ) -> Any:
-    """Runs `work(start, size, carry)` over all blocks of queries; a shorter one comes last."""
+    """Calls `work(start, size, carry)` for each block of queries, and returns the carry. The last
+    block may be shorter.
+    """
     size = query_block(num_queries, block)
     num_full, rest = divmod(num_queries, size)
     if num_full == 1:
@@ -169,12 +171,16 @@ def _over_queries(
 
 
 def _causal(size: int, group: int) -> Array:
-    """The mask of a block of queries over itself, for each of so many heads."""
+    """Returns the causal mask of a block of queries over itself, repeated for the `group` heads of
+    queries that share a head of keys.
+    """
     return jnp.tile(jnp.arange(size)[:, None] >= jnp.arange(size)[None, :], (group, 1))
 
 
 def _to_keys(a_BNLK: Array, num_keys: int) -> Array:
-    """The queries that share a head of keys as one longer slice, `[B, H, G L, K]`."""
+    """Joins the G heads of queries that share a head of keys into one longer slice,
+    `[B, H, G L, K]`.
+    """
     B, _, _, K = a_BNLK.shape
     return a_BNLK.reshape(B, num_keys, -1, K)
 
@@ -193,9 +199,11 @@ def _visibility(
     size: int,
     num_keys: int,
 ) -> tuple[Callable[[Array | int, Array], Array], Array | int]:
-    """What a block of queries sees: a function of the first key of a block and its mask that adds
-    to this what lies before the starts; and where the first key of all lies, which is in the
-    context if anything is.
+    """Returns which keys a block of queries sees, as a function and a number.
+
+    The function takes the first key of a block and its mask, and also masks the keys before the
+    starts of documents. The number is the first key that any of the queries sees, at most
+    `context`.
     """
     if starts_BL1 is None:
         return lambda first_key, visible: visible, 0

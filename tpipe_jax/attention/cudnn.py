@@ -8,7 +8,9 @@ from tpipe_jax.attention.fused import Kernel
 
 
 def cudnn_version() -> int | None:
-    """As 91002 for 9.10.2; None where jax finds no cuDNN, or has another interface to it."""
+    """Returns the version of cuDNN, such as 91002 for 9.10.2. None if jax finds no cuDNN, or has
+    another interface to it.
+    """
     try:
         from jax._src.cudnn.fused_attention_stablehlo import check_cudnn_version
 
@@ -18,17 +20,17 @@ def cudnn_version() -> int | None:
 
 
 def cudnn_kernel() -> Kernel:
-    """cuDNN's flash attention, for float16 and bfloat16.
+    """Makes the kernel from cuDNN's flash attention, for float16 and bfloat16.
 
-    jax's public function of it has no gradient for a merged softmax: it gives the log-sum-exp, but
-    takes none. So its primitives are bound here, which jax's own backward pass does likewise; tests
-    hold each jax release to their parameters.
+    jax's public function for it cannot compute gradients of a merged softmax: it returns the
+    log-sum-exp, but does not accept one. So this function binds jax's primitives, as jax's own
+    backward pass does. Tests check their parameters for each jax release.
     """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
     def call(primitive, q: Array, kv: KVCache, num_visible: Array | None, *results: Array, **more):
         B, _, L, K = q.shape
-        none = jnp.zeros(0, q.dtype)  # of bias, packed sequences and paged caches
+        none = jnp.zeros(0, q.dtype)  # no bias, packed sequences or paged caches
         if num_visible is None:
             mask, lengths = cudnn.MaskType.CAUSAL, (none, none)
         else:
@@ -56,6 +58,6 @@ def cudnn_kernel() -> Kernel:
         results = lse[..., 0], out, d_out.astype(q.dtype)
         return tuple(call(cudnn._dot_product_attention_bwd_p, q, kv, num_visible, *results))
 
-    # It has no backward pass for a single query (pytorch issue 138529), and older releases had none
-    # for fewer than 64 (TransformerEngine issue 341).
+    # cuDNN has no backward pass for a single query (pytorch issue 138529), and older releases had
+    # none for fewer than 64 queries (TransformerEngine issue 341).
     return Kernel(forward, backward, min_tokens=64)

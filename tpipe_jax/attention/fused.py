@@ -1,10 +1,11 @@
 """Attention of a slice by a fused kernel that knows neither positions nor caches.
 
-A kernel masks from its top left corner, which is right where the slice attends to itself and wrong
-over its context. So the slice is a causal call, its context one call for each group of keys, and
-their results are merged by their log-sum-exp. Backward, every call is given the merged output and
-log-sum-exp: from these it computes the weights of the whole softmax and their gradients (the
-backward pass of FlashAttention-2, arXiv 2307.08691, works in the same way on its blocks).
+A kernel aligns its causal mask with the first query and the first key. This is right where the
+slice attends to itself, and wrong over its context. So the kernel is called once with the causal
+mask for the slice itself, and once without it for each group of keys of the context. The results
+are merged by their log-sum-exp. Backward, every call receives the merged output and log-sum-exp,
+from which it computes the weights of the whole softmax and their gradients (the backward pass of
+FlashAttention-2, arXiv 2307.08691, works in the same way on its blocks).
 """
 
 from collections.abc import Callable
@@ -21,10 +22,10 @@ from tpipe_jax.devices.inplace import Position, in_shared_rows, read
 
 
 class Kernel(NamedTuple):
-    """A fused kernel, on queries `[B, H, L, K]` and as many keys and values as it is given.
+    """A fused kernel for queries `[B, H, L, K]` and any number of keys and values.
 
-    Where `num_visible` is None, there are as many keys as queries, and the mask is causal; else all
-    queries see the first `num_visible` of the keys, an int32 scalar of at least 1.
+    If `num_visible` is None, there are as many keys as queries, and the mask is causal. Otherwise
+    all queries see the first `num_visible` keys; it is an int32 scalar of at least 1.
     """
 
     forward: Callable[[Array, KVCache, Array | None], tuple[Array, Array]]
@@ -32,20 +33,20 @@ class Kernel(NamedTuple):
     backward: Callable[
         [Array, KVCache, Array | None, Array, Array, Array], tuple[Array, Array, Array]
     ]
-    """`(q, kv, num_visible, out, lse, d_out)` to the gradients of q, k and v; those of invisible
-    keys and values may be anything."""
+    """`(q, kv, num_visible, out, lse, d_out)` to the gradients of q, k and v; the gradients of
+    invisible keys and values may be anything."""
     min_tokens: int
-    """Of the fewest queries and keys that it can do."""
+    """The fewest queries, and the fewest keys, that the kernel accepts."""
 
 
 class _Grouped(NamedTuple):
-    """Attention by a kernel, with the context in groups of so many keys."""
+    """Attention by a kernel, which reads the context in groups of `group` keys."""
 
     kernel: Kernel
     group: int
 
     def forward(self, slice_: Slice) -> tuple[Array, Array]:
-        """As `Attention.forward`, of sequences that are one document each."""
+        """As `Attention.forward`, for sequences that are one document each."""
         q_BHLK, cache, at, starts_BL1 = slice_
         assert starts_BL1 is None
         B, _, L, _ = q_BHLK.shape
@@ -72,7 +73,7 @@ class _Grouped(NamedTuple):
         d_out_BHLK: Array,
         d_cache: KVCache,
     ) -> tuple[Array, KVCache]:
-        """As `Attention.backward`, of sequences that are one document each."""
+        """As `Attention.backward`, for sequences that are one document each."""
         q_BHLK, cache, at, starts_BL1 = slice_
         assert starts_BL1 is None
         B, _, L, _ = q_BHLK.shape
@@ -100,7 +101,9 @@ class _Grouped(NamedTuple):
     def _over_groups(
         self, slice_: Slice, fold: Callable[[Any, int, Array, Array], Any], state: Any
     ) -> Any:
-        """Folds the context of a slice, `fold(state, size, first_key, num_visible)`."""
+        """Calls `state = fold(state, size, first_key, num_visible)` for each group of keys of the
+        context. Returns the state.
+        """
         at, seq_len = slice_.at, slice_.cache.k.shape[2]
         if slice_.num_tokens == seq_len:
             return state  # a whole sequence has no context
@@ -109,8 +112,8 @@ class _Grouped(NamedTuple):
 
 
 def grouped(kernel: Kernel, group: int) -> Attention:
-    """Attention by the kernel, with contexts in groups of so many keys. Slices that are too short
-    for the kernel are attended in blocks.
+    """Makes an attention that calls the kernel and reads contexts in groups of `group` keys. Slices
+    that are too short for the kernel use `blockwise.attend` instead.
     """
     assert group >= kernel.min_tokens
     own = _Grouped(kernel, group)
@@ -122,8 +125,8 @@ def _read(cache: KVCache, at: Position, num_rows: int, num_tokens: int) -> KVCac
 
 
 def over_heads(attention: Attention) -> Attention:
-    """The attention with its heads divided over 'model' by hand, since GSPMD does not look into
-    kernels. For code in a `shard_map` that leaves this axis automatic.
+    """Returns the attention with its heads divided over 'model' by hand, since GSPMD does not look
+    into kernels. For code in a `shard_map` that leaves the axis 'model' automatic.
     """
     heads: Any = PartitionSpec(None, "model")
     whole: Any = PartitionSpec()

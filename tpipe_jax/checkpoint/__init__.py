@@ -1,1 +1,1 @@
-"""Saves and restores on any mesh."""
+"""Saves a run, and restores it on any mesh."""

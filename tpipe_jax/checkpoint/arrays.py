@@ -1,4 +1,4 @@
-"""Arrays of a checkpoint, as Zarr."""
+"""Reads and writes the arrays of a checkpoint, as Zarr."""
 
 import json
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ NUM_WRITERS = 4  # chunks that are written at the same time
 
 
 def restore(checkpoint: Path, model: ModelConfig, like: PyTree, num_chunks: int = 1) -> PyTree:
-    """A state as saved, or a part of one, bitwise, in the shardings of `like`.
+    """Returns a saved state, or a part of it, bitwise, in the shardings of `like`.
 
-    Raises `UserError` if something of it is missing.
+    Raises `UserError` if an array of it is missing or cannot be read.
     """
     open_array = cache(lambda name: open_zarr(checkpoint / name))
 
@@ -43,7 +43,7 @@ def restore(checkpoint: Path, model: ModelConfig, like: PyTree, num_chunks: int 
                 lambda path, a: restored(model, path, a, read, num_chunks), paths, likes
             )
             return jax.tree.unflatten(structure, list(arrays))
-    except (ValueError, OSError) as error:  # TensorStore's for all that goes wrong
+    except (ValueError, OSError) as error:  # what TensorStore raises, whatever goes wrong
         raise UserError(
             f"the checkpoint in {checkpoint} cannot be read ({brief(error)}): move that folder "
             "away to continue from an older one, or start another run with --workdir."
@@ -51,16 +51,19 @@ def restore(checkpoint: Path, model: ModelConfig, like: PyTree, num_chunks: int 
 
 
 def read_array(checkpoint: Path, name: str) -> np.ndarray:
-    """An array of a checkpoint, whole, by its name in the model's layout. Raises ValueError."""
+    """Returns a whole array, by its name in the model's layout. Raises ValueError if it cannot."""
     return open_zarr(checkpoint / name).read().result()
 
 
 def write_arrays(folder: Path, parts: Sequence[Fragment]) -> files.Digests:
-    """Writes chunks of arrays as Zarr, and what describes an array with its first chunk."""
+    """Writes chunks of arrays as Zarr, and with the first chunk of an array its description.
+
+    Returns the size and the SHA-256 of each file.
+    """
 
     def write(part: Fragment) -> files.Digests:
         chunk = np.zeros(part.zarr_chunk, part.data.dtype)
-        chunk[tuple(map(slice, part.data.shape))] = part.data  # the last one may be padded
+        chunk[tuple(map(slice, part.data.shape))] = part.data  # a chunk at the end may need padding
         grid = [i.start // n for i, n in zip(part.index, part.zarr_chunk, strict=True)]
         contents = {f"{part.name}/{'.'.join(map(str, grid)) or '0'}": chunk.tobytes()}
         if not any(grid):
@@ -75,7 +78,7 @@ def write_arrays(folder: Path, parts: Sequence[Fragment]) -> files.Digests:
 
 
 def _zarray(part: Fragment) -> bytes:
-    """Describes an array, in version 2 of Zarr."""
+    """Returns the description of an array, in version 2 of Zarr."""
     about = {
         "zarr_format": 2,
         "shape": part.shape,
@@ -90,6 +93,6 @@ def _zarray(part: Fragment) -> bytes:
 
 
 def open_zarr(path: Path) -> Any:
-    """An array's folder as TensorStore reads it. Raises ValueError if it cannot."""
+    """Opens an array's folder with TensorStore. Raises ValueError if it cannot."""
     spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": f"{path.absolute()}/"}}
     return ts.open({**spec, "fill_missing_data_reads": False}, read=True).result()

@@ -1,7 +1,7 @@
 """Checkpoints of a run: saved in the background, in the model's own layout, and checked when read.
 
-Arrays are Zarr, which TensorStore reads. `layout` says what of the model lies
-where on a mesh, `manifest` what makes a folder a checkpoint (docs/checkpoints.md).
+Arrays are stored as Zarr, which TensorStore reads. `layout` says which part of the model lies where
+on a mesh. `manifest` says what makes a folder a checkpoint (docs/checkpoints.md).
 """
 
 import json
@@ -31,8 +31,8 @@ from tpipe_jax.runtime.processes import from_all, from_first, gathered
 class Checkpoints:
     """The newest `config.keep` checkpoints of a run, each in a folder named by its step.
 
-    Every process of a run constructs and calls this alike, `newest_step` first. Warnings go to
-    `say`. Raises `UserError` if `folder` is unwritable.
+    Every process of a run constructs this and makes the same calls, `newest_step` first. Warnings
+    go to `say`. Raises `UserError` if `folder` is unwritable.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class Checkpoints:
         say: Callable[[str], None],
     ) -> None:
         self._folder, self._config, self._model, self._say = folder, config, model, say
-        self.num_chunks = 1  # of each stage, in states that are saved and restored
+        self.num_chunks = 1  # chunks of each stage, in the states that are saved and restored
         self._identity = identity_of(model)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
-        self._last_step: int | None = None  # that has been read or saved
+        self._last_step: int | None = None  # the last that was found or saved
         self._num_saves, self._started = 0, 0.0
         with self._writing():
             folder.mkdir(parents=True, exist_ok=True)
@@ -55,15 +55,15 @@ class Checkpoints:
                 raise PermissionError("permission denied")
 
     def newest_step(self) -> int | None:
-        """The step of the newest sound checkpoint, or None. Newer ones, which are damaged, are put
-        aside.
+        """Returns the step of the newest sound checkpoint, or None. Newer checkpoints, which are
+        damaged, are put aside.
 
-        Raises `UserError` if it is one of another model, or if all are damaged; nothing is changed
-        then.
+        Raises `UserError` if the newest sound checkpoint is of another model, or if all are
+        damaged. Then no checkpoint is put aside.
         """
         self.wait()
         with self._writing():
-            if jax.process_index() == 0:  # and the others wait for what it has found
+            if jax.process_index() == 0:  # the others wait for it in `from_first`
                 files.clean(self._folder)
             steps = files.list_steps(self._folder)
         expected = json.loads(from_first(json.dumps(steps)))
@@ -91,8 +91,9 @@ class Checkpoints:
         return None
 
     def save(self, step: int, state: PyTree) -> float:
-        """Saves arrays, in the background unless `config.async_` says otherwise; does nothing if
-        `step` was the last. Returns the seconds that this has taken from training.
+        """Saves a state: in the background, or before it returns if `config.async_` is off. Does
+        nothing if `step` was the last that was found or saved. Returns the seconds that this has
+        taken from training.
 
         The caller may donate `state` as soon as this returns: its arrays have been copied to the
         host by then.
@@ -112,22 +113,22 @@ class Checkpoints:
         return time.monotonic() - start
 
     def restore(self, step: int, like: PyTree) -> PyTree:
-        """The state as saved, bitwise, in the shardings of `like`.
+        """Returns the state as saved, bitwise, in the shardings of `like`.
 
-        Raises `UserError` if something of it is missing.
+        Raises `UserError` if an array of it is missing or cannot be read.
         """
         return restore(self._folder / str(step), self._model, like, self.num_chunks)
 
     def raise_failure(self, timeout_seconds: float = math.inf) -> None:
-        """Raises `UserError` if a save has failed meanwhile, and waits for one that has been under
-        way for longer than this, which may be for ever.
+        """Raises `UserError` if a save has failed in the background. Waits for a save that has been
+        under way for more than `timeout_seconds`; it may never end.
         """
         is_late = time.monotonic() - self._started > timeout_seconds
         if self._saving is not None and (self._saving[1].done() or is_late):
             self.wait()
 
     def wait(self) -> None:
-        """Returns when no save is under way. Raises `UserError` if the last one has failed."""
+        """Waits until no save is under way. Raises `UserError` if the last one has failed."""
         if self._saving is not None:
             (step, save), self._saving = self._saving, None
             with self._writing():
@@ -138,22 +139,23 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Waits as `wait` does, but for Ctrl-C, and ends the background thread."""
+        """Waits for a save under way, except after Ctrl-C, and ends the background thread."""
         if kind is not None and issubclass(kind, KeyboardInterrupt):
             self._thread.shutdown(wait=False, cancel_futures=True)
             return
         try:
             self.wait()
         except UserError:
-            if kind is None:  # what has come first is told
+            if kind is None:  # else the error that came first is raised
                 raise
         finally:
             self._thread.shutdown()
 
     def _damage(self, step: int) -> str:
-        """What is wrong with a checkpoint, of which each process reads a part; empty if nothing.
+        """Returns what is wrong with a checkpoint; empty if nothing is. Each process reads a part
+        of it.
 
-        Raises `UserError` if a process cannot read it, which need not be damage.
+        Raises `UserError` if a process cannot read its part, which need not be damage.
         """
         damage = failure = ""
         try:
@@ -171,7 +173,9 @@ class Checkpoints:
         return next(filter(None, from_all(damage)), "")
 
     def _put_aside(self, step: int, damage: str) -> None:
-        """So that it is not in the way when the run comes to this step again."""
+        """Renames a damaged checkpoint, so that its name is free when the run comes to this step
+        again.
+        """
         if jax.process_index() == 0:
             with self._writing():
                 aside = files.put_aside(self._folder / str(step))
@@ -190,12 +194,14 @@ class Checkpoints:
             )
 
     def _save(self, step: int, parts: Sequence[Fragment], number: int) -> None:
-        """Writes what this process has; process 0 finishes when all have."""
+        """Writes the arrays of this process. Process 0 finishes the checkpoint when all have
+        written.
+        """
         saving = self._folder / f"{step}{files.SAVING}"
         try:
             saving.mkdir(exist_ok=True)
             written, failure = write_arrays(saving, parts), ""
-        except Exception as error:  # whatever it is, the others are waiting to be told
+        except Exception as error:  # of any type, since the others wait to be told
             written, failure = {}, brief(error)
 
         def finish(answers: list[str]) -> str:
@@ -206,7 +212,7 @@ class Checkpoints:
                 known |= answer["files"]
             try:
                 files.finish(saving, step, self._identity, known)
-            except Exception as error:  # likewise
+            except Exception as error:  # of any type, as above
                 return brief(error)
             return ""
 
@@ -234,7 +240,8 @@ class Checkpoints:
 
 
 def newest_sound(workdir: Path, step: int | None = None) -> tuple[Path, ModelConfig]:
-    """The newest sound checkpoint of a run, or that of a step, and its model. Changes nothing.
+    """Returns the folder and the model of the newest sound checkpoint of a run, or of the
+    checkpoint of `step` if that is given. Changes nothing.
 
     Raises `UserError` if there is none.
     """
@@ -259,8 +266,8 @@ def newest_sound(workdir: Path, step: int | None = None) -> tuple[Path, ModelCon
 def write_checkpoint(
     folder: Path, step: int, model: ModelConfig, parts: Iterable[Fragment]
 ) -> None:
-    """Writes a checkpoint of one process, part by part, as `Checkpoints.save` does; nothing of it
-    stays if that fails.
+    """Writes a checkpoint from one process, part by part, in the format of `Checkpoints.save`. If
+    it fails, removes what it has written.
     """
     saving = folder / f"{step}{files.SAVING}"
     saving.mkdir(parents=True)
@@ -275,7 +282,9 @@ def write_checkpoint(
 
 
 def _completed(identity: dict[str, Any]) -> dict[str, Any]:
-    """An identity with the settings that are younger than it, as they were then."""
+    """Completes the identity of an old checkpoint: settings added since then get their defaults,
+    which do what the old model did.
+    """
     try:
         return identity | identity_of(ModelConfig(**identity["model"]))
     except (KeyError, TypeError):
@@ -283,5 +292,5 @@ def _completed(identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def identity_of(model: ModelConfig) -> dict[str, Any]:
-    """What a checkpoint is bound to."""
+    """Returns the settings that a checkpoint is bound to."""
     return {"model": asdict(model)}

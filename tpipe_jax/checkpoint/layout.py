@@ -1,9 +1,10 @@
 """A state's arrays as the model has them, whatever mesh they lie on.
 
-On a mesh, a block's array is one of those of the nth layer of each stage, `[P, ...]`, zeros where a
-stage has no nth layer, which depends on how many chunks stages have (`placement`), and the token
-embedding has rows of padding (`sharding.param_specs`). In the model a layer is a layer, under its
-own number, and the vocabulary is as long as it is.
+On a mesh, each array of a block is `[P, ...]`: it stacks what all P stages have in their nth place
+for a layer. It is zero for a stage without a layer in that place. Which layer is in which place
+depends on the number of chunks of each stage (`placement`). The token embedding has rows of padding
+(`sharding.param_specs`). In the model, each layer has its own arrays, under its own number, and the
+embedding has no padding.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,20 +27,20 @@ class Fragment(NamedTuple):
     """A part of an array of the model, on this process's host."""
 
     name: str
-    """As `params/blocks/3/ff_in/kernel`."""
+    """The name of the whole array, as `params/blocks/3/ff_in/kernel`."""
     shape: ArrayShape
-    """Of the whole array."""
+    """The shape of the whole array."""
     zarr_chunk: ArrayShape
     """The shape of every fragment of the array; those at its end may be smaller."""
     index: Index
-    """Which part it is."""
+    """Where in the whole array this part lies."""
     data: np.ndarray
 
 
 def arrays(
     config: ModelConfig, state: Any, num_chunks: int = 1
 ) -> Iterator[tuple[str, ArrayShape, np.dtype]]:
-    """Name, shape and type of all arrays of a state, which may be abstract."""
+    """Yields name, shape and type of each array of the model in a state, which may be abstract."""
     for path, array in jax.tree.leaves_with_path(state):
         whole = tuple(slice(0, n) for n in array.shape)
         for name, shape, _, _ in _Leaf(config, path, array.shape, num_chunks).parts(whole):
@@ -47,8 +48,8 @@ def arrays(
 
 
 def fragments(config: ModelConfig, state: Any, num_chunks: int = 1) -> Iterator[Fragment]:
-    """All parts of a state that this process has, copied; all processes together have each part
-    once.
+    """Yields copies of all parts of a state that this process has. All processes together yield
+    each part once.
     """
     leaves = jax.tree.leaves_with_path(state)
     for _, array in leaves:
@@ -59,7 +60,8 @@ def fragments(config: ModelConfig, state: Any, num_chunks: int = 1) -> Iterator[
         leaf = _Leaf(config, path, array.shape, num_chunks)
         for shard in array.addressable_shards:
             if shard.replica_id == 0:
-                # On a CPU it would be a view, and XLA copies what it cannot reuse for that.
+                # On a CPU, without a copy, it would be a view of the buffer. XLA could then not
+                # reuse a donated buffer, and would copy it.
                 data = np.array(shard.data, copy=shard.device.platform == "cpu" or None)
                 yield from leaf.to_model(_bounded(shard.index, array.shape), data)
 
@@ -71,12 +73,12 @@ def restored(
     read: Callable[[str, ArrayShape, Index], np.ndarray],
     num_chunks: int = 1,
 ) -> Array:
-    """An array of a state, in the sharding of `like`, from parts of the model's arrays, which
-    `read(name, shape, index)` returns.
+    """Returns an array of a state, in the sharding of `like`. It is made of parts of the model's
+    arrays, which `read(name, shape, index)` returns.
     """
     leaf = _Leaf(config, path, like.shape, num_chunks)
 
-    @cache  # since several devices may have it
+    @cache  # since several devices may have the same part
     def part(*bounds: tuple[int, int]) -> np.ndarray:
         index = tuple(slice(*b) for b in bounds)
         data = np.zeros([i.stop - i.start for i in index], like.dtype)
@@ -91,7 +93,7 @@ def restored(
 
 
 class _Leaf:
-    """An array of the state on a mesh, and what it is made of."""
+    """An array of the state on a mesh, and the arrays of the model that it is made of."""
 
     def __init__(
         self, config: ModelConfig, path: KeyPath, shape: ArrayShape, num_chunks: int
@@ -99,17 +101,16 @@ class _Leaf:
         self._path, self._shape = path, shape
         self._vocab_size = config.vocab_size
         at = [i for i, key in enumerate(path[:-1]) if key == DictKey("blocks")]
-        self._place = (
-            at[0] + 1 if at else None
-        )  # where the path has the place of a layer in a stage
+        # Where in the path the place of a layer in its stage stands.
+        self._place = at[0] + 1 if at else None
         if self._place is not None:
             layers = stage_layers(config.num_layers, shape[0], num_chunks)
             self._layers: list[int] = layers[path[self._place].idx].tolist()
         self._is_vocabulary = path[-2:] == (DictKey("embed"), DictKey("tokens"))
 
     def parts(self, bounds: Index) -> Iterator[tuple[str, ArrayShape, Index, Index]]:
-        """Of a part of the array: name and shape of each array of the model that has a share in it,
-        and where that is there and here.
+        """Yields each array of the model that has a share in a part of this array: its name, its
+        shape, where the share lies in it, and where the share lies in the part.
         """
         if self._place is not None:
             for stage in range(bounds[0].start, bounds[0].stop):
@@ -126,7 +127,7 @@ class _Leaf:
             yield self._name(), self._shape, bounds, ()
 
     def to_model(self, bounds: Index, data: np.ndarray) -> Iterator[Fragment]:
-        """A shard as parts of the model's arrays."""
+        """Yields a shard as parts of the model's arrays."""
         chunk = data.shape if self._place is None else data.shape[1:]
         for name, shape, index, here in self.parts(bounds):
             own = data[here]
@@ -141,5 +142,5 @@ class _Leaf:
 
 
 def _bounded(index: Index, shape: ArrayShape) -> Index:
-    """The index with all its bounds."""
+    """Returns the index with all its bounds given."""
     return tuple(slice(*i.indices(n)[:2]) for i, n in zip(index, shape, strict=True))

@@ -1,14 +1,14 @@
-"""The folder of a run's checkpoints: which are there, and which are as they were written. No jax.
+"""The folder of a run's checkpoints: which ones it has, and which are undamaged. No jax.
 
     checkpoints/500/                a finished checkpoint, named by its step
-    checkpoints/500/manifest.json   what it belongs to, and size and SHA-256 of every other file
-    checkpoints/500/manifest.sha256 the manifest's own
-    checkpoints/500.saving/         one that is being written, or was when the run was killed
-    checkpoints/500.removing/       an old one on its way out
-    checkpoints/500.damaged/        one that was found damaged and put aside
+    checkpoints/500/manifest.json   its settings, and size and SHA-256 of every other file
+    checkpoints/500/manifest.sha256 SHA-256 of the manifest
+    checkpoints/500.saving/         a checkpoint being written, or left so by a killed run
+    checkpoints/500.removing/       an old checkpoint being removed
+    checkpoints/500.damaged/        a checkpoint that was found damaged and put aside
 
-A checkpoint gets its final name in one step, when all of it is on the disk. So what has that name
-was whole, and what differs from its manifest has been damaged since.
+A checkpoint gets its final name in one step, when all its files are on the disk. So a checkpoint
+with a final name was whole at that time. If it differs from its manifest, it was damaged later.
 """
 
 import hashlib
@@ -31,19 +31,19 @@ Digests = dict[str, tuple[int, str]]  # path below the checkpoint: bytes and SHA
 
 
 class DamagedError(Exception):
-    """What is wrong with a checkpoint, in a few words."""
+    """A checkpoint is damaged; says in a few words how."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a checkpoint is, and what it is made of."""
+    """What a checkpoint belongs to, and which files it is made of."""
 
     format: int
     step: int
     identity: dict[str, Any]
-    """The settings that it is bound to, nested as in `Config`."""
+    """The settings that the checkpoint is bound to, nested as in `Config`."""
     files: Digests
-    """All but the manifest and its own digest."""
+    """All files but the manifest and its digest."""
 
 
 def list_steps(folder: Path) -> list[int]:
@@ -53,17 +53,17 @@ def list_steps(folder: Path) -> list[int]:
 
 
 def num_bytes(checkpoint: Path) -> int:
-    """Bytes of all its files."""
+    """Returns the bytes of all files of a checkpoint."""
     return sum(path.lstat().st_size for path in _files(checkpoint))
 
 
 def digest(content: bytes | memoryview) -> str:
-    """SHA-256, in hexadecimal."""
+    """Returns the SHA-256 of a content, in hexadecimal."""
     return hashlib.sha256(content).hexdigest()
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
-    """Writes a file, to the disk."""
+    """Writes a file; returns when its content is on the disk."""
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -71,9 +71,10 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 
 
 def finish(saving: Path, step: int, identity: dict[str, Any], files: Digests) -> None:
-    """Gives a checkpoint of these files its manifest and its final name.
+    """Writes the manifest of a checkpoint of these files, and gives the checkpoint its final name.
 
-    Raises `FileNotFoundError` or `FileExistsError` if others are there.
+    Raises `FileNotFoundError` if one of the files is missing, `FileExistsError` if there are
+    others.
     """
     found = set(_names(saving))
     if missing := sorted(files.keys() - found):
@@ -91,7 +92,7 @@ def finish(saving: Path, step: int, identity: dict[str, Any], files: Digests) ->
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    """Raises `DamagedError` if it is not as it was written."""
+    """Reads the manifest of a checkpoint. Raises `DamagedError` if it is not as it was written."""
     names = {path.name for path in checkpoint.iterdir()}
     for name in (MANIFEST, MANIFEST_DIGEST):
         if name not in names:
@@ -112,10 +113,11 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 
 def check(checkpoint: Path, part: int = 0, num_parts: int = 1) -> Manifest:
-    """The manifest of a checkpoint whose files are as it says; of several parts, one reads all
-    files that fall to it.
+    """Returns the manifest of a checkpoint, after comparing the files with it. The names of all
+    files are compared. The contents are divided among `num_parts` readers, of which this one is
+    `part`.
 
-    Raises `DamagedError`, which names a file.
+    Raises `DamagedError`, which names a file that differs.
     """
     manifest = read_manifest(checkpoint)
     found = set(_names(checkpoint))
@@ -140,14 +142,16 @@ def check(checkpoint: Path, part: int = 0, num_parts: int = 1) -> Manifest:
 
 
 def remove(checkpoint: Path) -> None:
-    """Removes a checkpoint; whenever that is interrupted, it is there or it is not."""
+    """Removes a checkpoint. Renames it first, so that an interruption leaves no half one of that
+    name.
+    """
     removing = checkpoint.with_name(checkpoint.name + REMOVING)
     checkpoint.rename(removing)
     _delete(removing)
 
 
 def put_aside(checkpoint: Path) -> Path:
-    """Takes a damaged checkpoint out of the way; returns where it is then."""
+    """Renames a damaged checkpoint, to put it out of the way; returns its new path."""
     aside = checkpoint.with_name(checkpoint.name + DAMAGED)
     number = 1
     while aside.exists():
@@ -158,7 +162,7 @@ def put_aside(checkpoint: Path) -> Path:
 
 
 def clean(folder: Path) -> None:
-    """Removes what a killed run has left half written or half removed."""
+    """Removes checkpoints that a killed run has left half written or half removed."""
     for path in folder.iterdir():
         if _STEP.fullmatch(path.stem) and path.suffix in (SAVING, REMOVING):
             _delete(path)
@@ -168,7 +172,7 @@ _STEP = re.compile("0|[1-9][0-9]*")
 
 
 def _delete(path: Path) -> None:
-    if path.is_symlink():  # to another disk
+    if path.is_symlink():  # a user may have moved it to another disk
         path.unlink()
     else:
         shutil.rmtree(path)
@@ -180,12 +184,12 @@ def _check_regular(checkpoint: Path, name: str) -> None:
 
 
 def _shown(name: str) -> str:
-    """A name that may have been damaged too, as it can be printed."""
+    """Returns a name as it can be printed, since damage may have changed it too."""
     return name if name.isprintable() else ascii(name)
 
 
 def _names(checkpoint: Path) -> list[str]:
-    """Of all files but the manifest and its digest."""
+    """Returns the names of all files but the manifest and its digest."""
     names = (path.relative_to(checkpoint).as_posix() for path in _files(checkpoint))
     return [name for name in names if name not in (MANIFEST, MANIFEST_DIGEST)]
 

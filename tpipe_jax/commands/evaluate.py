@@ -1,4 +1,4 @@
-"""The loss of a model on all of some data, through the pipeline."""
+"""Evaluates a model on data, through the pipeline."""
 
 import itertools
 import math
@@ -28,14 +28,14 @@ from tpipe_jax.training.step import make_loss
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model makes of data."""
+    """The loss of a model on data."""
 
     num_tokens: int
-    """Those that are predicted, each once."""
+    """Tokens that are predicted, each counted once."""
     loss: float
     """Nats per token."""
     num_bytes: int | None
-    """Of the text of these tokens; None where it is not known."""
+    """Bytes of the text of these tokens; None where that is not known."""
 
     @property
     def perplexity(self) -> float:
@@ -54,9 +54,11 @@ def evaluate(
     shares: Sequence[Share],
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """The mean loss of every token of these shares that is a target in training, in sequences as
-    there, of which the last may be shorter; weights don't count. Raises `UserError` if there is
-    none.
+    """Returns the mean loss of all tokens of these shares that are targets in training.
+
+    Sequences are made as in training, but the last one may be shorter. The weights of the shares
+    don't count. Calls `on_progress(done, total)`, counted in sequences, after each batch. Raises
+    `UserError` if there is no target.
     """
     config, batch_size = with_packing(trained.config, shares), trained.config.train.batch_size
     spec, layout = make_spec(config, trained.mesh), RowLayout.of(config)
@@ -90,8 +92,8 @@ def evaluate(
 
 
 def _byte_counter(config: Config) -> Callable[[np.ndarray], int] | None:
-    """Counts the bytes that tokens stand for; None where their tokenizer is not known, or is none
-    of bytes.
+    """Returns a function that counts the bytes of the text of tokens; None if the tokenizer is not
+    known, or cannot tell the bytes of each token by itself.
     """
     if config.data.tokenizer == BYTES_NAME and config.model.vocab_size != BYTES:
         return None
@@ -112,7 +114,7 @@ def _byte_counter(config: Config) -> Callable[[np.ndarray], int] | None:
 
 
 def _plan(config: Config) -> Plan:
-    """Whole sequences on one stage; on several, two slices for each."""
+    """Returns a plan: whole sequences on one stage; on several, two token slices for each stage."""
     num_stages = config.mesh.pipe
     num_slices = min(2 * num_stages, config.model.seq_len) if num_stages > 1 else 1
     slices = PlanConfig(f"uniform:{num_slices}", "uniform:1")

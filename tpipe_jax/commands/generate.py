@@ -14,13 +14,15 @@ from tpipe_jax.pipeline.spec import StageSpec
 
 PART = 64  # tokens of a prompt that are read at a time
 
-Choose = Callable[[np.ndarray], int]  # of the logits of all tokens, `[V]`
+Choose = Callable[[np.ndarray], int]  # from logits `[V]` to a token
 
 
 def chooser(temperature: float, top_p: float = 1.0, seed: int = 0) -> Choose:
-    """The most likely token at temperature 0; else draws of the softmax, divided by the
-    temperature, over the most likely tokens that together have a probability of `top_p`
-    (Holtzman et al. 2020, "nucleus sampling").
+    """Returns a function that chooses the next token from logits.
+
+    At temperature 0 it takes the most likely token. Otherwise it divides logits by the temperature
+    and draws from their softmax, among the most likely tokens that together have a probability of
+    `top_p` (Holtzman et al. 2020, "nucleus sampling").
     """
     random = np.random.default_rng(seed)
 
@@ -51,10 +53,10 @@ class Generator:
         self._programs = {size: self._compile(size) for size in {1, self._part}}
 
     def tokens_after(self, prompt: Sequence[int] | np.ndarray, choose: Choose) -> Iterator[int]:
-        """What follows on the prompt, without an end.
+        """Yields the tokens that follow the prompt, without end.
 
-        Of a text longer than the model's `seq_len` only the last tokens count: where they are as
-        many, half of them are read again.
+        The model sees at most its last `seq_len` tokens. When the text grows beyond that, the last
+        `seq_len / 2` tokens are read again, and it goes on after these.
         """
         seq_len = self._config.model.seq_len
         tokens = list(map(int, prompt))[-seq_len:]
@@ -69,11 +71,12 @@ class Generator:
                 logits_V = self._read(tokens)
 
     def _read(self, tokens: list[int]) -> np.ndarray:
-        """Fills the caches with tokens from the first on; the logits after the last."""
+        """Fills the caches with tokens, from position 0 on; returns the logits after the last."""
         size, logits_V = self._part, np.empty(0)
         for start in range(0, len(tokens), size):
-            # The last part may reach beyond the tokens, where nothing looks before it is written
-            # again, but not beyond the caches: then it begins earlier, with what is there already.
+            # The last part may reach beyond the tokens: these places are written again before they
+            # are read. It may not reach beyond the caches: then it begins earlier, and some tokens
+            # are read twice.
             first = min(start, self._config.model.seq_len - size)
             part = tokens[first : first + size]
             logits_V = self._next(part + [0] * (size - len(part)), first, len(part) - 1)

@@ -9,12 +9,12 @@ from tpipe_jax.config.flags import Flags
 from tpipe_jax.config.settings import Config
 from tpipe_jax.runtime.launcher import supervise
 
-# Of config, workdir, devices and console.
+# Its arguments are config, workdir, devices and console.
 Main = Callable[[Config, Path, Sequence[Any], Any], None]
 
 
 def launch(flags: Flags, main: Main) -> int:
-    """Runs the work in each process; returns the exit status."""
+    """Runs `main` here, or starts and supervises processes that do; returns the exit status."""
     if flags.processes.local_processes is not None or flags.processes.max_restarts:
         return supervise(sys.argv, flags)
     # Imported late, so that a mistake in the flags is answered at once.

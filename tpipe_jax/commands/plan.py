@@ -22,13 +22,13 @@ from tpipe_jax.reporting.workdir import changed_settings, describe_in_files
 def plan_run(
     config: Config, workdir: Path, devices: Sequence[jax.Device], console: Console
 ) -> None:
-    """Plans as a run of this config would, and leaves what it would leave, and plan.png.
+    """Plans as a run of this config would. Writes the files that describe such a run, and plan.png.
 
-    The workdir may be that of the run, which then need not measure again. Raises `UserError` for
-    settings that don't fit the devices, or that leave nothing to plan.
+    A later run in the same workdir need not measure again. Raises `UserError` for settings that
+    don't fit the devices, or that leave nothing to plan.
     """
     is_auto = config.mesh.auto
-    if is_auto:  # what can be found before minutes of measuring
+    if is_auto:  # checks what it can before minutes of measuring
         some_mesh = next(factorisations(config.mesh, len(devices)))
         some = replace(config, mesh=some_mesh)
         some = make_spec(some, make_mesh(some_mesh, devices))
@@ -55,7 +55,9 @@ def plan_run(
 
 
 def _check_is_own(config: Config, workdir: Path, but: tuple[str, ...] = ()) -> None:
-    """Raises `UserError` if the folder holds a run with other settings, but for some."""
+    """Raises `UserError` if the folder holds a run with other settings; those that begin with `but`
+    may differ.
+    """
     changes = changed_settings(config, workdir) if jax.process_index() == 0 else []
     changes = [change for change in changes if not change.startswith(but)]
     if changes and (workdir / "metrics.jsonl").exists():

@@ -1,4 +1,4 @@
-"""The training loop: everything that a run does, in the order in which it does it."""
+"""What launch/multihost.py does with a config: all that a run does, from start to end."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -49,12 +49,12 @@ def train(
     console: Console,
     profiled: range | None = None,
 ) -> None:
-    """Trains to the last step or until interrupted, from the last checkpoint in the workdir, and
-    takes a profile of some steps.
+    """Trains from the last checkpoint in the workdir to the last step, or until interrupted, and
+    takes a profile of the `profiled` steps.
 
-    Nothing is written before settings, data and checkpoint have been found to fit each other, but
-    for what is measured to choose a mesh. Then the slices are planned, which may take a minute of
-    measuring, and training starts. Raises `UserError` where they don't fit.
+    First checks that settings, data and checkpoint fit each other; until then it writes no results
+    except the measurements that choose a mesh. Then plans the slices, which may take a minute of
+    measuring, and trains. Raises `UserError` if something does not fit.
     """
     with out_of_memory(), watched() as expect, Stop(console.say) as stop:
         services = Services(console, stop, expect, config.train.step_timeout_seconds)
@@ -71,7 +71,7 @@ def train(
                 console.say("Interrupted before a mesh was chosen: the same command goes on.")
                 return
             take_latencies(config.mesh, workdir)
-            expect("", math.inf)  # nothing more is timed before the run says what it does
+            expect("", math.inf)  # no time limit until the run says what it does next
         console.say(_run(config, workdir, devices, services, profiled))
 
 
@@ -82,10 +82,10 @@ def _run(
     services: Services,
     profiled: range | None,
 ) -> str:
-    """Trains on a mesh that is known; returns what the run has come to."""
+    """Trains on a given mesh; returns a sentence on how the run has ended."""
     run, console = prepare(config, devices), services.console
     config = run.config
-    is_first = jax.process_index() == 0  # which alone writes, but for checkpoints
+    is_first = jax.process_index() == 0  # only process 0 writes, except checkpoints
     console.show_facts(_facts(run))
     if is_slow(config.precision, run.mesh):
         console.say(
@@ -94,7 +94,7 @@ def _run(
         )
     for change in changed_settings(run.described, workdir) if is_first else ():
         console.say(f"changed since the last start: {change}")
-    _show_hosts(run.mesh, console)  # all meet here, after the first has found the folder fit
+    _show_hosts(run.mesh, console)  # all processes wait here until process 0 has checked the folder
 
     with (
         run_lock(workdir / "checkpoints") if is_first else nullcontext(),
@@ -112,7 +112,9 @@ def _train(
     services: Services,
     profiled: range | None,
 ) -> str:
-    """Plans, compiles and runs the steps that are left; returns what the run has come to."""
+    """Plans, compiles and runs the steps that are left; returns a sentence on how the run has
+    ended.
+    """
     console, stop, within = services.console, services.stop, services.within
     config, num_steps, first_step = run.config, run.config.train.num_steps, 0
     try:
@@ -138,7 +140,7 @@ def _train(
         console.say(f"no profile is taken, since steps {profiled[0]} to {profiled[-1]} are done")
     within("preparing the state", is_step=False)
     state = _first_state(run, checkpoints, saved_step, console)
-    # Read now, since a process that cannot read one later would leave the others waiting.
+    # Read now: if a process could not read one later, the others would wait for it.
     held_out = [put_batch(run, run.held_out, i) for i in range(config.train.eval_batches)]
     metrics = None
     if jax.process_index() == 0:
@@ -148,7 +150,7 @@ def _train(
         log = StepLog(run.spec, plan, metrics, console)
         recorded = ProfiledSteps(profiled, workdir / "profile")
         loop = Loop(run, plan, programs, workdir, checkpoints, log, recorded, services)
-        gathered("training", "", lambda _: "")  # so that nobody's first step waits for others
+        gathered("training", "", lambda _: "")  # so that no first step waits for another process
         with console.progress(first_step, num_steps):
             step, state = loop.steps(state, first_step, held_out)
     if step < num_steps:
@@ -160,7 +162,7 @@ def _train(
 
 
 def _facts(run: Run) -> dict[str, str]:
-    """What there is to know of a run before it starts, by a short name."""
+    """Returns facts on a run before it starts, as text by a short name."""
     config, model, mesh = run.config, run.config.model, run.config.mesh
     counts = layer_counts(model.num_layers, mesh.pipe)
     per_stage = f"{min(counts)}" + f"-{max(counts)}" * (min(counts) < max(counts))
@@ -188,7 +190,7 @@ def _show_hosts(mesh: Mesh, console: Console) -> None:
 
 
 def _planned(run: Run, workdir: Path, console: Console, check: Callable[[], None]) -> Plan:
-    """The plan as given, or the fastest of those that keep to what is."""
+    """Returns the plan that the settings give, or the fastest one that keeps to what they give."""
     config = run.config
     if isinstance(run.plan, PlanRequest):
         _, planning = plan_slices(run.spec, run.plan, workdir, console, check)
@@ -202,7 +204,7 @@ def _planned(run: Run, workdir: Path, console: Console, check: Callable[[], None
 def _first_state(
     run: Run, checkpoints: Checkpoints, saved_step: int | None, console: Console
 ) -> TrainState:
-    """That of the checkpoint, if there is one, or a fresh one."""
+    """Returns the state of the checkpoint, if there is one; otherwise a fresh state."""
     if saved_step is None:
         return init_state(run.spec, run.optimizer)
     like = abstract_state(run.spec, run.optimizer)
@@ -213,12 +215,12 @@ def _first_state(
 
 
 def _show_sample(run: Run, params: Params, stop: Stop, console: Console) -> None:
-    """How the model continues a held-out text."""
+    """Shows how the model continues a held-out text."""
     config = run.config
     layout, rows = RowLayout.of(config), run.held_out.batch(0)[-1:]
     tokens, starts = layout.inputs(rows)[0], layout.document_starts(rows)
     if starts is not None:
-        tokens = tokens[starts[0] == 0]  # of the first document
+        tokens = tokens[starts[0] == 0]  # the first document
     prompt = tokens[: max(1, config.model.seq_len // 2)]
     num_tokens = config.train.sample_tokens
     choose = chooser(TEMPERATURE, seed=config.train.seed)
@@ -230,7 +232,7 @@ def _show_sample(run: Run, params: Params, stop: Stop, console: Console) -> None
 
 
 def _as_text(config: Config, tokens: np.ndarray) -> str:
-    """As the text that they are, without control characters; as numbers where that is unknown."""
+    """Returns tokens as text without control characters; as numbers if no tokenizer is known."""
     name = config.data.tokenizer
     if name != BYTES_NAME or config.model.vocab_size == BYTES:
         text = open_tokenizer("config.data.tokenizer", name).decode(tokens.tolist())

@@ -1,4 +1,4 @@
-"""The model of a run's checkpoint, on a mesh, for what comes after training."""
+"""Loads the model of a run's checkpoint onto a mesh, to evaluate it or to generate text."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,18 +33,18 @@ class Trained(NamedTuple):
         return self.spec.mesh
 
     def with_config(self, config: Config) -> "Trained":
-        """The same model under settings that differ in data or batch."""
+        """Returns the same model with a config that differs only in data or batch."""
         return self._replace(spec=make_spec(config, self.mesh))
 
 
 def load(workdir: Path, step: int | None, config: Config, devices: Sequence[jax.Device]) -> Trained:
-    """The newest sound checkpoint of a run, or that of a step, on the mesh of the config, whose
-    model does not matter, and on the first of the devices.
+    """Loads a run's newest sound checkpoint, or the one of `step`, onto the mesh of the config.
 
-    Raises `UserError` if there is none, or if it does not fit the mesh.
+    The mesh takes the first of the devices. The model is the checkpoint's, not the config's. Raises
+    `UserError` if there is no sound checkpoint, or if its model does not fit the mesh.
     """
     checkpoint, model = newest_sound(workdir, step)
-    config = replace(config, model=model, plan=PlanConfig())  # stages without chunks
+    config = replace(config, model=model, plan=PlanConfig())  # one chunk for each stage
     spec = spec_on_devices(config, devices[: config.mesh.num_devices])
     like = abstract_state(spec, make_optimizer(spec.config))
     params = restore(checkpoint, model, {"params": like.params})["params"]

@@ -1,6 +1,6 @@
 """All settings of a run, and the command line that sets them.
 
-Config files and programs of one's own take their names from here.
+Config files and users' own programs import these names from here.
 """
 
 from tpipe_jax.config.settings import (

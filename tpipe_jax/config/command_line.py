@@ -34,7 +34,7 @@ _CONSTRUCTORS = tyro.constructors.ConstructorRegistry()
 def _true_or_false(
     info: tyro.constructors.PrimitiveTypeInfo,
 ) -> tyro.constructors.PrimitiveConstructorSpec[bool] | None:
-    """Truth values as `true` or `false`, in any case; tyro's own are capitalised."""
+    """Reads truth values as `true` or `false`, capitalised or not; tyro alone wants a capital."""
     if info.type is not bool:
         return None
     return tyro.constructors.PrimitiveConstructorSpec(
@@ -43,12 +43,15 @@ def _true_or_false(
         instance_from_str=lambda words: {"true": True, "false": False}[words[0].lower()],
         is_instance=lambda value: isinstance(value, bool),
         str_from_instance=lambda value: [str(value).lower()],
-        choices=("true", "false", "True", "False"),  # what code and config.json have, too
+        choices=("true", "false", "True", "False"),  # config.json and Python spell them so
     )
 
 
 def exit_status(program: Callable[[], int | None]) -> int:
-    """Runs a program: its own status, 2 after one sentence on what to mend, 130 if stopped."""
+    """Runs a program and returns its exit status, or prints its `UserError` and returns 2.
+
+    When the user stops the program (Ctrl-C), the process ends at once with status 130.
+    """
     try:
         return program() or 0
     except UserError as error:
@@ -57,11 +60,11 @@ def exit_status(program: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
         sys.stdout.flush()
-        os._exit(130)  # a save may be under way in a thread, for which Python would wait
+        os._exit(130)  # sys.exit would wait for a thread that still saves a checkpoint
 
 
 def parse_convert(args: list[str], program: str) -> ImportFlags | ExportFlags:
-    """Reads the command line of either."""
+    """Reads the command line, whose first word is `import` or `export`."""
     return tyro.extras.subcommand_cli_from_dict(
         {"import": ImportFlags, "export": ExportFlags},
         description="Weights from and to the folders of Hugging Face's GPT-2.",
@@ -71,7 +74,7 @@ def parse_convert(args: list[str], program: str) -> ImportFlags | ExportFlags:
 
 
 def parse_tokenize(args: list[str], program: str) -> TokenizeFlags:
-    """Reads the command line of `TokenizeFlags`. Raises `UserError` for what does not fit."""
+    """Reads the command line of `TokenizeFlags`. Raises `UserError` for unusable values."""
     flags = tyro.cli(TokenizeFlags, args=args, prog=program)
     _check_fields("--", flags)
     if not flags.inputs:
@@ -87,14 +90,14 @@ def parse_tokenize(args: list[str], program: str) -> TokenizeFlags:
 def _check_fields(prefix: str, fields: Any) -> None:
     """Raises `UserError` for a value out of its range."""
     for name, hint in get_type_hints(type(fields), include_extras=True).items():
-        options = (hint, *get_args(hint))  # what may be None is a union
+        options = (hint, *get_args(hint))  # an optional field has a union type
         if any(isinstance(note, Range) for o in options for note in getattr(o, "__metadata__", ())):
             check_field(f"{prefix}{name.replace('_', '-')}", hint, getattr(fields, name))
 
 
 def parse_after(kind: type[AfterFlags], args: list[str], program: str) -> AfterFlags:
-    """Reads the command line of what comes after training. Raises `UserError` for a value out of
-    its range.
+    """Reads the command line of a program that uses a trained model. Raises `UserError` for a
+    value out of its range.
     """
     with _CONSTRUCTORS:
         flags = tyro.cli(kind, args=args, prog=program, config=(tyro.conf.FlagConversionOff,))
@@ -128,7 +131,7 @@ def parse_file_plan(args: list[str], program: str) -> FilePlanFlags:
 
 
 def parse(args: list[str], program: str) -> Flags:
-    """Reads the command line; prints help or tyro's explanation and exits where it must.
+    """Reads the command line of a run. Prints help, or tyro's error message, and exits if needed.
 
     Raises `UserError` for a config file that cannot be used or a setting out of its range.
     """
@@ -147,8 +150,8 @@ def parse(args: list[str], program: str) -> Flags:
 
 
 def load_config(path: Path) -> Config:
-    """The settings in the config.json of a run, or those that `get_config()` of a Python file
-    returns, which is run. Raises `UserError` if there are none.
+    """Returns the settings in a run's config.json, or runs a Python file and returns the settings
+    that its `get_config()` returns. Raises `UserError` if the file does not give settings.
     """
     if not path.is_file():
         known = ", ".join(sorted(os.path.relpath(p) for p in CONFIGS.glob("*.py")))
@@ -166,7 +169,7 @@ def load_config(path: Path) -> Config:
         config = load_file(path).get_config()
     except UserError:
         raise
-    except Exception as error:  # whatever the file's code raises is for its author to mend
+    except Exception as error:  # any error of the file's code is for its author to mend
         raise UserError(
             f"--config={path} cannot be used ({type(error).__name__}: {error}): "
             "it must define get_config() -> Config."
@@ -177,7 +180,7 @@ def load_config(path: Path) -> Config:
 
 
 def without_option(args: list[str], name: str) -> list[str]:
-    """The arguments without `--name=value` or `--name value`, in either spelling."""
+    """Returns the arguments without `--name=value` or `--name value`; the name may have _ for -."""
     rest, words = [], iter(args)
     for word in words:
         option, is_assigned, _ = word.partition("=")
@@ -189,7 +192,7 @@ def without_option(args: list[str], name: str) -> list[str]:
 
 
 def _check_processes(flags: ProcessFlags) -> None:
-    """Raises `UserError` if they don't fit each other."""
+    """Raises `UserError` if a flag is out of its range, or if flags contradict each other."""
     for name, least in (
         ("num_processes", 1),
         ("local_processes", 1),
@@ -226,7 +229,10 @@ def _check_processes(flags: ProcessFlags) -> None:
 
 
 def _take_config(args: list[str]) -> tuple[Path, list[str]]:
-    """Splits --config=FILE or --config FILE off, of which the last counts; spells mesh=auto out."""
+    """Returns the FILE of the last --config=FILE or --config FILE, and all other arguments.
+
+    Among these, --config.mesh=auto is replaced by --config.mesh.auto=True.
+    """
     path, rest, words = CONFIGS / "quickstart.py", [], iter(args)
     for word in words:
         if word == "--config":

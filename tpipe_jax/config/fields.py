@@ -1,4 +1,4 @@
-"""What a setting may be: types with ranges, and their check."""
+"""The types of settings, with ranges, and the check of a value against them."""
 
 import math
 import types
@@ -10,7 +10,7 @@ from tpipe_jax.errors import UserError
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a numeric field may take: from `low` to `high`, and under `below`."""
+    """The values that a numeric field may take: from `low` to `high`, and less than `below`."""
 
     low: float
     high: float = math.inf
@@ -35,7 +35,7 @@ Fraction = Annotated[float, Range(0, below=1)]
 
 
 def check_field(path: str, hint: Any, value: Any) -> None:
-    """Raises `UserError` if a value has not the type, or is not in the range, of its setting."""
+    """Raises `UserError` if a value has the wrong type, or is out of the range of its setting."""
     if get_origin(hint) in (types.UnionType, Union):
         if value is None:
             return

@@ -20,14 +20,14 @@ class ProcessFlags:
     num_processes: Count | None = None
     """Processes of the run, on all hosts."""
     process_id: CountOrZero | None = None
-    """Which of them this one is, from 0."""
+    """Number of this process, from 0."""
     local_device_ids: tuple[int, ...] | None = None
-    """The GPUs of its host that this process uses; all if left out."""
+    """GPUs of the host that this process uses; all if left out."""
     local_processes: Count | None = None
-    """Starts so many processes on this machine instead, and relays what they print."""
+    """Starts this many processes on this machine instead, and relays what they print."""
     max_restarts: CountOrZero = 0
-    """How often processes that have failed are started again, from the last checkpoint; each host
-    its own, where a scheduler starts them."""
+    """How often failed processes are started again, from the last checkpoint. Where a scheduler
+    starts the processes, each host restarts its own."""
     join_seconds: Count = 300
     """How long a process waits for the others at the start."""
 
@@ -43,10 +43,10 @@ class Flags:
 
     config: Config
     workdir: Path
-    """Folder for config.json, plan.json, metrics, checkpoints and timeline.png, seen by all."""
+    """Folder for config.json, plan.json, metrics, checkpoints, timeline.png; seen by all hosts."""
     processes: tyro.conf.OmitArgPrefixes[ProcessFlags] = ProcessFlags()
     profile: str | None = None
-    """START:STOP, the steps, both included, of which training leaves a profile in the workdir."""
+    """START:STOP, the first and the last step of the profile that is written to the workdir."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +63,16 @@ class FilePlanFlags:
     seq_len: Count
     """Tokens of a sequence."""
     stage_factors: tuple[float, ...] | None = None
-    """The time of each stage over those of the file, all alike if left out."""
+    """Time of each stage divided by the times in the file; if left out, in proportion to the layers
+    of the stages, or all 1 without num_layers."""
     schedule: Literal["auto", ScheduleName] = "auto"
     """As config.plan.schedule."""
     num_layers: int | None = None
-    """Layers of the model, without which interleaved is planned only if it is asked for."""
+    """Layers of the model; if left out, interleaved is planned only when schedule names it."""
     chunks: int | None = None
     """As config.plan.chunks."""
     memory_limit_gib: float | None = None
-    """What a step may use of a device's memory, if the file tells what it needs."""
+    """Memory of a device that a step may use; needs a file that holds measured memory."""
     workdir: Path = Path("runs/plan")
     """Folder for plan.json and plan.png."""
 
@@ -103,7 +104,7 @@ class ExportFlags:
     to: Path
     """A folder that does not exist yet."""
     step: CountOrZero | None = None
-    """Of the checkpoint; the newest if left out."""
+    """Step of the checkpoint; the newest if left out."""
 
 
 @dataclass(frozen=True)
@@ -115,19 +116,20 @@ class GenerateFlags:
     prompt: str | None = None
     """The text."""
     tokenizer: str | None = None
-    """Of the text: bytes or a tokenizer.json; config.data.tokenizer of the run if left out."""
+    """Tokenizer of the text: bytes or a tokenizer.json; config.data.tokenizer of the run if left
+    out."""
     prompt_ids: str | None = None
-    """Its tokens instead, as 464,3290."""
+    """Token ids to continue instead of a text, as 464,3290."""
     max_tokens: Count = 200
-    """How many tokens follow."""
+    """Number of tokens to generate."""
     temperature: NonNegative = 0.7
-    """What logits are divided by before a token is drawn; 0 takes the most likely one always."""
+    """Divides the logits before a token is drawn; 0 always takes the most likely token."""
     top_p: Annotated[float, Range(0, high=1)] = 1.0
-    """Draws from the most likely tokens that together have this probability."""
+    """Tokens are drawn from the most likely ones that together have this probability."""
     seed: CountOrZero = 0
-    """Of the draws."""
+    """Seed of the draws."""
     step: CountOrZero | None = None
-    """Of the checkpoint; the newest if left out."""
+    """Step of the checkpoint; the newest if left out."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """The devices that share the work."""
 
@@ -139,13 +141,13 @@ class EvaluateFlags:
     workdir: Path
     """The run's folder."""
     data: str | None = None
-    """What config.data.train may name; what the run holds out if left out."""
+    """Data, named as in config.data.train; the held-out data of the run if left out."""
     tokenizer: str | None = None
-    """Of text: bytes or a tokenizer.json; config.data.tokenizer of the run if left out."""
+    """For text: bytes or a tokenizer.json; config.data.tokenizer of the run if left out."""
     batch_size: Count = 8
     """Sequences that a data shard works on together."""
     step: CountOrZero | None = None
-    """Of the checkpoint; the newest if left out."""
+    """Step of the checkpoint; the newest if left out."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """The devices that share the work."""
 
@@ -161,11 +163,11 @@ class TokenizeFlags:
     tokenizer: str = "bytes"
     """bytes, or the tokenizer.json of a Hugging Face model."""
     train_bpe: Count | None = None
-    """Makes a tokenizer of so many tokens first, from the same text, as OUT.tokenizer.json."""
+    """First makes a tokenizer of this many tokens from the same text, as OUT.tokenizer.json."""
     num_workers: Count = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     """Processes that work at the same time."""
-    field: str = "text"  # the last one, since it hides the function of that name
-    """Where a record of JSON lines or Parquet has its document."""
+    field: str = "text"  # last, since it hides the function `field`
+    """Field that holds the document in a record of JSON lines or Parquet."""
 
 
 AfterFlags = TypeVar("AfterFlags", GenerateFlags, EvaluateFlags)

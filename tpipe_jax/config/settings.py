@@ -14,9 +14,9 @@ import tyro
 from tpipe_jax.config.fields import Count, CountOrZero, Fraction, NonNegative, Range, check_field
 from tpipe_jax.errors import UserError
 
-GPT2 = "gpt2"  # the block that is built in
-BYTES, BYTES_NAME = 256, "bytes"  # the vocabulary of text that is read so, and its tokenizer
-IGNORE = -1  # a target that does not count
+GPT2 = "gpt2"  # name of the built-in block
+BYTES, BYTES_NAME = 256, "bytes"  # of text read as bytes: vocabulary and tokenizer
+IGNORE = -1  # a target that the loss leaves out
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class ModelConfig:
     """The GPT, as published for GPT-2 and GPT-3."""
 
     num_layers: Count = 4
-    """Transformer blocks, spread over the stages as evenly as they go."""
+    """Transformer blocks, spread over the stages as evenly as possible."""
     d_model: Count = 128
     """Width of the residual stream."""
     num_heads: Count = 4
@@ -55,10 +55,10 @@ class MeshConfig:
     model: Count = 1
     """Devices that share each operator of a stage (operator partitioning)."""
     order: str = "pipe,data,model"
-    """The three from the one that goes across hosts first to the one that stays inside a host."""
+    """The three axes, from the first to go across hosts to the one that stays inside a host."""
     auto: bool = False
-    """Whether to divide as many devices, or all GPUs or TPUs, in the way that is planned to be the
-    fastest, which config.mesh=auto asks for. Each way is profiled first."""
+    """Whether to search for the division with the fastest plan, as config.mesh=auto asks: of
+    data * pipe * model devices, or of all GPUs or TPUs. Each division is profiled first."""
 
     @property
     def num_devices(self) -> int:
@@ -79,12 +79,14 @@ class PlanConfig:
     """Batch slices of each data shard: auto, uniform:N, or sizes that sum to its batch, which is
     batch_size / mesh.data, as 2,1,1."""
     unit_tokens: Count | None = None
-    """Tokens that planned slices are multiples of; None means 8, and more in long sequences."""
+    """Planned slices are multiples of this many tokens; None means about 8, and more in long
+    sequences."""
     schedule: Literal["auto", ScheduleName] = "auto"
     """In which order the slices pass the stages: terapipe sends all forward and then all backward;
-    interleaved too, but through one chunk of each stage after another, so that stages wait less;
-    1f1b sends a batch slice backward while the next ones go forward, and so keeps few of them;
-    1f1b-deferred takes gradients of weights when a stage would wait. auto means the fastest."""
+    interleaved does so too, but through one chunk of each stage after another, so stages wait less;
+    1f1b sends a batch slice backward while the next ones go forward, and so stores few of them;
+    1f1b-deferred does so too, but computes gradients of weights when a stage would wait. auto means
+    the fastest."""
     chunks: Annotated[int, Range(2)] | None = None
     """Chunks of layers of each stage under interleaved; None means the faster of 2 and 4, and 2
     where all slices are given."""
@@ -93,7 +95,7 @@ class PlanConfig:
 
     @property
     def num_chunks(self) -> int:
-        """Of each stage, under the schedule that is named."""
+        """Chunks of each stage under the named schedule."""
         return (self.chunks or 2) if self.schedule == "interleaved" else 1
 
 
@@ -112,12 +114,12 @@ class TrainConfig:
     eval_every: Count = 100
     """Steps between two evaluations on held-out data."""
     eval_batches: Count = 8
-    """Batches of an evaluation, always the same, which stay on the devices."""
+    """Batches of an evaluation; they are always the same and stay on the devices."""
     sample_tokens: CountOrZero = 200
-    """Tokens that the trained model continues held-out text with at the end of the run."""
+    """Tokens that the trained model adds to a held-out text at the end of the run."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """What follows on a loss or gradients that are not finite, which change nothing: the end of the
-    run, or the next step."""
+    """What happens when the loss or gradients are not finite: stop ends the run, skip goes on with
+    the next step. Such a step changes nothing."""
     max_consecutive_skips: Count = 10
     """Steps in a row that skip may skip; one more ends the run."""
     step_timeout_seconds: Count = 1800
@@ -144,17 +146,17 @@ class OptimConfig:
     grad_clip: NonNegative = 1.0
     """Largest global norm of the gradients; 0 turns clipping off."""
     shard_state: bool | None = None
-    """Whether data shards divide the optimiser state among them (ZeRO stage 1) rather than hold all
-    of it each; None means where mesh.data > 1."""
+    """Whether data shards divide the optimiser state among themselves (ZeRO stage 1), instead of
+    each holding all of it; None means yes where mesh.data > 1."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where tokens come from: pydocs (the documentation inside Python), a text file, documents as
     records of a .jsonl, .parquet or .array_record file, a folder of such files, a folder that
-    launch/tokenize.py has made, or a token file: .npy, or .bin of llm.c, of Megatron-LM with its
-    .idx, or of uint16 or uint32 (where vocab_size is over 65536, or where every other uint16 is 0).
-    Several are mixed by weights, as a.bin:0.7,b.bin:0.3.
+    launch/tokenize.py has made, or a token file. A token file is a .npy, or a .bin: of llm.c, of
+    Megatron-LM with its .idx, or of raw uint16 or uint32 (uint32 where vocab_size is over 65536, or
+    where every other uint16 is 0). Several sources are mixed by weights, as a.bin:0.7,b.bin:0.3.
     """
 
     train: str = "pydocs"
@@ -166,19 +168,21 @@ class DataConfig:
     held_out: Annotated[float, Range(0, high=0.5)] = 0.1
     """Fraction of train that is held out where eval has no source of its own."""
     field: str = "text"
-    """The field of a record that has its text; records without it have prompt and completion, of
-    which only the latter is learnt."""
+    """Field of a record that holds its text. A record without this field has prompt and completion
+    instead, and only the completion is learnt."""
     packing: Literal["auto", "cut", "whole"] = "auto"
-    """How documents become sequences: one after another, cut wherever a sequence ends, or as many
-    whole ones as fit; auto means whole where there are prompts."""
+    """How documents become sequences: cut joins them and cuts wherever a sequence ends; whole puts
+    as many whole documents into a sequence as fit; auto means whole where there are prompts, else
+    cut."""
     cross_document_attention: bool = True
-    """Whether tokens see earlier documents of their sequence; else positions begin anew in each."""
+    """Whether tokens see earlier documents of their sequence; if not, positions restart in each
+    document."""
     separator: CountOrZero | None = None
     """The token between documents, in token files that don't say where documents begin."""
 
     @property
     def marks_documents(self) -> bool:
-        """Whether rows say which document a token is of, and what is learnt."""
+        """Whether rows say which document each token belongs to, and which tokens are learnt."""
         return self.packing == "whole" or not self.cross_document_attention
 
 
@@ -199,15 +203,15 @@ class MemoryConfig:
     """The memory of a device."""
 
     limit_gib: Annotated[float, Range(0)] | None = None
-    """What a step may use; None means what the device reports, and for a CPU its share of the
-    machine's memory."""
+    """Memory that a step may use; None means what the device reports, and for a CPU its share of
+    the machine's memory."""
     remat: str = "auto"
     """What the backward pass computes again: none, dots (all but matrix products), full (all but
     layer inputs, keys and values), or names of what is saved instead, as attn,hidden; auto means
     the fastest that fits."""
     defer_weight_grads: bool = False
-    """Whether gradients of weights are one product for each layer after the last slice, rather
-    than one for each slice: shortens the ticks of deep pipelines and takes memory."""
+    """Whether gradients of weights are computed as one product for each layer after the last slice,
+    rather than one for each slice: this shortens the ticks of deep pipelines and takes memory."""
 
 
 Backend = Literal["auto", "xla", "cudnn", "tokamax"]
@@ -239,15 +243,15 @@ class PrecisionConfig:
     """Format of matrix products and activations; auto means float32 on CPUs, float16 on GPUs before
     Ampere (as V100), else bfloat16."""
     loss_scale_start: Scale = 2.0**16
-    """What float16 multiplies the loss by at first."""
+    """Scale that the loss is multiplied by at first, in float16."""
     loss_scale_interval: Count = 1000
     """Steps without overflow after which the scale grows."""
     loss_scale_factor: Annotated[float, Range(1, high=2**10)] = 2.0
-    """What the scale grows by, and shrinks by at an overflow."""
+    """Factor by which the scale grows, and by which it shrinks at an overflow."""
     loss_scale_min: Scale = 1.0
-    """Where it stops shrinking; an overflow there ends the run."""
+    """Smallest loss scale; an overflow at this scale ends the run."""
     loss_scale_max: Scale = 2.0**24
-    """Where it stops growing."""
+    """Largest loss scale."""
 
 
 @dataclass(frozen=True)
@@ -255,15 +259,15 @@ class MetricsConfig:
     """The numbers of a run, beside metrics.jsonl and TensorBoard's files."""
 
     wandb: str | None = None
-    """A project of Weights & Biases that gets them too; needs pip install tpipe_jax[wandb]."""
+    """Weights & Biases project that gets the numbers too; needs pip install tpipe_jax[wandb]."""
     peak_tflops: Annotated[float, Range(0)] | None = None
-    """What a device could do, TFLOP/s, for the share of it that is used (MFU); None means what the
-    maker of a known GPU or TPU says, in float16 and bfloat16."""
+    """Peak speed of a device in TFLOP/s, for the share of it that is used (MFU); None means the
+    maker's figure for a known GPU or TPU, in float16 and bfloat16."""
 
 
 @dataclass(frozen=True)
 class Config:
-    """A run. Raises `UserError` where a field has the wrong type or lies outside its range."""
+    """All settings of a run. Raises `UserError` if a field has a wrong type or is out of range."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -300,7 +304,7 @@ class Config:
 
 
 def resolved(config: Config) -> Config:
-    """The config with what defaults to other settings filled in."""
+    """Returns the config with each default filled in that depends on other settings."""
     optim, shard_state = config.optim, config.optim.shard_state
     if shard_state is None:
         optim = dataclasses.replace(optim, shard_state=config.mesh.data > 1)
@@ -323,8 +327,8 @@ def from_dict(values: dict[str, dict[str, Any]]) -> Config:
 
 
 def differences(ours: Any, theirs: Any, name: str = "config") -> Iterator[tuple[str, Any, Any]]:
-    """Name, our value and their value of everything that differs between two values, which may be
-    nested dictionaries; None where there is none.
+    """Yields name, our value and their value for each difference between two values, which may be
+    nested dictionaries. A value that one side lacks is None.
     """
     if isinstance(ours, dict) and isinstance(theirs, dict):
         for key in {**theirs, **ours}:

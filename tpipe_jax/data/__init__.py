@@ -1,1 +1,1 @@
-"""Text and token files to batches."""
+"""Turns text and token files into batches."""

@@ -1,7 +1,8 @@
-"""Batches of training and held-out sequences of the tokens of `sources`.
+"""Batches of training and held-out sequences, made of the tokens of `sources`.
 
-Only what is asked for is read. A sequence is a window of the tokens, or as many whole documents as
-fit. Where it matters which document a token belongs to, a row says so.
+Only the sequences that are asked for are read. A sequence is a window of the tokens, or as many
+whole documents as fit. Where the settings mark documents, a row says which document each token
+belongs to.
 """
 
 from collections.abc import Sequence
@@ -19,12 +20,12 @@ from tpipe_jax.errors import UserError
 
 @dataclass(frozen=True)
 class _Windows:
-    """Span i is tokens `[i*T, i*T + T + 1)` of the positions, by itself."""
+    """Sequence i is one span: tokens `[i*T, i*T + T + 1)`, counted from the first position."""
 
     positions: range
     seq_len: int
     is_whole: bool
-    """Without a shorter one at the end."""
+    """Whether a shorter sequence at the end is left out."""
 
     def __len__(self) -> int:
         num_targets = max(len(self.positions) - 1, 0)
@@ -37,7 +38,7 @@ class _Windows:
 
 @dataclass(frozen=True)
 class Sequences:
-    """A data source for grain: sequence i is made of some pieces of a source."""
+    """A data source for grain: sequence i is made of `pieces[i]` of a token source."""
 
     config: Config
     source: TokenSource
@@ -53,8 +54,9 @@ class Sequences:
 class Batches:
     """Batches of sequences, shuffled anew in each epoch or, without a seed, in the data's order.
 
-    Batch i is sequences i * batch_size ... of an endless stream, a pure function of seed and i: the
-    same in every process, and all that a resumed run has to know is its step.
+    Batch i holds `batch_size` sequences of an endless stream, from number i * batch_size on. It
+    depends on nothing but the seed and i. So it is the same in every process, and a resumed run has
+    to know only its step.
     """
 
     def __init__(
@@ -67,12 +69,12 @@ class Batches:
         self.num_tokens = sum(len(share.positions) for share in shares)
         self.formats = sorted({name for share in shares for name in share.source.formats})
         self.config = config
-        """With what its data makes of config.data.packing."""
+        """The settings, in which config.data.packing is no longer auto."""
 
         def endless(own: Sequences) -> grain.MapDataset:
             dataset = grain.MapDataset.source(own)
             if shuffle_seed is not None:
-                # Not shuffle(seed=...), with which epoch 1 of seed 0 would be epoch 0 of seed 1.
+                # Not shuffle(seed=...): with it, epoch 1 of seed 0 would be epoch 0 of seed 1.
                 dataset = dataset.seed(shuffle_seed).shuffle()
             return dataset.repeat()
 
@@ -86,15 +88,17 @@ class Batches:
         """
         batch_size = self.config.train.batch_size
         numbers = range(index * batch_size, (index + 1) * batch_size)[rows]
-        sequences: list[Any] = [self._sequences[number] for number in numbers]  # none filtered out
+        # Any, since grain returns None for what is filtered out; here no sequence is filtered out.
+        sequences: list[Any] = [self._sequences[number] for number in numbers]
         return np.stack(sequences)
 
 
 def open_data(config: Config) -> tuple[Batches, Batches]:
-    """Batches to train on, shuffled by config.train.seed, and held-out ones, in the data's order.
+    """Returns batches to train on, shuffled by config.train.seed, and held-out ones, in data order.
 
-    Held-out tokens are those of config.data.eval or, if that is none or names the same files, the
-    last part of config.data.train; none is trained on. Raises `UserError` for data it cannot use.
+    Held-out tokens come from config.data.eval. If it is None or names the same files as
+    config.data.train, they are the last part of config.data.train. No held-out token is trained on.
+    Raises `UserError` for data that it cannot use.
     """
     train, held_out = _shares(config)
     uses = "to train on", "held out"
@@ -109,18 +113,21 @@ def open_data(config: Config) -> tuple[Batches, Batches]:
 
 
 def open_held_out(config: Config) -> tuple[Config, list[Share]]:
-    """The held-out tokens of `open_data`, and the config with the packing of all of them.
+    """Returns the config as `with_packing` makes it for all data, and the held-out tokens of
+    `open_data`.
 
-    Raises `UserError` likewise.
+    Raises `UserError` as `open_data` does.
     """
     train, held_out = _shares(config)
     return with_packing(config, [*train, *held_out]), held_out
 
 
 def with_packing(config: Config, shares: Sequence[Share]) -> Config:
-    """The config with config.data.packing as these sources have it.
+    """Returns the config with config.data.packing as cut or whole: auto is resolved for these
+    sources.
 
-    Raises `UserError` where they cannot have it, or don't say where documents begin.
+    Raises `UserError` if packing is cut and a source has prompts, or if the config marks documents
+    and a source does not say where they begin.
     """
     packing, sources = config.data.packing, [share.source for share in shares]
     prompts = [source for source in sources if source.has_prompts]
@@ -139,8 +146,8 @@ def with_packing(config: Config, shares: Sequence[Share]) -> Config:
 
 
 def make_sequences(config: Config, share: Share, is_whole: bool = True) -> Sequences:
-    """The sequences of a share of a source; without one at the end that is shorter, if `is_whole`
-    and windows are cut. Raises `UserError` for documents that do not fit.
+    """Returns the sequences of a share of a source. If windows are cut and `is_whole` is set, a
+    shorter sequence at the end is left out. Raises `UserError` for documents that do not fit.
     """
     source, positions, _ = share
     if config.data.packing == "whole":
@@ -151,35 +158,39 @@ def make_sequences(config: Config, share: Share, is_whole: bool = True) -> Seque
 
 
 def make_row(config: Config, source: TokenSource, pieces: Sequence[Span]) -> np.ndarray:
-    """A sequence of these pieces of a source, int32.
+    """Returns a sequence made of these pieces of a source, int32.
 
-    `[T + 1]`: inputs are all but the last, targets all but the first. Where the config marks
-    documents `[3, T]`: inputs, targets, and where in the sequence the document of each input
-    begins. What does not count, as padding, is `IGNORE` as a target.
+    Its shape is `[T + 1]`: inputs are all tokens but the last, targets all but the first. Where the
+    config marks documents, it is `[3, T]`: inputs, targets, and the position in the sequence at
+    which the document of each input begins. A target that does not count, such as padding, is
+    `IGNORE`.
     """
     size = config.model.seq_len + 1
     if not config.data.marks_documents:
         [(start, stop)] = pieces
         return np.pad(source.read(start, stop), (0, size - stop + start), constant_values=IGNORE)
     tokens, is_target = np.zeros(size, np.int32), np.zeros(size, bool)
-    starts = np.arange(size, dtype=np.int32)  # padding is alone
+    starts = np.arange(size, dtype=np.int32)  # a token of padding is its own document
     at = 0
     for start, stop in pieces:
         own = slice(at, at + stop - start)
         tokens[own], is_target[own] = source.read(start, stop), source.is_learnt(start, stop)
         begins = source.begins(start, tokens[own])
-        is_target[at] &= begins[0]  # where a document goes on, its last token was one before
+        # A piece that continues a document begins with a token that was a target before.
+        is_target[at] &= begins[0]
         begins[0] = True
         starts[own] = np.maximum.accumulate(np.where(begins, starts[own], 0))
         at = own.stop
     if not config.data.cross_document_attention:
-        is_target &= starts < np.arange(size)  # nothing comes before the first of a document
+        is_target &= starts < np.arange(size)  # a document's first token has no input before it
     return np.stack([tokens[:-1], np.where(is_target, tokens, IGNORE)[1:], starts[:-1]])
 
 
 def _pieces(config: Config, source: TokenSource, positions: range) -> list[Span]:
-    """The documents that begin at these positions; one too long for a sequence in several, each
-    from the last token of the one before on.
+    """Returns the documents that begin at these positions. A document too long for one sequence
+    becomes several pieces; each piece begins with the last token of the piece before it.
+
+    Raises `UserError` if a document with a prompt is too long.
     """
     seq_len, starts = config.model.seq_len, source.document_starts
     bounds = np.append(starts, len(source))
@@ -197,7 +208,7 @@ def _pieces(config: Config, source: TokenSource, positions: range) -> list[Span]
 
 
 def _shares(config: Config) -> tuple[list[Share], list[Share]]:
-    """What to train on and what is held out."""
+    """Returns the shares to train on, and the held-out shares."""
     data, vocab_size = config.data, config.model.vocab_size
     train = held_out = open_shares("config.data.train", data.train, vocab_size, data)
     if data.eval is not None:

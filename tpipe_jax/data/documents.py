@@ -1,4 +1,4 @@
-"""Documents as they lie in files: text, JSON lines, Parquet and ArrayRecord."""
+"""Reads documents from files: text, JSON lines, Parquet and ArrayRecord."""
 
 import errno
 import json
@@ -11,27 +11,28 @@ import grain
 
 from tpipe_jax.errors import UserError
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")  # a file is a document
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")  # each file is a document
 JSON_LINES, PARQUET, ARRAY_RECORD = ".jsonl", ".parquet", ".array_record"
-RECORD_SUFFIXES = (JSON_LINES, PARQUET, ARRAY_RECORD)  # a record is
-PROMPT, COMPLETION = "prompt", "completion"  # the fields of a document of two
+RECORD_SUFFIXES = (JSON_LINES, PARQUET, ARRAY_RECORD)  # each record is a document
+PROMPT, COMPLETION = "prompt", "completion"  # fields of a record that has a prompt
 
 
 class Document(NamedTuple):
-    """What a model learns, and what comes before that."""
+    """The text that a model learns, and the prompt before it."""
 
     text: str
     prompt: str = ""
-    """Not learnt."""
+    """Text that comes first and is not learnt."""
 
 
 def read_documents(
     path: Path, field: str, start: int = 0, stop: int | None = None
 ) -> Iterator[Document]:
-    """The documents of a file, of JSON lines those that begin in these bytes.
+    """Yields the documents of a file; of JSON lines, those that begin in bytes `[start, stop)`.
 
-    A record has its text under the name `field`, or else under `prompt` and `completion`; one of
-    ArrayRecord is the text. Raises `UserError` for one that is empty or cannot be read.
+    A record has its text in the field `field`, or else in the fields `prompt` and `completion`. A
+    record of ArrayRecord is the text itself. Raises `UserError` for a document that is empty or
+    cannot be read.
     """
     suffix = path.suffix.lower()
     try:
@@ -51,7 +52,7 @@ def read_documents(
 
 
 def file_stat(path: Path) -> os.stat_result:
-    """Raises `UserError` where the file cannot be read."""
+    """Returns the status of a file. Raises `UserError` if the file cannot be read."""
     try:
         with path.open("rb") as file:
             return os.fstat(file.fileno())
@@ -60,7 +61,7 @@ def file_stat(path: Path) -> os.stat_result:
 
 
 def _lines(path: Path, start: int, stop: int | None) -> Iterator[tuple[str, bytes]]:
-    """The lines that are not empty, and where each is."""
+    """Yields the lines that are not empty, each with a text that says where it is."""
     with path.open("rb") as file:
         file.seek(start)
         while stop is None or file.tell() < stop:
@@ -89,14 +90,14 @@ def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
         raise UserError(
             f"{path} needs pyarrow to be read: install it with pip install tpipe_jax[parquet]."
         ) from None
-    except Exception as error:  # those of pyarrow, which may not be here
+    except Exception as error:  # pyarrow's own types; it may not be installed
         if isinstance(error, OSError) and error.errno is not None:
             raise
         raise UserError(f"{path} is no Parquet file ({error}): write it again.") from None
 
 
 def _array_record(path: Path) -> Iterator[bytes]:
-    file_stat(path)  # whose errors are clearer than the reader's
+    file_stat(path)  # its errors are clearer than the reader's
     try:
         source = grain.sources.ArrayRecordDataSource([str(path)])
         num_records = len(source)

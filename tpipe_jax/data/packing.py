@@ -1,19 +1,21 @@
-"""Which documents share a sequence."""
+"""Chooses which documents share a sequence."""
 
 import bisect
 import heapq
 from collections.abc import Sequence
 
-Span = tuple[int, int]  # where it begins, and where it ends
+Span = tuple[int, int]  # its first token, and the one after its last
 
 
 def best_fit(pieces: Sequence[Span], size: int) -> list[list[Span]]:
-    """Puts each piece, none longer than `size`, with those that leave the least room where it fits.
+    """Packs pieces, none longer than `size`, into sequences.
 
+    Each piece goes to the sequence with the least room that it fits into, else to a new one.
     Sequences are in the order of their first pieces, and pieces in the order given.
     """
     sequences: list[list[Span]] = []
-    # The sequences that have so much room left, as a heap, and the amounts that some have.
+    # having[n] is a heap of the sequences with room for n tokens; `amounts` lists, ascending, the
+    # n of heaps that are not empty.
     having: list[list[int]] = [[] for _ in range(size + 1)]
     amounts: list[int] = []
     for start, stop in pieces:

@@ -1,4 +1,4 @@
-"""Batches read ahead, so that none is waited for, and one that cannot be read is known early."""
+"""Reads batches ahead, so that training need not wait and hears early of one that is unreadable."""
 
 import time
 from collections import deque
@@ -8,15 +8,16 @@ from itertools import islice
 
 from jax import Array
 
-NUM_BATCHES = 8  # that are read or being read when one is taken
-NUM_READ = 6  # of those, that are there for certain, however short a step is
-PACE_SECONDS = 0.5  # for each of those left once one has failed: jax takes a second for a notice
+NUM_BATCHES = 8  # read or being read when one is taken
+NUM_READ = 6  # how many of these are surely read by then, however short a step is
+PACE_SECONDS = 0.5  # before each batch left after a failure: jax takes a second to spread a notice
 
 
 class ReadAhead:
-    """Batches `first` to `stop`, one after another, read in a thread.
+    """Batches `first`, `first` + 1, ... below `stop`, read one after another in a thread.
 
-    `on_failure` is called, once, when one cannot be read, while those before it are still to come.
+    If a batch cannot be read, `on_failure` is called once, while the batches before it are still to
+    be taken.
     """
 
     def __init__(
@@ -29,7 +30,7 @@ class ReadAhead:
         self._failure: BaseException | None = None
 
     def take(self) -> Array:
-        """The next batch. Raises what reading it has raised."""
+        """Returns the next batch. Raises the error with which reading it failed."""
         while self._failure is None and len(self._batches) < NUM_BATCHES:
             number = next(self._numbers, None)
             if number is None:
@@ -41,7 +42,7 @@ class ReadAhead:
         return self._batches.popleft().result()
 
     def raise_failure(self) -> None:
-        """Raises what reading a batch has raised, if one has failed."""
+        """Raises the error of the first batch that could not be read, if there is one."""
         if self._failure:
             raise self._failure
 

@@ -1,4 +1,4 @@
-"""Sources of tokens: text, documents or token files as one sequence, of which parts are read."""
+"""Sources of tokens: text, documents or token files as one sequence, which is read in parts."""
 
 import bisect
 import itertools
@@ -18,7 +18,7 @@ from tpipe_jax.data.token_files import LLM_C_FORMAT, PYDOCS, TEXT, TokenFile, op
 from tpipe_jax.data.tokenizer import Tokenizer, open_tokenizer
 from tpipe_jax.errors import UserError
 
-_WEIGHTED = re.compile(r":(\d*\.?\d+(?:[eE][+-]?\d+)?)$")  # how a source of several ends
+_WEIGHTED = re.compile(r":(\d*\.?\d+(?:[eE][+-]?\d+)?)$")  # how each of several sources ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,12 +27,12 @@ class Documents:
 
     tokens: np.ndarray
     starts: np.ndarray
-    """Where each begins."""
+    """Where each document begins."""
     format: str
-    """In a few words."""
+    """The file format, in a few words."""
     path: Path | None = None
     is_learnt: np.ndarray | None = None
-    """False for tokens of prompts; None if there are none."""
+    """False for tokens of prompts; None if there are no prompts."""
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -45,9 +45,7 @@ Segment = TokenFile | Documents
 
 
 class TokenSource:
-    """The tokens of a source, one sequence made of parts, and the files, paths, and formats that
-    they are read from.
-    """
+    """A source's tokens as one sequence made of parts, and the paths and formats of its files."""
 
     def __init__(
         self,
@@ -88,13 +86,13 @@ class TokenSource:
 
     @property
     def has_prompts(self) -> bool:
-        """Whether some tokens are not learnt."""
+        """Whether some tokens are of prompts, which are not learnt."""
         return any(
             isinstance(part, Documents) and part.is_learnt is not None for part in self._parts
         )
 
     def is_learnt(self, start: int, stop: int) -> np.ndarray:
-        """Which of the tokens `[start, stop)` are no prompt, bool."""
+        """Which of the tokens `[start, stop)` are learnt, bool: all but those of prompts."""
         return np.concatenate(
             [
                 np.ones(own.stop - own.start, bool)
@@ -105,7 +103,9 @@ class TokenSource:
         )
 
     def check_documents(self) -> None:
-        """Raises `UserError` if it is not known where documents begin."""
+        """Raises `UserError` if a part does not say where documents begin and there is no
+        separator.
+        """
         for part in self._parts:
             if part.starts is None and self._separator is None:
                 raise UserError(
@@ -116,7 +116,10 @@ class TokenSource:
 
     @cached_property
     def document_starts(self) -> np.ndarray:
-        """Where each document begins, ascending. Raises `UserError` if only tokens tell."""
+        """Where each document begins, ascending.
+
+        Raises `UserError` if a part has no index of its documents.
+        """
         starts: list[np.ndarray] = []
         for part, at in zip(self._parts, self._bounds, strict=False):
             if part.starts is None:
@@ -129,8 +132,9 @@ class TokenSource:
         return np.concatenate(starts)
 
     def begins(self, start: int, tokens: np.ndarray) -> np.ndarray:
-        """At which of the tokens from `start` on, as `read` gives them, a document begins, bool; at
-        the first one it may begin unnoticed.
+        """Returns which of the tokens are the first of a document, bool. `tokens` are those that
+        `read` returns from `start` on. A document that begins at the first of them may go
+        unnoticed, since the separator before it is not among them.
         """
         result = np.zeros(len(tokens), bool)
         at = 0
@@ -139,7 +143,7 @@ class TokenSource:
             if part.starts is not None:
                 low, high = np.searchsorted(part.starts, (own.start, own.stop))
                 result[at + part.starts[low:high] - own.start] = True
-            elif part.format.startswith(LLM_C_FORMAT):  # which has it first in a document
+            elif part.format.startswith(LLM_C_FORMAT):  # its separator begins a document
                 result[at:stop] = tokens[at:stop] == self._separator
             else:
                 result[at + 1 : stop] = tokens[at : stop - 1] == self._separator
@@ -148,7 +152,7 @@ class TokenSource:
         return result
 
     def _within(self, start: int, stop: int) -> list[tuple[Segment, slice]]:
-        """The parts that `[start, stop)` is made of, and what of each."""
+        """Returns the parts that tokens `[start, stop)` lie in, and the slice of each part."""
         first = bisect.bisect_right(self._bounds, start) - 1
         end = bisect.bisect_left(self._bounds, stop)
         return [
@@ -158,7 +162,7 @@ class TokenSource:
 
 
 class Share(NamedTuple):
-    """A part of a source, and how often it is drawn from among others."""
+    """A part of a source, and its weight: how often it is drawn from among other shares."""
 
     source: TokenSource
     positions: range
@@ -166,9 +170,10 @@ class Share(NamedTuple):
 
 
 def open_shares(name: str, value: str, vocab_size: int, data: DataConfig) -> list[Share]:
-    """The sources that a setting names, as a.bin or a.bin:0.7,b.bin:0.3, whole.
+    """Opens the sources that a setting names, as a.bin or a.bin:0.7,b.bin:0.3. Each share is a
+    whole source.
 
-    Raises `UserError` if one cannot be used.
+    Raises `UserError` if a source cannot be used.
     """
     if not _WEIGHTED.search(value) or Path(value).exists():
         source = open_source(name, value, vocab_size, data)
@@ -187,7 +192,7 @@ def open_shares(name: str, value: str, vocab_size: int, data: DataConfig) -> lis
 
 
 def open_source(name: str, value: str, vocab_size: int, data: DataConfig) -> TokenSource:
-    """The tokens that a setting names. Raises `UserError` if they cannot be used."""
+    """Opens the source that a setting names. Raises `UserError` if it cannot be used."""
     setting = f"{name}={value}"
     tokenizer = open_tokenizer("config.data.tokenizer", data.tokenizer)
     try:
@@ -209,7 +214,9 @@ def open_source(name: str, value: str, vocab_size: int, data: DataConfig) -> Tok
 
 
 def _in_tokens(part: Segment, tokenizer: Tokenizer, vocab_size: int, data: DataConfig) -> Segment:
-    """Records, and text where a token is no byte, as tokens in memory; what is tokens stays."""
+    """Returns a part as tokens in memory if it has records, or has text and tokens are not bytes.
+    Returns any other part as it is. Raises `UserError` if the tokenizer exceeds `vocab_size`.
+    """
     is_record = part.path is not None and part.path.suffix.lower() in RECORD_SUFFIXES
     if not is_record and (part.format != TEXT or data.tokenizer == BYTES_NAME):
         return part
@@ -219,7 +226,7 @@ def _in_tokens(part: Segment, tokenizer: Tokenizer, vocab_size: int, data: DataC
             f"config.model.vocab_size={vocab_size}: set that to at least as many."
         )
     if not is_record:
-        assert part.starts is not None  # of text they are known
+        assert part.starts is not None  # known for text
         texts = np.split(part[:], part.starts[1:])
         encoded = [tokenizer.encode(t.tobytes().decode(errors="replace")) for t in texts]
         starts = np.cumsum([0, *map(len, encoded)])[:-1]
@@ -229,7 +236,7 @@ def _in_tokens(part: Segment, tokenizer: Tokenizer, vocab_size: int, data: DataC
 
 
 def _encoded(path: Path, format: str, tokenizer: Tokenizer, field: str) -> Documents:
-    """The documents of a file, each with the tokenizer's end, if it has one."""
+    """Returns the tokens of a file's documents, each with the tokenizer's end, if it has one."""
     pieces: list[np.ndarray] = []
     is_learnt: list[np.ndarray] = []
     starts = [0]

@@ -1,8 +1,8 @@
-"""Files of tokens, and what they are like: text, .npy, and what others write as .bin.
+"""Files of tokens and their formats: text, .npy, and the .bin files that other programs write.
 
-A format is told from a file's name and its first bytes. Text is read as bytes, one token each, as
-are records, which `sources` reads again as such. A folder is the text files and records below it,
-sorted by path, with nothing between them.
+The name of a file and its first bytes tell its format. Text is read as bytes, one token each. So
+are records, which `sources` then reads again as records. A folder stands for the text files and
+records below it, sorted by path, with nothing between them.
 """
 
 import errno
@@ -26,17 +26,19 @@ from tpipe_jax.data.documents import (
 from tpipe_jax.errors import UserError
 
 PYDOCS = "pydocs"
-INDEX = "index.json"  # of a folder of token shards, `token_shards`
+INDEX = "index.json"  # in a folder of token shards, which `token_shards` writes
 TEXT = "bytes of text"  # a format
-RECORDS = {JSON_LINES: "JSON lines", PARQUET: "Parquet", ARRAY_RECORD: "ArrayRecord"}  # too
+# Formats, too, by suffix.
+RECORDS = {JSON_LINES: "JSON lines", PARQUET: "Parquet", ARRAY_RECORD: "ArrayRecord"}
 LLM_C_FORMAT = "llm.c"
 
-# What the files of karpathy's llm.c begin with: 256 int32, of which the first three say what it is,
-# in which version, and how many tokens follow.
+# Files of karpathy's llm.c begin with a header of 256 int32. The first three are a magic number,
+# which stands for the type of the tokens, the version, and the number of tokens that follow.
 LLM_C = {20240520: np.dtype("<u2"), 20240801: np.dtype("<u4")}
 LLM_C_HEADER = 256 * 4
-# And those that Megatron-LM has beside its .bin: magic, version, type, numbers of sequences and of
-# documents, then the length of each sequence and where it begins.
+# Megatron-LM writes an .idx file beside its .bin. Its header is magic, version, type, number of
+# sequences and number of documents. Then come the length of each sequence, where each sequence
+# begins, and the first sequence of each document.
 MEGATRON = b"MMIDIDX\0\0"
 MEGATRON_HEADER = struct.Struct("<9sQBQQ")
 MEGATRON_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
@@ -51,19 +53,19 @@ class TokenFile:
     offset: int
     num_tokens: int
     format: str
-    """In a few words."""
+    """The file format, in a few words."""
     starts: np.ndarray | None = None
-    """Where each document begins; None if the file does not say."""
+    """Where each document begins, in tokens; None if the file does not say."""
 
     def __len__(self) -> int:
         return self.num_tokens
 
     def __getitem__(self, where: slice) -> np.ndarray:
-        """Raises OSError if the file does not have them any more."""
+        """Returns tokens of the file. Raises OSError if the file does not have them any more."""
         start, stop, _ = where.indices(self.num_tokens)
         size = self.dtype.itemsize
-        # Not mapped, since a file that is cut short while it is ends the process; and opened each
-        # time, which takes 20 us, since a big folder has more files than may be open.
+        # Not mapped, since a mapped file that is cut short ends the process. Opened each time,
+        # which takes 20 us, since a big folder has more files than may be open at once.
         with self.path.open("rb") as file:
             file.seek(self.offset + start * size)
             content = file.read((stop - start) * size)
@@ -73,7 +75,9 @@ class TokenFile:
 
 
 def open_files(setting: str, value: str, vocab_size: int) -> list[TokenFile]:
-    """The files of a path. Raises `UserError` if they hold no tokens, or OSError."""
+    """Opens the files of a path. Raises `UserError` if they hold no tokens, OSError if one cannot
+    be read.
+    """
     path = Path(os.path.expanduser(value))
     if value and (about := _about_shards(path)):
         return _open_shards(setting, path, about, vocab_size)
@@ -102,7 +106,7 @@ def open_files(setting: str, value: str, vocab_size: int) -> list[TokenFile]:
 
 
 def _about_shards(folder: Path) -> dict[str, Any] | None:
-    """What `token_shards` has left in a folder; None if it is another."""
+    """Returns the index that `token_shards` has left in a folder; None if there is none."""
     if not (folder / INDEX).is_file():
         return None
     try:
@@ -159,7 +163,9 @@ def _open_llm_c(setting: str, path: Path, header: np.ndarray) -> TokenFile:
 
 
 def _open_megatron(setting: str, path: Path) -> TokenFile:
-    """Sequences follow one another, as its tools write them."""
+    """Opens a .bin with its .idx. Sequences must follow one another, as Megatron-LM's tools write
+    them.
+    """
     index = path.with_suffix(".idx")
     with index.open("rb") as file:
         content = file.read(MEGATRON_HEADER.size)
@@ -175,7 +181,7 @@ def _open_megatron(setting: str, path: Path) -> TokenFile:
                 f"{code}: only version 1 and integers can be read."
             )
         expected = MEGATRON_HEADER.size + 12 * num_sequences + 8 * num_documents
-        is_whole = _num_bytes(index) >= expected  # there may be more, of how documents are mixed
+        is_whole = _num_bytes(index) >= expected  # more may follow, on how documents are mixed
         num_sequences *= is_whole
         lengths = np.frombuffer(file.read(4 * num_sequences), "<i4")
         starts = np.frombuffer(file.read(8 * num_sequences), "<i8")
@@ -188,7 +194,7 @@ def _open_megatron(setting: str, path: Path) -> TokenFile:
             f"{setting} and its index {index.name} do not belong together, or one is cut short: "
             "write both again."
         )
-    # A document may be several sequences; the last number is that of all sequences.
+    # `documents` has the first sequence of each document, and last the number of all sequences.
     is_first = documents[(documents >= 0) & (documents < num_sequences)]
     return TokenFile(
         *(path, dtype, 0, int(lengths.sum()), f"Megatron-LM, {dtype.name}"),
@@ -197,7 +203,9 @@ def _open_megatron(setting: str, path: Path) -> TokenFile:
 
 
 def _looks_like_uint32(path: Path) -> bool:
-    """Whether the upper halves of what would be uint32 are zero and the lower ones are not."""
+    """Whether the first 64 KiB, read as uint32, have upper halves that are all zero and lower
+    halves that are not.
+    """
     with path.open("rb") as file:
         head = np.frombuffer(file.read(2**16), np.uint8)
     pairs = head[: len(head) // 4 * 4].view("<u2").reshape(-1, 2)
@@ -220,6 +228,6 @@ def _open_npy(setting: str, path: Path) -> TokenFile:
 
 
 def _num_bytes(path: Path) -> int:
-    # Opened rather than only looked up, since a file's size does not show that it may be read.
+    # Opened, not only looked up: the size of a file can be known where it may not be read.
     with path.open("rb") as file:
         return os.fstat(file.fileno()).st_size

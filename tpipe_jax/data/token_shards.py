@@ -1,11 +1,11 @@
 """Tokenizes documents into a folder of token shards, in parallel, and goes on where it stopped.
 
-    OUT/00000.bin, OUT/00000.idx    tokens, each document by itself, as Megatron-LM has them
+    OUT/00000.bin, OUT/00000.idx    tokens in Megatron-LM's format, each document a sequence
     OUT/index.json                  the shards, in order, and the tokenizer
     OUT/tokenizer.json              the tokenizer, unless tokens are bytes
 
-The inputs are cut into parts, each of which becomes a shard, so what is done does not depend on how
-many work at it. Until all shards are there the folder is called OUT.partial.
+The inputs are cut into parts, and each part becomes a shard. So the result does not depend on the
+number of workers. Until all shards are there, the folder is called OUT.partial.
 """
 
 import hashlib
@@ -38,19 +38,21 @@ from tpipe_jax.errors import UserError
 from tpipe_jax.files import locked
 
 PARTIAL = ".partial"
-PART_BYTES = 64 * 2**20  # of input for one shard, if no document is longer
+PART_BYTES = 64 * 2**20  # bytes of input for one shard, if no document is longer
 TOKENIZER = "tokenizer.json"
-LARGEST = 2**16  # vocabulary of 16-bit tokens
+LARGEST = 2**16  # the largest vocabulary that fits into 16-bit tokens
 
 
 @dataclass(frozen=True)
 class ShardInput:
-    """Some of the documents: text files, one each, or records of a file, of JSON lines some."""
+    """The documents of a shard: text files, one document each, or the records of one file; of JSON
+    lines, some of them.
+    """
 
     files: tuple[tuple[str, int, int], ...]
-    """Path, size and time of change in ns."""
+    """Path, size in bytes and time of change in ns of each file."""
     start: int
-    """Where the records begin in the one file, bytes."""
+    """The byte at which the records begin, if there is one file of JSON lines."""
     stop: int
 
 
@@ -71,10 +73,10 @@ def make_shards(
     num_workers: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Result]:
-    """Tokenizes all documents; returns the shards. Parts that an earlier call has left behind are
-    taken over if nothing of them has changed.
+    """Tokenizes all documents; returns the shards. A shard that an earlier call has left behind is
+    kept if its input files, the field and the tokenizer have not changed.
 
-    Raises `UserError` for what cannot be read, a document without text, or an `out` that is there.
+    Raises `UserError` if an input cannot be read, a document has no text, or `out` exists already.
     """
     if out.exists():
         raise UserError(f"--out={out} is there already: choose another folder, or remove it.")
@@ -112,8 +114,8 @@ def make_shards(
 
 
 def find_files(inputs: Sequence[Path]) -> list[Path]:
-    """The files named, and those below the folders named, in order. Raises `UserError` if there
-    are none.
+    """Returns the files named, and those below the folders named, in order. Raises `UserError` if
+    there are none.
     """
     found: list[Path] = []
     for path in inputs:
@@ -133,7 +135,9 @@ def find_files(inputs: Sequence[Path]) -> list[Path]:
 
 
 def cut(files: Sequence[Path]) -> list[ShardInput]:
-    """Parts of about equal size: some text files, or some lines; other files of records whole."""
+    """Cuts files into parts of about equal size: some text files, or some JSON lines. Any other
+    file of records is one part.
+    """
     parts: list[ShardInput] = []
     files_of_part: list[tuple[str, int, int]] = []
 
@@ -162,8 +166,8 @@ def cut(files: Sequence[Path]) -> list[ShardInput]:
 
 
 def texts(part: ShardInput, field: str) -> Iterator[str]:
-    """The documents of a part. Raises `UserError` for one that is empty, cannot be read, or has a
-    prompt, which would be learnt too.
+    """Yields the documents of a part. Raises `UserError` for a document that is empty, cannot be
+    read, or has a prompt: tokens do not mark prompts, so it would be learnt too.
     """
     for name, _, _ in part.files:
         stop = part.stop or None
@@ -210,19 +214,21 @@ def _results(
     return [result for result in results if result is not None]
 
 
-_tokenizer: Tokenizer | None = None  # of a worker
+_tokenizer: Tokenizer | None = None  # of a worker process
 
 
 def _open_in_worker(value: str) -> None:
     global _tokenizer
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and ends this one
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are parallel already
     _tokenizer = open_tokenizer("--tokenizer", value)
 
 
 def _end_with_parent() -> None:
-    """So that none is at work beside those of the next start."""
+    """Ends this worker when its parent ends, so that none is at work beside the workers of the next
+    call.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()
@@ -230,7 +236,7 @@ def _end_with_parent() -> None:
 
 
 def _write_shard(folder: Path, index: int, part: ShardInput, how: dict[str, str]) -> Result:
-    """Writes a shard, and what it was made of last."""
+    """Writes a shard; last, writes what the shard was made of, which marks it as complete."""
     assert _tokenizer is not None
     is_short = _tokenizer.vocab_size <= LARGEST
     dtype, code = (np.dtype("<u2"), 8) if is_short else (np.dtype("<i4"), 4)
@@ -255,7 +261,9 @@ def _write_shard(folder: Path, index: int, part: ShardInput, how: dict[str, str]
 
 
 def _left_behind(folder: Path, index: int, part: ShardInput, how: dict[str, str]) -> Result | None:
-    """What an earlier call has made of the same part in the same way."""
+    """Returns the result of an earlier call for the same part, made in the same way, if there is
+    one.
+    """
     try:
         known = json.loads((folder / f"{index:05}.json").read_text())
         if known["how"] != how or known["part"] != json.loads(json.dumps(asdict(part))):
@@ -266,7 +274,9 @@ def _left_behind(folder: Path, index: int, part: ShardInput, how: dict[str, str]
 
 
 def _line_starts(path: Path, size: int) -> Iterator[int]:
-    """Where parts begin: at the first line after each multiple of their size."""
+    """Yields where parts begin: at byte 0, and at the first line that begins at or after each
+    multiple of PART_BYTES.
+    """
     yield 0
     with path.open("rb") as file:
         for at in range(PART_BYTES, size, PART_BYTES):

@@ -11,7 +11,7 @@ from tpipe_jax.config.settings import BYTES, BYTES_NAME
 from tpipe_jax.errors import UserError
 
 MAX_PENDING = 8  # tokens that may wait for the rest of a character
-END_OF_TEXT = "<|endoftext|>"  # GPT-2's, between documents
+END_OF_TEXT = "<|endoftext|>"  # GPT-2's token between documents
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class Tokenizer:
     encode: Callable[[str], np.ndarray]
     """Text to tokens `[n]`, int32."""
     decode: Callable[[Sequence[int]], str]
-    """Tokens to text, with replacements where they are none."""
+    """Tokens to text, with a replacement character where bytes are no text."""
     num_bytes: Callable[[Sequence[int] | np.ndarray], int] | None
-    """Of the text of tokens; special tokens have none. None where that depends on their
-    neighbours."""
+    """The number of bytes in the text of tokens; special tokens have none. None where the text of a
+    token depends on its neighbours."""
 
     def stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """The text that each token adds, once all of its characters are there."""
+        """Yields the text that each token adds; empty until all bytes of a character are there."""
         seen: list[int] = []
-        first = shown = 0  # what has been shown last is read again, since spaces depend on it
+        first = shown = 0  # tokens shown last are decoded again, since spaces depend on them
         for token in tokens:
             seen.append(token)
             text = self.decode(seen[first:])
@@ -46,7 +46,7 @@ class Tokenizer:
 
 
 def open_tokenizer(name: str, value: str) -> Tokenizer:
-    """The tokenizer that a setting names. Raises `UserError` if it is none."""
+    """Opens the tokenizer that a setting names. Raises `UserError` if it cannot be read."""
     if value == BYTES_NAME:
         return Tokenizer(BYTES, None, _to_bytes, _from_bytes, len)
     try:
@@ -71,9 +71,9 @@ def open_tokenizer(name: str, value: str) -> Tokenizer:
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
-    """A byte-pair encoding of bytes (Radford et al. 2019) learnt from documents, at most so large.
+    """Learns a byte-pair encoding of bytes (Radford et al. 2019) with at most `vocab_size` tokens.
 
-    Raises `UserError` if that is smaller than what it begins with.
+    Raises `UserError` if `vocab_size` leaves no room beside the bytes and `END_OF_TEXT`.
     """
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     if vocab_size <= len(alphabet) + 1:
@@ -99,7 +99,8 @@ def _byte_counter(
 ) -> Callable[[Sequence[int] | np.ndarray], int] | None:
     if not isinstance(made.decoder, decoders.ByteLevel):
         return None
-    # A token is written with a character for each byte, which part of a letter could not be.
+    # The vocabulary writes a token with one character for each byte, since a token may be only a
+    # part of a character of the text.
     sizes = np.zeros(vocab_size, np.int64)
     for token, number in made.get_vocab().items():
         sizes[number] = len(token)

@@ -1,3 +1,3 @@
-"""The mesh, number formats, and what a program of one device is written in: collectives,
+"""The mesh, number formats, and the parts from which code of one device is built: collectives,
 conditionals, in-place buffers.
 """

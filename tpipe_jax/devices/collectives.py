@@ -1,4 +1,4 @@
-"""Sums and other exchanges between the devices of a mesh, as code of one device uses them."""
+"""Sums and other exchanges between the devices of a mesh, for code of one device."""
 
 from collections.abc import Sequence
 from typing import TypeVar
@@ -22,27 +22,28 @@ def varying(tree: Tree, axes: Sequence[str] = ("data", "pipe")) -> Tree:
 
 
 def needs_sums(mesh: Mesh | AbstractMesh) -> bool:
-    """Whether to sum over 'data' and 'pipe'.
+    """Whether programs sum over 'data' and 'pipe'.
 
-    XLA (jax 0.10) refuses such a sum where none of them has several devices and 'model' has. The
-    type system, which asks for sums where values may differ, is switched off there.
+    XLA (jax 0.10) refuses such a sum if 'data' and 'pipe' both have one device and 'model' has
+    several. In this case programs also switch off jax's check that values which may differ between
+    devices are summed (`check_vma`).
     """
     sizes = mesh.shape
     return sizes["data"] * sizes["pipe"] > 1 or sizes["model"] == 1
 
 
 def psum(tree: Tree, axes: str | tuple[str, ...]) -> Tree:
-    """The sum over axes of the mesh."""
+    """Returns the sum over axes of the mesh."""
     return lax.psum(tree, axes) if needs_sums(jax.sharding.get_abstract_mesh()) else tree
 
 
 def pmax(value: Array, axis: str) -> Array:
-    """The largest along an axis of the mesh."""
+    """Returns the largest value along an axis of the mesh."""
     return lax.pmax(value, axis) if needs_sums(jax.sharding.get_abstract_mesh()) else value
 
 
 def sum_over(axis: str, value: Array) -> Array:
-    """The sum over an axis of the mesh, taken in float32 and returned in the dtype of `value`.
+    """Returns the sum over an axis of the mesh, computed in float32, in the dtype of `value`.
 
     XLA for CPUs, as of jax 0.10, aborts on an all-reduce of bfloat16 over a manual axis.
     """
@@ -50,6 +51,6 @@ def sum_over(axis: str, value: Array) -> Array:
 
 
 def from_stage(stage: int, value: Array) -> Array:
-    """The value that one stage has, on all stages; -1 is the last stage."""
+    """Returns the value of one stage, on all stages; -1 means the last stage."""
     stage %= lax.axis_size("pipe")
     return sum_over("pipe", jnp.where(lax.axis_index("pipe") == stage, value, 0))

@@ -1,4 +1,4 @@
-"""What the maker says of a device: its generation, and its fastest products."""
+"""Facts about a device from its maker: its generation and its peak speed."""
 
 from typing import Any
 
@@ -8,18 +8,18 @@ from tpipe_jax.config.settings import Config
 
 
 def compute_capability(device: Any) -> tuple[int, int] | None:
-    """CUDA's, as (8, 0); None for other devices."""
+    """Returns the CUDA compute capability, such as (8, 0); None for devices without one."""
     major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
 
 
 def oldest_device(mesh: Mesh) -> Any:
-    """The one of least compute capability, which is what all of a mesh can do."""
+    """Returns the device with the least compute capability: all others can do as much."""
     return min(mesh.devices.flat, key=lambda device: compute_capability(device) or (0, 0))
 
 
-# Dense products in float16 or bfloat16, TFLOP/s, by what jax calls the device, from the makers'
-# data sheets; the first that fits counts.
+# Peak TFLOP/s of dense products in float16 or bfloat16, from the makers' data sheets. The first of
+# these names that is part of jax's name for the device counts.
 _PEAK_TFLOPS = {
     "V100": 125,
     "A100": 312,
@@ -35,8 +35,8 @@ _PEAK_TFLOPS = {
 
 
 def peak_flops(config: Config, device: Any) -> float | None:
-    """What a device can do in the config's format, FLOP/s, as set or as its maker says; None where
-    that is not known.
+    """Returns the peak FLOP/s of a device in the config's format, from the settings or from the
+    maker's data sheet; None where that is not known.
     """
     if config.metrics.peak_tflops is not None:
         return config.metrics.peak_tflops * 1e12

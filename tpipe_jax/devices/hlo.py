@@ -1,10 +1,10 @@
-"""What devices exchange in a compiled program, read from its text.
+"""Finds the collectives of a compiled program in its text, and those that would make it hang.
 
-Stages take different branches, so what a branch exchanges must stay within one stage: there, all
-devices of 'model' take the same branch. Other exchanges wait for devices that never come, but in
-branches that all devices take alike (`inplace.run_on_all_if`). GSPMD inserts exchanges where
-operators are divided in ways that don't fit together, so every program is looked through before it
-runs.
+Stages take different branches, but within a stage all devices of 'model' take the same branch. So a
+collective inside a branch must stay within one stage: any other would wait for devices that never
+come. Branches that all devices take together (`inplace.run_on_all_if`) may have any collective.
+GSPMD inserts collectives where operators are divided in ways that don't fit together, so every
+program is checked before it runs.
 """
 
 import math
@@ -51,24 +51,25 @@ class Collective(NamedTuple):
     """An exchange between devices in a compiled program."""
 
     kind: str
-    """As XLA names it: all-reduce, collective-permute and so on."""
+    """XLA's name for it: all-reduce, collective-permute and so on."""
     name: str
-    """Which operation of the program it comes from, as far as XLA knows."""
+    """The operation of the program that it comes from, as far as XLA knows."""
     groups: tuple[tuple[int, ...], ...]
-    """Positions in the mesh, counted along its axes, of the devices that exchange with each other;
-    of a collective-permute the senders and receivers. Empty if XLA does not tell, or means all."""
+    """Groups of devices that exchange with each other, as positions in the mesh, counted along its
+    axes; for a collective-permute, pairs of sender and receiver. Empty if XLA does not say, or
+    means all devices."""
     in_branch: bool
-    """Whether only some devices may come to it."""
+    """Whether it is in a branch that only some devices may take."""
 
     def stays_within(self, group_size: int) -> bool:
-        """Whether devices exchange only with others of the same `group_size` neighbours."""
+        """Whether devices exchange only within blocks of `group_size` neighbouring devices."""
         return bool(self.groups) and all(
             len({position // group_size for position in group}) == 1 for group in self.groups
         )
 
 
 def find_collectives(text: str) -> list[Collective]:
-    """All collectives of a compiled program, `compiled.as_text()`, in the order of the text."""
+    """Returns all collectives in the text of a compiled program, `compiled.as_text()`, in order."""
     computations = dict(split_computations(text))
     assert computations, "this is not the text of a compiled program"
     called = {name: set(_names(_CALLED, body)) for name, body in computations.items()}
@@ -92,14 +93,16 @@ def find_collectives(text: str) -> list[Collective]:
 
 
 def compile_checked(function: Wrapped, mesh: Mesh, *args: Any) -> Compiled:
-    """Compiles a function of such arguments. Raises `Infeasible` as `check_branches` does."""
+    """Compiles a function for these arguments. Raises `Infeasible` as `check_branches` does."""
     compiled = function.lower(*args).compile()
     check_branches(find_collectives(compiled.as_text() or ""), mesh)
     return compiled
 
 
 def check_branches(collectives: list[Collective], mesh: Mesh) -> None:
-    """Raises `Infeasible` where a branch has a collective that not all of its devices come to."""
+    """Raises `Infeasible` if a branch has a collective that some of its devices may not reach. Only
+    an all-reduce within a stage is accepted in a branch.
+    """
     size = mesh.shape["model"]
     for collective in collectives:
         is_sum = collective.kind == "all-reduce"
@@ -112,7 +115,7 @@ def check_branches(collectives: list[Collective], mesh: Mesh) -> None:
 
 
 def split_computations(text: str) -> Iterator[tuple[str, str]]:
-    """Each computation of a compiled program: its name, and the lines of its operations."""
+    """Yields each computation of a compiled program: its name and the lines of its operations."""
     name, lines = "", []
     for line in text.splitlines():
         if header := _HEADER.match(line):
@@ -124,7 +127,7 @@ def split_computations(text: str) -> Iterator[tuple[str, str]]:
 
 
 def conditionals(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Each conditional of a compiled program, and its branches, as computations."""
+    """Yields each conditional of a compiled program: its name, and its branches as computations."""
     for line in text.splitlines():
         if (found := _CONDITIONAL.match(line)) and (branches := list(_names(_BRANCHES, line))):
             yield found[1], branches
@@ -141,7 +144,9 @@ def _name(line: str) -> str:
 
 
 def _groups(line: str) -> tuple[tuple[int, ...], ...]:
-    """XLA writes groups as lists, as rows of a transposed range, or as axes of its own mesh."""
+    """Reads the groups of a collective. XLA writes them as lists, as rows of a transposed range, or
+    as axes of its own mesh.
+    """
     if listed := _LISTED_GROUPS.search(line):
         groups = re.findall(r"\{([\d,]+)\}", listed[1])
         return tuple(tuple(map(int, group.split(","))) for group in groups)

@@ -1,7 +1,7 @@
 """Large buffers that a compiled loop updates in place.
 
 Every buffer has sequences on its first axis and tokens on its last but one, as `[B, T, D]` and
-`[B, H, T, K]`. A slice reads and writes the part of it that starts at its `Position`.
+`[B, H, T, K]`. A slice reads and writes the part of a buffer that starts at its `Position`.
 """
 
 from collections.abc import Callable
@@ -11,30 +11,33 @@ import jax
 from jax import Array, lax
 
 Carry = TypeVar("Carry")
-ON_ALL = "on_all_devices"  # in the names of conditionals that all devices take alike
+ON_ALL = "on_all_devices"  # part of the name of each conditional that all devices take together
 
 
 class Position(NamedTuple):
-    """Where a slice lies, int32 scalars."""
+    """The place of a slice, as int32 scalars."""
 
     row: Array | int
-    """Its first sequence in a buffer."""
+    """The first sequence of the slice in a buffer."""
     token: Array | int
     batch_row: Array | int = 0
-    """Its first sequence in the batch, of which buffers may hold a part at a time."""
+    """The first sequence of the slice in the batch; buffers may hold only a part of the batch."""
     slot_row: Array | int = 0
-    """The first row of its slot in buffers of as many slots as slices wait."""
+    """The first row of the slice's slot, in buffers with a slot for each slice whose gradients of
+    weights are deferred."""
 
 
 def in_shared_rows(at: Position, buffer: Array, num_rows: int) -> Position:
-    """The position in a buffer of fewer rows than others have, `num_rows`: sequences take turns in
-    it, so that it is in the first.
+    """Returns the position of a slice in `buffer`, whose rows sequences may share.
+
+    If the buffer has fewer rows than `num_rows`, the number in other buffers, sequences take turns
+    in its first rows. So the row is 0.
     """
     return at if buffer.shape[0] == num_rows else at._replace(row=0)
 
 
 def read(buffer: Array, at: Position, num_rows: int, num_tokens: int) -> Array:
-    """Returns `num_rows` sequences by `num_tokens` tokens of a buffer."""
+    """Returns `num_rows` sequences by `num_tokens` tokens of a buffer, from a position on."""
     size = (num_rows, *buffer.shape[1:-2], num_tokens, buffer.shape[-1])
     return lax.dynamic_slice(buffer, _start(buffer, at), size)
 
@@ -47,18 +50,20 @@ def write(buffer: Array, value: Array, at: Position) -> Array:
 def run_on_all_if(
     condition: Array | bool, function: Callable[[Carry], Carry], carry: Carry
 ) -> Carry:
-    """As `run_if`, for a condition that is the same on all devices: in the function they may
-    exchange values, since all come to it, as the name tells `hlo.check_branches`.
+    """As `run_if`, for a condition that is the same on all devices.
+
+    Either all devices call the function or none does, so they may exchange values in it.
+    `hlo.find_collectives` recognises such a conditional by its name.
     """
     with jax.named_scope(ON_ALL):
         return lax.cond(condition, function, lambda carry: carry, carry)
 
 
 def run_if(condition: Array | bool, function: Callable[[Carry], Carry], carry: Carry) -> Carry:
-    """`function(carry)` where the condition holds, else the carry unchanged.
+    """Returns `function(carry)` if the condition holds, otherwise the carry unchanged.
 
-    XLA lets a conditional with a predicate update its operands in place, but copies those of a
-    conditional with an index, which is what `lax.switch` makes: measured in docs/design.md.
+    XLA updates the operands of a conditional with a predicate in place. It copies the operands of a
+    conditional with an index, which `lax.switch` makes (measured in docs/design.md).
     """
     return lax.cond(condition, function, lambda carry: carry, carry)
 

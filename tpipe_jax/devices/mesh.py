@@ -1,4 +1,4 @@
-"""The mesh of devices, and the sharding rules."""
+"""The mesh of devices, and how arrays lie on it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -16,7 +16,9 @@ AXES = ("data", "pipe", "model")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
-    """Mesh of the axes data, pipe and model. Raises `UserError` if the devices don't fit."""
+    """Makes the mesh with the axes data, pipe and model. Raises `UserError` if the number of
+    devices is not their product, or if config.mesh.auto is set.
+    """
     if config.auto:
         raise UserError(
             "config.mesh.auto=True is for training and launch/plan.py, which measure: set "
@@ -32,10 +34,10 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
 
 
 def place_devices(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
-    """The devices as `[data, pipe, model]`.
+    """Returns the devices as an array `[data, pipe, model]`.
 
-    Devices of a process, and processes of a slice (what a fast network joins), are neighbours along
-    the last axes of config.order.
+    Devices of a process, and processes with the same `slice_index` in jax (joined by a fast
+    network), are neighbours along the last axes of config.order.
     """
     near = sorted(devices, key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id))
     grid = np.empty(len(near), object)
@@ -46,7 +48,7 @@ def place_devices(config: MeshConfig, devices: Sequence[Any]) -> np.ndarray:
 
 
 def asked_product(config: MeshConfig) -> str:
-    """How many devices the settings ask for, as the beginning of a sentence."""
+    """Says how many devices the settings ask for, as the beginning of a sentence."""
     return (
         f"config.mesh.data={config.data} * pipe={config.pipe} * model={config.model} asks for "
         f"{config.num_devices}"
@@ -54,7 +56,7 @@ def asked_product(config: MeshConfig) -> str:
 
 
 class HostPart(NamedTuple):
-    """What one host has of the mesh."""
+    """The part of the mesh that lies on one host."""
 
     host: str
     processes: list[int]
@@ -64,7 +66,7 @@ class HostPart(NamedTuple):
 
 
 def host_parts(mesh: Mesh, hosts: Sequence[str]) -> list[HostPart]:
-    """What each host has of the mesh; `hosts` are the names by process."""
+    """Returns the part of the mesh on each host; `hosts` has the host's name for each process."""
     places = [
         (hosts[device.process_index], device.process_index, pipe, data)
         for (data, pipe, _), device in np.ndenumerate(mesh.devices)
@@ -78,14 +80,15 @@ def host_parts(mesh: Mesh, hosts: Sequence[str]) -> list[HostPart]:
 
 
 def operators_span_hosts(mesh: Mesh, hosts: Sequence[str]) -> bool:
-    """Whether some operators are shared by devices of several hosts, over the slower network."""
+    """Whether devices of several hosts share an operator, and so use the slower network."""
     names = np.vectorize(lambda device: hosts[device.process_index], otypes=[object])(mesh.devices)
     return bool((names != names[..., :1]).any())
 
 
 def over_data(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> PartitionSpec:
-    """The spec with 'data' added to an axis that it divides, for ZeRO (Rajbhandari et al. 2020);
-    the same where there is none. Axes that are not divided yet come first.
+    """Returns the spec with 'data' added to one axis, for ZeRO (Rajbhandari et al. 2020). It is the
+    first axis that 'data' divides evenly, undivided axes first; if there is none, the spec is
+    unchanged.
     """
     axes = [*spec, *[None] * (len(shape) - len(spec))]
     names = [(axis,) if isinstance(axis, str) else axis or () for axis in axes]
@@ -98,7 +101,7 @@ def over_data(mesh: Mesh, spec: PartitionSpec, shape: tuple[int, ...]) -> Partit
 
 
 def manual_part(specs: Any) -> Any:
-    """The specs without 'model', which `shard_map` leaves to GSPMD."""
+    """Returns the specs without 'model', the axis that `shard_map` leaves to GSPMD."""
 
     def keep(axis: Any) -> Any:
         kept = tuple(
@@ -110,19 +113,19 @@ def manual_part(specs: Any) -> Any:
 
 
 def shardings(mesh: Mesh, specs: Any) -> Any:
-    """NamedShardings for a tree of specs."""
+    """Makes NamedShardings from a tree of specs."""
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs, is_leaf=is_spec)
 
 
 def put_rows(mesh: Mesh, rows: np.ndarray) -> Array:
-    """Puts rows that every process has on the mesh, `[B, ...]`, sharded over 'data'."""
+    """Puts rows `[B, ...]` on the mesh, sharded over 'data'. Every process has all rows."""
     return put_read_rows(mesh, lambda wanted: rows[wanted], rows.shape, rows.dtype)
 
 
 def put_read_rows(
     mesh: Mesh, read: Callable[[slice], np.ndarray], shape: tuple[int, ...], dtype: Any
 ) -> Array:
-    """As `put_rows`, but each process reads the rows of its own data shards only, once."""
+    """As `put_rows`, but each process reads only the rows of its own data shards, once."""
     parts: dict[tuple[int, int, int], np.ndarray] = {}
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
@@ -137,5 +140,5 @@ def put_read_rows(
 
 
 def is_spec(value: Any) -> bool:
-    """Where a tree of `PartitionSpec` has its leaves."""
+    """Whether a value is a leaf in a tree of `PartitionSpec`."""
     return isinstance(value, PartitionSpec)

@@ -1,4 +1,4 @@
-"""The devices of a process, and what makes CPU devices fast. Comes before anything else of jax."""
+"""Finds the devices of a run and makes CPU devices fast. Must run before any other use of jax."""
 
 import ctypes
 import os
@@ -10,14 +10,14 @@ from tpipe_jax.config.settings import MeshConfig
 from tpipe_jax.devices.mesh import asked_product
 from tpipe_jax.errors import UserError
 
-MAX_CPU_DEVICES = 1024  # that a process makes; each has threads of its own
+MAX_CPU_DEVICES = 1024  # the most that a process makes; each has threads of its own
 
 
 def find_devices(config: MeshConfig, num_processes: int = 1) -> list[jax.Device]:
-    """The devices of all processes; on CPUs, as many as the mesh asks for.
+    """Returns the devices of all processes; on CPUs, as many as the mesh asks for.
 
-    Call it before anything else of jax, which counts its devices only once. Raises `UserError` if
-    CPU devices cannot be shared out evenly.
+    Call it before any other use of jax, which counts its devices only once. Raises `UserError` if
+    the processes cannot have equally many CPU devices.
     """
     num_local, rest = divmod(config.num_devices, num_processes)
     prepare_cpu(num_local)
@@ -32,23 +32,23 @@ def find_devices(config: MeshConfig, num_processes: int = 1) -> list[jax.Device]
 
 
 def prepare_cpu(num_devices: int) -> None:
-    """Makes CPU devices of this process fast: flags of XLA, and freed memory is kept.
+    """Makes the CPU devices of this process fast: sets flags of XLA, and keeps freed memory.
 
-    Call it before anything else of jax. What each is worth is in docs/design.md; flags that the
-    user has set come last and count. Other platforms ignore these.
+    Call it before any other use of jax. docs/design.md has the gain from each. Flags that the user
+    has set come last, so they override these. Other platforms ignore the flags.
     """
     flags = [
-        # Sums by the compiler's own code; by the library for matrix products they are slower.
+        # XLA compiles sums itself; they are slower in its library for matrix products.
         "--xla_cpu_experimental_ynn_fusion_type=-reduce",
-        # Buffers that are updated in place are analysed better, so fewer are copied.
+        # XLA analyses buffers that are updated in place better, so it copies fewer of them.
         "--xla_cpu_copy_insertion_use_region_analysis=true",
     ]
     if num_devices >= len(os.sched_getaffinity(0)):  # no core to spare for threads in an operator
         flags.append("--xla_cpu_multi_thread_eigen=false")
     given = os.environ.get("XLA_FLAGS", "").split()
     os.environ["XLA_FLAGS"] = " ".join([*(f for f in flags if f not in given), *given])
-    # glibc hands large buffers back to the system, and a step that gets them anew has all of their
-    # pages to fault in.
+    # glibc returns large buffers to the system. A step that allocates them again would then have a
+    # page fault for each of their pages.
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(ctypes.c_int(-4), ctypes.c_int(0))  # M_MMAP_MAX: no buffer of its own mapping

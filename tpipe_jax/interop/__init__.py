@@ -1,1 +1,1 @@
-"""Hugging Face folders."""
+"""Reads and writes Hugging Face folders."""

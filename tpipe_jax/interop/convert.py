@@ -1,4 +1,4 @@
-"""Weights from and to Hugging Face folders of GPT-2: checkpoints without a run, array by array."""
+"""Converts checkpoints from and to Hugging Face folders of GPT-2, array by array, without a run."""
 
 import shutil
 from collections.abc import Iterator
@@ -28,11 +28,10 @@ PARAMS = "params/"
 
 
 def import_gpt2(source: Path, workdir: Path) -> Config:
-    """Makes a workdir whose checkpoint of step 0 has the weights in a folder, and whose config.json
-    has the model; returns that config.
+    """Makes a workdir from a Hugging Face folder, and returns its config.
 
-    Raises `UserError` if the folder has no model that can be imported, or the workdir holds
-    something.
+    The checkpoint of step 0 has the weights of the folder, and config.json its model. Raises
+    `UserError` if the folder has no model that can be imported, or if the workdir is not empty.
     """
     model = gpt2.read_model(source)
     read = gpt2.Reader(source, model)
@@ -54,10 +53,11 @@ def import_gpt2(source: Path, workdir: Path) -> Config:
 
 
 def export_gpt2(workdir: Path, target: Path, step: int | None) -> int:
-    """Writes the weights of a checkpoint, the newest sound one unless a step is named, as a folder
-    that `transformers.GPT2LMHeadModel.from_pretrained` loads; returns the step.
+    """Writes the weights of a checkpoint as a folder that
+    `transformers.GPT2LMHeadModel.from_pretrained` loads; returns the step.
 
-    Raises `UserError` if there is no sound checkpoint, or the folder holds something.
+    Takes the newest sound checkpoint if `step` is None. Raises `UserError` if there is no sound
+    checkpoint, if its layers are not GPT-2's, or if `target` is not empty or cannot be written.
     """
     checkpoint, model = newest_sound(workdir, step)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -78,7 +78,7 @@ def export_gpt2(workdir: Path, target: Path, step: int | None) -> int:
             saving.replace(target)
         finally:
             shutil.rmtree(saving, ignore_errors=True)
-    except ValueError as error:  # TensorStore's
+    except ValueError as error:  # from TensorStore
         raise UserError(
             f"the checkpoint in {checkpoint} cannot be read any more ({error}): a run may have "
             "removed it meanwhile; the same command takes a newer one."
@@ -92,8 +92,8 @@ def export_gpt2(workdir: Path, target: Path, step: int | None) -> int:
 
 
 def _parts(config: Config, read: gpt2.Reader) -> Iterator[Fragment]:
-    """A fresh state with these parameters, array by array."""
-    # Where a state lies does not matter, so one device will do.
+    """Yields a fresh state with the imported parameters, array by array."""
+    # A checkpoint does not depend on the mesh, so one device will do.
     spec = make_spec(config, make_mesh(MeshConfig(), jax.devices()[:1]))
     like = abstract_state(spec, make_optimizer(config))
     others = {"loss_scale": new_loss_scale(config.precision), "health": new_health()}
@@ -106,5 +106,5 @@ def _parts(config: Config, read: gpt2.Reader) -> Iterator[Fragment]:
         if name.startswith(PARAMS):
             data = read(name.removeprefix(PARAMS))
         else:
-            data = known.get(name, np.zeros(shape, dtype))  # of the optimiser, and the step
+            data = known.get(name, np.zeros(shape, dtype))  # the optimiser state and the step
         yield Fragment(name, shape, shape, tuple(slice(0, n) for n in shape), data)

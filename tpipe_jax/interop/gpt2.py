@@ -1,11 +1,11 @@
-"""GPT-2 as a Hugging Face folder has it: its settings, and its weights under their names there.
+"""GPT-2 in a Hugging Face folder: its settings, and its weights under their names there.
 
     config.json                     the settings
     model.safetensors               all weights, or
     model.safetensors.index.json    which file has which of them
 
-Weights are `[in, out]` there as here. The outputs of `c_attn` are queries, keys and values of all
-heads; here each head has its own together (`model.gpt2`).
+Weights are `[in, out]` there as here. There the outputs of `c_attn` are all queries, then all keys,
+then all values; here query, key and value of a head lie together (`model.gpt2`).
 """
 
 import json
@@ -23,9 +23,10 @@ from tpipe_jax.errors import UserError
 
 SETTINGS, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
-SHARD_BYTES = 2 * 10**9  # of one file, if no weight is larger
+SHARD_BYTES = 2 * 10**9  # of one file at most, unless a single weight is larger
 
-# What the model here has not as an option; a folder that leaves one out has the first.
+# Settings that are fixed in the model here, with the values that can be imported. If a folder
+# leaves one out, the first value is meant.
 FIXED: dict[str, tuple[Any, ...]] = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
@@ -34,7 +35,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
 }
-SIZES = {  # and the size of a folder that leaves one out
+SIZES = {  # names there, and the size that is meant if a folder leaves one out
     "num_layers": ("n_layer", 12),
     "d_model": ("n_embd", 768),
     "num_heads": ("n_head", 12),
@@ -42,20 +43,20 @@ SIZES = {  # and the size of a folder that leaves one out
     "vocab_size": ("vocab_size", 50257),
     "seq_len": ("n_positions", 1024),
 }
-MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # constants, in older files
+MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # constant masks, in older files
 PREFIX = "transformer."
 
 
 class Weight(NamedTuple):
-    """A parameter, and what it is called there."""
+    """A parameter, with its name here and its name in the folder."""
 
     name: str
-    """As `blocks/3/ff_in/kernel`."""
+    """The name here, such as `blocks/3/ff_in/kernel`."""
     there: str
-    """As `h.3.mlp.c_fc.weight`."""
+    """The name in the folder, such as `h.3.mlp.c_fc.weight`."""
     shape: tuple[int, ...]
     num_heads: int = 0
-    """By which the last axis is ordered differently, if it is."""
+    """Heads by which the last axis is reordered; 0 if its order is the same."""
 
     def to_here(self, value: np.ndarray) -> np.ndarray:
         return self._swapped(value, (3, self.num_heads)) if self.num_heads else value
@@ -68,7 +69,7 @@ class Weight(NamedTuple):
 
 
 def weights_of(model: ModelConfig) -> list[Weight]:
-    """All parameters of the model."""
+    """Returns all parameters of the model."""
     V, T, H = model.vocab_size, model.seq_len, model.num_heads
     D, F = model.d_model, model.ff_width
 
@@ -98,7 +99,7 @@ def weights_of(model: ModelConfig) -> list[Weight]:
 
 
 def read_model(folder: Path) -> ModelConfig:
-    """The settings of the model in a folder. Raises `UserError` if it is no GPT-2 as here."""
+    """Reads the settings of a folder's model. Raises `UserError` if the model here differs."""
     settings = _read_json(folder / SETTINGS)
     kind = settings.get("model_type")
     if kind != "gpt2":
@@ -115,13 +116,13 @@ def read_model(folder: Path) -> ModelConfig:
             )
     try:
         sizes = {name: settings.get(there, size) for name, (there, size) in SIZES.items()}
-        return Config(model=ModelConfig(**sizes)).model  # which is checked
+        return Config(model=ModelConfig(**sizes)).model  # raises if a value is wrong
     except UserError as error:
         raise UserError(f"--from={folder} has a {SETTINGS} that cannot be used: {error}") from None
 
 
 class Reader:
-    """Reads the weights of a folder, one at a time. Raises `UserError` if they are not those of the
+    """Reads the weights of a folder, one at a time. Raises `UserError` if they don't fit the
     model.
     """
 
@@ -146,7 +147,7 @@ class Reader:
         self._check_head()
 
     def __call__(self, name: str) -> np.ndarray:
-        """A parameter by its name here, float32."""
+        """Returns a parameter by its name here, float32."""
         weight = self._weights[name]
         value = self._open(weight.there, lambda file, key: file.get_tensor(key))
         return np.ascontiguousarray(weight.to_here(value.astype(np.float32, copy=False)))
@@ -164,7 +165,7 @@ class Reader:
             )
 
     def _check_head(self) -> None:
-        """The head is the token embedding, also where a folder has it twice."""
+        """Raises `UserError` if the folder has a head that differs from the token embedding."""
         if "lm_head.weight" not in self._files:
             return
         head, table = (
@@ -189,9 +190,10 @@ class Reader:
 def write_model(
     folder: Path, model: ModelConfig, read: Callable[[str], np.ndarray], shard_bytes: int
 ) -> None:
-    """Writes a folder, which must exist and be empty; `read` returns a parameter by its name here.
+    """Writes a model into a folder, which must exist and be empty. `read` returns a parameter by
+    its name here.
 
-    At most `shard_bytes` of weights, or one of them, are in memory at a time.
+    At most `shard_bytes` of weights are in memory at a time, or one weight if that is larger.
     """
     shards: list[list[Weight]] = [[]]
     sizes = [0]
@@ -230,7 +232,9 @@ def write_model(
 
 
 def _files(folder: Path) -> dict[str, tuple[Path, str]]:
-    """Where each weight is: its file, and its name in it; without what heads put before it."""
+    """Returns the file of each weight and its name in that file, by its name without the prefix
+    that models with a head have.
+    """
     if (folder / INDEX).exists():
         places = _read_json(folder / INDEX).get("weight_map")
         if not isinstance(places, dict):

@@ -1,8 +1,8 @@
-"""What a transformer block is to the pipeline.
+"""The interface between a transformer block and the pipeline.
 
-A block is cut at its attention, `qkv` before it and `finish` after it, because attention is where
-the slices of a sequence meet: the pipeline runs it on caches and walks back through it by hand.
-What else a block computes is its own business, as long as each token stands for itself.
+A block is cut at its attention: `qkv` comes before it and `finish` after it. The pipeline itself
+computes attention, forward and backward, on caches, because attention is where the slices of a
+sequence meet. A block may compute anything else, as long as it treats each token on its own.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,51 +15,56 @@ from jax import Array
 from tpipe_jax.config.settings import ModelConfig
 
 Params = Any  # nested dictionaries and lists of arrays
-Tape = Callable[[str, Array], Array]  # sees each named value, returns the value to go on with
+Tape = Callable[[str, Array], Array]  # sees a named value, returns the value to go on with
 
 
 def no_tape(name: str, value: Array) -> Array:
-    """The tape of a block whose values nobody needs."""
+    """The tape for a block whose named values nobody needs: returns the value as it is."""
     return value
 
 
 class Block(nnx.Module):
     """A layer of the model, from the residual stream to the residual stream.
 
-    A block of your own is made as `block(config, dtype, rngs)`, with float32 parameters and matrix
-    products in `dtype`, as are all values that the methods take and give. It hands values
-    `[B, L, width]` that the backward pass may save to the tape, each under a name of its own of
-    those that config.memory.remat knows, without q, and goes on with what the tape returns.
+    A block of your own is made as `block(config, dtype, rngs)`. Its parameters are float32. Its
+    matrix products, and all values that its methods take and return, are in `dtype`. It hands named
+    values `[B, L, width]` to the tape and goes on with the value that the tape returns. Each value
+    has its own name, other than x, q and lse. A value can be saved for the backward pass if
+    config.memory.remat knows its name.
     """
 
     linears: ClassVar[Mapping[str, tuple[str, str]]] = {}
-    """Layers `x @ kernel + bias` whose weights' gradients are summed in float32, and may be
-    deferred: the names of the values that each takes and gives, to which something may be added.
-    Other parameters are differentiated slice by slice, in their own format."""
+    """For each layer `x @ kernel + bias`, the names of its input and output on the tape; the value
+    that is named as the output may have something added to it. The gradients of the weights of
+    these layers are summed in float32 and may be deferred. Other parameters are differentiated
+    slice by slice, in their own format."""
     specs: ClassVar[Params] = None
-    """How 'model' divides the parameters, a tree of `PartitionSpec`; None leaves them whole."""
+    """How the axis 'model' divides the parameters, a tree of `PartitionSpec`; None leaves the
+    parameters whole."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         raise NotImplementedError
 
     def qkv(self, x_BLD: Array, positions_BL: Array, tape: Tape) -> tuple[Array, Array, Array]:
-        """Queries `[B, G H, L, K]`, keys and values `[B, H, L, K]` of tokens at these positions,
-        whose first axis is 1 where all sequences have the same. Each key serves the G queries that
-        lie side by side (grouped-query attention, arXiv 2305.13245).
+        """Returns queries `[B, G H, L, K]`, and keys and values `[B, H, L, K]`, of tokens at these
+        positions. The first axis of the positions is 1 where all sequences have the same. Each head
+        of keys serves G neighbouring heads of queries (grouped-query attention, arXiv 2305.13245).
         """
         raise NotImplementedError
 
     def query(self, x_BLD: Array, positions_BL: Array, tape: Tape) -> Array:
-        """The queries alone."""
+        """Returns the queries alone."""
         return self.qkv(x_BLD, positions_BL, tape)[0]
 
     def finish(self, x_BLD: Array, attn_BHLK: Array, tape: Tape) -> Array:
-        """The block's output `[B, L, D]` from its input and its attention `[B, G H, L, K]`."""
+        """Returns the block's output `[B, L, D]` from its input and its attention
+        `[B, G H, L, K]`.
+        """
         raise NotImplementedError
 
 
 def merge_heads(a_BHLK: Array) -> Array:
-    """`[B, H, L, K]` to `[B, L, H K]`."""
+    """Reshapes `[B, H, L, K]` to `[B, L, H K]`."""
     B, _, L, _ = a_BHLK.shape
     return a_BHLK.transpose(0, 2, 1, 3).reshape(B, L, -1)
 

@@ -1,4 +1,4 @@
-"""Floating-point operations of a training step, and how many a device can do."""
+"""Floating-point operations of a layer and of a training step."""
 
 import math
 
@@ -9,8 +9,8 @@ from tpipe_jax.model.functional import heads, param_shapes
 
 
 def forward_flops(config: ModelConfig, num_tokens: int, context: int) -> int:
-    """Floating-point operations of one layer for one slice after `context` tokens, forward: those
-    of its products with matrices, and of its attention.
+    """Floating-point operations of the forward pass of one layer for a slice with `context` tokens
+    before it. Counts products with matrices, and attention.
     """
     matrices = sum(math.prod(a.shape) for a in jax.tree.leaves(param_shapes(config)) if a.ndim > 1)
     visible_pairs = num_tokens * context + num_tokens * (num_tokens + 1) // 2
@@ -19,8 +19,8 @@ def forward_flops(config: ModelConfig, num_tokens: int, context: int) -> int:
 
 
 def step_flops(config: Config) -> float:
-    """Of a training step: layers and head forward, and twice that backward. What is computed again
-    does not count, nor what the causal mask hides.
+    """Floating-point operations of a training step: layers and head forward, and twice as many
+    backward. Rematerialisation does not count, nor do scores that the causal mask hides.
     """
     model = config.model
     layers = model.num_layers * forward_flops(model, model.seq_len, 0)

@@ -1,4 +1,4 @@
-"""The block that a config names, GPT-2's or another, as pure functions of its parameters."""
+"""The block that a config names, as pure functions of the block's parameters."""
 
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -31,7 +31,7 @@ class BlockFunctions(NamedTuple):
 
 
 def block_functions(config: ModelConfig, dtype: jnp.dtype) -> BlockFunctions:
-    """The pure functions of one block, computing in `dtype`."""
+    """Returns the pure functions of one block, which compute in `dtype`."""
     own = block_class(config)
     graph, _ = nnx.split(nnx.eval_shape(lambda: own(config, dtype, nnx.Rngs(0))))
     return BlockFunctions(
@@ -43,26 +43,28 @@ def block_functions(config: ModelConfig, dtype: jnp.dtype) -> BlockFunctions:
 
 
 def init_block(config: ModelConfig, key: Array) -> Params:
-    """Fresh float32 parameters of one layer."""
+    """Draws new float32 parameters for one layer."""
     block = block_class(config)(config, jnp.dtype(jnp.float32), nnx.Rngs(key))
     return nnx.to_pure_dict(nnx.state(block, nnx.Param))
 
 
 @cache
 def param_shapes(config: ModelConfig) -> Params:
-    """The parameters of one layer without their values."""
+    """The shapes and dtypes of the parameters of one layer, as a tree."""
     return jax.eval_shape(lambda: init_block(config, jax.random.key(0)))
 
 
 @cache
 def value_widths(config: ModelConfig) -> dict[str, int]:
-    """The last axis of each value `[B, L, width]` that a block hands to the tape, by name."""
+    """The width of each value `[B, L, width]` that a block hands to the tape, by name."""
     return {name: a.shape[-1] for name, a in _shapes(config)[1].items()}
 
 
 @cache
 def heads(config: ModelConfig) -> Heads:
-    """How many a block has, and how wide. Raises `UserError` where they don't fit together."""
+    """The numbers of heads of a block, and their width. Raises `UserError` if the shapes of
+    queries, keys and values don't fit together.
+    """
     (q, k, v), _ = _shapes(config)
     (*_, width), num_keys = q.shape, k.shape[1]
     expected = (2, num_keys, 3, width)
@@ -76,9 +78,10 @@ def heads(config: ModelConfig) -> Heads:
 
 @cache
 def _shapes(config: ModelConfig) -> tuple[tuple[Any, Any, Any], dict[str, Any]]:
-    """What a block makes of some tokens: queries, keys and values, and what it tells the tape.
+    """Returns the shapes of queries, keys and values that a block makes from a few tokens, and of
+    the values that it hands to the tape.
 
-    Raises `UserError` for a block of one's own that the pipeline cannot run.
+    Raises `UserError` if the pipeline cannot run a block of the user's own.
     """
     try:
         result = _traced(config, jnp.dtype(jnp.float32))
@@ -95,7 +98,9 @@ def _shapes(config: ModelConfig) -> tuple[tuple[Any, Any, Any], dict[str, Any]]:
 
 
 def _traced(config: ModelConfig, dtype: jnp.dtype) -> tuple[tuple[Any, Any, Any], dict[str, Any]]:
-    """As `_shapes`, computed in `dtype`. Raises what the block raises, or ValueError."""
+    """As `_shapes`, computed in `dtype`. Raises what the block raises, or ValueError if it breaks
+    the rules of `Block`.
+    """
 
     def run(params: Params, x_BLD: Array) -> Any:
         block, values = block_functions(config, dtype), {}
@@ -127,7 +132,9 @@ def _traced(config: ModelConfig, dtype: jnp.dtype) -> tuple[tuple[Any, Any, Any]
 
 
 def _check_declared(config: ModelConfig, values: dict[str, Any]) -> None:
-    """Raises ValueError where `Block.linears` or `Block.specs` are not of the block."""
+    """Raises ValueError if `Block.linears` or `Block.specs` don't match the block's parameters and
+    values.
+    """
     own, params = block_class(config), param_shapes(config)
     for name, (source, target) in own.linears.items():
         if name not in params or not {"kernel"} <= set(params[name]) <= {"kernel", "bias"}:

@@ -1,4 +1,4 @@
-"""GPT-2's block: LayerNorm before each half, biases, GELU by its tanh (Radford et al. 2019)."""
+"""GPT-2's block: LayerNorm before each half, biases, GELU by tanh (Radford et al. 2019)."""
 
 from functools import partial
 from typing import ClassVar
@@ -16,27 +16,27 @@ NORM_SPECS = {"scale": PartitionSpec(), "bias": PartitionSpec()}
 _COLUMNS = {"kernel": PartitionSpec(None, "model"), "bias": PartitionSpec("model")}
 _ROWS = {"kernel": PartitionSpec("model"), "bias": PartitionSpec()}
 
-# Without a dtype it returns float32, that of its parameters.
+# Without a dtype it returns float32, the dtype of its parameters.
 layer_norm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False)
 
 
 class GPT2Block(Block):
     """The block of GPT-2.
 
-    The outputs of `attn_in` are ordered head, then query, key and value, then width: so 'model' can
-    divide them by heads without a transfer. The tape sees `norm_1`, `norm_2`, `attn`, `middle`,
-    `out` `[B, L, D]`, `qkv` `[B, L, 3 D]`, `hidden` and `gelu` `[B, L, F]`.
+    The outputs of `attn_in` are ordered by head, then by query, key and value, then by width. So
+    'model' can divide them by heads without a transfer. The tape sees `norm_1`, `norm_2`, `attn`,
+    `middle`, `out` `[B, L, D]`, `qkv` `[B, L, 3 D]`, `hidden` and `gelu` `[B, L, F]`.
     """
 
-    # To middle and out the residual is added, which leaves the gradient with respect to the layer's
-    # output the same.
+    # middle and out include the residual. The gradient with respect to such a sum is also the
+    # gradient with respect to the layer's output.
     linears: ClassVar = {
         "attn_in": ("norm_1", "qkv"),
         "attn_out": ("attn", "middle"),
         "ff_in": ("norm_2", "hidden"),
         "ff_out": ("gelu", "out"),
     }
-    # By attention heads and by feed-forward width (Megatron-LM, Shoeybi et al. 2019).
+    # Divided by attention heads and by feed-forward width (Megatron-LM, Shoeybi et al. 2019).
     specs: ClassVar = {
         "norm_1": NORM_SPECS,
         "attn_in": _COLUMNS,
@@ -64,7 +64,7 @@ class GPT2Block(Block):
         qkv_BLE = tape("qkv", self.attn_in(normed_BLD))
         B, L, _ = x_BLD.shape
         qkv_tBHLK = qkv_BLE.reshape(B, L, self.num_heads, 3, -1).transpose(3, 0, 2, 1, 4)
-        # Split rather than indexed, since its gradient is one concatenation.
+        # A split rather than three indices, since the gradient of a split is one concatenation.
         q, k, v = (part[0] for part in lax.split(qkv_tBHLK, (1, 1, 1)))
         return q, k, v
 

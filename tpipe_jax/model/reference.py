@@ -1,4 +1,4 @@
-"""The whole model on one device, without a pipeline: what everything else is tested against."""
+"""The whole model on one device, without a pipeline. Tests compare all other code with it."""
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,8 @@ from tpipe_jax.model.transformer import final_norm
 
 @jax.custom_vjp
 def self_attention(q: Array, k: Array, v: Array) -> Array:
-    """Attention of whole sequences, queries `[B, G H, T, K]`, keys and values `[B, H, T, K]`, as a
-    single slice, differentiable.
+    """Computes the attention of whole sequences as a single slice, from queries `[B, G H, T, K]`,
+    and keys and values `[B, H, T, K]`. It is differentiable.
     """
     return attend(Slice(q, KVCache(k, v), Position(0, 0)))[0]
 
@@ -40,9 +40,8 @@ self_attention.defvjp(_self_attention_forward, _self_attention_backward)
 
 
 def logits(config: ModelConfig, params: Params, tokens_BT: Array) -> Array:
-    """Logits `[B, T, V]` of the whole model on one device, without a pipeline, in float32.
-
-    What everything else is tested against.
+    """Computes the logits `[B, T, V]` of the whole model on one device, without a pipeline, in
+    float32.
     """
     block = block_functions(config, jnp.dtype(jnp.float32))
     positions_1T = jnp.arange(tokens_BT.shape[1])[None]

@@ -1,4 +1,4 @@
-"""The block that a config names: GPT-2's, or a class in a file of the user."""
+"""Finds the block that a config names: GPT-2's, or a class in a file of the user."""
 
 import hashlib
 import inspect
@@ -13,14 +13,16 @@ from tpipe_jax.model.gpt2 import GPT2Block
 
 
 def block_digest(config: ModelConfig) -> str | None:
-    """Of the file of a block of one's own."""
+    """Returns the SHA-256 digest of the file of a user's own block; None for GPT-2's block."""
     if config.block == GPT2:
         return None
     return hashlib.sha256(Path(config.block.rpartition(":")[0]).read_bytes()).hexdigest()
 
 
 def block_class(config: ModelConfig) -> type[Block]:
-    """The class that config.model.block names. Raises `UserError` if there is none."""
+    """Returns the class that config.model.block names. Raises `UserError` if there is no such class
+    derived from `Block`.
+    """
     if config.block == GPT2:
         return GPT2Block
     return _load(config.block)

@@ -1,6 +1,6 @@
 """Which values of a layer are saved for its backward pass; the others are computed again. No jax.
 
-The input of a layer, its keys and its values are saved always.
+The input of a layer, its keys and its values are always saved.
 """
 
 from tpipe_jax.config.settings import MemoryConfig
@@ -11,13 +11,15 @@ EVERYTHING = (*DOTS, "norm_1", "norm_2", "gelu")
 POLICIES = {"none": EVERYTHING, "dots": DOTS, "full": ()}
 # From the fastest to the smallest. `none` is no faster than `dots` (docs/design.md).
 CANDIDATES = ("dots", "attn", "full")
-DEFERRED = ("attn", "middle", "hidden")  # what deferred weight gradients are made of
+DEFERRED = ("attn", "middle", "hidden")  # deferred gradients of weights are computed from these
 
 
 def candidates(config: MemoryConfig) -> list[str]:
-    """What `config.remat` allows, from the fastest to the smallest, each as it could be set.
+    """Returns the values of `config.remat` to choose from, from the fastest to the smallest. Only
+    `auto` has more than one.
 
-    Raises `UserError` if it is no policy and no list of names, or saves too little.
+    Raises `UserError` if `config.remat` is neither a policy nor a list of names, or if it saves too
+    little for `config.defer_weight_grads`.
     """
     chosen = list(CANDIDATES) if config.remat == "auto" else [config.remat]
     if config.defer_weight_grads:
@@ -33,9 +35,9 @@ def candidates(config: MemoryConfig) -> list[str]:
 
 
 def saved_names(remat: str) -> tuple[str, ...]:
-    """The names of the values that are saved; those of the first candidate for `auto`.
+    """Returns the names of the values that are saved. `auto` means the first of `CANDIDATES`.
 
-    Raises `UserError` if it is no policy and no list of names.
+    Raises `UserError` if `remat` is neither a policy nor a list of names.
     """
     if remat == "auto":
         remat = CANDIDATES[0]

@@ -1,4 +1,4 @@
-"""How the parameters of the model are divided over a mesh, and which meshes can divide them."""
+"""How a mesh divides the parameters of the model, and which meshes can do so."""
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
@@ -11,8 +11,9 @@ from tpipe_jax.model.functional import heads, param_shapes
 from tpipe_jax.model.gpt2 import NORM_SPECS
 from tpipe_jax.model.registry import block_class
 
-# How the parameters are divided: the vocabulary over all stages and 'model', blocks over the stages
-# and within each as `Block.specs` says. What names no axis is on all devices.
+# How the parameters are divided: the vocabulary over all stages and 'model', the blocks over the
+# stages, and each block as `Block.specs` says. A parameter whose spec names no axis is on all
+# devices.
 _OTHERS = {
     "embed": {"tokens": PartitionSpec(("pipe", "model")), "positions": PartitionSpec()},
     "norm": NORM_SPECS,
@@ -23,8 +24,8 @@ MAX_LAYERS = 10_000
 
 
 def check_model(config: ModelConfig, mesh: MeshConfig) -> None:
-    """Raises `UserError` where 'model' does not divide the operators, for too many layers, and for
-    a block that does not do.
+    """Raises `UserError` if the model has too many layers, if 'model' does not divide the operators
+    evenly, or if the pipeline cannot run a block of the user's own.
     """
     if config.num_layers > MAX_LAYERS:
         raise UserError(
@@ -45,10 +46,10 @@ def check_model(config: ModelConfig, mesh: MeshConfig) -> None:
 
 
 def padded_vocab_size(config: ModelConfig, mesh: Mesh) -> int:
-    """Rows of the token embedding on the mesh: as many on each device of 'pipe' and 'model'.
+    """Rows of the token embedding on the mesh. Each device of 'pipe' and 'model' has equally many.
 
-    They are aligned for products on GPUs, which take several times as long for logits of 50257
-    tokens as for 50304 (docs/gpu.md).
+    The number is aligned for products on GPUs: logits take several times as long for 50257 tokens
+    as for 50304 (docs/gpu.md).
     """
     parts = mesh.shape["pipe"] * mesh.shape["model"]
     num_rows = -(-config.vocab_size // parts)
@@ -57,11 +58,11 @@ def padded_vocab_size(config: ModelConfig, mesh: Mesh) -> int:
 
 
 def param_specs(config: ModelConfig, num_blocks: int) -> Params:
-    """Where the parameters lie on the mesh, as a tree of their structure.
+    """Returns the specs of the parameters on the mesh, as a tree of the parameters' structure.
 
-    Block n of the tree stacks the nth block of every stage, `[P, ...]`, zeros where a stage has no
-    nth block: an array for each layer of a stage rather than one for all, since a slice of a stack
-    may be copied for each use. The token embedding has `padded_vocab_size` rows.
+    Block n of the tree stacks the nth block of every stage, `[P, ...]`, with zeros where a stage
+    has no nth block. The layers of one stage are separate arrays, since XLA may copy a layer out of
+    a stack for each use. The token embedding has `padded_vocab_size` rows.
     """
     specs = block_class(config).specs
     if specs is None:

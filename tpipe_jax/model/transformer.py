@@ -1,8 +1,8 @@
 """The GPT of GPT-2 and GPT-3 (Radford et al. 2019), as parameters and pure functions of them.
 
-Learned positions, blocks (`functional`), a LayerNorm and a head tied to the token embedding.
-Modules of Flax NNX are in here and in the files of the blocks; parameters are plain dictionaries
-everywhere else.
+The model has learned positions, blocks (`functional`), a LayerNorm and a head tied to the token
+embedding. Only this package and the files of users' blocks have modules of Flax NNX; everywhere
+else parameters are plain dictionaries.
 """
 
 from functools import partial
@@ -19,9 +19,10 @@ from tpipe_jax.model.gpt2 import layer_norm
 
 
 def init(config: ModelConfig, key: Array) -> Params:
-    """Fresh float32 parameters.
+    """Draws new float32 parameters.
 
-    A dictionary of `embed` (`tokens` [V, D], `positions` [T, D]), `blocks` (a list) and `norm`.
+    Returns a dictionary with `embed` (`tokens` [V, D], `positions` [T, D]), `blocks` (a list) and
+    `norm`.
     """
     normal = nnx.initializers.normal(0.02)
     key_tokens, key_positions, _ = jax.random.split(key, 3)
@@ -37,12 +38,12 @@ def init(config: ModelConfig, key: Array) -> Params:
 
 
 def block_keys(config: ModelConfig, key: Array) -> Array:
-    """What the parameters of each layer are drawn with by `init`, `[num_layers]`."""
+    """Returns the random keys `[num_layers]` with which `init` draws the parameters of layers."""
     return jax.random.split(jax.random.split(key, 3)[2], config.num_layers)
 
 
 def final_norm(params: Params, x_BTD: Array) -> Array:
-    """The LayerNorm before the head, in float32."""
+    """Applies the LayerNorm before the head, in float32."""
     D = x_BTD.shape[-1]
     graph, _ = nnx.split(nnx.eval_shape(lambda: layer_norm(D, rngs=nnx.Rngs(0))))
     return nnx.merge(graph, params)(x_BTD)

@@ -1,4 +1,4 @@
-"""What a stage keeps between slices: attention caches, saved values, gradients."""
+"""The buffers of a stage between slices: attention caches, saved values, gradients."""
 
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
@@ -10,34 +10,38 @@ from jax import Array
 from tpipe_jax.attention.base import KVCache
 from tpipe_jax.model.block import Params
 
-WeightGrads = Literal["at once", "some ticks later", "at the end"]  # after a backward pass
-# What all devices of 'model' hold; they divide the rest.
+# When a stage computes the gradients of weights: how long after the backward pass of a slice.
+WeightGrads = Literal["at once", "some ticks later", "at the end"]
+# Saved values that every device of 'model' holds whole; these devices divide all other values.
 UNDIVIDED = ("x", "middle", "out", "norm_1", "norm_2")
 
 
 class Saved(NamedTuple):
-    """What the backward pass of a layer needs of its forward pass, whatever the slices."""
+    """The values that a layer saves in its forward pass for its backward pass, for any slices."""
 
     cache: KVCache
     values: dict[str, Array]
-    """The input x `[B, T, D]`, and by name what is not computed again: q `[B, G H, T, K]`, attn
-    `[B, T, G H K]` with its lse `[B, G H, T, 1]`, other values of the block `[B, T, width]`."""
+    """The input x `[B, T, D]`, and by name the values that are not computed again: q
+    `[B, G H, T, K]`, attn `[B, T, G H K]` with its log-sum-exp lse `[B, G H, T, 1]`, and other
+    values of the block `[B, T, width]`."""
 
 
 class Gradients(NamedTuple):
-    """What the backward pass of one layer has gathered so far."""
+    """The gradients that the backward passes of one layer have computed so far."""
 
     cache: KVCache
-    """Sums, float32, for the sequences that go backward at a time."""
+    """Gradients with respect to keys and values, float32 sums, for the sequences that go backward
+    at the same time."""
     params: Params
-    """Sums, float32; without those of linear layers, if these are left for the end."""
+    """Gradients of the parameters, float32 sums; without the linear layers if the gradients of
+    their weights are left for the end."""
     d_outputs: dict[str, Array]
-    """With respect to the outputs of linear layers, `[B, T, ...]` or rows and tokens of slots, if
-    gradients of their weights are deferred; else empty."""
+    """Gradients with respect to the outputs of linear layers, if the gradients of their weights
+    are deferred; otherwise empty. `[B, T, ...]`, or the rows and tokens of slots."""
 
 
 def empty_caches(num_layers: int, shape_BHTK: tuple[int, ...], dtype: jnp.dtype) -> list[KVCache]:
-    """Zeroed keys and values of every layer, or gradients with respect to them."""
+    """Returns zeros for the keys and values of every layer, or for their gradients."""
     return [
         KVCache(jnp.zeros(shape_BHTK, dtype), jnp.zeros(shape_BHTK, dtype))
         for _ in range(num_layers)
@@ -47,9 +51,11 @@ def empty_caches(num_layers: int, shape_BHTK: tuple[int, ...], dtype: jnp.dtype)
 def empty_saved(
     caches: list[KVCache], widths: Mapping[str, int], num_queries: int, names: Sequence[str]
 ) -> list[Saved]:
-    """Zeroed buffers of every layer for its input and those of the named values that it has.
+    """Returns zeroed buffers of every layer, for its input and for each value in `names` that the
+    layer has.
 
-    `widths` are those of the input x and of the block's own values, and `num_queries` the heads.
+    `widths` are the widths of the input x and of the block's own values; `num_queries` is the
+    number of heads of queries.
     """
 
     def values(cache: KVCache) -> dict[str, Array]:
@@ -71,8 +77,11 @@ def empty_gradients(
     outputs: tuple[int, int],
     dtype: jnp.dtype,
 ) -> list[Gradients]:
-    """Zeroed sums of every layer, and buffers with so many rows and tokens for what linear layers
-    give back; `block_shapes` is a tree of what has a shape.
+    """Returns zeroed sums of every layer and, if gradients of weights are deferred, buffers for the
+    gradients with respect to the outputs of linear layers.
+
+    `block_shapes` is the tree of a block's parameters, as arrays or shapes. `outputs` are the rows
+    and tokens of those buffers.
     """
 
     def sums() -> Params:

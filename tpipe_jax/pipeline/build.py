@@ -1,4 +1,4 @@
-"""The stage of a device from its spec: its layers, its buffers, and programs over all devices."""
+"""Makes the stage of a device from its spec: layers, buffers, and programs over all devices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,26 +30,27 @@ from tpipe_jax.planning.placement import chunk_places
 
 
 def for_compute(spec: StageSpec, params: Params) -> Params:
-    """Parameters of this device, with the matrices of blocks in the format of matrix products.
+    """Returns the parameters of this device, with the matrices of blocks in the format of matrix
+    products.
 
-    They are marked as different on the data shards, so that gradients are summed over those once,
-    at the end, and not where they arise.
+    The parameters are marked as different on each data shard. So gradients are summed over the data
+    shards once, at the end of the step, and not after each product.
     """
 
     def own(a: Array) -> Array:
-        return a[0].astype(spec.dtype) if a.ndim > 2 else a[0]  # the first axis is the stages'
+        return a[0].astype(spec.dtype) if a.ndim > 2 else a[0]  # the first axis is 'pipe'
 
     blocks = [jax.tree.map(own, block) for block in params["blocks"]]
     return varying(params | {"blocks": blocks}, ("data",))
 
 
 def make_head(spec: StageSpec, params: Params) -> vocab_parallel.Head:
-    """The head, from parameters of this device."""
+    """Makes the head from the parameters of this device."""
     return vocab_parallel.Head(params["norm"], params["embed"]["tokens"].astype(spec.dtype))
 
 
 def make_stage(spec: StageSpec, params: Params, starts_BT1: Array | None = None) -> Stage:
-    """The layers, from parameters of this device."""
+    """Makes the layers of the stage from the parameters of this device."""
     places = chunk_places(spec.chunk_layers)
     return Stage(
         block_functions(spec.config.model, spec.dtype),
@@ -64,17 +65,17 @@ def make_stage(spec: StageSpec, params: Params, starts_BT1: Array | None = None)
 
 
 def cache_shape(spec: StageSpec, num_rows: int) -> tuple[int, int, int, int]:
-    """Shape of the keys of a layer for so many sequences, `[B, H, T, K]`."""
+    """The shape `[B, H, T, K]` of the keys of one layer for `num_rows` sequences."""
     return num_rows, spec.heads.num_keys, spec.config.model.seq_len, spec.heads.width
 
 
 def caches_of(spec: StageSpec, dtype: Any, num_rows: int) -> list[KVCache]:
-    """Zeroed caches of this device for so many sequences."""
+    """Returns zeroed caches of this device for `num_rows` sequences."""
     return empty_caches(spec.layers_per_stage, cache_shape(spec, num_rows), dtype)
 
 
 def saved_of(spec: StageSpec, num_rows: int) -> list[Saved]:
-    """Zeroed buffers of this device, which the forward passes of so many sequences fill."""
+    """Returns zeroed buffers of this device for the forward passes of `num_rows` sequences."""
     return empty_saved(
         caches_of(spec, spec.dtype, num_rows),
         {"x": spec.config.model.d_model} | value_widths(spec.config.model),
@@ -86,10 +87,11 @@ def saved_of(spec: StageSpec, num_rows: int) -> list[Saved]:
 def gradients_of(
     spec: StageSpec, num_rows: int, outputs: tuple[int, int] | None = None
 ) -> list[Gradients]:
-    """Zeroed buffers of this device, which the backward passes of so many sequences at a time fill.
+    """Returns zeroed buffers of this device for the backward passes of `num_rows` sequences at a
+    time.
 
-    `outputs` are rows and tokens of the gradients with respect to the outputs of linear layers, if
-    these are not those of the sequences.
+    `outputs` are the rows and tokens of the buffers for gradients with respect to the outputs of
+    linear layers; None means `num_rows` and the sequence length.
     """
     model = spec.config.model
     return empty_gradients(
@@ -108,10 +110,12 @@ def over_mesh(
     out_specs: Callable[[Any], Any],
     num_scalars: int = 0,
 ) -> Wrapped:
-    """Compiles code of one device, with 'data' and 'pipe' manual and 'model' left to GSPMD.
+    """Makes a compiled program over all devices from code of one device. The axes 'data' and 'pipe'
+    are manual; 'model' is left to GSPMD.
 
-    Its arguments are parameters, rows of the batch, and so many values that are the same on all
-    devices. `out_specs` makes the specs of the results from those of the parameters.
+    The arguments of `local` are the parameters, rows of the batch, and `num_scalars` values that
+    are the same on all devices. `out_specs` makes the specs of the results from the specs of the
+    parameters.
     """
     specs = manual_part(param_specs(spec.config.model, spec.layers_per_stage))
     in_specs = specs, PartitionSpec("data"), *(PartitionSpec(),) * num_scalars

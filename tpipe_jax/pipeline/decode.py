@@ -1,4 +1,6 @@
-"""Generation through the pipeline: the program that reads some tokens and gives the next logits."""
+"""Generation through the pipeline: the program that reads some tokens and returns the logits of the
+next one.
+"""
 
 from functools import partial
 
@@ -28,10 +30,11 @@ from tpipe_jax.planning.schedule import IDLE, Item
 
 
 def make_decode(spec: StageSpec) -> Wrapped:
-    """`(params, caches, tokens [B, L], first, index)` to the logits `[B, V]` of the token after
-    `tokens[:, index]`, on all devices, and the caches, which are donated, with these tokens.
+    """Makes the program from `(params, caches, tokens [B, L], first, index)` to the logits `[B, V]`
+    of the token after `tokens[:, index]`, on all devices, and the caches with these tokens added.
 
-    The tokens are those from position `first` on of sequences whose earlier ones are in the caches.
+    The tokens start at position `first` of their sequences; the caches hold the tokens before it.
+    The caches that the program is given are donated.
     """
 
     def local(
@@ -50,7 +53,7 @@ def make_decode(spec: StageSpec) -> Wrapped:
 
         chunks = range(len(stage.chunks))
         y_BLD, caches = sweep(
-            # One slice, from stage to stage, in each chunk.
+            # One slice goes from stage to stage, once in each chunk.
             np.concatenate([np.where(np.eye(num_stages, dtype=bool), c, IDLE) for c in chunks]),
             [Item(0, 0, B, L, chunk=c) for c in chunks],
             work,
@@ -76,7 +79,7 @@ def make_decode(spec: StageSpec) -> Wrapped:
 
 
 def empty_decode_caches(spec: StageSpec) -> list[KVCache]:
-    """Caches for `make_decode`, with one sequence a data shard, `[P, B, H, T, K]`."""
+    """Returns empty caches `[P, B, H, T, K]` for `make_decode`, with one sequence a data shard."""
     shape = spec.num_stages, *cache_shape(spec, spec.mesh.shape["data"])
 
     @partial(jax.jit, out_shardings=_decode_sharding(spec.mesh))

@@ -1,17 +1,17 @@
-"""The sliced pipeline: a scan over ticks in which every stage works on its own item and hands the
-result to its neighbour.
+"""The sliced pipeline: a scan over ticks. In each tick every stage works on its own item and hands
+the result to its neighbour.
 
     tick t:  [stage 0: item 3] -> [stage 1: item 2] -> [stage 2: item 1]      -> is a ppermute
 
 This is code of one device inside `shard_map`, with the axis 'pipe' manual. The tables of the
-schedule say what to do at each tick; items of one shape share one compiled body, since their
-position is a run-time value. What a stage keeps between items (attention caches, saved activations,
-sums of gradients) is the state that the scan carries and updates in place.
+schedule say which item each stage works on in each tick. Items of the same shape share one compiled
+body, since their position is a run-time value. The scan carries the state of the stage from item to
+item (attention caches, saved activations, sums of gradients) and updates it in place.
 
-Forward and backward passes are the same lane with the stages in opposite order. Where stages have
-several chunks of layers, what the last stage has made of an item goes to the first, for the next
-chunk. `execute` follows a schedule, with both lanes in a tick; `sweep` is one lane alone. There is
-no differentiation through the scan, which would keep a copy of the state for every tick.
+The forward and the backward lane are the same code with the stages in opposite order. Where stages
+have several chunks of layers, the last stage hands its result to the first stage, which goes on
+with the next chunk. `execute` follows a schedule, with both lanes in a tick; `sweep` runs one lane
+alone. The scan is never differentiated, since that would keep a copy of the state for every tick.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,25 +35,25 @@ Sums = TypeVar("Sums")
 
 
 class StepWork(NamedTuple):
-    """The work of a step. A part of the batch is given as its first row and its number of rows."""
+    """The functions that a step is made of. `row` is the first row of a part of the batch."""
 
     embed: Callable[[Array | int, int], Array]
-    """`(row, num_rows)` to `x [b, T, D]`, what the first stage is given."""
+    """`(row, num_rows)` to `x [b, T, D]`, the input of the first stage."""
     forward: ItemWork
     """`(chunk, x [B, L, D], position, saved)` to `(y [B, L, D], saved)`."""
     losses: Callable[[Array, Array | int, Any], tuple[Array, Any]]
-    """`(y [b, T, D], row, sums)`, where y is read on the last stage only, to what the last stage is
-    given backward, and the sums with the losses."""
+    """`(y [b, T, D], row, sums)` to `(d_y [b, T, D], sums)`: the input of the backward pass on the
+    last stage, and the sums with the losses added. y is read on the last stage only."""
     backward: Callable[[Any, int, Array, Position, Any], tuple[Array, Any]] | None = None
     """`(saved, chunk, d_y [B, L, D], position, gradients)` to `(d_x [B, L, D], gradients)`."""
     weights: Callable[[Any, Any, Any], Any] | None = None
-    """`(each, saved, gradients)` to the gradients, with those of weights of some slices, where
-    backward passes leave them out. `each(function, state)` calls `function(chunk, (B, L), position,
-    state)` for each of these slices.
+    """`(each, saved, gradients)` to `gradients`, with the gradients of weights of some slices added
+    where backward passes leave these out. `each(function, state)` calls `function(chunk, (B, L),
+    position, state)` for each of these slices.
     """
     embed_grads: Callable[[Array, Array | int, Any], Any] | None = None
-    """`(d_x [b, T, D], row, sums)`, where d_x is read on the first stage only, to the sums with the
-    gradients of the embedding."""
+    """`(d_x [b, T, D], row, sums)` to the sums with the gradients of the embedding added. d_x is
+    read on the first stage only."""
 
 
 def execute(
@@ -64,15 +64,16 @@ def execute(
     gradients: Gradients,
     sums: Sums,
 ) -> tuple[Saved, Gradients, Sums]:
-    """Follows a schedule (`schedule_check.check`); returns what has become of the last three.
+    """Follows a schedule that `schedule_check.check` accepts. Returns the new `saved`, `gradients`
+    and `sums`.
 
     Args:
-        trunk_RTD: room for the part of the batch that is in the pipeline, R rows of the schedule.
-            The embedding is written to it, each stage replaces it by what it makes of that, forward
-            and backward, and its losses by their gradients.
-        saved: what the forward passes fill and the backward passes read.
-        gradients: what the backward passes fill.
-        sums: what all stages add up together.
+        trunk_RTD: a buffer for the part of the batch that is in the pipeline, R rows of the
+            schedule. The embedding is written to it. Each stage replaces its input by its output,
+            forward and backward. Between the two, the gradients of the losses replace the output.
+        saved: buffers that the forward passes fill and the backward passes read.
+        gradients: buffers that the backward passes fill.
+        sums: sums that all stages compute together.
     """
     slot_rows = None if schedule.slots is None else schedule.longest_shape[0] * schedule.slots
     forward, backward = (
@@ -99,7 +100,7 @@ def execute(
             sums = _on_part(
                 schedule.parts, row["embed_grads"], partial(_embed_grads, work, trunk), sums
             )
-        if "weights" in row:  # last, since the next tick changes in place what they are taken from
+        if "weights" in row:  # last, since the next tick overwrites the values that they need
             assert work.weights
             gradients = work.weights(partial(backward.each_alone, row["weights"]), saved, gradients)
         return (trunk, ahead, back, saved, gradients, sums), None
@@ -114,14 +115,14 @@ def execute(
 
 
 def _tick_rows(schedule: Schedule, is_training: bool) -> dict[str, np.ndarray]:
-    """What the ticks are told."""
+    """The tables that `execute` scans over, by name, with one row a tick."""
     rows = {
         "embed": schedule.parts_at(lambda part: part.embed_tick),
         "forward": schedule.forward,
         "any_forward": (schedule.forward != IDLE).any(1),
         "losses": schedule.parts_at(lambda part: part.loss_tick),
     }
-    if not is_training:  # what comes after the last losses is backward
+    if not is_training:  # all ticks after the last losses are backward
         return {name: a[: 1 + max(p.loss_tick for p in schedule.parts)] for name, a in rows.items()}
     rows |= {
         "backward": schedule.backward,
@@ -137,8 +138,8 @@ def each_alone(
     function: Callable[[int, ItemShape, Position, State], State],
     state: State,
 ) -> State:
-    """`function(chunk, (B, L), position, state)` for each item of a table `[tick, stage, n]`, as
-    `execute` takes gradients of weights.
+    """Calls `function(chunk, (B, L), position, state)` for each item of a table `[tick, stage, n]`,
+    as `execute` does for gradients of weights. Returns the state.
     """
     lane = Lane(items, [item.row for item in items], table.shape[1])
 
@@ -161,15 +162,16 @@ def sweep(
 
     Args:
         table: `[tick, stage]`, the index of the item or IDLE; a run-time value if it is an Array.
-        items: what the indices stand for.
-        work: what a stage does: `(chunk, x [B, L, D], position, state)` to `(y [B, L, D], state)`.
-        trunk_BTD: what the items are cut from on the stage where they enter.
-        state: what this stage keeps between items, a tree of arrays.
+        items: the items that the indices stand for.
+        work: the work of a stage, `(chunk, x [B, L, D], position, state)` to
+            `(y [B, L, D], state)`.
+        trunk_BTD: the input of the sweep; the stage where items enter reads each item from it.
+        state: the state of this stage between items, a tree of arrays.
         reverse: whether items enter at the last stage and leave at the first.
 
     Returns:
-        What `work` has made of each item on this stage, `[B, T, D]`, which takes the place of the
-        trunk: the result of the sweep on the stage where the items leave. And the state.
+        The outputs of `work` on this stage, `[B, T, D]`, which replace the trunk, and the state. On
+        the stage where items leave, these outputs are the result of the sweep.
     """
     chex.assert_rank([table, trunk_BTD], [2, 3])
     lane = Lane(items, [item.row for item in items], table.shape[1], reverse)
@@ -184,7 +186,7 @@ def sweep(
 
 
 class _Rows(NamedTuple):
-    """A part of the batch, whose number of rows is known when the program is compiled."""
+    """A part of the batch. Its number of rows is known when the program is compiled."""
 
     row: Array | int
     num_rows: int
@@ -211,8 +213,10 @@ def _embed_grads(work: StepWork, trunk: Array, part: _Rows, sums: Sums) -> Sums:
 def _on_part(
     parts: Sequence[Part], index: Array, function: Callable[[_Rows, State], State], state: State
 ) -> State:
-    """`function(part, state)` on all devices, where the index is not IDLE."""
-    if len(parts) == 1:  # its rows are known, so that XLA need not copy a buffer to read it whole
+    """Calls `function(part, state)` on all devices for the part with this index. Returns the state,
+    unchanged for IDLE.
+    """
+    if len(parts) == 1:  # known rows: XLA need not copy the buffer to read all of it
         [part] = parts
         rows = _Rows(part.row, part.num_rows, Position(part.buffer_row, 0))
         return run_on_all_if(index != IDLE, partial(function, rows), state)
@@ -226,5 +230,7 @@ def _on_part(
 
 
 def _kept(rows: State) -> State:
-    """Without the barrier XLA would see that stages are idle, and drop what the profiler times."""
+    """Returns the tables behind a barrier. Without it XLA would see that stages are idle, and leave
+    out the work that the profiler times.
+    """
     return lax.optimization_barrier(jax.tree.map(jnp.asarray, rows))

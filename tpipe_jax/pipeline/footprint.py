@@ -1,4 +1,4 @@
-"""Bytes that a stage keeps for each token, from the shapes of its buffers."""
+"""Bytes that a stage stores for each token, computed from the shapes of its buffers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,8 +12,8 @@ from tpipe_jax.pipeline.spec import StageSpec
 
 
 def activation_bytes_per_token(spec: StageSpec) -> tuple[int, int]:
-    """Bytes on a device for each token of a sequence in the pipeline, and further bytes for each
-    token of a sequence that goes backward.
+    """Bytes that a device stores for each token of a sequence in the pipeline, and further bytes
+    for each token of a sequence that goes backward.
     """
     saved, gathered = _shapes(spec, saved_of), cache_bytes_per_token(spec)[1]
     left = deferred_bytes_per_token(spec) if spec.weight_grads == "at the end" else 0
@@ -21,17 +21,19 @@ def activation_bytes_per_token(spec: StageSpec) -> tuple[int, int]:
 
 
 def deferred_bytes_per_token(spec: StageSpec) -> int:
-    """Bytes for each token of a slice that waits for gradients of weights."""
+    """Bytes for each token of a slice whose gradients of weights are still to be computed."""
     return _bytes_per_token(spec, [d.d_outputs for d in _shapes(spec, gradients_of)])
 
 
 def trunk_bytes_per_token(spec: StageSpec) -> int:
-    """Bytes for each token of the input of the stage, which its output replaces."""
+    """Bytes for each token of the buffer that holds the input of a stage, then its output."""
     return spec.config.model.d_model * spec.dtype.itemsize
 
 
 def cache_bytes_per_token(spec: StageSpec) -> tuple[int, int]:
-    """The part of `activation_bytes_per_token` that is keys and values, and their gradients."""
+    """The bytes of keys and values in the first number of `activation_bytes_per_token`, and the
+    bytes of their gradients in the second.
+    """
     saved, gathered = (
         _bytes_per_token(spec, [d.cache for d in _shapes(spec, buffers)])
         for buffers in (saved_of, gradients_of)
@@ -40,12 +42,12 @@ def cache_bytes_per_token(spec: StageSpec) -> tuple[int, int]:
 
 
 def _shapes(spec: StageSpec, buffers: Callable[..., list[Any]]) -> list[Any]:
-    """Buffers for one sequence, without their memory."""
+    """The shapes of the buffers for one sequence; no memory is allocated."""
     return jax.eval_shape(partial(buffers, spec, num_rows=1))
 
 
 def _bytes_per_token(spec: StageSpec, buffers: Any) -> int:
-    """Bytes of buffers for one sequence, for one token on one device."""
+    """Bytes on one device for each token, from the buffers for one sequence."""
     num_bytes = 0
     for path, a in jax.tree.leaves_with_path(buffers):
         is_whole = path[-1] in map(jax.tree_util.DictKey, UNDIVIDED)

@@ -1,7 +1,7 @@
-"""One direction through the stages: each works on its own item and hands the result on.
+"""One direction through the stages: each stage works on its own item and hands the result on.
 
-This is code of one device inside `shard_map`, with the axis 'pipe' manual. Items of one shape share
-one compiled body, since their position is a run-time value.
+This is code of one device inside `shard_map`, with the axis 'pipe' manual. Items of the same shape
+share one compiled body, since their position is a run-time value.
 """
 
 from collections.abc import Callable, Sequence
@@ -32,7 +32,9 @@ class Lane:
         reverse: bool = False,
         slot_rows: np.ndarray | None = None,
     ) -> None:
-        """`slot_rows` `[item, stage]` are those of the items' positions, if they have slots."""
+        """`buffer_rows` are the first rows of the items in the buffers; `slot_rows` `[item, stage]`
+        are the first rows of their slots, if they have slots.
+        """
         ends, step = ((num_stages - 1, 0), -1) if reverse else ((0, num_stages - 1), 1)
         self._entry, self._exit = ends
         self._is_ring = any(item.chunk for item in items)
@@ -45,13 +47,13 @@ class Lane:
         self._slot_rows = None if slot_rows is None else jnp.asarray(slot_rows)
 
     def empty_packet(self, width: int, dtype: Any) -> Array:
-        """What goes from stage to stage."""
+        """Returns a zeroed packet, the buffer that goes from stage to stage. It holds any item."""
         shapes = [item.shape for item in self._items]
         longest = max(B for B, _ in shapes), max(L for _, L in shapes)
         return jnp.zeros((*longest, width), dtype)
 
     def tick(self, work: ItemWork, row: Array, carry: Carry) -> Carry:
-        """Each stage works on its item of the row, `[P]`, and hands the result on."""
+        """Runs one tick: each stage works on its item in `row` `[P]` and hands the result on."""
         stage = lax.axis_index("pipe")
 
         def run(kind: tuple[int, ItemShape], at: Position, carry: Carry) -> Carry:
@@ -64,7 +66,7 @@ class Lane:
         state, trunk, packet_BLD = self._by_kind(kinds, row[stage], run, carry)
         if self._neighbours:
             packet_BLD = lax.ppermute(packet_BLD, "pipe", self._neighbours)
-        if self._is_ring:  # where it waits for its turn in the next chunk
+        if self._is_ring:  # the result waits in the trunk of the first stage for the next chunk
 
             def put(shape: ItemShape, at: Position, trunk: Array) -> Array:
                 B, L = shape
@@ -77,8 +79,8 @@ class Lane:
     def each_alone(
         self, row: Array, function: Callable[[int, ItemShape, Position, State], State], state: State
     ) -> State:
-        """`function(chunk, (B, L), position, state)` for each of a stage's items of the row,
-        `[P, n]`, which are handed to nobody.
+        """Calls `function(chunk, (B, L), position, state)` for each item of this stage in `row`
+        `[P, n]`, and hands no result to other stages. Returns the state.
         """
         own = row[lax.axis_index("pipe")]
 
@@ -98,8 +100,9 @@ class Lane:
         function: Callable[[Any, Position, State], State],
         state: State,
     ) -> State:
-        """`function(kind, position, state)` of the item, of which each has one of a few kinds, that
-        are known when the program is compiled; the state as it is for IDLE.
+        """Calls `function(kind, position, state)` for the item with this index. Returns the state,
+        unchanged for IDLE. `kinds` are the kinds of all items, known when the program is compiled;
+        the function is compiled once for each distinct kind.
         """
         distinct, at = sorted(set(kinds)), Position(*self._places[index])
         if self._slot_rows is not None:

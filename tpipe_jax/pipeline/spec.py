@@ -1,4 +1,6 @@
-"""What all programs of a run know of the stages: settings and devices brought together, once."""
+"""The facts about the stages that all programs of a run share, derived once from settings and
+devices.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,20 +23,20 @@ from tpipe_jax.planning.placement import chunk_counts
 
 @dataclass(frozen=True, eq=False)
 class StageSpec:
-    """What a stage of this model is on this mesh."""
+    """A description of the stages of this model on this mesh."""
 
     config: Config
-    """With everything filled in that depends on other settings or on the devices."""
+    """The settings, with everything filled in that depends on other settings or on the devices."""
     mesh: Mesh
     dtype: jnp.dtype
-    """Of matrix products and activations."""
+    """Format of matrix products and activations."""
     heads: Heads
     attention: Attention
     chunk_layers: tuple[tuple[int, ...], ...]
     """Layers of each chunk of each stage, `[chunk][stage]`."""
     weight_grads: WeightGrads
     saved_names: tuple[str, ...]
-    """The values of a layer that are saved, and not computed again."""
+    """Names of the values of a layer that are saved, and so not computed again."""
 
     @property
     def num_stages(self) -> int:
@@ -46,12 +48,14 @@ class StageSpec:
 
     @property
     def layers_per_stage(self) -> int:
-        """Layers of the stage that has most."""
+        """Places for layers on each stage: for each chunk, the most layers of any stage."""
         return sum(map(max, self.chunk_layers))
 
 
 def make_spec(config: Config, mesh: Mesh) -> StageSpec:
-    """The spec of a run on a mesh. Raises `UserError` if the devices cannot run its attention."""
+    """Makes the spec of a run on a mesh. Raises `UserError` if the devices cannot run the attention
+    that the config asks for.
+    """
     config = resolve_precision(resolved(config), mesh)
     of_block = heads(config.model)
     config = resolve_attention(config, mesh, of_block)
@@ -69,8 +73,8 @@ def make_spec(config: Config, mesh: Mesh) -> StageSpec:
 
 
 def spec_on_devices(config: Config, devices: Sequence[jax.Device]) -> StageSpec:
-    """The spec of a run on these devices. Raises `UserError` if they do not fit the mesh, or the
-    mesh does not fit the model.
+    """Makes the spec of a run on these devices. Raises `UserError` if the devices do not fit the
+    mesh, or the mesh does not fit the model.
     """
     mesh = make_mesh(config.mesh, devices)
     check_model(config.model, config.mesh)

@@ -1,8 +1,8 @@
-"""What one stage does with one slice: its layers forward, and backward from what forward saved.
+"""The work of one stage on one slice: its layers forward, and backward from the saved values.
 
-Rematerialisation by name: a block runs with a recorder in the forward pass and with a replayer in
-the backward pass, which returns the saved value and routes the gradient to the recomputed one, so
-that XLA drops the computation.
+Rematerialisation goes by name. In the forward pass a block runs with a tape that records its named
+values. In the backward pass it runs with a tape that returns the saved value instead of the
+recomputed one and routes the gradient to the recomputed one. So XLA drops the recomputation.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,8 +24,8 @@ LayerState = TypeVar("LayerState")
 Value = TypeVar("Value")
 
 OWN = ("x", "q", "attn", "lse")  # values of the stage; the others are the block's
-# About as many in each product of deferred weight gradients: enough for a device to be busy longer
-# than adding the product to its sum takes. On a CPU 256 to 1024 are alike (docs/design.md).
+# About as many tokens go into each product of deferred gradients of weights: enough for the product
+# to take longer than adding it to its sum. On a CPU 256 to 1024 are equally fast (docs/design.md).
 DEFERRED_TOKENS = 1024
 
 
@@ -33,32 +33,33 @@ class Chunk(NamedTuple):
     """Layers of a stage that a slice goes through one after another."""
 
     places: range
-    """Their places in the lists of what each layer has."""
+    """Indices of the layers in lists with one entry a layer, such as `Stage.params`."""
     num_active: Array | int
-    """How many of them are layers of this stage, a run-time scalar; the others are padding."""
+    """How many of these places are layers of this stage, a run-time scalar; the rest is padding."""
     min_active: int
-    """The least `num_active` of all stages: these layers need no condition."""
+    """The least `num_active` of all stages. So many layers run without a condition."""
 
 
 class Stage(NamedTuple):
-    """The layers of one stage; a layer that only some stages have is skipped on the others."""
+    """The layers of one stage. A stage skips a layer that only other stages have."""
 
     block: BlockFunctions
     attention: Attention
     params: list[Params]
     chunks: tuple[Chunk, ...]
     starts_BT1: Array | None = None
-    """Where the document of each token begins in its sequence, `[B, T, 1]` int32, where documents
-    do not see each other; None where they do."""
+    """Where the document of each token begins in its sequence, `[B, T, 1]` int32, if documents do
+    not see each other; None if they do."""
     shares_gradient_rows: bool = False
-    """Whether sequences go backward one after another in the same rows of `Gradients.cache`."""
+    """Whether parts of the batch go backward one after another in the same rows of
+    `Gradients.cache`."""
     has_slots: bool = False
     """Whether slices wait in slots of `Gradients.d_outputs`."""
 
     def infer(
         self, chunk: int, x_BLD: Array, at: Position, caches: list[KVCache]
     ) -> tuple[Array, list[KVCache]]:
-        """Runs a slice and keeps nothing but its keys and values."""
+        """Runs a slice forward and keeps only its keys and values."""
 
         def layer(n: int, carry: tuple[Array, KVCache]) -> tuple[Array, KVCache]:
             y_BLD, cache, _ = self._layer(n, *carry, at)
@@ -69,7 +70,7 @@ class Stage(NamedTuple):
     def forward(
         self, chunk: int, x_BLD: Array, at: Position, saved: list[Saved]
     ) -> tuple[Array, list[Saved]]:
-        """Runs a slice and saves what its backward pass needs."""
+        """Runs a slice forward and saves the values that its backward pass needs."""
 
         def layer(n: int, carry: tuple[Array, Saved]) -> tuple[Array, Saved]:
             x_BLD, (cache, buffers) = carry
@@ -88,10 +89,10 @@ class Stage(NamedTuple):
         at: Position,
         gradients: list[Gradients],
     ) -> tuple[Array, list[Gradients]]:
-        """Walks back through the layers; the slices of a sequence must come in descending order."""
+        """Runs a slice backward. The slices of a sequence must come in descending order."""
         B, L, _ = d_y_BLD.shape
         cache = gradients[0].cache
-        if self.shares_gradient_rows:  # the rows may have been another sequence's
+        if self.shares_gradient_rows:  # the rows may still hold another sequence's gradients
             is_first = at.token + L == cache.k.shape[-2]
             d_at = in_shared_rows(at._replace(token=0), cache.k, len(saved[0].cache.k))
             gradients = run_if(is_first, partial(_without_cache, d_at, B), gradients)
@@ -104,8 +105,8 @@ class Stage(NamedTuple):
     def weight_gradients(
         self, each: Callable[..., Any], saved: list[Saved], gradients: list[Gradients]
     ) -> list[Gradients]:
-        """Adds those of the linear layers for slices whose backward passes have left them out, as
-        `executor.StepWork.weights`.
+        """Adds the gradients of the weights of linear layers for slices whose backward passes have
+        left them out, as `executor.StepWork.weights`.
         """
 
         def of_slice(
@@ -118,12 +119,12 @@ class Stage(NamedTuple):
 
             return self._each_layer(self.chunks[chunk], layer, (), sums)[1]
 
-        # Without what is only read: XLA would copy it.
+        # The state is only the sums: XLA would copy buffers that are only read.
         sums = each(of_slice, [d.params for d in gradients])
         return [d._replace(params=own) for d, own in zip(gradients, sums, strict=True)]
 
     def param_gradients(self, saved: list[Saved], gradients: list[Gradients]) -> list[Params]:
-        """Gradients of the parameters of each layer after the last slice, float32."""
+        """Returns the gradients of the parameters of each layer, float32, after the last slice."""
         return [
             d.params | (self._deferred(n, saved[n], d.d_outputs) if is_left else {})
             for n, d in enumerate(gradients)
@@ -163,8 +164,8 @@ class Stage(NamedTuple):
         }
 
         def replay(function: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Array]]]:
-            """The function of other parameters, taps and inputs; returns what the tape has seen as
-            well.
+            """Returns `function` as a function of the other parameters, taps and inputs, which also
+            returns the values that the tape has seen.
             """
 
             def run(others: Params, taps: dict[str, Array], *inputs: Array):
@@ -194,7 +195,7 @@ class Stage(NamedTuple):
             *(others, taps, x_BLD),
             has_aux=True,
         )
-        # Each tap has its gradient from one of the two.
+        # Only one of the two functions uses each tap, so the other adds zero to its gradient.
         d_others, d_taps, d_x_BLD = jax.tree.map(
             jnp.add, (d_others, d_taps, d_x_BLD), qkv_vjp(d_qkv)
         )
@@ -208,7 +209,9 @@ class Stage(NamedTuple):
     def _attention_again(
         self, n: int, values: dict[str, Array], cache: KVCache, at: Position
     ) -> tuple[Array, Array, Array]:
-        """Queries, output and log-sum-exp of a slice's attention, as saved or computed again."""
+        """Returns the queries, output and log-sum-exp of a slice's attention, each either saved or
+        computed again.
+        """
         x_BLD, q = values["x"], values.get("q")
         starts_BL1 = self._starts(at, *x_BLD.shape[:2])
         if q is None:
@@ -219,8 +222,10 @@ class Stage(NamedTuple):
         return q, split_heads(values["attn"], q.shape[1]), values["lse"]
 
     def _deferred(self, n: int, saved: Saved, d_outputs: dict[str, Array]) -> Params:
-        """Gradients of the weights of a layer for all slices, part by part: for all at once, what
-        is computed again would take as much memory as if it had been saved.
+        """Returns the gradients of the weights of a layer, summed over all slices.
+
+        They are computed part by part: all at once, the recomputed values would take as much memory
+        as if they had been saved.
         """
         B, T, _ = saved.values["x"].shape
         num_tokens = _divisor(T, DEFERRED_TOKENS)
@@ -245,7 +250,9 @@ class Stage(NamedTuple):
         shape: tuple[int, int],
         at: Position,
     ) -> Params:
-        """Gradients of the weights of a layer for a slice, from what the passes have kept of it."""
+        """Returns the gradients of the weights of a layer for a slice, computed from the values and
+        output gradients that its passes have stored.
+        """
 
         def own(buffers: dict[str, Array], at: Position) -> dict[str, Array]:
             return {name: read(buffer, at, *shape) for name, buffer in buffers.items()}
@@ -268,11 +275,11 @@ class Stage(NamedTuple):
         )
 
     def _outputs_at(self, at: Position) -> Position:
-        """Where gradients with respect to outputs of a slice are."""
+        """The position of a slice in the buffers of `Gradients.d_outputs`."""
         return Position(at.slot_row, 0) if self.has_slots else at
 
     def _starts(self, at: Position, num_rows: int, num_tokens: int) -> Array | None:
-        """Where the documents of a slice's tokens begin, `[B, L, 1]`."""
+        """Where the document of each token of a slice begins, `[B, L, 1]`."""
         if self.starts_BT1 is None:
             return None
         return read(self.starts_BT1, at._replace(row=at.batch_row), num_rows, num_tokens)
@@ -296,7 +303,7 @@ class Stage(NamedTuple):
 
 
 def _without_cache(at: Position, num_rows: int, gradients: list[Gradients]) -> list[Gradients]:
-    """With gradients of keys and values that are zero for some sequences."""
+    """Returns the gradients with the sums for keys and values set to zero in `num_rows` rows."""
 
     def cleared(d: Array) -> Array:
         return write(d, jnp.zeros((num_rows, *d.shape[1:]), d.dtype), at)
@@ -305,24 +312,26 @@ def _without_cache(at: Position, num_rows: int, gradients: list[Gradients]) -> l
 
 
 def _of_block(values: dict[str, Array]) -> dict[str, Array]:
-    """The saved values that the block has told the tape."""
+    """The saved values that the block has given to the tape."""
     return {name: value for name, value in values.items() if name not in OWN}
 
 
 def _positions(at: Position, num_tokens: int, starts_BL1: Array | None) -> Array:
-    """Of a slice's tokens in their documents, `[B, L]`, or `[1, L]` where a sequence is one."""
+    """Positions of a slice's tokens in their documents, `[B, L]`, or `[1, L]` where each sequence
+    is one document.
+    """
     positions_1L = (at.token + jnp.arange(num_tokens))[None]
     return positions_1L if starts_BL1 is None else positions_1L - starts_BL1[..., 0]
 
 
 def _divisor(total: int, near: int) -> int:
-    """A divisor of the total near a size; the total if there is none."""
+    """A divisor of `total` near `near`; `total` if there is none."""
     size = query_block(total, near)
     return total if total % size else size
 
 
 def _sum(gradients: Params, more: Params) -> Params:
-    """With gradients of some parameters added to their sums."""
+    """Returns the sums with the gradients of some parameters added."""
     sums = {name: jax.tree.map(jnp.add, gradients[name], more[name]) for name in more}
     return gradients | sums
 
@@ -333,8 +342,8 @@ def _linear_gradients(
     inputs: dict[str, Array],
     d_outputs: dict[str, Array],
 ) -> Params:
-    """Gradients of a block's linear layers, float32, from what they were given and those with
-    respect to what they gave, `[B, L, ...]`.
+    """Returns the gradients of the weights of a block's linear layers, float32, from the inputs of
+    the layers and the gradients with respect to their outputs, `[B, L, ...]`.
     """
 
     def of(layer: Params, source: str, target: str) -> Params:
@@ -348,7 +357,9 @@ def _linear_gradients(
 
 @jax.custom_vjp
 def _tap(value: Array, tap: Array) -> Array:
-    """The value; its gradient is that of the tap too, which is of its shape and never read."""
+    """Returns `value`. The gradient with respect to it is also the gradient of `tap`, which has the
+    same shape and whose contents are never read.
+    """
     return value
 
 
@@ -357,7 +368,7 @@ _tap.defvjp(lambda value, tap: (value, None), lambda _, gradient: (gradient, gra
 
 @jax.custom_vjp
 def _substitute(value: Array, saved: Array) -> Array:
-    """The saved value, with its gradient routed to `value`."""
+    """Returns `saved`, and routes the gradient with respect to it to `value`."""
     return saved
 
 

@@ -1,9 +1,9 @@
-"""Embedding, head and cross-entropy, with the vocabulary sharded so that all stages share them.
+"""Embedding, head and cross-entropy. The vocabulary is sharded, so that all stages share the work.
 
-Code of one device inside `shard_map`, with the axis 'pipe' manual; each stage holds V / P rows of
-the tied embedding (and GSPMD divides those over 'model'). Rows beyond the vocabulary are padding.
-As Megatron-LM's parallel cross-entropy (Shoeybi et al. 2019, section 3), with all-reduces over
-'pipe' only.
+This is code of one device inside `shard_map`, with the axis 'pipe' manual. Each stage holds V / P
+rows of the tied embedding, and GSPMD divides these rows over 'model'. Rows beyond the vocabulary
+are padding. The method is Megatron-LM's parallel cross-entropy (Shoeybi et al. 2019, section 3),
+with all-reduces over 'pipe' only.
 """
 
 from collections.abc import Callable
@@ -22,8 +22,8 @@ from tpipe_jax.devices.inplace import Position, write
 from tpipe_jax.model.block import Params
 from tpipe_jax.model.transformer import final_norm
 
-SCALE = 2.0**10  # of gradients of logits, so that float16 holds those of unlikely tokens
-TILE_TOKENS = 1024  # tokens of all sequences whose logits are in memory at a time, at most
+SCALE = 2.0**10  # factor of the gradients of logits: float16 can hold those of unlikely tokens
+TILE_TOKENS = 1024  # the most tokens, over all sequences, whose logits are in memory at a time
 
 _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
 
@@ -37,19 +37,20 @@ class Head(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What parts of a batch add up to, for which all stages meet; float32."""
+    """Sums over the parts of a batch, float32. All stages take part in computing them."""
 
     loss: Array
     """Negative log-likelihood in nats."""
     d_embed: Params
-    """Gradients of the embedding. Each stage has its own rows of the table, which the head has too,
-    in units of weight / SCALE, with which a GPU adds up products as it computes them."""
+    """Gradients of the embedding. Each stage has its own rows of the token table, which the head
+    shares. The gradients of the table are in units of weight / SCALE, so that a GPU can add
+    products to them as it computes the products."""
     d_norm: Params
-    """Gradients of the final norm, of which each stage has those of its own logits."""
+    """Gradients of the final norm. Each stage has the share that comes from its own logits."""
 
 
 def no_sums(embed: Params, norm: Params) -> Sums:
-    """Zeros, for these parameters."""
+    """Returns zeroed sums for these parameters."""
     zeros = partial(jax.tree.map, partial(jnp.zeros_like, dtype=jnp.float32))
     d_embed = {
         "tokens": varying(zeros(embed["tokens"])),
@@ -59,15 +60,17 @@ def no_sums(embed: Params, norm: Params) -> Sums:
 
 
 def embed_gradients(sums: Sums, weight: Array) -> Params:
-    """Those of the embedding, and of the head's table, where the loss has this weight."""
+    """Returns the gradients of the embedding, whose table is also the head's, for a loss with this
+    weight.
+    """
     return sums.d_embed | {"tokens": weight / SCALE * sums.d_embed["tokens"]}
 
 
 def embed(params: Params, tokens_BT: Array, dtype: Any, starts_BT1: Array | None = None) -> Array:
-    """Token plus position embeddings `[B, T, D]`, the same on all stages; positions are counted
-    from the starts of documents, if these are given.
+    """Returns token plus position embeddings `[B, T, D]`, the same on all stages.
 
-    Summed in float32, as the parameters are, and rounded to `dtype`.
+    Positions count from the starts of documents, if these are given. The sum is in float32, the
+    format of the parameters, and is then rounded to `dtype`.
     """
     (B, T), table_VD = tokens_BT.shape, params["tokens"]
     num_tokens, tiles = _tiles(B, T)
@@ -93,10 +96,11 @@ def add_embed_grads(
     weight: Array,
     starts_BT1: Array | None = None,
 ) -> Params:
-    """Adds the gradients of `embed` with respect to the parameters to `Sums.d_embed`, from those of
-    the first stage with respect to its result.
+    """Adds the gradients with respect to the parameters of `embed` to `d_params` (`Sums.d_embed`).
 
-    So many tokens may add to one row that a sum in a shorter format would stand still.
+    `d_x_BTD` is the gradient with respect to the result of `embed`; it is read on the first stage
+    only. The sums are float32: many tokens may add to one row, and a sum in a shorter format would
+    stop growing.
     """
     num_rows = len(d_params["tokens"])
     num_tokens, tiles = _tiles(*tokens_BT.shape)
@@ -122,7 +126,8 @@ def add_embed_grads(
 
 
 def cross_entropy(head: Head, y_BTD: Array, targets_BT: Array, vocab_size: int) -> Array:
-    """Negative log-likelihood of this shard's tokens in nats, summed, float32, on all stages.
+    """Returns the negative log-likelihood of this data shard's tokens in nats, summed, float32, on
+    all stages.
 
     `y_BTD` is read on the last stage only. Targets equal to `IGNORE` don't count.
     """
@@ -139,11 +144,11 @@ def cross_entropy(head: Head, y_BTD: Array, targets_BT: Array, vocab_size: int) 
 def add_cross_entropy_and_grads(
     sums: Sums, head: Head, y_BTD: Array, targets_BT: Array, vocab_size: int, weight: Array
 ) -> tuple[Sums, Array]:
-    """Adds `cross_entropy`, and the gradients of `weight` times it with respect to the head, to the
-    sums.
+    """Adds `cross_entropy` to the sums, and the gradients of `weight` times `cross_entropy` with
+    respect to the head.
 
-    Returns those with respect to `y_BTD` too, on all stages. They take its place, tile by tile,
-    so that there is no second buffer of its size. Nothing is summed over 'data'.
+    Also returns the gradients with respect to `y_BTD`, on all stages. Tile by tile, they overwrite
+    `y_BTD`, so that no second buffer of its size is needed. Nothing is summed over 'data'.
     """
     head, dtype = varying(head), head.table_VD.dtype
     num_tokens, tiles = _tiles(*targets_BT.shape)
@@ -162,7 +167,7 @@ def add_cross_entropy_and_grads(
         more_VD = _dot("blv,bld->vd", d_logits_BLV, normed_BLD)
         d_normed_BLD = _dot("blv,vd->bld", d_logits_BLV, head.table_VD)
         more_of_norm, d_y_BLD = norm_vjp(weight / SCALE * d_normed_BLD)
-        # Tokens that were in the tile before as well have their gradients already.
+        # The buffer already holds gradients for tokens that were in the previous tile as well.
         d_y_BLD = jnp.where(here.is_new_L[:, None], sum_over("pipe", d_y_BLD), here_BLD)
         return (
             total + value,
@@ -177,7 +182,8 @@ def add_cross_entropy_and_grads(
 
 
 def logits(head: Head, y: Array, vocab_size: int) -> Array:
-    """Logits of tokens `[..., D]` over this stage's rows of the vocabulary, `[..., V / P]` float32.
+    """Returns the logits of tokens `y` `[..., D]` over this stage's rows of the vocabulary,
+    `[..., V / P]` float32.
 
     `y` is the same on all stages.
     """
@@ -197,13 +203,14 @@ def _tile_loss(logits_BLV: Array, targets_BL: Array) -> Array:
 
 
 def _tile_loss_and_grads(logits_BLV: Array, targets_BL: Array, dtype: Any) -> tuple[Array, Array]:
-    """The loss, and the gradients of `SCALE` times it with respect to the logits, in a format for
-    products.
+    """Returns the loss, and the gradients of `SCALE` times the loss with respect to the logits.
+
+    The gradients are in `dtype`, the format of matrix products.
     """
     top_BL, total_BL = _top_and_total(logits_BLV)
     rows_BL, is_own_BL = _find_rows(targets_BL, logits_BLV.shape[-1])
     is_target_BLV = (jnp.arange(logits_BLV.shape[-1]) == rows_BL[..., None]) & is_own_BL[..., None]
-    # Divided, since the exponential of a difference to the log-sum-exp would not sum to 1.
+    # A division, since exp(logit - log-sum-exp) would not sum to exactly 1.
     softmax_BLV = jnp.exp(logits_BLV - top_BL[..., None]) / total_BL[..., None]
     d_logits_BLV = softmax_BLV - is_target_BLV
     d_logits_BLV = jnp.where(targets_BL[..., None] != IGNORE, SCALE * d_logits_BLV, 0)
@@ -211,7 +218,9 @@ def _tile_loss_and_grads(logits_BLV: Array, targets_BL: Array, dtype: Any) -> tu
 
 
 def _top_and_total(logits_BLV: Array) -> tuple[Array, Array]:
-    """The largest logit of all stages, and the sum of all exponentials relative to it."""
+    """Returns for each token the largest logit over all stages, `top`, and the sum of
+    exp(logit - top) over all stages.
+    """
     top_BL = pmax(logits_BLV.max(-1), "pipe")
     return top_BL, psum(jnp.exp(logits_BLV - top_BL[..., None]).sum(-1), "pipe")
 
@@ -226,7 +235,7 @@ def _loss_of(top_BL: Array, total_BL: Array, logits_BLV: Array, targets_BL: Arra
 
 
 def _own_rows(ids: Array, num_rows: int, values: Callable[[Array], Array]) -> Array:
-    """`values(row of id)` from the stage whose vocabulary rows hold the id, on all stages."""
+    """Returns `values(row of id)` on all stages, computed by the stage that holds the id's row."""
     rows, is_own = _find_rows(ids, num_rows)
     found = values(rows)
     is_own = is_own.reshape(is_own.shape + (1,) * (found.ndim - is_own.ndim))
@@ -234,7 +243,7 @@ def _own_rows(ids: Array, num_rows: int, values: Callable[[Array], Array]) -> Ar
 
 
 def _find_rows(ids: Array, num_rows: int) -> tuple[Array, Array]:
-    """Rows of this stage that hold the ids, and where there is one."""
+    """Returns the row of each id on this stage, and whether this stage has that row."""
     rows = ids - lax.axis_index("pipe") * num_rows
     return jnp.clip(rows, 0, num_rows - 1), (rows >= 0) & (rows < num_rows)
 
@@ -243,9 +252,9 @@ class _Tile(NamedTuple):
     """Some tokens of all sequences."""
 
     token: Array
-    """The first of them."""
+    """Index of the first token."""
     is_new_L: Array
-    """False for those that were in the tile before."""
+    """False for tokens that were in the previous tile as well."""
 
 
 def tile_tokens(batch_size: int, seq_len: int) -> int:
@@ -255,7 +264,9 @@ def tile_tokens(batch_size: int, seq_len: int) -> int:
 
 
 def _tiles(batch_size: int, seq_len: int) -> tuple[int, _Tile]:
-    """Tokens of each tile, and all tiles, stacked; the last overlaps where they don't divide."""
+    """Returns the number of tokens of each tile, and all tiles, stacked. The last tile overlaps the
+    one before it if tiles don't divide the sequence.
+    """
     num_tokens = tile_tokens(batch_size, seq_len)
     due = np.arange(0, seq_len, num_tokens)
     first = np.minimum(due, seq_len - num_tokens)
@@ -264,16 +275,16 @@ def _tiles(batch_size: int, seq_len: int) -> tuple[int, _Tile]:
 
 
 def _read(buffer: Array, tile: _Tile, num_tokens: int) -> Array:
-    """The tile's part of a `[B, T]` or `[B, T, D]`."""
+    """Returns the tile's part of a buffer `[B, T]` or `[B, T, D]`."""
     return lax.dynamic_slice_in_dim(buffer, tile.token, num_tokens, 1)
 
 
 def _positions(starts_BT1: Array, tile: _Tile, num_tokens: int) -> Array:
-    """Of the tile's tokens in their documents, `[B, L]`."""
+    """Positions of the tile's tokens in their documents, `[B, L]`."""
     return tile.token + jnp.arange(num_tokens) - _read(starts_BT1, tile, num_tokens)[..., 0]
 
 
 def _targets(targets_BT: Array, tile: _Tile) -> Array:
-    """The tile's targets; those that were in the tile before don't count again."""
+    """Returns the tile's targets; `IGNORE` for tokens that the previous tile has counted."""
     targets_BL = _read(targets_BT, tile, tile.is_new_L.size)
     return jnp.where(tile.is_new_L, targets_BL, IGNORE)

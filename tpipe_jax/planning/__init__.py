@@ -1,6 +1,6 @@
 """Plans, slicer, latency model, schedules and their simulation, in plain numbers. No jax.
 
-Programs that plan without a device take their names from here.
+Programs that plan without a device import these names from here.
 """
 
 from tpipe_jax.planning.latency import LatencyTable, Profile, load_table

@@ -4,15 +4,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-# Keys, and about as many queries, of one block of scores: the fastest of 64 to 512 on a CPU.
+# Keys in one block of scores, and about as many queries: the fastest size from 64 to 512 on a CPU.
 BLOCK = 128
 
 
 def query_block(num_queries: int, block: int = BLOCK) -> int:
-    """Queries of a block; the last one of a slice may have fewer.
+    """Returns the number of queries in a block; the last block of a slice may have fewer.
 
-    A size that divides the slice is preferred where one is near `block`, since a last block of
-    another size is compiled anew.
+    It prefers a size near `block` that divides the slice, since a last block of another size would
+    have to be compiled too.
     """
     near = range(min(num_queries, block * 3 // 2), block // 2, -1)
     divisors = [size for size in near if num_queries % size == 0]
@@ -20,10 +20,10 @@ def query_block(num_queries: int, block: int = BLOCK) -> int:
 
 
 def context_read(num_tokens: np.ndarray, context: np.ndarray, key_block: int) -> np.ndarray:
-    """Keys that a query of a slice reads more because of the context, on the average of a slice.
+    """Returns how many more keys a query of a slice reads because of the context, on average.
 
-    Each block of queries reads what lies before it in whole blocks of keys, so a few tokens of
-    context may cost a whole block, or nothing where one was read in part.
+    Each block of queries reads the keys before it in whole blocks. So a few tokens of context may
+    cost a whole block of keys, or nothing if that block is read for other keys anyway.
     """
     lengths, contexts = np.broadcast_arrays(num_tokens, context)
     result = np.empty(lengths.size)
@@ -37,7 +37,7 @@ def context_read(num_tokens: np.ndarray, context: np.ndarray, key_block: int) ->
 
 
 def _groups(values: np.ndarray) -> Iterator[tuple[float, np.ndarray]]:
-    """Each distinct value, and the indices where it is."""
+    """Yields each distinct value, and the indices at which it occurs."""
     order = np.argsort(values, kind="stable")
     distinct, first = np.unique(values[order], return_index=True)
     return zip(distinct, np.split(order, first)[1:], strict=True)

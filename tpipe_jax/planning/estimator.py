@@ -1,4 +1,4 @@
-"""What a plan will take, in seconds and bytes, from the times of slices. No jax."""
+"""Predicts the seconds and bytes that a plan takes, from the times of slices. No jax."""
 
 import itertools
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from tpipe_jax.planning.slicer import Slicing
 
 @dataclass(frozen=True)
 class Estimator:
-    """What is known of all slices that a request allows."""
+    """The times of all slices that a request allows, and what they predict for plans."""
 
     table: LatencyTable
     request: PlanRequest
@@ -29,13 +29,15 @@ class Estimator:
     """Seconds `[b - 1, stop, start]` of b sequences between two cuts; infinite if not allowed."""
     backward: np.ndarray
     deferred: tuple[np.ndarray, np.ndarray] | None = None
-    """Backward passes without gradients of weights, and these, where that is known."""
+    """Backward passes without gradients of weights, and these gradients; None if not known."""
 
     @classmethod
     def of(
         cls, table: LatencyTable, request: PlanRequest, stage_factors: Sequence[float]
     ) -> "Estimator":
-        """Raises `UserError` if the sequence is not of the latencies' unit."""
+        """Raises `UserError` if the table's unit does not divide the sequence, or if token slices
+        are given and the table has no profile.
+        """
         cuts, (forward, backward, *deferred) = _times(table, request)
         known = (deferred[0], deferred[1]) if deferred else None
         return cls(table, request, tuple(stage_factors), cuts, forward, backward, known)
@@ -51,8 +53,8 @@ class Estimator:
         return sizes * (self.cuts[None, :, None] - self.cuts[None, None, :])
 
     def chunk_factors(self, num_chunks: int) -> list[float]:
-        """The work of each chunk of each stage over the times given, chunk c of stage s at
-        c P + s.
+        """Returns the time of each chunk of each stage, divided by the times in the table: chunk c
+        of stage s is at c P + s.
         """
         layers, P = self.request.num_layers, self.request.num_stages
         if num_chunks == 1 or layers is None:
@@ -61,12 +63,12 @@ class Estimator:
         return (shares / shares.sum(0) * self.stage_factors).ravel().tolist()
 
     def without(self, is_left_out: np.ndarray) -> "Estimator":
-        """With some slices not allowed."""
+        """Returns the estimator with some slices not allowed."""
         forward, backward = (np.where(is_left_out, np.inf, t) for t in self.times)
         return replace(self, forward=forward, backward=backward)
 
     def plan_of(self, slicing: Slicing, schedule: ScheduleName, num_chunks: int = 1) -> Plan:
-        """A slicing as a plan in tokens, with the times of its slices and what it takes."""
+        """Returns a slicing as a plan in tokens, with the predicted times of slices and step."""
         token_slices = tuple(tuple(np.diff(self.cuts[list(own)]).tolist()) for own in slicing.cuts)
         slices = slicing.batch_slices, token_slices
         plan = Plan(self.request.num_stages, *slices, schedule=schedule, num_chunks=num_chunks)
@@ -90,14 +92,14 @@ class Estimator:
         )
         plan = replace(plan, prediction=prediction)
         if schedule == "terapipe" and min(self.stage_factors) == max(self.stage_factors):
-            return plan  # whose formula is exact
+            return plan  # the slicer's formula is exact for equal stages
         seconds = predicted_timeline(plan, self.chunk_factors(num_chunks)).step_seconds
         seconds += self.outside_seconds
         return replace(plan, prediction=replace(prediction, step_seconds=seconds))
 
     @property
     def outside_seconds(self) -> float:
-        """Of a step outside its slices, for the batch that was measured; 0 for others."""
+        """Seconds of a step outside its slices; 0 unless measured for the same batch."""
         profile, request = self.table.profile, self.request
         if profile is None:
             return 0.0
@@ -105,13 +107,13 @@ class Estimator:
         return profile.outside_seconds if is_same else 0.0
 
     def _transfer_seconds(self, num_tokens: int) -> float:
-        """Of handing so many tokens over."""
+        """Returns the seconds to hand on a slice of `num_tokens` tokens."""
         profile = self.table.profile
         return profile.transfer[0] + profile.transfer[1] * num_tokens if profile else 0.0
 
     @property
     def memory(self) -> Memory:
-        """Raises `UserError` if it was not measured with the times."""
+        """The measured memory. Raises `UserError` if it was not measured with the times."""
         if self.table.profile is None:
             raise UserError(
                 "the latencies come without the memory that was measured with them, so a limit "
@@ -120,7 +122,7 @@ class Estimator:
         return self.table.profile.memory
 
     def activation_bytes(self, plan: Plan) -> float | None:
-        """What a stage keeps of the sequences in the pipeline; None where it is not known."""
+        """Returns the bytes that a stage stores for sequences in the pipeline; None if unknown."""
         schedule, profile = make_schedule(plan), self.table.profile
         if profile is None:
             return None
@@ -134,8 +136,8 @@ class Estimator:
     def least_activation_bytes(
         self, batch_slices: tuple[int, ...], schedule: ScheduleName
     ) -> float:
-        """The same with the shortest slices, of which no others keep less. Raises `UserError` if
-        that is not known.
+        """Returns `activation_bytes` with the shortest slices; no others need less. Raises
+        `UserError` if it is not known.
         """
         assert self.memory
         shortest = tuple(np.diff(self.cuts).tolist())
@@ -144,14 +146,14 @@ class Estimator:
         return self.activation_bytes(plan) or 0.0
 
     def step_bytes(self, plan: Plan) -> float:
-        """All that a step takes of a device. Raises `UserError` if that is not known."""
+        """Returns the bytes of a step on a device. Raises `UserError` if they are not known."""
         memory, activation_bytes = self.memory, self.activation_bytes(plan)
         assert activation_bytes is not None
         return memory.step_bytes(activation_bytes, max(b * n for b, n in plan.shapes))
 
 
 def predicted_timeline(plan: Plan, chunk_factors: Sequence[float]) -> Timeline:
-    """The pipeline's part of a step, from a plan that has a prediction."""
+    """Simulates the pipeline's part of a step, from the predicted times in the plan."""
     prediction, schedule = plan.prediction, make_schedule(plan)
     assert prediction is not None
     order = slice_order(schedule, plan)
@@ -175,8 +177,8 @@ def predicted_timeline(plan: Plan, chunk_factors: Sequence[float]) -> Timeline:
 
 
 def _times(table: LatencyTable, request: PlanRequest) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Where a sequence may be cut, in tokens, and seconds `[b - 1, stop, start]` between the cuts,
-    as `LatencyTable.arrays`.
+    """Returns where a sequence may be cut, in tokens, and seconds `[b - 1, stop, start]` between
+    the cuts, as in `LatencyTable.arrays`. Raises `UserError` if the table has no such times.
     """
     if request.token_slices is not None:
         if table.profile is None:
@@ -204,7 +206,7 @@ def _times(table: LatencyTable, request: PlanRequest) -> tuple[np.ndarray, list[
 
 
 def _of_slices(slicing: Slicing, times: np.ndarray) -> Nested:
-    """The times of the slices of a slicing, from those of all."""
+    """Returns the times of the slices of a slicing."""
     return tuple(
         tuple(float(times[b - 1, stop, start]) for start, stop in itertools.pairwise(own))
         for b, own in zip(slicing.batch_slices, slicing.cuts, strict=True)

@@ -4,12 +4,13 @@ Equation 9 of Li et al. 2021, for b sequences at once and for each direction on 
 
     t(b, i, j) = t(b, i, 0) + a0 + (a1 i + a2 j + a3 i j) b      for i tokens after j > 0 others
 
-t(b, i, 0) is interpolated between measured slices; the other term is fitted by least squares of the
-relative error. Attention reads its context in whole blocks, so j is the context as read
-(`context_blocks`).
+t(b, i, 0) is interpolated between measured slices. The other terms are fitted by least squares of
+the relative error. Attention reads its context in whole blocks, so j is the number of context
+tokens that it reads (`context_blocks`).
 
-Two forms are handed on: a `Profile`, what was measured, and a `LatencyTable`, the time of every
-slice in whole units, which is all that the slicer needs and what `latency.json` holds.
+Other modules get two forms of the times. A `Profile` holds what was measured. A `LatencyTable`
+holds the time of every slice in whole units: it is all that the slicer needs, and `latency.json`
+stores it.
 """
 
 import dataclasses
@@ -26,11 +27,11 @@ from tpipe_jax.errors import UserError
 from tpipe_jax.planning.context_blocks import context_read
 from tpipe_jax.planning.plan import MAX_SECONDS
 
-DEFERRED = "backward_inputs", "backward_weights"  # what is known of deferred gradients of weights
+DEFERRED = "backward_inputs", "backward_weights"  # names in the file of the times under deferral
 
 
 class Sample(NamedTuple):
-    """What a stage took for one slice."""
+    """The measured times of a stage for one slice."""
 
     num_rows: int
     num_tokens: int
@@ -38,11 +39,11 @@ class Sample(NamedTuple):
     forward_seconds: float
     backward_seconds: float
     is_test: bool
-    """Kept out of the fit, to tell its error."""
+    """Whether the sample is kept out of the fit, to measure the error of the fit."""
 
 
 class LatencyModel:
-    """The time of any slice in one direction."""
+    """Predicts the time of any slice in one direction, forward or backward."""
 
     def __init__(self, samples: Sequence[Sample], direction: str, key_block: int) -> None:
         self._key_block = key_block
@@ -63,14 +64,16 @@ class LatencyModel:
         self._coefficients = np.linalg.lstsq(features, target)[0]
 
     def predict(self, num_rows: Any, num_tokens: Any, context: Any) -> np.ndarray:
-        """Seconds of slices of `num_rows` sequences by `num_tokens` after `context` tokens."""
+        """Returns the seconds of slices: `num_rows` sequences by `num_tokens` tokens, after
+        `context` tokens.
+        """
         b, i, j = map(np.asarray, (num_rows, num_tokens, context))
         products = zip(self._coefficients, self._features(b, i, j), strict=True)
         term = sum(coefficient * feature for coefficient, feature in products)
         return self._without_context(b, i) + np.where(j > 0, np.maximum(term, 0), 0)
 
     def relative_errors(self) -> np.ndarray:
-        """Prediction over measurement, less 1, of the samples kept out."""
+        """Returns prediction / measurement - 1 for each sample that is kept out of the fit."""
         b, i, j, seconds = self._tests.T
         return self.predict(b, i, j) / seconds - 1
 
@@ -79,7 +82,9 @@ class LatencyModel:
         return [np.ones_like(read), b * i, b * read, b * i * read]
 
     def _without_context(self, b: np.ndarray, i: np.ndarray) -> np.ndarray:
-        """Bilinear in the grid; constant below its shortest slice, linear beyond its longest."""
+        """Returns t(b, i, 0): bilinear in the grid, constant below its shortest slice, and linear
+        beyond its longest.
+        """
         b_low, b_high, b_share = _bracket(self._sizes, b)
         i_low, i_high, i_share = _bracket(self._lengths, i)
         low, high = (
@@ -90,11 +95,12 @@ class LatencyModel:
 
 
 def _interpolation_grid(bare: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Numbers of sequences, lengths, and seconds `[sequences, lengths]` at no context.
+    """Returns numbers of sequences, lengths, and seconds `[sequences, lengths]` without context.
 
-    One sequence is measured at many lengths, more are measured at some: between those, what each
-    further token takes is interpolated, which changes little. A ratio to one sequence would not do,
-    since what a slice takes whatever its size is most of a short one.
+    One sequence is measured at many lengths, and several sequences at fewer lengths. In between,
+    the extra seconds per token that several sequences take over one are interpolated, since these
+    change little with the length. Their ratio to the time of one sequence would be no use: most of
+    the time of a short slice is a constant.
     """
     rows = {b: bare[bare[:, 0] == b] for b in np.unique(bare[:, 0])}
     rows = {b: row[row[:, 1].argsort(), 1:4:2].T for b, row in rows.items()}
@@ -108,7 +114,9 @@ def _interpolation_grid(bare: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 def _bracket(points: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Indices of the points around x, and how far it lies from the lower to the upper one."""
+    """Returns the indices of the points below and above x, and where x lies between: 0 to 1, or
+    more beyond the last point.
+    """
     high = np.clip(np.searchsorted(points, x), 0, len(points) - 1)
     low = np.maximum(high - 1, 0)
     span = np.where(high > low, points[high] - points[low], 1)
@@ -117,24 +125,24 @@ def _bracket(points: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray,
 
 @dataclass(frozen=True)
 class Memory:
-    """What a step needs on a device."""
+    """The memory that a step needs on a device."""
 
     fixed_bytes: int
-    """Parameters, gradients, optimiser state, loss."""
+    """Parameters, gradients, optimiser state and loss."""
     saved_bytes_per_token: int
-    """What the forward pass keeps for the backward pass, and the stage's input or output."""
+    """What the forward pass stores for the backward pass, and the stage's input or output."""
     working_bytes_per_token: int
     """What a stage needs while it works on a slice."""
     gathered_bytes_per_token: int = 0
-    """What the backward passes of a sequence leave to its earlier tokens; in older files a part of
-    what is saved."""
+    """What backward passes collect for the earlier tokens of the sequence: gradients of keys and
+    values. Older files count it in `saved_bytes_per_token`."""
     deferred_bytes_per_token: int = 0
-    """What is left of a slice for gradients of weights that are taken later."""
+    """What a stage stores of a slice until it computes deferred gradients of weights."""
 
     def activation_bytes(
         self, saved_tokens: int, gathered_tokens: int, deferred_tokens: int = 0
     ) -> float:
-        """What is kept of sequences and slices, of so many tokens."""
+        """Returns the bytes stored for sequences and slices, from their numbers of tokens."""
         return (
             self.saved_bytes_per_token * saved_tokens
             + self.gathered_bytes_per_token * gathered_tokens
@@ -142,24 +150,25 @@ class Memory:
         )
 
     def step_bytes(self, activation_bytes: float, slice_tokens: Any) -> Any:
-        """All of it, with a longest slice of so many tokens."""
+        """Returns the bytes of a step; `slice_tokens` are the tokens of its largest slice."""
         return self.fixed_bytes + activation_bytes + self.working_bytes_per_token * slice_tokens
 
 
 class Deferral(NamedTuple):
-    """What gradients of weights take if they are taken later, seconds: each a constant, and for
-    each token of the slice.
+    """How deferred gradients of weights change the times of a stage, in seconds.
+
+    Each field has a constant, and the seconds for each token of the slice.
     """
 
     weights: tuple[float, float]
-    """They themselves."""
+    """Time of the deferred gradients of weights."""
     saved: tuple[float, float]
-    """By how much shorter the backward pass is without them."""
+    """Time by which the backward pass is shorter without these gradients."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Everything that was measured of a model on a mesh."""
+    """All measurements of a model on a mesh."""
 
     batch_size: int
     """Sequences of a data shard."""
@@ -167,17 +176,17 @@ class Profile:
     key_block: int
     samples: tuple[Sample, ...]
     transfer: tuple[float, float]
-    """Seconds of a tick without work: a constant, and for each token of the slice."""
+    """Seconds of a tick without work: a constant, and the seconds for each token of the slice."""
     outside_seconds: float
-    """A step without its slices: embedding, head, loss, optimiser."""
+    """Seconds of a step without its slices: embedding, head, loss and optimiser."""
     memory: Memory
     key: dict[str, Any]
-    """What the measurements depend on."""
+    """Settings, devices and versions that the measurements depend on."""
     deferral: Deferral | None = None
     """None where it was not measured."""
 
     def models(self) -> tuple[LatencyModel, LatencyModel]:
-        """The fitted models, forward and backward, without the transfer."""
+        """Returns the fitted models, forward and backward; they leave the transfer out."""
         forward, backward = (
             LatencyModel(self.samples, direction, self.key_block)
             for direction in ("forward", "backward")
@@ -187,7 +196,7 @@ class Profile:
     def slice_seconds(
         self, num_rows: Any, num_tokens: Any, context: Any
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Forward and backward, for how long a slice holds a stage: its work and its transfer."""
+        """Returns how long a slice occupies a stage, forward and backward: work and transfer."""
         transfer = self.transfer[0] + self.transfer[1] * np.multiply(num_rows, num_tokens)
         forward, backward = (
             model.predict(num_rows, num_tokens, context) + transfer for model in self.models()
@@ -197,20 +206,20 @@ class Profile:
     def without_weights(
         self, backward_seconds: np.ndarray, num_rows: Any, num_tokens: Any
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Backward passes of slices without the gradients of weights, and these; None if that was
-        not measured.
+        """Returns the seconds of backward passes without gradients of weights, and of these
+        gradients; None if deferral was not measured.
         """
         if self.deferral is None:
             return None
         size = np.multiply(num_rows, num_tokens)
         weights, saved = (constant + per_token * size for constant, per_token in self.deferral)
-        # A pass still hands on what it makes.
+        # A pass without these gradients still has its transfer.
         least = self.transfer[0] + self.transfer[1] * size
         inputs = np.maximum(backward_seconds - saved, least)
         return inputs, np.broadcast_to(np.maximum(weights, 0), inputs.shape)
 
     def table(self, unit_tokens: int) -> "LatencyTable":
-        """The times of all slices in whole units."""
+        """Returns the times of all slices in whole units."""
         num_units = self.seq_len // unit_tokens
         b = np.arange(1, self.batch_size + 1)[:, None, None]
         i = np.arange(1, num_units + 1)[None, :, None]
@@ -233,18 +242,19 @@ class LatencyTable:
     forward: np.ndarray
     backward: np.ndarray
     profile: Profile | None = None
-    """Where the times come from, if they were measured here."""
+    """The measurements behind the times; None if there are none."""
     deferred: tuple[np.ndarray, np.ndarray] | None = None
-    """The backward passes without gradients of weights, and these, where that is known."""
+    """Seconds of backward passes without gradients of weights, and of these gradients; None where
+    they are not known."""
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """All times, by their names in the file."""
+        """All times, by their names in `latency.json`."""
         deferred = dict(zip(DEFERRED, self.deferred or (), strict=False))
         return {"forward": self.forward, "backward": self.backward} | deferred
 
     def by_cuts(self, num_units: int) -> list[np.ndarray]:
-        """All times as `[b - 1, stop, start]`, as the slicer takes them."""
+        """Returns all times as `[b - 1, stop, start]`, the form that the slicer takes."""
         stop, start = np.arange(num_units + 1)[:, None], np.arange(num_units + 1)[None, :]
         _, num_slices, num_contexts = self.forward.shape
         known = (stop > start) & (stop - start <= num_slices) & (start < num_contexts)
@@ -263,9 +273,9 @@ class LatencyTable:
 
 
 def read_profile(content: dict[str, Any]) -> Profile:
-    """The profile that `dataclasses.asdict` made a dictionary of, perhaps by way of JSON.
+    """Returns the profile from its `dataclasses.asdict`, which may have passed through JSON.
 
-    Raises KeyError, TypeError, ValueError or OverflowError for what is none.
+    Raises KeyError, TypeError, ValueError or OverflowError if the content is not a valid profile.
     """
     if not isinstance(content, dict):
         raise TypeError("it is not an object")
@@ -295,7 +305,7 @@ def read_profile(content: dict[str, Any]) -> Profile:
 
 
 def load_table(path: Path) -> LatencyTable:
-    """Reads `latency.json`. Raises `UserError` for anything but times that the slicer can use."""
+    """Reads `latency.json`. Raises `UserError` if the slicer cannot use the file."""
 
     def wrong(what: str) -> UserError:
         return UserError(
@@ -345,7 +355,7 @@ def _to_lists(times: np.ndarray) -> list[list[list[float | None]]]:
 
 
 def _to_array(lists: Any, name: str, wrong: Any) -> np.ndarray:
-    """Nested lists as an array, null as infinite; `wrong` makes the error of what is said of it."""
+    """Returns nested lists as an array, null as infinite; `wrong` makes an error from a message."""
     if not _is_nested(lists):
         raise wrong(f"{name} is not a list of lists of lists")
     sizes = {len(rows) for rows in lists}, {len(row) for rows in lists for row in rows}

@@ -1,7 +1,7 @@
 """Which stage has which layer. No jax.
 
-Stages of a pipeline have layers one after another; those of v chunks have as many pieces of that,
-as if there were v P stages, of which stage s has the sth, the (P + s)th, the (2 P + s)th and so on.
+Without chunks, each of the P stages has consecutive layers. With v chunks per stage, the layers are
+divided as if there were v P stages, and stage s has the pieces s, P + s, 2 P + s and so on.
 """
 
 from collections.abc import Sequence
@@ -10,24 +10,27 @@ import numpy as np
 
 
 def layer_counts(num_layers: int, num_stages: int) -> list[int]:
-    """Layers of each stage, as even as they go; earlier stages have one more."""
+    """Returns the layers of each stage, as equal as possible; earlier stages may have one more."""
     return [num_layers // num_stages + (s < num_layers % num_stages) for s in range(num_stages)]
 
 
 def chunk_counts(num_layers: int, num_stages: int, num_chunks: int) -> list[list[int]]:
-    """Layers of each chunk of each stage, `[chunk][stage]`."""
+    """Returns the number of layers of each chunk of each stage, `[chunk][stage]`."""
     counts = layer_counts(num_layers, num_chunks * num_stages)
     return [counts[c * num_stages : (c + 1) * num_stages] for c in range(num_chunks)]
 
 
 def chunk_places(counts: Sequence[Sequence[int]]) -> list[range]:
-    """The places of each chunk's layers in a stage, where all stages have as many."""
+    """Returns the places of each chunk's layers in a stage, from `counts[chunk][stage]`.
+
+    All stages have the same places: a chunk gets as many as the stage with most layers of it needs.
+    """
     stops = np.cumsum([max(own) for own in counts]).tolist()
     return [range(stop - max(own), stop) for own, stop in zip(counts, stops, strict=True)]
 
 
 def stage_layers(num_layers: int, num_stages: int, num_chunks: int = 1) -> np.ndarray:
-    """Which layer is in the nth place of each stage, `[n, stage]`; -1 where there is none."""
+    """Returns the layer in the nth place of each stage, `[n, stage]`; -1 where there is none."""
     rows, first = [], 0
     for own in chunk_counts(num_layers, num_stages, num_chunks):
         starts, n = first + np.cumsum([0, *own])[:-1], np.arange(max(own))[:, None]
@@ -37,8 +40,9 @@ def stage_layers(num_layers: int, num_stages: int, num_chunks: int = 1) -> np.nd
 
 
 def chunk_factors(num_layers: int, num_stages: int, num_chunks: int = 1) -> list[float]:
-    """The work of each chunk, chunk c of stage s at c P + s, over that of the stage with most
-    layers.
+    """Returns the layers of each chunk, divided by the layers of the largest stage.
+
+    Chunk c of stage s is at index c P + s.
     """
     most = max(layer_counts(num_layers, num_stages))
     return [n / most for n in layer_counts(num_layers, num_chunks * num_stages)]

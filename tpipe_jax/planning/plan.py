@@ -1,4 +1,4 @@
-"""The plan of a step: how the batch of a data shard and its sequences are cut, in plain numbers."""
+"""The plan of a step: how a data shard cuts its batch and its sequences, in plain numbers."""
 
 import json
 from dataclasses import dataclass
@@ -11,32 +11,32 @@ from tpipe_jax.config.settings import ScheduleName
 from tpipe_jax.errors import UserError
 
 Nested = tuple[tuple[float, ...], ...]
-CHUNKS = 2, 4  # of a stage, that the planner tries
-MAX_SECONDS = 1e9  # that a file may give for a time; sums of such are finite
+CHUNKS = 2, 4  # numbers of chunks per stage that the planner tries
+MAX_SECONDS = 1e9  # longest time that a file may hold, so that sums are finite
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the latency model says of a plan."""
+    """The times that the latency model predicts for a plan."""
 
     step_seconds: float
-    """The whole step, of which `outside_seconds` are not the pipeline's."""
+    """Time of the whole step, including `outside_seconds`, its part outside the pipeline."""
     outside_seconds: float
     slice_forward_seconds: Nested
-    """For each slice of each batch slice, how long it holds a stage."""
+    """How long each token slice of each batch slice occupies a stage, with its transfer."""
     slice_backward_seconds: Nested
     slice_transfer_seconds: Nested
-    """The part of both in which the slice is handed on."""
+    """The part of each forward or backward time in which a stage hands the slice on."""
     is_optimal: bool
     lower_bound_seconds: float
-    """No plan under its schedule takes less, says the model."""
+    """According to the model, no plan under the same schedule takes less time than this."""
     slice_weight_seconds: Nested | None = None
-    """Of gradients of weights, where backward passes leave these out."""
+    """Time of the gradients of weights; None where the backward passes include them."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Batch slices, and the token slices of each."""
+    """The batch slices, the token slices of each batch slice, and the schedule."""
 
     num_stages: int
     batch_slices: tuple[int, ...]
@@ -44,7 +44,7 @@ class Plan:
     prediction: Prediction | None = None
     schedule: ScheduleName = "terapipe"
     num_chunks: int = 1
-    """Of each stage."""
+    """Chunks of each stage."""
 
     @property
     def batch_size(self) -> int:
@@ -57,12 +57,12 @@ class Plan:
 
     @property
     def shapes(self) -> set[tuple[int, int]]:
-        """The different sizes of its slices, sequences and tokens."""
+        """The distinct shapes of the slices: (sequences, tokens)."""
         pairs = zip(self.batch_slices, self.token_slices, strict=True)
         return {(b, n) for b, slices in pairs for n in slices}
 
     def to_dict(self) -> dict[str, Any]:
-        """What `plan.json` holds."""
+        """Returns the content of `plan.json`."""
         content: dict[str, Any] = {
             "num_stages": self.num_stages,
             "schedule": self.schedule,
@@ -92,7 +92,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """What a plan is asked for; None where the slices are the planner's to choose."""
+    """What a plan must keep to; a field is None where the planner chooses."""
 
     num_stages: int
     batch_size: int
@@ -102,14 +102,14 @@ class PlanRequest:
     token_slices: tuple[int, ...] | None = None
     schedule: ScheduleName | None = None
     num_chunks: int | None = None
-    """Of each stage, under interleaved."""
+    """Chunks of each stage, under interleaved."""
     num_layers: int | None = None
-    """None where it is not known, and stages may have any number of chunks."""
+    """Layers of the model; None where not known, and then stages may have any number of chunks."""
 
     @property
     def schedules(self) -> tuple[ScheduleName, ...]:
-        """Those that may be planned: with one batch slice, 1f1b would be terapipe, and on one stage
-        nothing waits.
+        """The schedules that may be planned. With one batch slice, 1f1b would be terapipe; on one
+        stage nothing waits, so neither interleaved nor 1f1b-deferred would help.
         """
         if self.schedule:
             return (self.schedule,)
@@ -124,7 +124,7 @@ class PlanRequest:
 
     @property
     def chunk_options(self) -> tuple[int, ...]:
-        """How many chunks of each stage may be planned under interleaved."""
+        """The numbers of chunks per stage that may be planned under interleaved."""
         if self.num_stages == 1:
             return ()
         numbers = (self.num_chunks,) if self.num_chunks else CHUNKS
@@ -133,7 +133,7 @@ class PlanRequest:
 
 
 def read_plan(content: Any) -> Plan:
-    """The inverse of `Plan.to_dict`. Raises ValueError, which says why, for what is no plan."""
+    """Returns the plan from its `to_dict`. Raises ValueError, with the reason, if it is no plan."""
     try:
         num_stages = content["num_stages"]
         batch_slices = tuple(content["batch_slices"])
@@ -255,7 +255,7 @@ def _read_prediction(content: dict[str, Any]) -> Prediction | None:
 
 
 def _seconds(value: Any) -> float:
-    """A time as a file may hold it. Raises `TypeError` or `ValueError` for anything else."""
+    """Returns a time from a file as a float. Raises TypeError or ValueError if it is no time."""
     if isinstance(value, bool) or not 0 <= value <= MAX_SECONDS:
         raise ValueError(f"{value!r} is not a time")
     return float(value)

@@ -1,4 +1,4 @@
-"""From the times of slices to the plan of a step, and what plainer plans would take. No jax."""
+"""Finds the plan of a step from the times of slices, and plainer plans to compare. No jax."""
 
 import time
 from collections.abc import Sequence
@@ -21,21 +21,21 @@ from tpipe_jax.planning.schedule_search import (
 from tpipe_jax.planning.slicer import least_longest
 
 GIB = 2**30
-TIE = 0.01  # relative difference of predicted times that counts for nothing
+TIE = 0.01  # plans count as equally fast within this fraction of the predicted time
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """A plan of uniform slices, to compare with."""
+    """Numbers of slices and time of a plan with uniform slices, to compare with the best plan."""
 
     batch_slices: int
     token_slices: int
-    """Of each batch slice."""
+    """Token slices of each batch slice."""
     step_seconds: float
 
     @classmethod
     def of(cls, plan: Plan) -> "Alternative":
-        """What is shown of a plan with a prediction."""
+        """Returns the figures of a plan that has a prediction."""
         return cls(len(plan.batch_slices), len(plan.token_slices[0]), step_seconds(plan))
 
 
@@ -45,13 +45,12 @@ class Planning:
 
     plan: Plan
     chunk_factors: tuple[float, ...]
-    """The work of each chunk of each stage, of the plan (`Estimator.chunk_factors`)."""
+    """The time of each chunk of each stage under the plan (`Estimator.chunk_factors`)."""
     options: tuple[Option, ...]
-    """One for each schedule that there was to choose from."""
+    """The best plan under each schedule that there was to choose from."""
     unsliced: Alternative | None
-    """Whole sequences, in the best number of batch slices; None where that is not allowed, or token
-    slices are given.
-    """
+    """The fastest plan that does not slice sequences, in batch slices of equal size; None where no
+    such plan is allowed, or token slices are given."""
     best_uniform: Alternative | None
     num_solves: int
     search_seconds: float
@@ -63,10 +62,10 @@ def find_plan(
     stage_factors: Sequence[float],
     memory_limit_bytes: float | None = None,
 ) -> Planning:
-    """The fastest plan that keeps to the request and to the memory.
+    """Returns the fastest plan that keeps to the request and to the memory limit.
 
-    Of schedules that take as long, but for TIE, the `preferred` one is taken. Raises `UserError` if
-    there is none.
+    Among schedules that are equally fast, within `TIE`, it takes the `preferred` one. Raises
+    `UserError` if there is no such plan.
     """
     start = time.perf_counter()
     _check_schedule(table, request)
@@ -96,7 +95,9 @@ def find_plan(
 
 
 def _check_schedule(table: LatencyTable, request: PlanRequest) -> None:
-    """Raises `UserError` if the schedule that is asked for can't serve, or can't be planned."""
+    """Raises `UserError` if the requested schedule does not suit the request, or needs times that
+    the table does not have.
+    """
     schedule = request.schedule
     if schedule == "interleaved" and not request.chunk_options:
         raise UserError(
@@ -128,7 +129,9 @@ def preferred(num_stages: int) -> ScheduleName:
 
 
 def _nothing_allowed(estimator: Estimator, limit_bytes: float | None) -> Infeasible:
-    """Why there is no plan: the memory, and then by how much, or the latencies."""
+    """Returns the error that says why there is no plan: the latencies allow none, or the memory
+    limit is too low, and by how much.
+    """
     request, table = estimator.request, estimator.table
     is_allowed = np.isfinite(estimator.forward + estimator.backward)
     tokens = np.where(is_allowed, estimator.slice_tokens, np.inf)

@@ -1,6 +1,6 @@
 """The schedule: which slice each stage works on at each tick, as tables of plain numbers.
 
-In a tick each stage works forward on one item or none, then backward on one item or none, and hands
+In a tick each stage works forward on one item or none, then backward on one item or none. It hands
 both results to its neighbours, which have them in the next tick. Three stages and four items under
 TeraPipe's schedule (Li et al. 2021, section 3.2), all forward and then all backward:
 
@@ -10,23 +10,28 @@ TeraPipe's schedule (Li et al. 2021, section 3.2), all forward and then all back
     stage 2    .  .  0  1  2  3  3  2  1  0  .  .
 
 Three stages and four sequences of two slices each under 1F1B over slices (Seq1F1B, Sun et al.
-2025), F/B where a tick has both; a sequence goes backward as soon as all of it has gone forward:
+2025). F/B means forward on item F and backward on item B in one tick. A sequence goes backward as
+soon as all of it has gone forward:
 
     tick       0   1   2   3   4   5   6   7   8   9  10  11  12
     stage 0    0   1   2   3   4  5/1 6/0 7/3  2   5   4   7   6
     stage 1    .   0   1   2  3/1 4/0 5/3 6/2 7/5  4   7   6   .
     stage 2    .   .   0  1/1 2/0 3/3 4/2 5/5 6/4 7/7  6   .   .
 
-All stages do as much in a tick of both, so that it costs nothing that they wait for each other, and
-both take (S + P - 1) forward and (S + P - 1) backward passes for S equal items on P stages. But the
-second keeps only a few sequences alive, however many there are.
+Under both schedules, S equal items on P stages take the time of (S + P - 1) forward and (S + P - 1)
+backward passes: stages that work in the same direction of a tick take equally long, so it costs
+nothing that they wait for each other. But the second schedule keeps only a few sequences in memory
+at a time, however many there are.
 
-Two others shorten the (P - 1) passes in which stages wait. If each stage has v chunks of layers, as
-the stages s, P + s, 2 P + s ... of a pipeline of v P would, all slices go round v times, and stages
-wait for passes through a chunk, 1 / v as long (interleaved, after Narayanan et al. 2021, here with
-all forward before any backward). Or backward passes leave gradients of weights for ticks in which
-their stage would idle (1f1b-deferred, after Qi et al. 2024, zero bubble): with S >= 2 P - 1 it
-waits for (P - 1)(f + b - w), if those take w, no longer than f, and the pass without them b.
+Two other schedules shorten the bubble, the (P - 1) passes in which stages wait:
+
+- interleaved (after Narayanan et al. 2021, here with all forward before any backward). Each stage
+  has v chunks of layers: stage s has those of the stages s, P + s, 2 P + s ... of a pipeline with
+  v P stages. All slices go round v times, and stages wait for passes through one chunk, which take
+  1 / v of the time.
+- 1f1b-deferred (after Qi et al. 2024, zero bubble). Backward passes leave gradients of weights for
+  ticks in which their stage would idle. If S >= 2 P - 1, a stage waits for (P - 1)(f + b - w): a
+  forward pass takes f, a backward pass without gradients of weights b, and these gradients w <= f.
 
 The executor (`pipeline.executor`) follows any tables that `schedule_check.check` accepts. No jax.
 """
@@ -45,8 +50,8 @@ IDLE = -1
 
 @dataclass(frozen=True)
 class Item:
-    """One piece of work: `num_rows` sequences from `row` on by `num_tokens` from `token` on, in one
-    chunk of each stage.
+    """One piece of work, in one chunk of each stage: the `num_tokens` tokens from `token` on, of
+    the `num_rows` sequences from `row` on.
     """
 
     row: int
@@ -64,14 +69,14 @@ class Item:
 class Part:
     """Sequences that are embedded together, and whose losses are taken together.
 
-    All stages do both, each for its share of the vocabulary, in these ticks.
+    All stages take part in both, each for its share of the vocabulary, in the ticks below.
     """
 
     row: int
     num_rows: int
     buffer_row: int
-    """The first of the rows of the stages' buffers that hold these sequences, from `embed_tick` to
-    `last_tick`."""
+    """The first row of the stages' buffers that holds these sequences. The part occupies its rows
+    from `embed_tick` to `last_tick`."""
     embed_tick: int
     """The sequences are embedded before the forward passes of this tick."""
     loss_tick: int
@@ -79,7 +84,7 @@ class Part:
     embed_grad_tick: int
     """The gradients of their embedding are taken after the backward passes of this tick."""
     last_tick: int
-    """No later tick needs their rows."""
+    """The last tick that needs the rows of these sequences."""
 
     @property
     def buffer_rows(self) -> range:
@@ -88,22 +93,23 @@ class Part:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Items, and for each direction a table `[tick, stage]` of indices into them, or IDLE."""
+    """Items, and for each direction a table `[tick, stage]` of indices of items, or IDLE."""
 
     items: tuple[Item, ...]
     parts: tuple[Part, ...]
     forward: np.ndarray
     backward: np.ndarray
     num_rows: int
-    """Sequences that a stage keeps at a time."""
+    """Rows of a stage's buffers, one for each sequence that it stores at a time."""
     num_gradient_rows: int
-    """Of these, how many it keeps gradients of keys and values for; if fewer, parts share the
-    the first of them."""
+    """Rows of a stage's buffers for gradients of keys and values. If they are fewer than
+    `num_rows`, parts use the same rows in turn."""
     weights: np.ndarray | None = None
-    """`[tick, stage, n]`: the items whose gradients of weights are taken in a tick, after its
-    passes, if the backward passes leave them out."""
+    """`[tick, stage, n]`: the items whose gradients of weights a stage computes in a tick, after
+    its passes. None where the backward passes include these gradients."""
     slots: np.ndarray | None = None
-    """`[item, stage]`: in which slot a stage keeps what is left of an item for these."""
+    """`[item, stage]`: the slot in which a stage stores an item's data until it computes the item's
+    gradients of weights."""
 
     @property
     def num_stages(self) -> int:
@@ -119,13 +125,13 @@ class Schedule:
 
     @property
     def longest_shape(self) -> tuple[int, int]:
-        """The most sequences and the most tokens of an item."""
+        """The most sequences and the most tokens of an item, perhaps of different items."""
         shapes = [item.shape for item in self.items]
         return max(b for b, _ in shapes), max(n for _, n in shapes)
 
     @property
     def part_of(self) -> list[int]:
-        """The part of each item, as an index."""
+        """The index of the part of each item."""
         of_row = {
             part.row + n: i for i, part in enumerate(self.parts) for n in range(part.num_rows)
         }
@@ -133,13 +139,13 @@ class Schedule:
 
     @property
     def buffer_rows(self) -> list[int]:
-        """The first row of each item in the buffers."""
+        """The first buffer row of each item."""
         parts = [self.parts[i] for i in self.part_of]
         pairs = zip(self.items, parts, strict=True)
         return [part.buffer_row + item.row - part.row for item, part in pairs]
 
     def parts_at(self, when: Callable[[Part], int]) -> np.ndarray:
-        """For each tick, the part for which this is the tick, as an index, or IDLE."""
+        """Returns for each tick the index of the part whose tick `when(part)` this is, or IDLE."""
         parts = np.full(self.num_ticks, IDLE, np.int32)
         for i, part in enumerate(self.parts):
             parts[when(part)] = i
@@ -147,23 +153,23 @@ class Schedule:
 
 
 def slice_order(schedule: Schedule, plan: Plan) -> list[tuple[int, int]]:
-    """Which (batch slice, token slice) of the plan each item is."""
+    """Returns for each item which (batch slice, token slice) of the plan it is."""
     index = {(item.row, item.token): (m, n) for m, n, item in _slices(plan)}
     return [index[item.row, item.token] for item in schedule.items]
 
 
 def make_schedule(plan: Plan) -> Schedule:
-    """The tables of a plan, under the schedule that it names."""
+    """Returns the tables of a plan under the schedule that the plan names."""
     return SCHEDULES[plan.schedule](plan)
 
 
 def terapipe(plan: Plan) -> Schedule:
-    """All items forward through the stages, then all of them backward.
+    """Sends all items forward through the stages, then all of them backward.
 
-    They enter as the first token slice of all batch slices, then the second of all: so neighbouring
-    stages mostly work on slices that take as long, and devices that exchange results all at once
-    wait little. All have gone through a chunk of the last stage, or are on their way to it, when
-    the first goes on to the next chunk of the first.
+    The first token slices of all batch slices enter first, then all second ones, and so on. So
+    neighbouring stages mostly work on slices that take equally long, and wait little when all
+    devices exchange results at once. An item enters the next chunk of the first stage when all
+    items have entered the chunk before, and no sooner than it has left the last stage.
     """
     slices = [item for _, _, item in sorted(_slices(plan), key=lambda s: (s[1], s[0]))]
     S, P = len(slices), plan.num_stages
@@ -186,13 +192,15 @@ def terapipe(plan: Plan) -> Schedule:
 
 
 def one_forward_one_backward(plan: Plan) -> Schedule:
-    """Each batch slice backward as soon as it has gone forward, while the next ones go forward.
+    """Sends each batch slice backward as soon as it has gone forward; the next ones go forward
+    meanwhile.
 
-    On one stage the next ones wait until it has gone backward: nothing idles meanwhile.
+    On a single stage the next batch slice waits until this one has gone backward. That costs no
+    time, since the stage is busy meanwhile.
     """
     items, P = tuple(item for _, _, item in _slices(plan)), plan.num_stages
     forward_entries: list[int] = []  # the tick in which each item enters the first stage
-    backward_entries: dict[int, int] = {}  # and in which each enters the last, in their order
+    backward_entries: dict[int, int] = {}  # and the last stage on its way back, in this order
     parts: list[Part] = []
     for size, own in zip(plan.batch_slices, plan.token_slices, strict=True):
         first, count = len(forward_entries), len(own)
@@ -218,15 +226,16 @@ def one_forward_one_backward(plan: Plan) -> Schedule:
 def deferred_weights(plan: Plan) -> Schedule:
     """1F1B whose backward passes leave the gradients of weights for later.
 
-    The first stage, where slices come back last, takes those of each at once, and all others as
-    many as take as long, with the passes that follow: none before anything has come back to the
-    first, one a tick in the steady state, and what they have saved up when they would idle.
+    The first stage, which slices reach last on their way back, computes these gradients at once,
+    for each item in the tick of its backward pass. Every other stage computes as many as fit beside
+    its passes of the next tick without more work than on the busiest stage: none before an item has
+    come back to the first stage, one a tick in the steady state, and the rest when it would idle.
     """
     schedule = one_forward_one_backward(plan)
     passes = [table.tolist() for table in (schedule.forward, schedule.backward)]
     waiting: list[list[int]] = [[] for _ in range(plan.num_stages)]
     idle = [IDLE] * plan.num_stages
-    rows: list[list[list[int]]] = []  # [tick][stage], the items
+    rows: list[list[list[int]]] = []  # the items whose gradients are computed, [tick][stage]
     while len(rows) < schedule.num_ticks or any(waiting):
         tick = len(rows)
         _, backward = (own[tick] if tick < len(own) else idle for own in passes)
@@ -261,8 +270,8 @@ def deferred_weights(plan: Plan) -> Schedule:
 
 
 def _slots(backward: np.ndarray, weights: list[list[list[int]]], num_items: int) -> np.ndarray:
-    """`[item, stage]`: the lowest slots that are free, from the tick of the backward pass to that
-    of the gradients of weights.
+    """Returns `[item, stage]`: the lowest free slot when the item goes backward, which the item
+    holds until the tick of its gradients of weights.
     """
     slots = np.full((num_items, backward.shape[1]), IDLE, np.int32)
     for stage, column in enumerate(backward.T):
@@ -276,13 +285,13 @@ def _slots(backward: np.ndarray, weights: list[list[list[int]]], num_items: int)
 
 
 def _last_tick(table: np.ndarray, is_wanted: np.ndarray) -> int:
-    """The last tick with any of the wanted items."""
+    """Returns the last tick in which the table has any of the wanted items."""
     found = (table != IDLE) & is_wanted[table]
     return int(np.flatnonzero(found.reshape(len(table), -1).any(1)).max())
 
 
 def _with_rows(schedule: Schedule) -> Schedule:
-    """Its parts in the lowest rows of the buffers that are free."""
+    """Returns the schedule with each part in the lowest free rows of the buffers."""
     parts: list[Part] = []
     for part in schedule.parts:
         alive = [other for other in parts if other.last_tick >= part.embed_tick]
@@ -295,7 +304,7 @@ def _with_rows(schedule: Schedule) -> Schedule:
 
 
 def _free_row(alive: Sequence[Part], num_rows: int) -> int:
-    """The lowest row from which on so many are of no part that is alive."""
+    """Returns the lowest row from which `num_rows` rows belong to none of the parts `alive`."""
     starts = [0, *(part.buffer_row + part.num_rows for part in alive)]
     return min(
         start
@@ -308,8 +317,8 @@ def _free_row(alive: Sequence[Part], num_rows: int) -> int:
 
 
 def idle(schedule: Schedule) -> Schedule:
-    """The schedule with stages that do nothing: parts are embedded, and their losses and the
-    gradients of their embedding are taken. The one item that is left, which never comes, is so
+    """Returns the schedule with idle stages: parts are still embedded, and their losses and the
+    gradients of their embedding are still taken. One item is left, which no tick works on; it is so
     small that it needs no memory.
     """
     table, item = np.full_like(schedule.forward, IDLE), Item(0, 0, 1, 1)
@@ -326,7 +335,7 @@ SCHEDULES: dict[ScheduleName, Callable[[Plan], Schedule]] = {
 
 
 def _slices(plan: Plan) -> list[tuple[int, int, Item]]:
-    """The slices of a plan, one batch slice after another."""
+    """Returns (batch slice, token slice, item) for each slice, one batch slice after another."""
     return [
         (m, n, Item(sum(plan.batch_slices[:m]), sum(own[:n]), plan.batch_slices[m], own[n]))
         for m, own in enumerate(plan.token_slices)

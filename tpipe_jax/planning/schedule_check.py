@@ -1,4 +1,4 @@
-"""Which tables of a schedule the executor can follow. No jax."""
+"""Checks that the executor can follow the tables of a schedule. No jax."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,12 +11,13 @@ from tpipe_jax.planning.schedule import IDLE, Item, Schedule
 def check(schedule: Schedule) -> None:
     """Raises ValueError unless the executor can follow the tables.
 
-    Every item passes every stage once in each direction, in the tick after its neighbour; a slice
-    goes through the chunks one after another; the tokens of a sequence go forward in ascending and
-    backward in descending order; a part is embedded before its forward passes, its losses are taken
-    after them and before its backward passes, and the gradients of its embedding after these, each
-    of one part in a tick; gradients of weights come after the backward pass of the item; rows have
-    one part at a time, and slots one item.
+    Every item passes every stage once in each direction, one tick after the neighbouring stage. A
+    slice goes through the chunks one after another. The tokens of a sequence go forward in
+    ascending and backward in descending order. Each part is embedded before its forward passes.
+    Its losses are taken after its forward and before its backward passes, and the gradients of its
+    embedding after its backward passes. Each of these three is done for at most one part in a tick.
+    Gradients of weights come after the backward pass of their item. A row of the buffers holds one
+    part at a time, and a slot holds one item.
     """
     part_of, P = np.array(schedule.part_of), schedule.num_stages
     if schedule.forward.shape != schedule.backward.shape:
@@ -45,7 +46,7 @@ def check(schedule: Schedule) -> None:
 
 
 def _check_order(items: Sequence[Item], forward: np.ndarray, backward: np.ndarray) -> None:
-    """From the ticks of the items, `[item, stage]`."""
+    """Takes the ticks of each item, `[item, stage]`."""
     in_order = sorted(
         range(len(items)), key=lambda i: (items[i].row, items[i].chunk, items[i].token)
     )
@@ -63,7 +64,7 @@ def _check_order(items: Sequence[Item], forward: np.ndarray, backward: np.ndarra
 
 
 def _check_weights(schedule: Schedule, part_of: np.ndarray, backward: np.ndarray) -> None:
-    """`part_of` each item, and its ticks `[item, stage]`."""
+    """Takes the part of each item, and the ticks of its backward passes, `[item, stage]`."""
     assert schedule.weights is not None
     assert schedule.slots is not None
     weights = _ticks(schedule.weights, len(schedule.items))
@@ -81,7 +82,7 @@ def _check_weights(schedule: Schedule, part_of: np.ndarray, backward: np.ndarray
 
 
 def _check_parts(schedule: Schedule, part_of: np.ndarray, backward: np.ndarray) -> None:
-    """`part_of` each item, and its ticks `[item, stage]`."""
+    """Takes the part of each item, and the ticks of its backward passes, `[item, stage]`."""
     for name in ("embed_tick", "loss_tick", "embed_grad_tick"):
         ticks = [getattr(part, name) for part in schedule.parts]
         if len(set(ticks)) < len(ticks):
@@ -108,7 +109,7 @@ def _check_parts(schedule: Schedule, part_of: np.ndarray, backward: np.ndarray) 
 
 
 def _ticks(table: np.ndarray, num_items: int) -> np.ndarray:
-    """`[item, stage]`: when. Raises ValueError if it is not once."""
+    """Returns `[item, stage]`: the tick of each item. Raises ValueError if it is not just one."""
     ticks = np.empty((num_items, table.shape[1]), np.int64)
     for stage, column in enumerate(np.moveaxis(table, 1, 0)):
         found = column != IDLE

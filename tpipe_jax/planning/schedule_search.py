@@ -1,4 +1,4 @@
-"""The best plan under one schedule, and plainer plans to compare with. No jax."""
+"""Searches for the best plan under a schedule, and plainer plans to compare with. No jax."""
 
 import itertools
 from collections.abc import Callable, Iterable
@@ -13,8 +13,8 @@ from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.settings import uniform as uniform_parts
 from tpipe_jax.planning.slicer import ROUNDING, Slicing, fastest_slicing, least_work
 
-MOST_UNIFORM = 8  # numbers of equal slices that are tried for each size of batch slices
-MOST_MOVES = 100  # of a cut by a unit, that are tried
+MOST_UNIFORM = 8  # uniform slicings that are tried for each size of batch slices
+MOST_MOVES = 100  # moves of a cut by a unit that are tried
 
 
 @dataclass(frozen=True)
@@ -24,13 +24,13 @@ class Option:
     plan: Plan
     bubble: float
     activation_bytes: float | None
-    """What a stage keeps of the sequences in the pipeline; None where that is not known."""
+    """What a stage stores for sequences in the pipeline; None where that is not known."""
     fits: bool
-    """Whether a step keeps to the memory."""
+    """Whether a step under the plan keeps to the memory limit."""
 
 
 def step_seconds(plan: Plan) -> float:
-    """The predicted time of a step under a plan that has a prediction."""
+    """Returns the predicted time of a step; the plan must have a prediction."""
     assert plan.prediction is not None
     return plan.prediction.step_seconds
 
@@ -38,11 +38,13 @@ def step_seconds(plan: Plan) -> float:
 def search_schedule(
     schedule: ScheduleName, estimator: Estimator, limit_bytes: float | None
 ) -> tuple[Option | None, int]:
-    """The best plan under a schedule, if there is any, and how many programmes were solved: the
-    best of those that keep to the memory, or else of all.
+    """Returns the best plan under a schedule, and the number of dynamic programmes solved.
+
+    If no plan keeps to the memory limit, the best plan without a limit is returned, marked as not
+    fitting. The plan is None if no slices are allowed, or if their times are not known.
     """
     if schedule == "1f1b-deferred" and estimator.deferred is None:
-        return None, 0  # what its slices take is not known
+        return None, 0  # the times of its slices are not known
     search = _terapipe if schedule == "terapipe" else partial(_best_found, schedule)
     plan, num_solves = search(estimator, limit_bytes)
     fits = plan is not None
@@ -56,7 +58,7 @@ def search_schedule(
 
 
 def _terapipe(estimator: Estimator, limit_bytes: float | None) -> tuple[Plan | None, int]:
-    """The fastest plan if all goes forward before any goes backward, which is proven."""
+    """Returns the fastest plan under `terapipe`, with a proven bound, and the number of solves."""
     request, factors = estimator.request, estimator.stage_factors
     estimator = within_memory(estimator, limit_bytes)
     slicing = fastest_slicing(
@@ -66,7 +68,7 @@ def _terapipe(estimator: Estimator, limit_bytes: float | None) -> tuple[Plan | N
         return None, 0
     plan = estimator.plan_of(slicing, "terapipe")
     if min(factors) < max(factors) and request.batch_slices is None:
-        # The slicer minimises a bound then, and a plainer plan may turn out faster.
+        # The slicer minimises an upper bound then, so a uniform plan may turn out faster.
         plainer = (
             best_uniform_plan(estimator, counts) for counts in ([1], range(1, len(estimator.cuts)))
         )
@@ -77,11 +79,13 @@ def _terapipe(estimator: Estimator, limit_bytes: float | None) -> tuple[Plan | N
 def _best_found(
     schedule: ScheduleName, estimator: Estimator, limit_bytes: float | None
 ) -> tuple[Plan | None, int]:
-    """The best plan under another schedule that was found: of those that are fastest with all
-    forward before any backward, for each size of batch slices and number of chunks, and of equal
-    slices, made faster by moving cuts.
+    """Returns the best plan found under a schedule other than `terapipe`, and the number of solves.
+
+    There are several candidates for each size of batch slices and number of chunks: the slicing
+    that is fastest if all goes forward before any goes backward, and some slicings into equal
+    slices. The best candidate is made faster by moving cuts.
     """
-    slicings: list[tuple[int, Slicing]] = []  # with numbers of chunks
+    slicings: list[tuple[int, Slicing]] = []  # each with its number of chunks
     is_interleaved = schedule == "interleaved"
     for num_chunks in estimator.request.chunk_options if is_interleaved else (1,):
         for sizes in _batch_slices(estimator, at_least=1 if is_interleaved else 2):
@@ -119,8 +123,9 @@ def _best_found(
 def _with_moved_cuts(
     estimator: Estimator, best: Slicing, least: float, seconds: Callable[[Slicing], float]
 ) -> Slicing:
-    """The slicing with one cut after another moved by a unit where that makes it faster, until none
-    does or MOST_MOVES have been tried.
+    """Moves one cut after another by a unit and keeps each move that makes the slicing faster.
+
+    Stops when no move makes it faster, or when `MOST_MOVES` have been tried.
     """
     num_tried, has_improved = 0, True
     while has_improved:
@@ -138,9 +143,12 @@ def _with_moved_cuts(
 
 
 def _lower_bound_seconds(estimator: Estimator, plan: Plan) -> float:
-    """No slices take less under the schedule of a plan, with as many chunks: each stage has all
-    work, and before and after that a slice has to come to it and back; when it goes back, gradients
-    of weights that are taken later need not be done.
+    """Returns a time that no slices can beat under the plan's schedule and number of chunks.
+
+    Each stage does all its work. Before that, a slice must come to the stage; after that, a slice
+    must go back to the first stage. With deferred gradients of weights there are two such bounds,
+    since the stage may compute these gradients while its last slice goes back: one counts the way
+    back but not the gradients, the other counts the gradients but not the way back.
     """
     request, P = estimator.request, plan.num_stages
     (forward, backward), weights = estimator.times, None
@@ -152,7 +160,7 @@ def _lower_bound_seconds(estimator: Estimator, plan: Plan) -> float:
     ways += [] if weights is None else [(backward + weights, to_come)]
     factors = np.reshape(estimator.chunk_factors(plan.num_chunks), (plan.num_chunks, P))
     whole, first = factors.sum(0).tolist(), factors[0].tolist()
-    before = list(itertools.accumulate(first[:-1], initial=0.0))  # of the stages before each
+    before = list(itertools.accumulate(first[:-1], initial=0.0))  # sums over the stages before each
     bounds = []
     for back, wait in ways:
         work = least_work(forward, back, request.batch_size, request.batch_slices)
@@ -161,7 +169,7 @@ def _lower_bound_seconds(estimator: Estimator, plan: Plan) -> float:
 
 
 def _batch_slices(estimator: Estimator, at_least: int) -> list[tuple[int, ...]]:
-    """The sizes of batch slices to try: the given ones, or equal ones, so many at least."""
+    """Returns the batch slices to try: the given ones, or at least `at_least` equal ones."""
     request = estimator.request
     if request.batch_slices is not None:
         return [request.batch_slices]
@@ -174,7 +182,7 @@ def _batch_slices(estimator: Estimator, at_least: int) -> list[tuple[int, ...]]:
 
 
 def _places(estimator: Estimator, slicing: Slicing) -> list[tuple[int, int, int]]:
-    """Where a cut can be moved to: of batch slices of so many sequences, which cut, and how far."""
+    """Returns the moves to try: (size of the batch slices, index of the cut, step in units)."""
     if estimator.request.token_slices is not None:
         return []
     cuts = dict(zip(slicing.batch_slices, slicing.cuts, strict=True))
@@ -187,7 +195,7 @@ def _places(estimator: Estimator, slicing: Slicing) -> list[tuple[int, int, int]
 
 
 def _moved(estimator: Estimator, slicing: Slicing, size: int, i: int, step: int) -> Slicing | None:
-    """The slicing with a cut of all batch slices of a size elsewhere, if that is allowed."""
+    """Returns the slicing with cut `i` moved in all batch slices of a size, if that is allowed."""
     sizes = slicing.batch_slices
     own = dict(zip(sizes, slicing.cuts, strict=True))[size]
     moved = (*own[:i], own[i] + step, *own[i + 1 :])
@@ -207,8 +215,8 @@ def within_memory(
     schedule: ScheduleName = "terapipe",
     batch_slices: tuple[int, ...] | None = None,
 ) -> Estimator:
-    """Without the slices that take too much memory, where as little is kept as the shortest slices
-    allow.
+    """Returns the estimator without the slices that exceed the memory limit, even if activations
+    take as little memory as under the shortest slices.
     """
     if limit_bytes is None:
         return estimator
@@ -219,7 +227,7 @@ def within_memory(
 
 
 def _with_bound(plan: Plan, lower_bound_seconds: float) -> Plan:
-    """The plan with what no plan under its schedule can be faster than, in its pipeline."""
+    """Returns the plan with a lower bound of the pipeline's time under its schedule."""
     prediction = plan.prediction
     assert prediction is not None
     bound = lower_bound_seconds + prediction.outside_seconds
@@ -231,8 +239,11 @@ def _with_bound(plan: Plan, lower_bound_seconds: float) -> Plan:
 
 
 def best_uniform_plan(estimator: Estimator, token_counts: Iterable[int]) -> Plan | None:
-    """The fastest plan of equal batch slices with one of these numbers of equal slices, if all goes
-    forward before any goes backward; None where slices are given.
+    """Returns the fastest plan under `terapipe` of equal batch slices, each with equal token
+    slices, whose number is one of `token_counts`.
+
+    None where the request names token slices, or no such plan is allowed. Batch slices in the
+    request are ignored.
     """
     request = estimator.request
     if request.token_slices is not None:
@@ -245,8 +256,8 @@ def best_uniform_plan(estimator: Estimator, token_counts: Iterable[int]) -> Plan
 def _uniform(
     estimator: Estimator, batches: Iterable[tuple[int, ...]], token_counts: Iterable[int]
 ) -> list[Slicing]:
-    """Slicings of these batch slices into these numbers of equal slices, by the formula of all
-    forward before any backward from the fastest on.
+    """Returns the allowed slicings of each of these batches into each of these numbers of equal
+    token slices, the fastest first, by the formula for `terapipe`.
     """
     (forward, backward), factors = estimator.times, estimator.stage_factors
     slowest = max(factors)

@@ -1,4 +1,4 @@
-"""What the settings say of a plan: all of it, or what the planner has to keep to."""
+"""Reads the plan in the settings: a complete one, or what the planner has to keep to."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +10,10 @@ from tpipe_jax.planning.plan import Plan, PlanRequest, load_plan
 
 
 def read_settings(config: Config) -> Plan | PlanRequest:
-    """The plan that the settings spell out or name, or what they leave to the planner.
+    """Returns the plan that the settings contain or whose file they name, or else the request to
+    the planner.
 
-    Raises `UserError` where they don't fit each other.
+    Raises `UserError` if settings contradict each other, or the file is not a plan for them.
     """
     train, mesh = config.train, config.mesh
     if train.batch_size % mesh.data:
@@ -52,7 +53,7 @@ def read_settings(config: Config) -> Plan | PlanRequest:
                 "leave config.plan.batch_slices and config.plan.token_slices at auto."
             )
         if config.plan.schedule == "auto":
-            request = replace(request, schedule=None)  # the file's own
+            request = replace(request, schedule=None)  # the file decides
         return load_plan(Path(config.plan.file), request)
     if batch_slices and token_slices:
         slices = batch_slices, (token_slices,) * len(batch_slices)
@@ -63,13 +64,16 @@ def read_settings(config: Config) -> Plan | PlanRequest:
 
 
 def settled(config: Config, plan: Plan) -> Config:
-    """The config with the schedule of a plan, which says where the layers of the model lie."""
+    """Returns the config with the schedule and chunks of a plan: these decide where layers lie."""
     chunks = plan.num_chunks if plan.schedule == "interleaved" else None
     return replace(config, plan=replace(config.plan, schedule=plan.schedule, chunks=chunks))
 
 
 def _read_schedule(config: Config, batch_slices: tuple[int, ...] | None) -> ScheduleName | None:
-    """None where it is the planner's to choose. Raises `UserError` where it has no use."""
+    """Returns the schedule, or None where the planner chooses it.
+
+    Raises `UserError` if the schedule is of no use under the other settings or contradicts them.
+    """
     mesh, chunks = config.mesh, config.plan.chunks
     schedule = "interleaved" if chunks and config.plan.schedule == "auto" else config.plan.schedule
     if schedule in ("1f1b", "1f1b-deferred"):
@@ -110,8 +114,9 @@ def _read_schedule(config: Config, batch_slices: tuple[int, ...] | None) -> Sche
 
 
 def unit_tokens(config: Config) -> int:
-    """What planned slices are multiples of: 8 tokens unless set, and more in long sequences.
+    """Returns the unit of planned slices in tokens: each slice is a multiple of it.
 
+    Unless set, it is the largest divisor of `seq_len` up to 8, or up to `seq_len` / 256 if larger.
     Raises `UserError` if the setting does not divide the sequence.
     """
     seq_len, unit = config.model.seq_len, config.plan.unit_tokens
@@ -126,11 +131,11 @@ def unit_tokens(config: Config) -> int:
 
 
 def parse_slices(text: str, total: int, setting: str, total_name: str) -> tuple[int, ...] | None:
-    """Reads `uniform:N`, a list as `96,64,56,40`, or `auto` as None.
+    """Returns the slices that `uniform:N` or a list such as `96,64,56,40` names; None for `auto`.
 
-    Uniform slices differ by one where N does not divide the total; the longer ones come first,
-    since they have the shorter context. Raises `UserError` for anything but positive lengths that
-    sum to `total`.
+    Uniform slices differ by one where N does not divide the total. The longer ones come first,
+    since the first slices have the shortest context. Raises `UserError` for anything but positive
+    lengths that sum to `total`.
     """
     if text.strip() == "auto":
         return None
@@ -158,13 +163,13 @@ def parse_slices(text: str, total: int, setting: str, total_name: str) -> tuple[
 
 
 def uniform(total: int, num: int) -> tuple[int, ...]:
-    """`num` parts of `total` that differ by at most one, the larger ones first."""
+    """Returns `num` parts of `total` that differ by at most one, the larger ones first."""
     return tuple(total // num + (i < total % num) for i in range(num))
 
 
 def work_factors(config: Config, plan: Plan | None = None) -> list[float]:
-    """The work of each stage over that of the one with most layers; under a plan, of each chunk of
-    each stage (`placement.chunk_factors`).
+    """Returns the layers of each stage, divided by the layers of the largest stage; under a plan,
+    those of each chunk of each stage (`placement.chunk_factors`).
     """
     num_chunks = plan.num_chunks if plan else 1
     return chunk_factors(config.model.num_layers, config.mesh.pipe, num_chunks)

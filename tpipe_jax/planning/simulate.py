@@ -1,4 +1,4 @@
-"""When the stages work on what, if they wait for nothing but each other. No jax."""
+"""Simulates when each stage works on which item, if stages wait only for each other. No jax."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,23 +11,23 @@ Kind = Literal["forward", "backward", "weights"]
 
 @dataclass(frozen=True)
 class Box:
-    """One item on one stage in a timeline, seconds."""
+    """The work on one item on one stage in a timeline, in seconds."""
 
     stage: int
     item: int
     kind: Kind
-    """A pass, or the gradients of weights that a backward pass has left out."""
+    """The pass, or `weights`: gradients of weights that the backward pass has left out."""
     start_seconds: float
     stop_seconds: float
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """When each stage works on what."""
+    """When each stage works on which item."""
 
     boxes: tuple[Box, ...]
     step_seconds: float
-    """From the first start to the last stop, the makespan."""
+    """Time from the first start until all stages are free (the makespan)."""
     num_stages: int
 
     @property
@@ -46,23 +46,22 @@ def simulate(
     chunk_factors: Sequence[float] | None = None,
     transfer_seconds: Sequence[float] | None = None,
 ) -> Timeline:
-    """The timeline of a schedule as the executor follows it.
+    """Returns the timeline of a schedule as the executor follows it.
 
-    In each direction in which a tick has any work, a stage goes on once it has what its neighbour
-    hands on, if that is only that there is nothing. All stages wait for each other where a
-    part of the batch is embedded, and where its losses or the gradients of its embedding are taken;
-    what they do together then takes no time here.
+    If any stage has work in a direction of a tick, all stages exchange results after that work. A
+    stage then waits until its neighbour is done, even if the neighbour has nothing to hand on.
+    All stages wait for each other where a part of the batch is embedded, and where its losses or
+    the gradients of its embedding are taken; this work itself takes no time here.
 
     Args:
-        schedule: any one that the executor can follow.
-        forward_seconds: the work on each item in the forward pass.
-        backward_seconds: the work on each item in the backward pass.
-        weight_seconds: that on the gradients of weights, which a schedule takes by themselves.
-        transfer_seconds: how long a stage is held, after its work on an item, until that is handed
-            on; none without.
-        chunk_factors: what a chunk of a stage takes over all these times, chunk c of stage s at
-            c * P + s; 1 without. A transfer takes as much longer, or less long, as that of the same
-            stage without chunks.
+        schedule: any schedule that the executor can follow.
+        forward_seconds: time of the forward pass of each item, without transfer.
+        backward_seconds: time of the backward pass of each item, without transfer.
+        weight_seconds: time of each item's gradients of weights, if the schedule defers them.
+        chunk_factors: time of each chunk of each stage, divided by the times above; chunk c of
+            stage s is at index c * P + s; 1 if left out. A transfer is multiplied by this factor
+            and by the number of chunks, as if the stage had no chunks.
+        transfer_seconds: how long a stage needs to hand an item on after its pass; 0 if left out.
     """
     clock = _Clock(schedule, chunk_factors, transfer_seconds)
     embed_ticks, loss_ticks, embed_grad_ticks = (
@@ -86,7 +85,7 @@ def simulate(
 
 
 class _Clock:
-    """When each stage is free, while a schedule goes on."""
+    """Keeps the time at which each stage is free, while a schedule is simulated."""
 
     def __init__(
         self,
@@ -102,7 +101,7 @@ class _Clock:
         self.free = [0.0] * self._num_stages
 
     def work(self, stage: int, item: int, seconds: Sequence[float], kind: Kind) -> None:
-        """The stage works on an item as soon as it is free, and hands on what it makes of it."""
+        """The stage works on an item as soon as it is free, then hands on the result of a pass."""
         factor = self._factors[self._chunks[item] * self._num_stages + stage]
         start, stop = self.free[stage], self.free[stage] + factor * seconds[item]
         self.boxes.append(Box(stage, item, kind, start, stop))
@@ -110,7 +109,7 @@ class _Clock:
         self.free[stage] = stop + self._num_chunks * factor * self._transfers[item] * is_handed_on
 
     def go(self, row: Sequence[int], seconds: Sequence[float], kind: Kind) -> None:
-        """All stages' work in one direction of a tick, and what they wait for then."""
+        """All stages do their work in one direction of a tick, then wait for their neighbours."""
         if all(item == IDLE for item in row):
             return
         for stage, item in enumerate(row):
@@ -126,6 +125,6 @@ class _Clock:
         ]
 
     def meet(self, is_due: bool) -> None:
-        """All stages wait for each other."""
+        """All stages wait for each other if `is_due`."""
         if is_due:
             self.free = [max(self.free)] * self._num_stages

@@ -1,4 +1,4 @@
-"""The slicer: from the time of every possible slice to the provably fastest slicing of a batch.
+"""The slicer: finds the provably fastest slicing of a batch from the time of every possible slice.
 
 With all forward passes before all backward passes, a step on P equal stages takes (Li et al. 2021,
 equation 5, once for each direction)
@@ -7,9 +7,9 @@ equation 5, once for each direction)
 
 over its slices i: the work, and the wait while the pipeline fills and drains. Under two thresholds,
 f_i <= F and b_i <= G, dynamic programming finds the least work (their algorithm 1), first over the
-tokens of a sequence, then over the sequences of the batch. The thresholds are searched by branch
-and bound: the least work under wide thresholds bounds it under all narrower ones, so one solution
-rules out whole rectangles of thresholds, and none is skipped.
+tokens of a sequence, then over the sequences of the batch. Branch and bound searches the
+thresholds. The least work under wide thresholds is a lower bound of the work under all narrower
+ones, so one solution rules out whole rectangles of thresholds, and no threshold is skipped.
 """
 
 import heapq
@@ -20,16 +20,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-ROUNDING = 1e-12  # relative; what a sum may change by with the order of its terms
+ROUNDING = 1e-12  # relative change of a sum when its terms change order
 
 
 @dataclass(frozen=True)
 class Slicing:
-    """A slicing of a batch, and what is known of better ones."""
+    """A slicing of a batch, and a lower bound for all slicings."""
 
     batch_slices: tuple[int, ...]
     cuts: tuple[tuple[int, ...], ...]
-    """For each batch slice the units where its sequences are cut, from 0 to the last."""
+    """The units where the sequences of each batch slice are cut, from 0 to the last."""
     seconds: float
     lower_bound_seconds: float
     """No slicing is faster than this."""
@@ -50,19 +50,20 @@ def fastest_slicing(
     num_chunks: int = 1,
     max_solves: int = 20_000,
 ) -> Slicing | None:
-    """Plans batch slices and the token slices of each of them jointly, for the least step time.
+    """Plans batch slices and the token slices of each batch slice jointly, for the least step time.
 
     Args:
         forward: seconds `[b - 1, stop, start]` of the slice from unit `start` to unit `stop` of `b`
             sequences, infinite where it is not allowed; shape `[B, U + 1, U + 1]`.
         backward: the same for its backward pass.
         batch_size: sequences to divide into batch slices of at most B.
-        stage_factors: for each stage, its time over the times given. With unequal ones the formula
-            is max(a) sum(f + b) + (sum(a) - max(a)) (max f + max b), which the true time may stay
-            below but never exceeds.
+        stage_factors: the time of each stage, divided by the times given. With unequal factors a
+            the formula is max(a) sum(f + b) + (sum(a) - max(a)) (max f + max b). The true time is
+            never above this, and may be below.
         batch_slices: the sizes to keep to, or None to choose them.
-        num_chunks: in how many pieces the stages pass each slice on: they wait for one piece.
-        max_solves: dynamic programmes after which the search stops without its proof.
+        num_chunks: chunks of each stage. While the pipeline fills and drains, stages wait for
+            passes through one chunk.
+        max_solves: dynamic programmes after which the search stops, even without a proof.
 
     Returns:
         The slicing, or None where no allowed slices cover the batch.
@@ -74,8 +75,8 @@ def fastest_slicing(
     if best is None:
         return None
     if min(stage_factors) < slowest:
-        # The formula is no lower bound then. These are: the stages that take at least `factor`
-        # times as long, as if they took no longer and the others nothing.
+        # The formula is no lower bound then. For each factor, a lower bound is the time if the
+        # stages that take at least that factor took just that, and all others took no time.
         bounds = []
         for factor in set(stage_factors):
             num_stages = sum(a >= factor for a in stage_factors)
@@ -92,7 +93,10 @@ def fastest_slicing(
 def least_longest(
     times: np.ndarray, batch_size: int, batch_slices: Sequence[int] | None = None
 ) -> float:
-    """The least that the longest slice of a slicing can take, of times as `fastest_slicing` has."""
+    """Returns the shortest time that the longest slice of a slicing can take.
+
+    `times` has the form of `forward` in `fastest_slicing`; it may hold other figures than times.
+    """
     return _Times(np.stack([times, times]), batch_size, batch_slices).least_longest()[0]
 
 
@@ -102,8 +106,8 @@ def least_work(
     batch_size: int,
     batch_slices: Sequence[int] | None = None,
 ) -> float:
-    """The least that the slices of a slicing can take together, of times as `fastest_slicing` has;
-    infinite where none covers the batch.
+    """Returns the shortest time that all slices of a slicing can take together, from times as in
+    `fastest_slicing`; infinite where no slicing covers the batch.
     """
     times = _Times(np.stack([forward, backward]), batch_size, batch_slices)
     solution = times.least_work((np.inf, np.inf))
@@ -115,7 +119,7 @@ class _Solution(NamedTuple):
 
     work: float
     longest: tuple[float, float]
-    """The longest forward and the longest backward time."""
+    """The longest forward and the longest backward time of a slice."""
     batch_slices: tuple[int, ...]
     cuts: tuple[tuple[int, ...], ...]
 
@@ -134,12 +138,12 @@ class _Times:
         self._batch_size, self._batch_slices = batch_size, batch_slices
 
     def levels(self) -> tuple[np.ndarray, np.ndarray]:
-        """All distinct forward and all distinct backward times, ascending."""
+        """Returns all distinct forward and all distinct backward times, ascending."""
         forward, backward = (np.unique(t[np.isfinite(t)]) for t in self._times)
         return forward, backward
 
     def least_work(self, thresholds: tuple[float, float]) -> _Solution | None:
-        """The slicing of least work among those whose slices keep to both thresholds."""
+        """Returns the slicing of least work among those whose slices keep to both thresholds."""
         within = (self._times[0] <= thresholds[0]) & (self._times[1] <= thresholds[1])
         work, starts = _over_tokens(np.where(within, self._work, np.inf), np.add)
         total, batch_slices = self._over_batch(work, np.add)
@@ -153,14 +157,17 @@ class _Times:
         )
 
     def least_longest(self) -> tuple[float, float]:
-        """The least that the longest forward, and the longest backward time of a slicing can be."""
+        """Returns the least longest forward time that a slicing can have, and likewise backward."""
         forward, backward = (
             self._over_batch(_over_tokens(t, np.maximum)[0], np.maximum)[0] for t in self._times
         )
         return forward, backward
 
     def _over_batch(self, cost: np.ndarray, join: np.ufunc) -> tuple[float, tuple[int, ...]]:
-        """The batch slices of least joint cost, where one of b sequences costs `cost[b - 1]`."""
+        """Returns the least joint cost of batch slices, and these batch slices.
+
+        A batch slice of b sequences costs `cost[b - 1]`.
+        """
         if self._batch_slices is not None:
             sizes = tuple(self._batch_slices)
             costs = [cost[b - 1] if b <= len(cost) else np.inf for b in sizes]
@@ -179,7 +186,7 @@ class _Times:
 
 
 def _over_tokens(cost: np.ndarray, join: np.ufunc) -> tuple[np.ndarray, np.ndarray]:
-    """Algorithm 1 for all b at once.
+    """Runs algorithm 1 (see above) for all numbers of sequences b at once.
 
     Returns the least joint cost `[B]` of slices that cover the sequence, and `[B, U + 1]`: where
     the last slice of the best slicing up to each unit starts.
@@ -196,20 +203,20 @@ def _over_tokens(cost: np.ndarray, join: np.ufunc) -> tuple[np.ndarray, np.ndarr
 
 
 def _trace(starts: np.ndarray) -> tuple[int, ...]:
-    """The cuts that lead to the end of the sequence."""
+    """Returns the cuts of the best slicing, traced back from the end of the sequence."""
     cuts = [len(starts) - 1]
     while cuts[-1]:
         cuts.append(int(starts[cuts[-1]]))
     return tuple(reversed(cuts))
 
 
-Rectangle = tuple[range, range]  # slicings by the ranks of their longest forward and backward time
+Rectangle = tuple[range, range]  # slicings, by the ranks of their longest forward and backward time
 
 
 def _search(
     times: _Times, weights: tuple[float, float], max_solves: int
 ) -> tuple[_Solution | None, float, int]:
-    """Minimises `_Solution.seconds`; returns the best, a bound on all, and the number of solves."""
+    """Minimises `_Solution.seconds`. Returns the best, a lower bound of all, and the solves."""
     lowest = times.least_longest()
     if not np.isfinite(lowest).all():
         return None, np.inf, 0
@@ -219,7 +226,7 @@ def _search(
         range(int(np.searchsorted(values, low)), len(values))
         for values, low in zip(levels, lowest, strict=True)
     )
-    order = itertools.count()  # settles ties of bounds
+    order = itertools.count()  # decides between equal bounds
     open_rectangles = [(0.0, next(order), (first, second))]
     while open_rectangles and num_solves < max_solves:
         if open_rectangles[0][0] >= best_seconds * (1 - ROUNDING):
@@ -243,11 +250,11 @@ def _search(
 def _undecided(
     rectangle: Rectangle, solution: _Solution, levels: tuple[np.ndarray, np.ndarray]
 ) -> Iterator[Rectangle]:
-    """The parts of a rectangle in which there may be a faster slicing than the solution at its top.
+    """Yields the parts of a rectangle that may hold a faster slicing than the solution at its top.
 
-    No slicing in the rectangle has less work, so a faster one has a shorter longest forward or a
-    shorter longest backward time. Both parts are halved, so that the lower half soon gets a closer
-    bound.
+    No slicing in the rectangle has less work than the solution. So in a faster one the longest
+    forward or the longest backward time is shorter. Both parts are halved, so that the lower half
+    soon gets a closer bound.
     """
     (f, b), (forward, backward) = (
         rectangle,
@@ -263,7 +270,7 @@ def _undecided(
 
 
 def _halves(rectangle: Rectangle, levels: tuple[np.ndarray, np.ndarray]) -> Iterator[Rectangle]:
-    """The rectangle cut in the middle of its wider side, if it is not a point."""
+    """Yields the halves of a rectangle, cut in the middle of its wider side, or the point it is."""
     widths = [
         values[ranks[-1]] - values[ranks[0]]
         for values, ranks in zip(levels, rectangle, strict=True)

@@ -1,1 +1,1 @@
-"""Times slices on the devices, and plans from that."""
+"""Times slices on the devices, and plans from these times."""

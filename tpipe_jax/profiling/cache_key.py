@@ -14,7 +14,7 @@ from tpipe_jax.version import __version__
 
 
 def profile_key(spec: StageSpec) -> dict[str, Any]:
-    """What the measurements depend on."""
+    """Returns all that the measurements depend on."""
     config, mesh = spec.config, spec.mesh
     settings = to_dict(config)
     return {

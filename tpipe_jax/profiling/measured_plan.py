@@ -27,7 +27,7 @@ from tpipe_jax.training.memory import fitting_policy, limit_bytes
 from tpipe_jax.training.optimizer import make_optimizer
 
 LATENCY = "latency.json"  # in the workdir
-MAX_REFINEMENTS = 3  # of seconds each; mostly one or two are enough
+MAX_REFINEMENTS = 3  # each takes seconds; mostly one or two are enough
 
 
 def plan_slices(
@@ -37,11 +37,11 @@ def plan_slices(
     console: Console,
     check: Callable[[], None] = lambda: None,
 ) -> tuple[LatencyTable, Planning]:
-    """The fastest plan that keeps to the request, and the latencies that it follows from.
+    """Returns the latencies of slices, and the fastest plan that keeps to the request.
 
-    They are measured, and kept as `latency.json` in the workdir, unless it holds those of the same
-    model, mesh and machine. Raises `UserError` if no plan keeps to the request and the memory, and
-    what `check` raises, which is called in between.
+    The latencies are measured and saved as `latency.json` in the workdir, unless this file already
+    has latencies of the same model, mesh and machine. `check` is called in between. Raises
+    `UserError` if no plan keeps to the request and to the memory, and whatever `check` raises.
     """
     spec = fitting_policy(spec, request, make_optimizer(spec.config))
     path, unit = workdir / LATENCY, unit_tokens(spec.config)
@@ -82,12 +82,12 @@ def plan_slices(
 
 
 def as_first(plan: Plan) -> Plan:
-    """The plan of process 0, since all processes must run one program."""
+    """Returns the plan of process 0, since all processes must run the same program."""
     return read_plan(json.loads(from_first(json.dumps(plan.to_dict()))))
 
 
 def _measured_before(path: Path, spec: StageSpec, needs_deferral: bool) -> Profile | None:
-    """What process 0 finds in its folder, if it is of these measurements and has what is needed."""
+    """Returns the profile that process 0 finds, if it fits the spec and has all that is needed."""
     profile = read_own(path) if jax.process_index() == 0 else None
     if profile and profile.key != profile_key(spec):
         profile = None
@@ -98,14 +98,17 @@ def _measured_before(path: Path, spec: StageSpec, needs_deferral: bool) -> Profi
 
 
 def read_own(path: Path) -> Profile | None:
-    """The measurements in the file; other ones of ours may be overwritten."""
+    """Returns the measurements in the file; None if a new file may be written in its place.
+
+    Raises `UserError` if the file was not measured here, since it would be overwritten.
+    """
     if not path.exists():
         return None
     try:
         table = load_table(path)
     except UserError:
         if (path.parent / "config.json").exists():
-            return None  # ours, and damaged
+            return None  # a damaged file of a run
         raise
     if table.profile is None:
         raise UserError(
@@ -116,7 +119,7 @@ def read_own(path: Path) -> Profile | None:
 
 
 def _errors(profile: Profile) -> str:
-    """How far the model is off where it was not fitted."""
+    """Says how far the latency model is off on slices that were kept out of its fit."""
     texts = []
     for name, model in zip(("forward", "backward"), profile.models(), strict=True):
         errors = 100 * np.abs(model.relative_errors())
@@ -127,7 +130,7 @@ def _errors(profile: Profile) -> str:
 
 
 def _save(path: Path, table: LatencyTable) -> None:
-    """One process writes it."""
+    """Writes the table as `latency.json`, in process 0 only."""
     if jax.process_index() == 0:
         with writing_to(path.parent):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""config.mesh=auto: of all ways to divide the devices, that of the fastest planned step."""
+"""config.mesh=auto: finds the way to divide the devices whose planned step is the fastest."""
 
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -27,11 +27,12 @@ def choose_mesh(
     console: Console,
     check: Callable[[], None] = lambda: None,
 ) -> Config:
-    """The config with the mesh of the fastest plan; prints all, ranked.
+    """Returns the config with the mesh of the fastest plan; prints all meshes, ranked.
 
-    Each mesh is measured and planned in a folder of its own in the workdir, unless that holds what
-    was measured before. Raises `UserError` if none serves, if the workdir is not that of a run, or
-    if another one is measuring in it, and what `check` raises, which is called in between.
+    Each mesh has its own folder in the workdir, and is measured unless the folder already has its
+    measurements. `check` is called in between. Raises `UserError` if no mesh can be used, if the
+    workdir has files that are not of a run, or if another run is measuring in it. Also raises
+    whatever `check` raises.
     """
     is_first = jax.process_index() == 0
     if is_first:  # an error in one process ends all
@@ -57,14 +58,14 @@ def choose_mesh(
 
 
 def take_latencies(mesh: MeshConfig, workdir: Path) -> None:
-    """Puts what was measured of the mesh that is taken where a run in the workdir finds it."""
+    """Copies the measurements of the chosen mesh to where a run in the workdir looks for them."""
     if jax.process_index() == 0:
         with writing_to(workdir):
             shutil.copy(_folder(workdir, mesh) / LATENCY, workdir / LATENCY)
 
 
 def factorisations(mesh: MeshConfig, num_devices: int) -> Iterator[MeshConfig]:
-    """All data x pipe x model of so many devices; those with most stages come first."""
+    """Yields all meshes data x pipe x model of the devices; those with most stages come first."""
     sizes = [n for n in range(1, num_devices + 1) if num_devices % n == 0]
     for pipe in reversed(sizes):
         for model in (n for n in sizes if num_devices // pipe % n == 0):
@@ -79,8 +80,9 @@ def _try(
     console: Console,
     check: Callable[[], None],
 ) -> Ranked:
-    """Measures and plans on a mesh, if it serves, which all processes find alike; other errors end
-    the run.
+    """Measures and plans on a mesh; returns only the reason if the mesh cannot be used.
+
+    Every process finds such a reason on its own. Other errors end the run.
     """
     if config.mesh.pipe > config.model.num_layers:
         return Ranked(config.mesh, reason=f"there are {config.model.num_layers} layers.")

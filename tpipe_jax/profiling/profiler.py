@@ -1,11 +1,11 @@
 """The profiler: times the stages of a model on its mesh, for as few slices as the latency model
 needs.
 
-All stages work at once on slices of one shape, with the passes of a real step and the transfer
-after each tick, in sweeps of one direction. The tables are run-time values, so one compiled program
-serves every context. What a slice takes is the difference between a sweep with busy ticks and one
-with idle ticks only, over the number of busy ticks: compilation, dispatch and the set-up of a step
-are in neither.
+A sweep goes in one direction. In each of its ticks all stages work at once on slices of one shape,
+with the passes of a real step, and then hand on the results. The tables are run-time values, so one
+compiled program serves every context. The time of a slice is the difference between a sweep of busy
+ticks and a sweep of idle ticks, divided by the number of ticks: dispatch, the set-up of a step and
+transfers are in both sweeps and cancel out.
 """
 
 import dataclasses
@@ -48,11 +48,11 @@ from tpipe_jax.training.step import make_train_step
 
 MAX_TICKS = 32
 REPEATS = 7  # for medians
-MIN_SECONDS = 0.02  # of the busy ticks of one measurement, and not less than idle sweeps take
-LONG_SECONDS = 2.0  # of measurements after which three are enough
+MIN_SECONDS = 0.02  # least time of the busy ticks of a sweep; more if an idle sweep takes longer
+LONG_SECONDS = 2.0  # a slice is timed until its rounds add up to this, 3 to REPEATS times
 
-# Stages are timed with all their chunks, and gradients of weights in their backward passes: what
-# these schedules change about that follows from it.
+# Schedules, and the schedule under which slices are timed instead: stages work on all their chunks,
+# and backward passes take gradients of weights. The times under the former are computed from these.
 WHOLE: dict[str, ScheduleName] = {"interleaved": "terapipe", "1f1b-deferred": "1f1b"}
 
 OnPart = Callable[[], None]  # called after each part of the work
@@ -63,11 +63,11 @@ def _nothing() -> None:
 
 
 class Program(NamedTuple):
-    """What times the slices of one shape."""
+    """The program that times slices of one shape."""
 
     compiled: Compiled
     num_ticks: tuple[int, int]
-    """Of its forward and of its backward sweep."""
+    """Ticks of its forward and of its backward sweep."""
 
 
 class Profiler:
@@ -84,7 +84,7 @@ class Profiler:
         x_shape = config.train.batch_size, self._seq_len, config.model.d_model
         x_BTD = np.random.default_rng(0).normal(size=x_shape).astype(np.float32)
         self._inputs = params, put_rows(mesh, x_BTD)
-        # A whole sequence tells how many ticks others need, and how the machine's speed drifts.
+        # A whole sequence tells how many ticks other slices need, and how the speed drifts.
         self._whole = TimedShape(1, self._seq_len, (0,))
         self._seconds_per_token, self._least_seconds = np.full(2, np.inf), MIN_SECONDS
         self._programs: dict[TimedShape, Program] = {}
@@ -92,15 +92,15 @@ class Profiler:
         round_ = self._round(self._whole, program)
         whole_seconds = self._slice_seconds(program, [round_])
         self._seconds_per_token = whole_seconds[0] / self._whole.size
-        # What idle sweeps take is subtracted, so no slice is measured against noise in it.
+        # Idle sweeps are subtracted. Busy ticks take as long or longer, so noise matters little.
         self._least_seconds = max(MIN_SECONDS, float(_agree(np.array(round_[0]))))
-        self._programs.clear()  # now that the number of ticks is known
+        self._programs.clear()  # to compile it again, with the number of ticks now known
 
     def profile(
         self, on_progress: Callable[[int, int], None], with_deferral: bool = False
     ) -> Profile:
-        """Measures what the latency model needs, and what deferring gradients of weights takes if
-        that may be planned; `on_progress(done, all)` is called in between.
+        """Measures what the latency model needs, and `with_deferral` also the times of deferred
+        gradients of weights. Calls `on_progress(done, all)` in between.
         """
         config = self._spec.config
         unit, num_stages = unit_tokens(config), config.mesh.pipe
@@ -126,9 +126,10 @@ class Profiler:
         )
 
     def refine(self, profile: Profile, wanted: Iterable[tuple[int, int]]) -> Profile:
-        """The profile with slices of so many sequences and tokens measured too.
+        """Returns the profile with the wanted slices, given as sequences and tokens, measured too.
 
-        A whole sequence is timed next to them, since the machine's speed may have changed.
+        A whole sequence is timed with them. Their times are scaled by it, since the machine's speed
+        may have changed.
         """
         unit, seq_len = unit_tokens(self._spec.config), self._seq_len
         new = [TimedShape(b, n, contexts(seq_len, n, unit, (0, 0.5, 1))) for b, n in wanted]
@@ -136,12 +137,14 @@ class Profiler:
         before = next(s for s in profile.samples if s[:3] == (1, seq_len, 0))
         drift = sum(before[3:5]) / now.sum()
         samples = _to_samples(new, [s * drift for s in seconds])
-        shapes = {shape[:2] for shape in new}  # which are no tests of the fit any more
+        shapes = {shape[:2] for shape in new}  # no longer kept out of the fit
         kept = tuple(s for s in profile.samples if not (s.is_test and s[:2] in shapes))
         return dataclasses.replace(profile, samples=kept + samples)
 
     def _compile(self, shapes: list[TimedShape], advance: OnPart) -> dict[TimedShape, Program]:
-        """The program of each shape; compiled in threads, where processes need not agree."""
+        """Returns the program of each shape. A single process compiles in several threads; several
+        processes compile one program after another, since they must agree.
+        """
         new = [shape for shape in shapes if shape not in self._programs]
 
         def program(shape: TimedShape) -> Program:
@@ -162,15 +165,15 @@ class Profiler:
         return Program(compiled, num_ticks)
 
     def _num_ticks(self, shape: TimedShape) -> tuple[int, int]:
-        """Of the forward and of the backward sweep that times a slice."""
+        """Returns the ticks of the forward and of the backward sweep that time a slice."""
         ticks = np.ceil(self._least_seconds / (self._seconds_per_token * shape.size))
         forward, backward = np.clip(ticks, 1, MAX_TICKS).astype(int).tolist()
         return forward, backward
 
     def _time(self, programs: dict[TimedShape, Program], advance: OnPart) -> list[np.ndarray]:
-        """For each shape the seconds `[context, direction]` of a slice.
+        """Returns for each shape the seconds of a slice, `[context, direction]`.
 
-        The shapes take turns, so that a machine whose speed drifts disturbs all alike.
+        The shapes take turns, so that a drift of the machine's speed affects all of them alike.
         """
         rounds: dict[TimedShape, list[tuple[float, np.ndarray]]] = {shape: [] for shape in programs}
         for round_ in range(REPEATS):
@@ -181,34 +184,34 @@ class Profiler:
         return [self._slice_seconds(program, rounds[s]) for s, program in programs.items()]
 
     def _num_rounds(self, shape: TimedShape) -> int:
-        """Fewer for slices that take so long that noise is small beside them."""
+        """Returns the number of rounds: fewer for long slices, where noise matters little."""
         seconds = float(self._seconds_per_token.sum()) * shape.size
         return min(max(math.ceil(LONG_SECONDS / seconds), 3), REPEATS)
 
     def _round(self, shape: TimedShape, program: Program) -> tuple[float, np.ndarray]:
-        """Seconds of idle sweeps, and of sweeps with work by `[context, direction]`."""
+        """Returns the seconds of an idle sweep, and of sweeps with work, `[context, direction]`."""
 
         def seconds(forward: int, backward: int) -> float:
             tables = map(self._table, (forward, backward), program.num_ticks)
             return self._seconds(program.compiled, *tables)
 
-        seconds(0, 0)  # after another program, memory and caches are not as they will be
+        seconds(0, 0)  # warms up memory and caches, which another program has used
         busy = [(seconds(n, IDLE), seconds(IDLE, n)) for n in range(len(shape.contexts))]
-        # Idle sweeps come last, since the first one with work after them is slow, and twice, since
-        # an error in them is in all results.
+        # Idle sweeps come last, since the first sweep with work after them is slow. There are two,
+        # since an error in them is in all results.
         idle = (seconds(IDLE, IDLE) + seconds(IDLE, IDLE)) / 2
         return idle, np.array(busy)
 
     def _slice_seconds(
         self, program: Program, rounds: Sequence[tuple[float, np.ndarray]]
     ) -> np.ndarray:
-        """Seconds `[context, direction]` of a slice, from several rounds."""
+        """Returns the seconds of a slice, `[context, direction]`: the median of several rounds."""
         busy = np.median([busy - idle for idle, busy in rounds], 0)
-        # No work takes less than clocks can tell, whatever the noise.
+        # Noise may make a difference 0 or negative; no work takes less than a clock can tell.
         return _agree(np.maximum(busy, 1e-6) / program.num_ticks)
 
     def _time_transfer(self, shapes: list[TimedShape]) -> tuple[float, float]:
-        """Seconds of a tick without work: a constant, and for each token that is handed over."""
+        """Returns the seconds of a tick without work: a constant, and seconds for each token."""
         chosen = some_shapes(shapes)
         tables = self._table(IDLE, MAX_TICKS), self._table(IDLE, 3 * MAX_TICKS)
         seconds = []
@@ -222,7 +225,7 @@ class Profiler:
         return max(constant, 0.0), max(per_token, 0.0)
 
     def _shapes_to_defer(self, shapes: list[TimedShape]) -> list[TimedShape]:
-        """Of a few sizes; gradients of weights don't depend on the context."""
+        """Returns shapes of a few sizes that fit in memory with deferred gradients of weights."""
         later = _with_schedule(self._spec, "1f1b-deferred")
         most_rows = _rows_that_fit(later)
         return some_shapes([shape for shape in shapes if shape.num_rows <= most_rows])
@@ -230,7 +233,10 @@ class Profiler:
     def _time_deferral(
         self, shapes: list[TimedShape], programs: dict[TimedShape, Program], advance: OnPart
     ) -> Deferral:
-        """From backward passes with and without gradients of weights, and from these alone."""
+        """Times backward passes with and without gradients of weights, and these gradients alone.
+
+        One context is enough, since gradients of weights don't depend on the context.
+        """
         later = _with_schedule(self._spec, "1f1b-deferred")
         seconds = []
         for shape in shapes:
@@ -243,7 +249,7 @@ class Profiler:
             for _ in range(1 + REPEATS):  # the first one warms up
                 passes = [self._round(bare, program) for program in (programs[shape], deferred)]
                 backward = [of_slice[0, 1] - at_rest for at_rest, of_slice in passes]
-                # As in a round: one that counts for nothing, then work, then idle ones twice.
+                # As in `_round`: one sweep to warm up, one with work, and two idle ones.
                 _, busy, *idle = (self._seconds(alone, tables[n]) for n in (0, 1, 0, 0))
                 rows.append([busy - sum(idle) / 2, *backward])
             seconds.append(np.median(rows[1:], 0) / num_ticks)
@@ -252,8 +258,10 @@ class Profiler:
         return Deferral(_line(shapes, weights, 1), _line(shapes, whole - without, 1))
 
     def _memory(self, programs: dict[TimedShape, Program]) -> Memory:
-        """From the compiler's own figures; those of the programs differ by the slice, and by what
-        is kept of so many sequences.
+        """Estimates memory from the compiler's figures for the programs.
+
+        These figures grow with the slice, and with what is kept of its sequences. The latter is
+        known, and is subtracted.
         """
         saved, gathered = activation_bytes_per_token(self._spec)
         sizes = np.array([shape.size for shape in programs])
@@ -272,7 +280,7 @@ class Profiler:
         )
 
     def _table(self, item: int, num_ticks: int) -> np.ndarray:
-        """`[tick, stage]`: all stages work on the item at every tick."""
+        """Returns a table `[tick, stage]` in which all stages work on the item at every tick."""
         return np.full((num_ticks, self._spec.mesh.shape["pipe"]), item, np.int32)
 
     def _seconds(self, run: Compiled, *tables: np.ndarray) -> float:
@@ -287,8 +295,8 @@ def _with_schedule(spec: StageSpec, schedule: Literal["auto", ScheduleName]) -> 
 
 
 def _line(shapes: Sequence[TimedShape], seconds: np.ndarray, power: int = 0) -> tuple[float, float]:
-    """A constant, and for each token, where errors count by their size over that of the slice to a
-    power.
+    """Fits seconds by a constant and seconds for each token, and returns both. Errors are weighted
+    by the size of the slice to the power of minus `power`.
     """
     sizes = np.array([shape.size for shape in shapes], float)
     per_token, constant = np.polyfit(sizes, seconds, 1, w=sizes**-power)
@@ -296,8 +304,9 @@ def _line(shapes: Sequence[TimedShape], seconds: np.ndarray, power: int = 0) -> 
 
 
 def _resting(spec: StageSpec, optimizer: optax.GradientTransformation) -> Schedule:
-    """A step whose stages do nothing: of the whole batch at once, or of one sequence after another
-    where that is asked for, or does not fit.
+    """Returns a schedule whose stages do nothing: for the whole batch at once, or for one sequence
+    after another if the settings ask for 1f1b, or leave the schedule open and the whole batch does
+    not fit in memory.
     """
     config, num_stages = spec.config, spec.num_stages
     num_rows = config.train.batch_size // config.mesh.data
@@ -308,7 +317,7 @@ def _resting(spec: StageSpec, optimizer: optax.GradientTransformation) -> Schedu
         is_one_by_one = sum(budget(spec, whole, optimizer).values()) > limit
     if num_rows == 1 or config.memory.defer_weight_grads or not is_one_by_one:
         return idle(whole)
-    token_slices = uniform(seq_len, min(2 * num_stages, seq_len))  # with which few rows are kept
+    token_slices = uniform(seq_len, min(2 * num_stages, seq_len))  # enough to keep few rows
     return idle(
         make_schedule(
             Plan(num_stages, (1,) * num_rows, (token_slices,) * num_rows, schedule="1f1b")
@@ -317,8 +326,8 @@ def _resting(spec: StageSpec, optimizer: optax.GradientTransformation) -> Schedu
 
 
 def _rows_that_fit(spec: StageSpec) -> int:
-    """For how many sequences a stage has room beside parameters and gradients, at least one, if all
-    of each waits for gradients of weights, where these are deferred.
+    """Returns how many sequences fit in memory beside parameters, gradients and optimiser state; at
+    least one. If gradients of weights are deferred, all tokens count as waiting for them.
     """
     config, limit = spec.config, limit_bytes(spec)
     if limit is None:
@@ -331,8 +340,8 @@ def _rows_that_fit(spec: StageSpec) -> int:
 
 
 def _time_outside(spec: StageSpec) -> tuple[Params, float, int]:
-    """Parameters; seconds of a training step in which no slice is due, and its bytes less those of
-    what is kept of sequences.
+    """Times a training step whose stages do nothing. Returns the parameters, the seconds of the
+    step, and its bytes without what it keeps of sequences.
     """
     config, optimizer = spec.config, make_optimizer(spec.config)
     state = init_state(spec, optimizer)
@@ -356,7 +365,7 @@ def _time_outside(spec: StageSpec) -> tuple[Params, float, int]:
 
 
 def _temporary_bytes(program: Compiled) -> int:
-    """0 where the backend does not tell."""
+    """Returns the temporary bytes of a program; 0 if the backend does not tell."""
     analysis = program.memory_analysis()
     return analysis.temp_size_in_bytes if analysis else 0
 
@@ -370,7 +379,7 @@ def _to_samples(shapes: Iterable[TimedShape], seconds: Iterable[np.ndarray]) -> 
 
 
 def _agree(seconds: np.ndarray) -> np.ndarray:
-    """The longest of what the processes measured, since the slowest stage sets the pace."""
+    """Returns the longest times of all processes, since the slowest stage sets the pace."""
     if jax.process_count() == 1:
         return seconds
     return multihost_utils.process_allgather(seconds).max(0)

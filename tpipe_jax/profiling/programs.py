@@ -24,10 +24,8 @@ from tpipe_jax.planning.schedule import Item
 
 
 def make_stage_work(spec: StageSpec, items: Sequence[Item]) -> Wrapped:
-    """`(params, x [B, T, D], forward table, backward table)` to a number that depends on all work.
-
-    The stages' part of a training step with tables that are run-time values: what the profiler
-    times.
+    """Returns the program `(params, x [B, T, D], forward table, backward table)` to a number that
+    depends on all work: the stages' part of a training step. The tables are run-time values.
     """
     num_rows = max(item.row + item.num_rows for item in items)
 
@@ -53,14 +51,16 @@ def make_stage_work(spec: StageSpec, items: Sequence[Item]) -> Wrapped:
 
 
 def make_weights_work(spec: StageSpec, item: Item) -> Wrapped:
-    """`(params, x [B, T, D], table [tick, stage, 1])` to a number: the gradients of weights alone
-    of the item, whose values are not those of x, but zeros.
+    """Returns the program `(params, x [B, T, D], table [tick, stage, 1])` to a number.
+
+    It takes only the gradients of weights of the item. The item's saved values are zeros, and x is
+    not read.
     """
 
     def local(params: Params, x_BTD: Array, table: Array) -> Array:
         stage = make_stage(spec, for_compute(spec, params))
         rows = item.num_rows
-        saved, gradients = lax.optimization_barrier(  # lest products with zeros be left out
+        saved, gradients = lax.optimization_barrier(  # so that XLA keeps products with zeros
             varying(
                 (
                     saved_of(spec, rows),
@@ -76,7 +76,9 @@ def make_weights_work(spec: StageSpec, item: Item) -> Wrapped:
 
 
 def make_transfer(spec: StageSpec, item: Item) -> Wrapped:
-    """`(params, x [B, T, D], table)` to a number: the ticks of a sweep whose stages do no work."""
+    """Returns the program `(params, x [B, T, D], table)` to a number: a sweep whose stages do no
+    work, and only hand on their packets.
+    """
 
     def local(params: Params, x_BTD: Array, table: Array) -> Array:
         x_BTD = jnp.where(lax.axis_index("pipe") == 0, x_BTD, 0)

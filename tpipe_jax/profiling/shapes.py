@@ -1,4 +1,4 @@
-"""Which slices to time, as few as the latency model needs. No jax."""
+"""Chooses which slices to time, as few as the latency model needs. No jax."""
 
 import itertools
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class TimedShape(NamedTuple):
-    """Slices to time: of one shape, after several contexts."""
+    """Slices to time: they have one shape and come after several contexts, in tokens."""
 
     num_rows: int
     num_tokens: int
@@ -19,12 +19,13 @@ class TimedShape(NamedTuple):
 
 
 def shapes_to_time(batch_size: int, seq_len: int, unit: int, num_stages: int) -> list[TimedShape]:
-    """Lengths near a half, a quarter ... of the sequence, and a few numbers of sequences.
+    """Returns the shapes to time: lengths near a half, a quarter ... of the sequence, and a few
+    numbers of sequences.
 
-    Lengths are odd multiples of the unit, since powers of two are often faster or slower than all
-    around them. The whole sequence comes first. Several sequences are timed at three lengths, and
-    some shapes between those of the grid to tell the error. Lengths that no plan for so few stages
-    needs are not timed.
+    Lengths are odd multiples of the unit, since powers of two are often faster or slower than the
+    lengths around them. The whole sequence comes first. Several sequences are timed at three
+    lengths. Some shapes between those of the grid are timed to tell the error of the latency model.
+    Lengths so short that no plan for these stages needs them are left out.
     """
     num_units = seq_len // unit
     least = num_units // max(32, 2 * num_stages)
@@ -50,11 +51,11 @@ def shapes_to_time(batch_size: int, seq_len: int, unit: int, num_stages: int) ->
 def contexts(
     seq_len: int, num_tokens: int, unit: int, shares: tuple[float, ...]
 ) -> tuple[int, ...]:
-    """Some of the contexts that such a slice may have, in whole units."""
+    """Returns contexts at these shares of the longest one that a slice may have, in whole units."""
     return tuple(sorted({int((seq_len - num_tokens) * share / unit) * unit for share in shares}))
 
 
 def some_shapes(shapes: Sequence[TimedShape]) -> list[TimedShape]:
-    """The smallest, one of middle size and the largest."""
+    """Returns the smallest shape, one of middle size, and the largest."""
     by_size = sorted(shapes, key=lambda shape: shape.size)
     return [by_size[0], by_size[len(by_size) // 2], by_size[-1]]

@@ -26,11 +26,11 @@ class Ranked:
     mesh: MeshConfig
     planning: Planning | None = None
     reason: str = ""
-    """Why there is no planning."""
+    """Why this way cannot be used, if there is no planning."""
 
     @property
     def seconds(self) -> float:
-        """Of a step; infinite where there is none."""
+        """Predicted seconds of a step; infinite where there is no prediction."""
         prediction = self.planning.plan.prediction if self.planning else None
         return prediction.step_seconds if prediction else math.inf
 
@@ -46,14 +46,14 @@ class Console:
         self._rich.print(text, markup=False)
 
     def show_facts(self, facts: dict[str, str]) -> None:
-        """A line for each."""
+        """Prints a line for each fact."""
         table = Table(show_header=False, box=None, pad_edge=False)
         for name, text in facts.items():
             table.add_row(name, text)
         self._rich.print(table)
 
     def show_hosts(self, parts: Sequence["HostPart"]) -> None:
-        """A line for each host: what it has of the mesh."""
+        """Prints a line for each host, with its part of the mesh."""
         table = Table(title="hosts", title_justify="left", box=None, pad_edge=False)
         for name in ("host", "processes", "devices", "stages", "data shards"):
             table.add_column(name)
@@ -65,7 +65,9 @@ class Console:
     def show_budget(
         self, parts: dict[str, int], remat: str, total_bytes: int, limit_bytes: float | None
     ) -> None:
-        """A line for each part of a device's memory, and what the compiler says of all of it."""
+        """Prints a line for each part of a device's memory, and the compiler's figure for the
+        whole.
+        """
         title = f"memory of a device with config.memory.remat={remat}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         table.show_header = False
@@ -78,7 +80,7 @@ class Console:
         self._rich.print(table)
 
     def show_plan(self, plan: Plan, chunk_factors: Sequence[float]) -> None:
-        """A line for each slice; batch slices that are alike are shown once."""
+        """Prints a line for each slice; batch slices that are alike are shown once."""
         title = f"plan, schedule {_schedule(plan)}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         names = ["batch slices", "sequences", "slice", "tokens", "context"]
@@ -112,7 +114,9 @@ class Console:
             )
 
     def show_planning(self, planning: Planning) -> None:
-        """The plan, how sure it is, and what other schedules and simpler plans would take."""
+        """Prints the plan, whether it is proven optimal, and the times of other schedules and
+        plans.
+        """
         self.show_plan(planning.plan, planning.chunk_factors)
         if len(planning.options) > 1:
             self._show_options(planning)
@@ -139,7 +143,7 @@ class Console:
         compare("the best uniform slices", planning.best_uniform)
 
     def _show_options(self, planning: Planning) -> None:
-        """A line for each schedule, and why the plan's own was taken."""
+        """Prints a line for each schedule, and why the schedule of the plan was taken."""
         title = "schedules, and what a stage keeps of the sequences in it"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for name in ("schedule", "step", "bubble", "kept", ""):
@@ -158,7 +162,7 @@ class Console:
         self._rich.print(table)
 
     def show_ranking(self, ranking: Sequence[Ranked]) -> None:
-        """A line for each way to divide the devices."""
+        """Prints a line for each way to divide the devices."""
         title = "ways to divide the devices, the first is taken"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for name in ("data", "pipe", "model", "step", "bubble"):
@@ -177,7 +181,7 @@ class Console:
         self._rich.print(table)
 
     def show_agreement(self, predicted_seconds: float, measured_seconds: float) -> None:
-        """How well the prediction and the measurement of a step agree."""
+        """Prints how well the predicted and the measured time of a step agree."""
         self.say(
             f"a step takes {milliseconds(measured_seconds)}, predicted were "
             f"{milliseconds(predicted_seconds)}: {predicted_seconds / measured_seconds - 1:+.0%}"
@@ -185,7 +189,7 @@ class Console:
 
     @contextmanager
     def profiling(self) -> Iterator[Callable[[int, int], None]]:
-        """Shows a bar while latencies are measured; yields what moves it, `(done, all)`."""
+        """Shows a bar while latencies are measured; yields a function `(done, all)` to move it."""
         if not self._rich.is_terminal:
             self.say("profiling ...")
         with self.working("profiling") as show:
@@ -193,7 +197,7 @@ class Console:
 
     @contextmanager
     def working(self, what: str) -> Iterator[Callable[[int, int], None]]:
-        """Shows a bar; yields what moves it, `(done, all)`."""
+        """Shows a bar; yields a function `(done, all)` to move it."""
         progress = self._make_progress(what)
         task = progress.add_task("", total=None, numbers="")
         with progress:
@@ -219,7 +223,7 @@ class Console:
             self.say(f"step {step}: held-out loss {metrics['eval_loss']:.3f} nats per token")
 
     def show_sample(self, prompt: str, continuation: str) -> None:
-        """The end of a held-out text and what the model makes of it."""
+        """Prints the end of a held-out text, and how the model continues it."""
         self._rich.print("[dim]a held-out text ...[/dim]")
         self.say(prompt)
         self._rich.print("[dim]... and how the model continues it[/dim]")
@@ -233,12 +237,12 @@ class Console:
             TextColumn("{task.fields[numbers]}"),
             TimeRemainingColumn(),
             console=self._rich,
-            refresh_per_second=2,  # the cores are busy
+            refresh_per_second=2,  # not more often, since the cores are busy
         )
 
 
 def _schedule(plan: Plan) -> str:
-    """The name of its schedule, with the chunks of each stage if there are several."""
+    """Returns the name of a plan's schedule, with the chunks of each stage if there are several."""
     return plan.schedule + f", {plan.num_chunks} chunks" * (plan.num_chunks > 1)
 
 
@@ -256,7 +260,7 @@ def _reason(planning: Planning) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """A time as text, with as many digits as mean something."""
+    """Returns a time in ms as text, with as many digits as are meaningful."""
     return f"{seconds * 1e3:.0f} ms" if seconds >= 0.1 else f"{seconds * 1e3:.3g} ms"
 
 
@@ -265,7 +269,7 @@ def _megabytes(num_bytes: float) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """Ascending numbers as text, as 0-3, 5."""
+    """Returns ascending numbers as text, as 0-3, 5."""
     starts = [n for n in numbers if n - 1 not in numbers]
     stops = [n for n in numbers if n + 1 not in numbers]
     pairs = zip(starts, stops, strict=True)

@@ -1,9 +1,10 @@
 """When the stages worked in a step that was run, read from a trace of what their devices did.
 
-In each tick in which a direction has any work a stage works, or idles, and then hands its box on.
-Both are in a conditional of the program (`inplace.run_on_all_if`), so what lies between the start
-of that and its transfer is the work of a tick. Such conditionals and their transfers are found in
-the text of the program, and then by their names in the trace.
+In each tick in which a direction has any work, each stage works or idles, and then hands its result
+on to its neighbour. Both happen in a conditional of the program (`inplace.run_on_all_if`). So the
+work of a tick lies between the start of the conditional and the start of its transfer. These
+conditionals and their transfers are found in the text of the program, and then by their names in
+the trace.
 """
 
 import json
@@ -38,7 +39,7 @@ _TRANSFER = re.compile(
 
 
 class Event(NamedTuple):
-    """One operation on a device, seconds."""
+    """One operation on a device, with its times in seconds."""
 
     name: str
     start: float
@@ -46,7 +47,9 @@ class Event(NamedTuple):
 
 
 class Lane(NamedTuple):
-    """The operations of a program that are one direction of a tick, and the transfers in it."""
+    """The operations of a program that are one direction of a tick: its conditional, and the
+    transfers in it.
+    """
 
     conditional: str
     transfers: frozenset[str]
@@ -72,9 +75,10 @@ def traced(
 ) -> tuple[Result, list[Box], float]:
     """Runs a step, to its end.
 
-    Returns its result, the work of those stages whose first device is of this process, by its
-    host's clock, and how long the step took, all in seconds. There is no work where the trace does
-    not show it, or cannot be taken: devices other than CPUs may name their operations differently.
+    Returns the result of the step, the boxes of the stages whose first device belongs to this
+    process, timed by the host's clock, and the duration of the step. All times are in seconds.
+    There are no boxes if the trace cannot be taken or does not show them: devices other than CPUs
+    may name their operations differently.
     """
     events: dict[int, list[Event]] = {}
     with _recorded(events):
@@ -84,7 +88,7 @@ def traced(
     lanes, boxes = find_lanes(text), []
     for stage, device in enumerate(mesh.devices[0, :, 0]):
         if device.process_index == jax.process_index():
-            # Traces number a process's devices, but CPUs by their number among all.
+            # A trace numbers devices within a process, but CPUs among those of all processes.
             number = device.id if device.platform == "cpu" else device.local_hardware_id
             boxes += stage_boxes(events.get(number, []), lanes, schedule, stage)
     return result, boxes, seconds
@@ -93,13 +97,14 @@ def traced(
 def gathered_ticks(
     boxes: Sequence[Box], workdir: Path, plan: Plan, step: int
 ) -> tuple[str, float | None]:
-    """Adds the boxes of all processes to timeline.json, once in a run; says what has come of it,
-    and to process 0 the share of time in which stages idle, if it is known.
+    """Adds the boxes of all processes to timeline.json, once in a run. Returns a text on how this
+    went, and the bubble, the share of time in which stages idle. Only process 0 gets the bubble, if
+    known.
     """
     bubble = None
 
     def report(texts: list[str]) -> str:
-        """As text, whatever happens, since nobody must wait for a process that has failed."""
+        """Returns a text even if something fails: the other processes wait for it."""
         nonlocal bubble
         timeline = merged(texts, plan.num_stages)
         if not timeline:
@@ -121,12 +126,14 @@ def gathered_ticks(
 
 
 def to_text(boxes: Sequence[Box]) -> str:
-    """What processes tell each other of their boxes."""
+    """Returns boxes as the text that processes send each other."""
     return json.dumps([tuple(vars(box).values()) for box in boxes])
 
 
 def merged(texts: Sequence[str], num_stages: int) -> Timeline | None:
-    """The timeline of all processes' boxes, from the first start on; None if a stage has none."""
+    """Returns the timeline of all processes' boxes, from the first start on; None if a stage has
+    none.
+    """
     boxes = [Box(*values) for text in texts for values in json.loads(text)]
     if len({box.stage for box in boxes}) < num_stages:
         return None
@@ -139,8 +146,8 @@ def merged(texts: Sequence[str], num_stages: int) -> Timeline | None:
 
 
 def find_lanes(text: str) -> list[Lane]:
-    """The conditionals of a compiled program, `compiled.as_text()`, that hand on what they have
-    made.
+    """Returns the conditionals of a compiled program, `compiled.as_text()`, that hand on their
+    result.
     """
     transfers = {name: _TRANSFER.findall(body) for name, body in split_computations(text)}
     lanes = [
@@ -153,7 +160,7 @@ def find_lanes(text: str) -> list[Lane]:
 def stage_boxes(
     events: Sequence[Event], lanes: Sequence[Lane], schedule: Schedule, stage: int
 ) -> list[Box]:
-    """The work of a stage, from the events of its device; none if they are not those of a step."""
+    """Returns the boxes of a stage, from its device's events; none if these are not of one step."""
     found = []
     for lane in lanes:
         starts = sorted(event.start for event in events if event.name == lane.conditional)
@@ -178,8 +185,8 @@ def stage_boxes(
 
 @contextmanager
 def _recorded(events: dict[int, list[Event]]) -> Iterator[None]:
-    """Adds what each device of this process does meanwhile, by its number in the trace; nothing, if
-    it cannot be recorded.
+    """Adds to `events` what each device of this process does inside, by its number in the trace.
+    Adds nothing if it cannot be recorded.
     """
     options, folder = jax.profiler.ProfileOptions(), ""
     options.python_tracer_level = 0
@@ -196,7 +203,9 @@ def _recorded(events: dict[int, list[Event]]) -> Iterator[None]:
 
 
 def _device_events(profile: ProfileData) -> Iterator[tuple[int, Event]]:
-    """Each operation, with the number of its device. Raises ValueError if nothing says when."""
+    """Yields each operation, with the number of its device. Raises ValueError if the trace does not
+    say when it began.
+    """
     planes = list(profile.planes)
     stats_of_planes = [dict(plane.stats) for plane in planes]
     [begin] = [s["profile_start_time"] for s in stats_of_planes if "profile_start_time" in s]

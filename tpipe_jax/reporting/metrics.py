@@ -1,8 +1,8 @@
 """The numbers of a run, as lines of `metrics.jsonl` and as TensorBoard events.
 
 Each write reaches the files before it returns, so a killed run keeps what it logged. The events are
-written record by record: the usual writers leave that to a thread, which a full disk ends and
-which the run then waits for without end.
+written here, record by record. The usual writers leave this to a thread; a full disk ends that
+thread, and the run then waits for it without end.
 """
 
 import contextlib
@@ -31,10 +31,10 @@ from tpipe_jax.files import told_as
 class Metrics:
     """`metrics.jsonl` and `tensorboard/` in `workdir`, of a run that has done `first_step` steps.
 
-    What an interrupted run logged beyond its last checkpoint, the resumed run logs again: lines of
-    steps after `first_step` are dropped, and TensorBoard is told to drop its own.
+    A resumed run logs the steps after its checkpoint again. So lines of steps after `first_step`
+    are dropped, and TensorBoard is told to drop its events of them.
 
-    With a config that names a project of Weights & Biases it gets the numbers too. Raises
+    If the config names a project of Weights & Biases, that project gets the numbers too. Raises
     `UserError`, as `write` and `close` do, if a file cannot be written.
     """
 
@@ -59,7 +59,7 @@ class Metrics:
                 raise
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Appends the values after `step` steps; NaN and infinity, unknown to JSON, as null."""
+        """Appends the values after `step` steps. NaN and infinity, unknown to JSON, become null."""
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         with self._writing():
@@ -93,7 +93,7 @@ class Metrics:
 
 
 def check_tracker(config: Config) -> None:
-    """Raises `UserError` where config.metrics.wandb lacks its package."""
+    """Raises `UserError` if config.metrics.wandb is set and its package is missing."""
     if config.metrics.wandb is None:
         return
     try:
@@ -106,7 +106,7 @@ def check_tracker(config: Config) -> None:
 
 
 def _tracker(config: Config, workdir: Path) -> Any:
-    """A run of Weights & Biases, the same one whenever the run of the workdir goes on."""
+    """Opens a run of Weights & Biases; a resumed run of the workdir opens the same one again."""
     check_tracker(config)
     wandb, kept = importlib.import_module("wandb"), workdir / "wandb.id"
     with _tracking():
@@ -148,7 +148,7 @@ def _drop_after(last_step: int, path: Path) -> None:
             "folder with --workdir."
         ) from error
     if kept != lines:
-        # In one go, so that a kill in between cannot lose the lines that stay.
+        # Replaced in one step, so that a kill cannot lose the lines that stay.
         new = path.with_suffix(".jsonl.new")
         new.write_bytes(b"".join(kept))
         os.replace(new, path)

@@ -1,4 +1,4 @@
-"""A plan as a picture to judge it by: plan.png. No jax."""
+"""Draws plan.png, a picture to judge a plan by. No jax."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ def draw_plan(
 ) -> None:
     """Writes plan.png: latencies as measured and fitted, the fit's error, the predicted timeline.
 
-    Raises `UserError` if it cannot.
+    Raises `UserError` if it cannot be written.
     """
     assert plan.prediction is not None
     figure = Figure(figsize=(13, 9), layout="constrained")
@@ -50,8 +50,8 @@ def draw_plan(
 def _draw_latencies(
     axes: Axes, name: str, times: np.ndarray, table: LatencyTable, plan: Plan
 ) -> None:
-    """Curves over the length of a slice, one for each of a few contexts, of one sequence and of as
-    many as the plan has in a batch slice.
+    """Draws curves over the length of a slice, one for each of a few contexts: for one sequence,
+    and for as many as the plan's first batch slice has.
     """
     num_sizes, num_slices, num_contexts = times.shape
     tokens = np.arange(1, num_slices + 1) * table.unit_tokens
@@ -86,7 +86,7 @@ def _draw_latencies(
 
 
 def _draw_errors(axes: Axes, profile: Profile, tests: Sequence[Sample]) -> None:
-    """Prediction against measurement, for the slices that the model was not fitted to."""
+    """Draws prediction against measurement, for the slices that the model was not fitted to."""
     lines = []
     for name, model, colour in zip(
         ("forward", "backward"), profile.models(), ("tab:blue", "tab:orange"), strict=True

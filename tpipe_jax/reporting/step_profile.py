@@ -1,4 +1,4 @@
-"""Steps that a profile is taken of, for xprof, TensorBoard and Perfetto."""
+"""Takes a profile of some steps, for xprof, TensorBoard and Perfetto."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,9 @@ from tpipe_jax.errors import UserError
 
 
 def parse_steps(value: str | None, config: TrainConfig) -> range | None:
-    """The steps of --profile=START:STOP, both included. Raises `UserError` if there are none."""
+    """Returns the steps of --profile=START:STOP, both included. Raises `UserError` if they are not
+    steps of the run, or config.train.trace_step is among them.
+    """
     if value is None:
         return None
     found = re.fullmatch(r"(\d+):(\d+)", value)
@@ -37,14 +39,14 @@ class ProfiledSteps:
         self._folder = folder / f"process-{jax.process_index()}" if several else folder
 
     def is_first(self, step: int) -> bool:
-        """Also of those that are left where a run goes on among them."""
+        """Whether the profile starts here: at the first of its steps that this run comes to."""
         return step in self._steps and not (self._is_running or self._is_done)
 
     def is_last(self, step: int) -> bool:
         return self._is_running and step >= self._steps[-1]
 
     def start(self) -> None:
-        """Raises `UserError` if there can be no profile."""
+        """Starts the profile. Raises `UserError` if it cannot be taken."""
         try:
             jax.profiler.start_trace(self._folder, create_perfetto_trace=True)
         except (OSError, RuntimeError) as error:
@@ -55,7 +57,7 @@ class ProfiledSteps:
         self._is_running = True
 
     def stop(self) -> str:
-        """Says where the profile is."""
+        """Ends the profile. Returns a sentence on where it is, or why it is lost."""
         self._is_running, self._is_done = False, True
         try:
             jax.profiler.stop_trace()

@@ -1,4 +1,4 @@
-"""A schedule as a picture, and as a trace: one box for each slice on each stage."""
+"""Draws a schedule, and writes it as a trace: one box for each slice on each stage."""
 
 import json
 from pathlib import Path
@@ -42,7 +42,9 @@ def draw_timeline(
 def draw_boxes(
     axes: Axes, schedule: Schedule, timeline: Timeline, unit: str, end: float | None = None
 ) -> list[Patch]:
-    """Draws the timeline, on an axis that ends with it or at `end`; returns what a legend shows."""
+    """Draws the timeline, on an axis that ends with it or at `end`. Returns the entries of a
+    legend.
+    """
     num_stages, num_items = schedule.num_stages, len(schedule.items)
     is_one_row = all(item.num_rows == 1 for item in schedule.items)
     end = end or timeline.step_seconds or 1.0
@@ -74,7 +76,7 @@ def draw_boxes(
                 fontsize=8,
                 bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.8},
             )
-    if are_many:  # one collection is drawn in a fraction of the time of so many patches
+    if are_many:  # much faster to draw than many single patches
         axes.add_collection(PatchCollection(rectangles, match_original=True))
     axes.set(xlim=(0, end), ylim=(num_stages - 0.5, -0.5), xlabel=f"time [{unit}]")
     step = -(-num_stages // 24)
@@ -92,8 +94,8 @@ def draw_boxes(
 def trace_events(
     kind: int, name: str, schedule: Schedule, timeline: Timeline
 ) -> list[dict[str, Any]]:
-    """A timeline as events of the trace event format: a process of that number and name, with a
-    thread for each stage. Its seconds are the trace's.
+    """Returns a timeline as events of the trace event format: a process of number `kind` and of
+    this name, with a thread for each stage. A second of the timeline is a second of the trace.
     """
     events: list[dict[str, Any]] = [
         {"ph": "M", "pid": kind, "name": "process_name", "args": {"name": name}}
@@ -120,12 +122,12 @@ def trace_events(
 
 
 def write_trace(path: Path, events: list[dict[str, Any]]) -> None:
-    """Writes a file that Perfetto opens."""
+    """Writes events to a file that Perfetto opens."""
     path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
 
 
 def read_trace(path: Path, kind: int) -> list[dict[str, Any]]:
-    """The events of one kind in such a file; none if there is no file, or not such a one."""
+    """Returns the events of one kind in a trace file; none if it is missing or not a trace."""
     try:
         return [
             event for event in json.loads(path.read_text())["traceEvents"] if event["pid"] == kind
@@ -135,8 +137,8 @@ def read_trace(path: Path, kind: int) -> list[dict[str, Any]]:
 
 
 def work_of(events: list[dict[str, Any]]) -> list[tuple[int, str, str]]:
-    """Which stage works on what in which direction, in order; gradients of weights, which measured
-    ticks don't have, are left out.
+    """Returns which stage works on which slice in which direction, in order. Leaves out gradients
+    of weights, which measured ticks do not have.
     """
     return sorted(
         (e["tid"], e["cat"], e["name"]) for e in events if e["ph"] == "X" and e["cat"] != "weights"

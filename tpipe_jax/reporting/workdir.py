@@ -1,4 +1,4 @@
-"""What a run's folder says of it: config.json, plan.json, timeline.png and timeline.json."""
+"""Files that describe a run, in its folder: config.json, plan.json, timeline.png, timeline.json."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -27,9 +27,11 @@ FILES = ("plan.json", "plan.png", "timeline.png", "timeline.json", "metrics.json
 
 
 def changed_settings(config: Config, workdir: Path) -> list[str]:
-    """Settings that differ from those of the run that is in the folder already, as text.
+    """Returns, as text, the settings that differ from those of the run that is in the folder
+    already.
 
-    Raises `UserError` for a folder whose files are not of a run, since they would be overwritten.
+    Raises `UserError` if the folder has files that are not of a run, since they would be
+    overwritten.
     """
     try:
         path = workdir / "config.json"
@@ -50,8 +52,9 @@ def changed_settings(config: Config, workdir: Path) -> list[str]:
 def describe_in_files(
     config: Config, workdir: Path, plan: Plan, chunk_factors: Sequence[float]
 ) -> None:
-    """Writes config.json, plan.json, timeline.png and timeline.json, which keeps the measured ticks
-    of an earlier start with these slices. Raises `UserError` if it cannot.
+    """Writes config.json, plan.json, timeline.png and timeline.json. The last keeps the measured
+    ticks of an earlier start if its slices were the same. Raises `UserError` if a file cannot be
+    written.
     """
     schedule = make_schedule(plan)
     slices = f"{len(schedule.items)} slices ({'sequences x ' * (plan.batch_size > 1)}tokens)"
@@ -64,7 +67,7 @@ def describe_in_files(
             item.num_rows * forward_flops(config.model, item.num_tokens, item.token) / 1e9
             for item in schedule.items
         ]
-        # A backward pass takes about twice the operations of a forward pass, half of them for
+        # A backward pass takes about twice the operations of a forward pass. Half of them are for
         # gradients of weights.
         later = None if schedule.weights is None else cost
         backward = [2 * c for c in cost] if later is None else cost
@@ -91,7 +94,7 @@ def write_config(config: Config, workdir: Path) -> None:
 
 
 def add_measured_ticks(workdir: Path, plan: Plan, step: int, timeline: Timeline) -> None:
-    """Adds a step as it was to timeline.json. Raises `UserError` if it cannot."""
+    """Adds the measured timeline of a step to timeline.json. Raises `UserError` if it cannot."""
     path, name = workdir / "timeline.json", f"measured, step {step}"
     measured = trace_events(MEASURED, name, make_schedule(plan), timeline)
     with writing_to(workdir):
@@ -100,9 +103,9 @@ def add_measured_ticks(workdir: Path, plan: Plan, step: int, timeline: Timeline)
 
 @contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
-    """Keeps other runs out of a folder of a workdir, which it makes.
+    """Makes a folder of a workdir, and keeps other runs out of it.
 
-    Raises `UserError` if one is in it.
+    Raises `UserError` if another run is in it.
     """
     with writing_to(folder.parent):
         folder.mkdir(parents=True, exist_ok=True)

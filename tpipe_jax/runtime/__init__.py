@@ -1,1 +1,1 @@
-"""Processes: start, agree, fail and stop together."""
+"""Lets the processes of a run start, agree, fail and stop together."""

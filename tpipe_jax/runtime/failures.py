@@ -1,8 +1,9 @@
-"""How a run fails: the first failure is told to all processes, which print it and end with it.
+"""How a run fails: all processes are told of the first failure, and end with its exit status.
 
-A process that fails leaves its error in the coordination service of process 0. All others look for
-one all the time and end, whatever they wait for, be it a collective that the failed one will never
-join. A process that hangs is one that fails: a thread of its own notices.
+A process that fails leaves its error in the coordination service of process 0. All other processes
+look there all the time, and end when they find an error, whatever they are waiting for. They may be
+waiting in a collective that the failed process will never join. A process that hangs fails too: one
+of its own threads notices.
 """
 
 import json
@@ -23,9 +24,9 @@ from jax.errors import JaxRuntimeError
 
 from tpipe_jax.errors import UserError
 
-POLL_SECONDS = 0.5  # between two looks for another process's error, or at how long a step takes
-FAREWELL_SECONDS = 15  # in which all processes should have seen an error, on a busy machine too
-SERVICE_SECONDS = 3  # that process 0 stays for, after that, while the others end
+POLL_SECONDS = 0.5  # between two checks for another process's error, or for a step that is late
+FAREWELL_SECONDS = 15  # by then all processes should have seen an error, on a busy machine too
+SERVICE_SECONDS = 3  # for which process 0 stays after that, while the others end
 KEY = "tpipe_jax/failure"
 
 Expect = Callable[[str, float], None]
@@ -33,25 +34,25 @@ Expect = Callable[[str, float], None]
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a process ends, as all processes are told."""
+    """Why a process ends; all processes are told this."""
 
     status: int
     text: str
     """One sentence, or a traceback."""
     is_hang: bool = False
-    """Whether the others hang too, so that it helps to know where."""
+    """Whether the process hangs. Others may then hang too, so each prints where it is."""
     process: int = 0
     host: str = ""
 
 
 STOPPED = Failure(130, "stopped")
 
-_ending = threading.Lock()  # kept by the thread that ends the process
+_ending = threading.Lock()  # held by the thread that ends the process
 
 
 @contextmanager
 def ending_together() -> Iterator[None]:
-    """Ends all processes when one fails in here, with its exit status."""
+    """Ends all processes when one fails inside, with the exit status of the one that failed."""
     left = threading.Event()
 
     def watch() -> None:
@@ -72,8 +73,9 @@ def ending_together() -> Iterator[None]:
 
 @contextmanager
 def watched(give_up: Callable[[str], NoReturn] | None = None) -> Iterator[Expect]:
-    """Yields a function that says what the process does from now on, and how many seconds that may
-    take. If it takes longer, the run ends, everywhere, and the stacks of all threads are printed.
+    """Yields a function with which the process says what it does next, and how many seconds that
+    may take. If it takes longer, `give_up` is called. By default that ends all processes of the run
+    and prints the stacks of all their threads.
 
     While the process is stopped (Ctrl-Z), no time passes.
     """
@@ -106,17 +108,17 @@ def watched(give_up: Callable[[str], NoReturn] | None = None) -> Iterator[Expect
 
 
 def end_hanging(text: str) -> NoReturn:
-    """Ends all processes with a text, and with the stacks of all their threads."""
+    """Ends all processes, with a text and with the stacks of all their threads."""
     _end(_publish(Failure(1, f"{text}\n{_stacks()}", is_hang=True)))
 
 
 def end_stopped() -> NoReturn:
-    """Ends all processes as a second Ctrl-C does."""
+    """Ends all processes, as a second Ctrl-C does."""
     _end(_publish(STOPPED))
 
 
 def print_error(text: str) -> None:
-    """Prints to stderr, if somebody is reading."""
+    """Prints to stderr. Does nothing if nobody reads it any more."""
     with suppress(OSError, ValueError):
         sys.stdout.flush()
         print(text, file=sys.stderr, end="\n" if text else "", flush=True)
@@ -131,7 +133,9 @@ def _failure_of(error: BaseException) -> Failure:
 
 
 def _publish(failure: Failure) -> Failure:
-    """Tells the others; returns the failure that came first, of this process or of another."""
+    """Tells the other processes of a failure. Returns the first failure, of this process or of
+    another.
+    """
     if _client() is None:
         return failure
     own = replace(failure, process=distributed.global_state.process_id, host=socket.gethostname())
@@ -143,7 +147,7 @@ def _publish(failure: Failure) -> Failure:
 
 
 def _published() -> Failure | None:
-    """The failure that has been published, if there is one."""
+    """Returns the failure that has been published, or None."""
     try:
         return Failure(**json.loads(_client().key_value_try_get(KEY)))
     except JaxRuntimeError:
@@ -151,7 +155,7 @@ def _published() -> Failure | None:
 
 
 def _end(failure: Failure) -> NoReturn:
-    """Prints the failure in its own process and in process 0, and ends this one."""
+    """Prints the failure, in the process that failed and in process 0, and ends this process."""
     _ending.acquire()
     own = distributed.global_state.process_id
     if failure.process == own:
@@ -162,17 +166,19 @@ def _end(failure: Failure) -> NoReturn:
         if failure.is_hang:
             print_error(f"meanwhile process {own} was here:\n{_stacks()}")
     if _client() is not None:
-        with suppress(Exception):  # process 0, which tells others, may not go before all have heard
+        with suppress(Exception):  # process 0 has the error, so it stays until all have read it
             _client().wait_at_barrier("tpipe_jax/farewell", 1000 * FAREWELL_SECONDS)
         if own == 0:
-            time.sleep(SERVICE_SECONDS)  # jax aborts a process that it ends before
+            time.sleep(SERVICE_SECONDS)  # if process 0 ended first, jax would abort the others
         elif failure.process != own:
-            time.sleep(POLL_SECONDS)  # so that who started them sees which was the first to end
-    os._exit(failure.status)  # threads and collectives may never come to an end
+            time.sleep(POLL_SECONDS)  # so that the launcher sees the failed process end first
+    os._exit(failure.status)  # threads and collectives may never end
 
 
 def _stacks() -> str:
-    """Where each thread is, as text, but the one that asks; the main one comes last."""
+    """Returns where each thread is, as text. Leaves out the calling thread; the main one comes
+    last.
+    """
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     names.pop(threading.get_ident(), None)
     main = threading.main_thread().ident

@@ -18,17 +18,18 @@ from tpipe_jax.config.flags import Flags
 from tpipe_jax.errors import UserError
 
 GRACE_SECONDS = 10  # for the others to end by themselves after one has failed
-RESTART_SECONDS = 20  # in which processes that others have started notice that one has failed
-FINAL = (0, 2, 130)  # done, something to mend, stopped: starting again would not help
+RESTART_SECONDS = 20  # for processes started elsewhere to notice that one has failed
+FINAL = (0, 2, 130)  # done, user error, stopped: starting again would not help
 
 Child = subprocess.Popen[str]
 
 
 def supervise(argv: Sequence[str], flags: Flags) -> int:
-    """Runs the program in processes of its own, one, or the local ones that are asked for, and
-    again where they have failed and may be restarted; returns the last exit status.
+    """Runs the program in a process of its own, or in as many local processes as are asked for.
+    Starts it again when it has failed, as often as restarts are allowed. Returns the last exit
+    status.
 
-    Raises `UserError` if the devices don't divide.
+    Raises `UserError` if the local processes do not divide the devices.
     """
     children: list[Child] = []
     num_left = flags.processes.max_restarts
@@ -52,11 +53,12 @@ def supervise(argv: Sequence[str], flags: Flags) -> int:
 
 
 def start_local(argv: Sequence[str], flags: Flags, children: list[Child]) -> int:
-    """Starts the program once for each local process, and relays what they print, line by line.
+    """Starts the program once for each local process, and relays what the processes print, line by
+    line.
 
-    Cores and devices are shared out evenly. Returns 0 if all processes end so, else the status of
-    the one that failed first; the others are ended then. `children` is filled with them. Raises
-    `UserError` if the devices don't divide.
+    Cores and devices are shared out evenly. `children` is filled with the processes. Returns 0 if
+    all processes end with 0. Else returns the status of the one that failed first, after which the
+    others are ended. Raises `UserError` if the processes do not divide the devices.
     """
     num_processes, num_devices = flags.processes.local_processes, flags.config.mesh.num_devices
     assert num_processes is not None
@@ -89,7 +91,7 @@ def start_local(argv: Sequence[str], flags: Flags, children: list[Child]) -> int
 
 
 def _start(command: Sequence[str], is_relayed: bool = False) -> Child:
-    """Starts a process that signals reach from here only."""
+    """Starts a process in a session of its own, so that only this process sends it signals."""
     if not is_relayed:
         return subprocess.Popen(command, text=True, start_new_session=True)
     width = get_terminal_size().columns - len("[0] ")
@@ -106,9 +108,9 @@ def _start(command: Sequence[str], is_relayed: bool = False) -> Child:
 
 
 def _wait(children: Sequence[Child]) -> int:
-    """Waits for all processes; returns the exit status of the one that failed first, if one did.
+    """Waits for all processes. Returns 0, or the exit status of the process that failed first.
 
-    Says which that was, and ends those that don't end by themselves then.
+    Says which process failed first. Kills the processes that do not end by themselves after that.
     """
     first, deadline, hanging = None, math.inf, []
     while None in (codes := [child.poll() for child in children]) or (first is None and any(codes)):
@@ -124,7 +126,7 @@ def _wait(children: Sequence[Child]) -> int:
     if first is None:
         return 0
     code = children[first].returncode
-    # Those that end alike have told each other why, and said it.
+    # Processes that all end with the same status have told each other why, and printed it.
     is_alike = all(child.returncode == code for child in children)
     if code < 0 or not (is_alike or code in FINAL):
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
@@ -140,7 +142,9 @@ def _wait(children: Sequence[Child]) -> int:
 
 @contextmanager
 def _on_its_cores(index: int, num_processes: int) -> Iterator[None]:
-    """What is started within runs on its share of the cores, or on all if there are too few."""
+    """Runs processes started inside on one process's share of the cores, or on all if there are too
+    few.
+    """
     before = os.sched_getaffinity(0)
     num_own = len(before) // num_processes
     if num_own:
@@ -153,8 +157,8 @@ def _on_its_cores(index: int, num_processes: int) -> Iterator[None]:
 
 @contextmanager
 def _passing_signals_to(children: Sequence[Child]) -> Iterator[list[int]]:
-    """Ctrl-C and SIGTERM go to the processes, which know what to do with them; yields those that
-    have come.
+    """Passes Ctrl-C and SIGTERM on to the processes, which know what to do. Yields the list of
+    signals received so far. Kills at the end the processes that still run.
     """
     received: list[int] = []
 
@@ -181,7 +185,7 @@ def _relay(prefix: str, source: IO[str] | None, target: IO[str]) -> None:
     assert source is not None
     with source:
         for line in source:
-            # Gloo tells of each group of processes it connects, and its threads tear the lines.
+            # Gloo prints a line for each group of processes, and its threads may break the lines.
             is_gloo = line.startswith("[Gloo] ") or "connected peer ranks is" in line
             if is_gloo or not line.strip():
                 continue

@@ -1,7 +1,8 @@
-"""The processes of a run: how they find each other, agree, and stop after one and the same step.
+"""The processes of a run: how they find each other, agree, and stop after the same step.
 
 Built on jax's own distributed runtime. Its coordination service, in process 0, holds a few values
-that all can read; what is said here before devices are known goes through those.
+that all processes can read. Before devices are known, processes talk to each other through these
+values.
 """
 
 import hashlib
@@ -31,17 +32,18 @@ from tpipe_jax.runtime.failures import ending_together, print_error
 from tpipe_jax.version import __version__
 
 PACKAGE = Path(__file__).parents[1]
-END_SECONDS = 3600  # in which process 0 should have written what it still has when others are done
-HEARTBEAT_SECONDS = 15  # after which a process that was killed, or whose host is gone, is missed
+END_SECONDS = 3600  # for process 0 to finish its writing when the others are done
+HEARTBEAT_SECONDS = 15  # of silence, after which a process counts as killed or its host as gone
 
 
 @contextmanager
 def joined(flags: Flags) -> Iterator[int]:
     """Joins the other processes of the run, yields their number, and leaves together with them.
 
-    Call it before anything else of jax. What fails within it in one process ends all of them, with
-    the same exit status and the first error printed; a process alone raises it as usual. Raises
-    `UserError` if the processes don't find each other in time.
+    Call it before anything else of jax. If one process fails inside, all processes end with the
+    same exit status, and the first error is printed. A process alone raises its error as usual. If
+    the processes do not find each other in time, prints why and ends this one. Raises `UserError`
+    if jax cannot join them.
     """
     if not _connect(flags.processes):
         yield 1
@@ -54,7 +56,7 @@ def joined(flags: Flags) -> Iterator[int]:
 
 
 def from_first(text: str) -> str:
-    """The text that process 0 has, in all processes."""
+    """Returns the text of process 0, in all processes."""
     if jax.process_count() == 1:
         return text
     own = np.frombuffer(text.encode(), np.uint8)
@@ -66,19 +68,19 @@ def from_first(text: str) -> str:
 def stop_notices() -> Callable[[], bool]:
     """Returns a function that tells whether some process has received SIGTERM.
 
-    All processes call it equally often, and it is True at one and the same call in all of them, and
-    never again. Until `stop_notices` is called, SIGTERM ends a process as usual.
+    All processes call the function equally often. It returns True once, at the same call in all
+    processes. Until `stop_notices` is called, SIGTERM ends a process as usual.
     """
     jax.config.update("jax_enable_preemption_service", True)
     distributed.global_state.initialize_preemption_sync_manager()
     calls = itertools.count()
-    # A notice is due at the next number after the last one asked for, and never at one before.
+    # jax makes a notice due at the number after the last one asked for, never at an earlier one.
     multihost_utils.reached_preemption_sync_point(next(calls))
     return lambda: multihost_utils.reached_preemption_sync_point(next(calls))
 
 
 def from_all(text: str) -> list[str]:
-    """The texts of all processes, in all processes."""
+    """Returns the texts of all processes, in all processes."""
     if jax.process_count() == 1:
         return [text]
     own = np.frombuffer(text.encode(errors="backslashreplace"), np.uint8)
@@ -90,10 +92,11 @@ def from_all(text: str) -> list[str]:
 
 
 def gathered(name: str, text: str, decide: Callable[[list[str]], str]) -> str:
-    """What process 0 decides once all processes have given their text; any thread may ask.
+    """Returns what process 0 decides once all processes have given their text. Any thread may call
+    it.
 
-    Names are used once. Nothing but the end of a process keeps the others waiting, so what may
-    fail has to be told as text.
+    A name is used only once. The other processes wait for a text until its process ends. So a
+    process that fails must not raise: it must give a text, which tells of the failure.
     """
     index, client = distributed.global_state.process_id, distributed.global_state.client
     if client is None:
@@ -104,7 +107,7 @@ def gathered(name: str, text: str, decide: Callable[[list[str]], str]) -> str:
         others = range(distributed.global_state.num_processes)
         texts = [client.blocking_key_value_get(f"{key}/{i}", 1000 * END_SECONDS) for i in others]
         for i in others:
-            client.key_value_delete(f"{key}/{i}")  # which process 0 would keep in its memory
+            client.key_value_delete(f"{key}/{i}")  # else it stays in process 0's memory
         client.key_value_set(f"{key}/decided", decide(texts))
     return client.blocking_key_value_get(f"{key}/decided", 1000 * END_SECONDS)
 
@@ -115,10 +118,10 @@ def host_names() -> list[str]:
 
 
 def _connect(flags: ProcessFlags) -> bool:
-    """Whether there are other processes; returns when all have come."""
+    """Joins the other processes; returns True when all have come, or False if there are none."""
     listening = _listening_address(flags.coordinator) if flags.coordinator else None
     if listening and flags.process_id == 0:
-        _check_listening(listening)  # jax may crash where it cannot
+        _check_listening(listening)  # jax may crash if it cannot listen
     jax.config.update("jax_enable_preemption_service", False)  # until `stop_notices`
     with _giving_up(flags):
         try:
@@ -128,12 +131,12 @@ def _connect(flags: ProcessFlags) -> bool:
                 flags.process_id,
                 flags.local_device_ids,
                 cluster_detection_method="deactivate" if flags.coordinator else None,
-                # jax aborts the process when its time is up: ours is up before.
+                # jax aborts the process when this time is up. `_giving_up` ends it earlier.
                 initialization_timeout=2 * flags.join_seconds + 60,
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
                 coordinator_bind_address=listening,
             )
-        except Exception as error:  # schedulers' own libraries raise what they like
+        except Exception as error:  # libraries of schedulers raise errors of any type
             if flags.coordinator is None and "coordinator_address" in str(error):
                 return _is_alone()
             raise UserError(
@@ -144,9 +147,9 @@ def _connect(flags: ProcessFlags) -> bool:
 
 
 def _is_alone() -> bool:
-    """False, since no scheduler that jax knows has started this process with others.
+    """Returns False, since no scheduler that jax knows has started this process with others.
 
-    Raises `UserError` if Open MPI has, whose versions from 5 on jax does not know.
+    Raises `UserError` if Open MPI has started it with others: jax does not know versions from 5 on.
     """
     size = os.environ.get("OMPI_COMM_WORLD_SIZE", "1")
     if size != "1":
@@ -160,10 +163,10 @@ def _is_alone() -> bool:
 
 @contextmanager
 def _giving_up(flags: ProcessFlags) -> Iterator[None]:
-    """Ends this process with a sentence on why, if what it waits for takes too long.
+    """Ends this process and prints why, if joining takes longer than `flags.join_seconds`.
 
     jax waits in C++, where Python handles no signals, and aborts when its own time is up. So a
-    timer has to end it, and Ctrl-C is left to the system.
+    timer ends the process. Meanwhile Ctrl-C ends it as the system does by default.
     """
 
     def give_up() -> None:
@@ -197,8 +200,8 @@ def _giving_up(flags: ProcessFlags) -> Iterator[None]:
 
 
 def _listening_address(coordinator: str) -> str:
-    """Where process 0 listens: there if it is a number, else at all addresses of its host, since a
-    host's own name may mean another address to itself than to others.
+    """Returns where process 0 listens: at the coordinator's address if it is a number, else at all
+    addresses of its host. A host's name may mean another address on that host than on others.
     """
     host, port = _host_and_port(coordinator)
     try:
@@ -239,7 +242,7 @@ def _host_and_port(address: str) -> tuple[str, int]:
 
 
 def _agree(flags: Flags) -> None:
-    """Raises `UserError` if this process was started otherwise than process 0."""
+    """Raises `UserError` if this process has other settings or versions than process 0."""
     ours = json.loads(json.dumps(_facts(flags)))
     key, client = "tpipe_jax/facts", _client()
     if distributed.global_state.process_id == 0:
@@ -258,7 +261,7 @@ def _agree(flags: Flags) -> None:
 
 
 def _facts(flags: Flags) -> dict[str, Any]:
-    """What must be the same in all processes."""
+    """Returns what must be the same in all processes."""
     code = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):
         code.update(path.read_bytes())

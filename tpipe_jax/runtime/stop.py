@@ -1,4 +1,4 @@
-"""A stop that somebody asks for, by Ctrl-C or SIGTERM: kept until the run can follow it."""
+"""Keeps a request to stop, made with Ctrl-C or SIGTERM, until the run can follow it."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ import jax
 from tpipe_jax.runtime.failures import end_stopped
 from tpipe_jax.runtime.processes import stop_notices
 
-PATIENCE_SECONDS = 5  # with a main thread that does not follow a second Ctrl-C
+PATIENCE_SECONDS = 5  # for the main thread to follow a second Ctrl-C
 
 
 class Stopped(Exception):
@@ -24,8 +24,8 @@ class Stopped(Exception):
 class Stop:
     """Whether a stop was asked for in any process, from `__enter__` to `__exit__`.
 
-    A second Ctrl-C raises KeyboardInterrupt; so does a second SIGTERM to a process alone. With
-    several processes SIGTERM is jax's, which tells all of them.
+    A second Ctrl-C raises KeyboardInterrupt. So does a second SIGTERM if there is one process. If
+    there are several, jax handles SIGTERM, and tells all of them.
     """
 
     def __init__(self, say: Callable[[str], None]) -> None:
@@ -61,25 +61,27 @@ class Stop:
         self._writer.close()
 
     def is_due(self) -> bool:
-        """True from one and the same call on in all processes, which call this equally often."""
+        """Whether the run should stop. All processes call this equally often. It becomes True at
+        the same call in all of them, and stays True.
+        """
         self._is_due = self._is_due or self._asked()
         return self._is_due
 
     def check(self) -> None:
-        """Raises `Stopped` if it is due."""
+        """Raises `Stopped` if a stop is due."""
         if self.is_due():
             raise Stopped
 
     def request(self) -> None:
-        """Asks for it, in this process."""
+        """Asks for a stop, in this process."""
         if self._is_alone:
             self._is_due = True
         else:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _watch(self) -> None:
-        """Ends the run some time after a second signal: Python's handlers wait for the main thread,
-        which may wait for a device for ever.
+        """Ends the run PATIENCE_SECONDS after a second signal, if it still runs. Python's handlers
+        wait for the main thread, which may wait for a device for ever.
         """
         num_signals = 0
         with self._reader:
@@ -92,7 +94,7 @@ class Stop:
         if self._num_signals:
             raise KeyboardInterrupt
         self._num_signals += 1
-        with suppress(RuntimeError):  # in the middle of another output
+        with suppress(RuntimeError):  # the signal interrupted another output
             self._say("Finishing the step and saving; once more stops without saving.")
         if not self._is_alone:
             self.request()

@@ -11,10 +11,10 @@ from tpipe_jax.model.block import Params
 def mean_loss(
     loss: Compiled, params: Params, batches: Iterable[tuple[Array, int]]
 ) -> tuple[float, int]:
-    """The mean loss of all targets, nats per token, and how many targets there are.
+    """Returns the mean loss of all targets, nats per token, and the number of targets.
 
-    `batches` are rows on the mesh, each with the number of its targets that count; `loss` is
-    compiled from `step.make_loss`. The loss is 0 where there is no target.
+    `batches` are rows on the mesh, each with its number of targets that count. `loss` is compiled
+    from `step.make_loss`. The mean loss is 0 if there is no target.
     """
     total, num_targets = 0.0, 0
     for rows, count in batches:

@@ -1,6 +1,6 @@
-"""How a run is doing: steps that were not finite, and losses that jump.
+"""The health of a run: steps whose loss or gradients were not finite, and losses that jump.
 
-Part of the state, so that a resumed run counts on as if nothing had happened.
+It is part of the training state, so that a resumed run goes on counting as if never stopped.
 """
 
 from typing import NamedTuple
@@ -8,33 +8,35 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-WINDOW = 50  # losses that the mean is over, of which the older ones count less
-SPIKE_DEVIATIONS = 5  # above the mean, which makes a loss a spike: 3 in 10^7 of normal noise
+WINDOW = 50  # losses in the running mean, where older ones count less
+SPIKE_DEVIATIONS = 5  # a loss so far above the mean is a spike: 3 in 10^7 of normal noise
 
 
 class Health(NamedTuple):
-    """Scalars of a run up to now."""
+    """Counts and statistics of a run so far, all scalars."""
 
     skipped_steps: Array
     """Steps that changed nothing, since their loss or gradients were not finite."""
     consecutive_skips: Array
-    """The last ones of them, without those that only lower the loss scale of float16."""
+    """Skipped steps since the last finite one, without those that only lower the loss scale."""
     loss_spikes: Array
-    """Steps whose loss was `SPIKE_DEVIATIONS` standard deviations above the mean before it."""
+    """Steps whose loss was over `SPIKE_DEVIATIONS` standard deviations above the earlier mean."""
     num_losses: Array
     loss_mean: Array
     loss_variance: Array
 
 
 def new_health() -> Health:
-    """That of a run which has not begun."""
-    # Arrays of their own, since a step takes each of them over for its results.
+    """Returns the health of a run that has not begun."""
+    # One array for each field: a step donates them all, and none can be donated twice.
     counts = jnp.int32(0), jnp.int32(0), jnp.int32(0), jnp.int32(0)
     return Health(*counts, jnp.float32(0), jnp.float32(0))
 
 
 def next_health(health: Health, loss: Array, is_finite: Array, is_expected: Array) -> Health:
-    """That after a step; `is_expected` where one that is not finite is no sign of divergence."""
+    """Returns the health after a step. `is_expected` says that a loss or gradients which are not
+    finite would be no sign of divergence.
+    """
     is_bad = ~is_finite & ~is_expected
     threshold = health.loss_mean + SPIKE_DEVIATIONS * jnp.sqrt(health.loss_variance)
     is_spike = is_finite & (health.num_losses >= WINDOW) & (loss > threshold)

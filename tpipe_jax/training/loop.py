@@ -1,4 +1,4 @@
-"""The steps of a run, one after another, with what is due between them."""
+"""The steps of a run, one after another, with the evaluations and checkpoints between them."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -31,7 +31,7 @@ StepResult = tuple[TrainState, dict[str, Array]]
 
 @dataclass(frozen=True)
 class Loop:
-    """The steps of a run with this plan, and whom it tells of them."""
+    """Runs the steps of a plan, and reports on them to the log, the files and the console."""
 
     run: Run
     plan: Plan
@@ -45,10 +45,11 @@ class Loop:
     def steps(
         self, state: TrainState, first_step: int, held_out: Sequence[Array]
     ) -> tuple[int, TrainState]:
-        """Runs the steps that are left; returns how many are done, and saved, and the state.
+        """Runs the steps that are left. Returns how many steps of the run are done and saved, and
+        the state.
 
-        Where data cannot be read the steps before it are done, and saved if all processes can be
-        told in time. Raises `UserError` then.
+        If a batch cannot be read, the steps before it are still run, and are saved if all processes
+        hear of the failure in time. Then raises `UserError`.
         """
         config, num_steps = self.run.config, self.run.config.train.num_steps
         log, checkpoints, within = self.log, self.checkpoints, self.services.within
@@ -64,7 +65,7 @@ class Loop:
                 step, rows = step + 1, batches.take()
                 wait_seconds = time.monotonic() - start
                 if step == config.train.trace_step:
-                    log.finish()  # so that the trace has nothing of the step before
+                    log.finish()  # so that the trace does not show the step before
                     state, values = self._traced(step, state, rows)
                 else:
                     if self.profiled.is_first(step):
@@ -72,7 +73,7 @@ class Loop:
                         log.leave_out(self._start_profile())
                         within(f"step {step}")
                     state, values = self.programs.train_step(state, rows)
-                    log.finish()  # the step before, which this one follows without a pause
+                    log.finish()  # waits for the step before; meanwhile devices go on to this one
                 log.add_wait(wait_seconds)
                 log.begin(step, values)
                 if self.profiled.is_last(step):
@@ -81,7 +82,7 @@ class Loop:
                 if step % config.train.eval_every == 0 or step == num_steps:
                     log.finish(partial(self._evaluate, state, held_out))
                 if step % config.checkpoint.every == 0:
-                    log.finish()  # logged before it is saved, so that no kill loses its line
+                    log.finish()  # before the save, so that no kill during it loses the line
                     within(f"saving step {step}")
                     log.add_save(checkpoints.save(step, state))
                 checkpoints.raise_failure(config.train.step_timeout_seconds)
@@ -90,12 +91,12 @@ class Loop:
         within(f"saving step {step}")
         if step > first_step:
             checkpoints.save(step, state)
-        checkpoints.wait()  # before the run says what it has come to
+        checkpoints.wait()  # before the run says how it has ended
         batches.raise_failure()
         return step, state
 
     def _traced(self, step: int, state: TrainState, rows: Array) -> StepResult:
-        """Runs a step and adds its ticks to timeline.json; what that takes is not logged."""
+        """Traces a step and adds its ticks to timeline.json; only the step itself is timed."""
         start, train_step = time.monotonic(), self.programs.train_step
         run_step, text = partial(train_step, state, rows), train_step.as_text() or ""
         result, boxes, seconds = traced(run_step, text, make_schedule(self.plan), self.run.mesh)
@@ -106,21 +107,21 @@ class Loop:
         return result
 
     def _start_profile(self) -> float:
-        """Returns how long it has taken, seconds."""
+        """Starts the profile. Returns how long that took, seconds."""
         start = time.monotonic()
         self.services.within("starting the profile", is_step=False)
         self.profiled.start()
         return time.monotonic() - start
 
     def _end_profile(self) -> float:
-        """Returns how long it has taken, seconds."""
+        """Ends and writes the profile. Returns how long that took, seconds."""
         start = time.monotonic()
         self.services.within("writing the profile", is_step=False)
         self.services.console.say(self.profiled.stop())
         return time.monotonic() - start
 
     def _evaluate(self, state: TrainState, held_out: Sequence[Array]) -> float:
-        """The mean loss of all targets, nats per token."""
+        """Returns the mean loss of all held-out targets, nats per token."""
         layout = RowLayout.of(self.run.config)
 
         def batches() -> Iterator[tuple[Array, int]]:
@@ -133,11 +134,11 @@ class Loop:
 
 @partial(jax.jit, static_argnums=0)
 def _num_counted(layout: RowLayout, rows: Array) -> Array:
-    """How many of the targets count."""
+    """Returns the number of targets that count."""
     return layout.counts(rows).sum()
 
 
 def put_batch(run: Run, batches: Batches, index: int) -> Array:
-    """Puts a batch on the mesh, of which each process reads what its data shards need."""
+    """Puts a batch on the mesh. Each process reads only the rows of its own data shards."""
     shape = abstract_rows(run.spec).shape
     return put_read_rows(run.mesh, partial(batches.batch, index), shape, np.int32)

@@ -1,4 +1,4 @@
-"""What a step takes of a device's memory: what is known of it, what XLA says, and what fits."""
+"""The memory of a step on a device: an estimate, XLA's own figure, and the policy that fits."""
 
 import math
 import os
@@ -40,9 +40,10 @@ GIB = 2**30
 def budget(
     spec: StageSpec, schedule: Schedule, optimizer: optax.GradientTransformation
 ) -> dict[str, int]:
-    """Bytes of a device by what they are for: all that does not depend on the slices.
+    """Estimates the bytes that a step uses on a device, by their purpose.
 
-    Not all of it is in use at the same time.
+    Leaves out what a stage needs only while it works on a slice. Not all of these bytes are in use
+    at the same time.
     """
     model, mesh = spec.config.model, spec.mesh
     rows = schedule.num_rows * model.seq_len, schedule.num_gradient_rows * model.seq_len
@@ -68,7 +69,7 @@ def budget(
 
 
 def program_bytes(program: Compiled) -> int:
-    """All memory of a program, as XLA says; 0 where the backend does not tell."""
+    """Returns the bytes that a program needs, as XLA says; 0 if the backend does not tell."""
     analysis = program.memory_analysis()
     if analysis is None:
         return 0
@@ -77,9 +78,10 @@ def program_bytes(program: Compiled) -> int:
 
 
 def limit_bytes(spec: StageSpec) -> float | None:
-    """What a step may use: as set, or the least that a device has; None if that is not known.
+    """Returns the bytes of a device that a step may use; None where that is not known.
 
-    A CPU has its share of the machine's memory, which other processes may need too.
+    This is the setting or, without it, the least that the device of any process reports. For a CPU
+    it is an equal share of the machine's memory, which other programs may need too.
     """
     limit_gib, mesh = spec.config.memory.limit_gib, spec.mesh
     if limit_gib is not None:
@@ -95,7 +97,7 @@ def limit_bytes(spec: StageSpec) -> float | None:
 
 
 def _num_on_this_host(mesh: Mesh) -> int:
-    """Devices of the mesh on the host of this process."""
+    """Returns the number of devices of the mesh on the host of this process."""
     hosts = host_names()
     own = hosts[jax.process_index()]
     return sum(hosts[device.process_index] == own for device in mesh.devices.flat)
@@ -103,8 +105,9 @@ def _num_on_this_host(mesh: Mesh) -> int:
 
 @contextmanager
 def out_of_memory() -> Iterator[None]:
-    """Answers a device whose memory does not do with a `UserError`, one that all processes find
-    alike if there is only one.
+    """Turns an out-of-memory error of a device into a `UserError`.
+
+    In a run of one process it is `Infeasible`. With several processes, others may not have failed.
     """
     try:
         yield
@@ -123,10 +126,11 @@ def out_of_memory() -> Iterator[None]:
 def fitting_step(
     spec: StageSpec, plan: Plan, optimizer: optax.GradientTransformation
 ) -> tuple[StageSpec, Compiled]:
-    """The training step with the first of the allowed policies (`remat.candidates`) that keeps to
-    the memory, and the spec with the policy and the schedule of the plan.
+    """Compiles the training step with the first allowed policy (`remat.candidates`) that fits in
+    memory.
 
-    Raises `UserError` if none does.
+    Returns the spec with this policy and with the schedule of the plan, and the compiled step.
+    Raises `Infeasible` if no policy fits.
     """
     spec = make_spec(settled(spec.config, plan), spec.mesh)
     limit, needed, trial = limit_bytes(spec), 0, spec
@@ -136,7 +140,7 @@ def fitting_step(
         trial = _with_policy(spec, remat)
         needed = max(budget(trial, schedule, optimizer).values())
         if limit is not None and needed > limit:
-            continue  # whatever else it takes, which a compiler may take long to say
+            continue  # too much already, so that a long compilation is spared
         step = compile_checked(
             make_train_step(trial, schedule, optimizer),
             trial.mesh,
@@ -153,9 +157,9 @@ def fitting_step(
 def fitting_policy(
     spec: StageSpec, request: PlanRequest, optimizer: optax.GradientTransformation
 ) -> StageSpec:
-    """The spec with the first of the allowed policies under which the smallest slices fit.
+    """Returns the spec with the first allowed policy under which the smallest slices fit.
 
-    Raises `UserError` if there is none.
+    Raises `Infeasible` if there is none.
     """
     first = _with_policy(spec, candidates(spec.config.memory)[0])
     limit = limit_bytes(spec)
@@ -179,7 +183,7 @@ def fitting_policy(
 
     smallest = min(plans, key=needed)
     if limit is None or 2 * needed(smallest) < limit:
-        return first  # it will do, as the step itself will show
+        return first  # it almost surely fits; `fitting_step` checks that later
     fitting, _ = fitting_step(spec, smallest, optimizer)
     return _with_policy(spec, fitting.config.memory.remat)
 
@@ -196,7 +200,7 @@ def _too_little(
     limit: float,
     needed: int,
 ) -> str:
-    """By how much the last policy exceeds the limit, and what takes the most."""
+    """Says by how much the last policy exceeds the limit, what takes most, and what would help."""
     config = spec.config
     name = (
         f"config.memory.limit_gib={config.memory.limit_gib:g}"

@@ -10,21 +10,23 @@ from jax import Array
 from tpipe_jax.config.settings import Config, OptimConfig
 from tpipe_jax.model.block import Params
 
-FINAL_FRACTION = 0.1  # of the peak learning rate, at the end of the run, as GPT-3
+FINAL_FRACTION = 0.1  # of the peak learning rate, reached at the end of the run, as in GPT-3
 
 
 def learning_rate(config: Config) -> optax.Schedule:
-    """Step, from 0, to learning rate: linear to the peak, then a cosine to a tenth of it."""
+    """Returns a function from the step, counted from 0, to the learning rate: linear to the peak,
+    then a cosine to a tenth of the peak.
+    """
     peak, warmup_steps = config.optim.learning_rate, config.optim.warmup_steps
     num_steps = config.train.num_steps
-    # The first step has peak / warmup_steps rather than 0, with which it would do nothing.
+    # The first step has peak / warmup_steps, since a rate of 0 would change nothing.
     warmup = optax.linear_schedule(peak / max(1, warmup_steps), peak, max(1, warmup_steps - 1))
     decay = optax.cosine_decay_schedule(peak, max(1, num_steps - warmup_steps), FINAL_FRACTION)
     return optax.join_schedules([warmup, decay], [warmup_steps])
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:
-    """AdamW over all parameters, for gradients that are `clipped`."""
+    """Returns AdamW over all parameters. It expects gradients that are `clipped`."""
     adamw = optax.adamw(
         learning_rate(config),
         b1=config.optim.beta1,
@@ -32,14 +34,14 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
         weight_decay=config.optim.weight_decay,
         mask=_is_decayed,
     )
-    # A chain, since checkpoints have its state under this name.
+    # A chain, since checkpoints name the optimiser state by its place in a chain.
     return optax.chain(optax.identity(), adamw)
 
 
 def global_norm(grads: Params) -> Array:
-    """The norm of all gradients, as they lie on the mesh.
+    """Returns the norm of all gradients, which stay where they lie on the mesh.
 
-    Each stage adds up its own squares, so that stages exchange one number, and not one for each
+    Each stage adds up its own squares. So stages exchange one number in all, and not one for each
     array as with `optax.tree.norm`.
     """
     blocks, table_VD = grads["blocks"], grads["embed"]["tokens"]
@@ -55,7 +57,7 @@ def global_norm(grads: Params) -> Array:
 
 
 def clipped(config: OptimConfig, grads: Params, norm: Array) -> Params:
-    """Gradients of a norm, which is at most `grad_clip` then."""
+    """Scales down gradients of this norm, so that it is at most `grad_clip` (0: no limit)."""
     if not config.grad_clip:
         return grads
     factor = jnp.minimum(1, config.grad_clip / norm)
@@ -63,10 +65,10 @@ def clipped(config: OptimConfig, grads: Params, norm: Array) -> Params:
 
 
 def _is_decayed(params: Params) -> Params:
-    """True for the matrices of blocks; norms, biases and embeddings are not decayed."""
+    """Returns True for the matrices of blocks. Norms, biases and embeddings are not decayed."""
 
     def is_matrix(path: tuple[Any, ...], a: Any) -> bool:
-        # Others may call it something else, and the first axis of a block is that of the stages.
+        # A user's block may name a matrix differently. The first axis of blocks is the stages.
         return path[-1].key == "kernel" or (path[0].key == "blocks" and a.ndim > 2)
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)

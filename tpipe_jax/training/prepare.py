@@ -1,4 +1,4 @@
-"""What a run is made of: settings, mesh, data and compiled programs that fit each other."""
+"""The parts of a run: settings, mesh, data and compiled programs that fit each other."""
 
 import time
 from collections.abc import Sequence
@@ -29,13 +29,13 @@ from tpipe_jax.training.step import make_loss
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is made of, found to fit together."""
+    """The parts of a run, which have been checked to fit each other."""
 
     spec: StageSpec
     described: Config
-    """The settings as config.json has them: without what config.data.packing=auto has become."""
+    """The settings for config.json, where config.data.packing=auto is not yet resolved."""
     plan: Plan | PlanRequest
-    """As the settings have it; what they leave open is planned before the run starts."""
+    """The plan that the settings give, or a request to plan before the first step."""
     train_data: Batches
     held_out: Batches
     optimizer: optax.GradientTransformation
@@ -50,9 +50,9 @@ class Run:
 
 
 def prepare(config: Config, devices: Sequence[jax.Device]) -> Run:
-    """Checks settings, devices and data against each other, and writes nothing.
+    """Returns the parts of a run. Writes nothing.
 
-    Raises `UserError` where they don't fit.
+    Raises `UserError` if settings, devices and data don't fit each other.
     """
     spec = spec_on_devices(config, devices)
     described = spec.config
@@ -63,28 +63,31 @@ def prepare(config: Config, devices: Sequence[jax.Device]) -> Run:
 
 
 def check_inputs(config: Config) -> tuple[Batches, Batches]:
-    """The data to train on and what is held out, of settings that fit them, whatever the mesh."""
+    """Returns the training data and the held-out data.
+
+    Checks what does not need a mesh. Raises `UserError` if settings and data don't fit.
+    """
     candidates(config.memory)
     check_trace(config)
     check_tracker(config)
     train_data, held_out = open_data(config)
     for batches in (train_data, held_out):
-        batches.batch(0, slice(8))  # a vocabulary of another size mostly shows here
+        batches.batch(0, slice(8))  # mostly raises if their vocabulary is larger
     return train_data, held_out
 
 
 class Programs(NamedTuple):
-    """What a run executes."""
+    """The compiled programs of a run."""
 
     train_step: Compiled
     loss: Compiled
 
 
 def compile_programs(run: Run, plan: Plan, console: Console) -> Programs:
-    """Compiles the training step, with the rematerialisation that fits, and the loss.
+    """Compiles the training step, with the first rematerialisation that fits, and the loss.
 
-    Slices may have been planned for another, since that follows from estimates and this from what
-    XLA says of the very program. Raises `UserError` if none fits.
+    The planner may have assumed another rematerialisation: it relies on estimates, and this on
+    what XLA says of the very program. Raises `Infeasible` if none fits.
     """
     start = time.monotonic()
     schedule = make_schedule(plan)

@@ -1,4 +1,4 @@
-"""Whom a run tells what it does, and who may end it."""
+"""How a run reports what it does, and how it is told to stop."""
 
 from dataclasses import dataclass
 
@@ -6,22 +6,22 @@ from tpipe_jax.reporting.console import Console
 from tpipe_jax.runtime.failures import Expect
 from tpipe_jax.runtime.stop import Stop
 
-PHASE_SECONDS = 3600  # that planning, compiling or restoring may take, if steps may not take more
+PHASE_SECONDS = 3600  # for planning, compiling or restoring, unless steps may take longer
 
 
 @dataclass(frozen=True)
 class Services:
-    """The surroundings of a run in its process."""
+    """The console, the stop and the time limit of a run in its process."""
 
     console: Console
     stop: Stop
     expect: Expect
-    """Told what the process does from now on; it ends the run if that takes too long."""
+    """Call it with what the process does next; it ends the run if that takes too long."""
     step_timeout_seconds: int
 
     def within(self, what: str, is_step: bool = True) -> None:
-        """Says what is done from now on, and that it may not take longer than the settings allow
-        for a step, or for another phase of the run.
+        """Says what the process does from now on, and how long it may take: `step_timeout_seconds`,
+        or at least `PHASE_SECONDS` if `is_step` is false.
         """
         seconds = self.step_timeout_seconds
         if not is_step:

@@ -1,4 +1,4 @@
-"""What training changes: parameters, optimiser state, step and counts, and where they lie."""
+"""The state of training, and where it lies on the mesh: parameters, optimiser state, counts."""
 
 import math
 from functools import partial
@@ -26,7 +26,7 @@ from tpipe_jax.training.loss_scale import LossScale, new_loss_scale
 
 
 class TrainState(NamedTuple):
-    """What training changes and a checkpoint holds."""
+    """All that a training step changes, and that a checkpoint holds."""
 
     params: Params
     opt_state: optax.OptState
@@ -36,7 +36,7 @@ class TrainState(NamedTuple):
 
 
 def abstract_state(spec: StageSpec, optimizer: optax.GradientTransformation) -> TrainState:
-    """Shapes, dtypes and shardings of a state, without its arrays."""
+    """Returns shapes, dtypes and shardings of a state, without its arrays."""
     mesh, is_divided = spec.mesh, spec.config.optim.shard_state
     shapes = jax.eval_shape(partial(_new_state, spec, optimizer))
     specs = param_specs(spec.config.model, spec.layers_per_stage)
@@ -56,19 +56,19 @@ def abstract_state(spec: StageSpec, optimizer: optax.GradientTransformation) -> 
 
 
 def abstract_rows(spec: StageSpec) -> jax.ShapeDtypeStruct:
-    """What `mesh.put_rows` makes of a batch of rows (`batches.make_row`), without its array."""
+    """Returns shape, dtype and sharding of a batch of rows (`batches.make_row`) on the mesh."""
     shape = RowLayout.of(spec.config).shape(spec.config.train.batch_size)
     sharding = NamedSharding(spec.mesh, PartitionSpec("data"))
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
 
 
 def init_state(spec: StageSpec, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state on the mesh; its parameters depend on the seed alone."""
+    """Returns a fresh state on the mesh. Its parameters depend only on the model and the seed."""
     return init_step(spec, optimizer)()
 
 
 def init_step(spec: StageSpec, optimizer: optax.GradientTransformation) -> Wrapped:
-    """The program that makes a fresh state; each device draws the blocks of its own stage only."""
+    """Returns the program that makes a fresh state. Devices draw only the blocks of their stage."""
     places = jax.tree.map(lambda a: a.sharding, abstract_state(spec, optimizer))
     return jax.jit(partial(_new_state, spec, optimizer), out_shardings=places)
 
@@ -102,7 +102,7 @@ def _new_params(spec: StageSpec) -> Params:
 
 
 def state_bytes(state: TrainState) -> tuple[int, int]:
-    """Bytes of parameters and of optimiser state on each device; the state may be abstract."""
+    """Returns bytes of parameters and of optimiser state on a device; the state may be abstract."""
 
     def num_bytes(tree: Any) -> int:
         return sum(

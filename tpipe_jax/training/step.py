@@ -38,11 +38,11 @@ from tpipe_jax.training.state import TrainState, abstract_state
 def make_train_step(
     spec: StageSpec, schedule: Schedule, optimizer: optax.GradientTransformation
 ) -> Wrapped:
-    """`(state, rows)` (`RowLayout`) to the next state and `loss`, `grad_norm`, for float16 also
-    `loss_scale`, and the counts of `Health` as they are then.
+    """Returns the training step, `(state, rows)` (`RowLayout`) to the next state and the metrics.
 
-    Where loss or gradients are not finite on any device, all keep their parameters and optimiser
-    state. The old state is donated.
+    The metrics are `loss`, `grad_norm`, for float16 also the `loss_scale` of this step, and the
+    counts of `Health` after it. If loss or gradients are not finite on any device, all devices keep
+    their parameters and optimiser state. The old state is donated.
     """
     config, loss_and_grads = spec.config, make_loss_and_grads(spec, schedule)
     places = jax.tree.map(lambda a: a.sharding, abstract_state(spec, optimizer))
@@ -56,7 +56,7 @@ def make_train_step(
         is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         grads = clipped(config.optim, grads, metrics["grad_norm"])
         state = apply_gradients(optimizer, state, grads, is_finite)
-        is_lowering = jnp.bool(False)  # the loss scale, which is no sign of divergence
+        is_lowering = jnp.bool(False)  # a step that only lowers the loss scale is no divergence
         if is_scaled:
             is_lowering = scale.value > config.precision.loss_scale_min
             state = state._replace(loss_scale=next_loss_scale(config.precision, scale, is_finite))
@@ -72,7 +72,7 @@ def make_train_step(
 def apply_gradients(
     optimizer: optax.GradientTransformation, state: TrainState, grads: Params, is_finite: Array
 ) -> TrainState:
-    """The state after a step; one that is not finite changes nothing but the number of steps."""
+    """Returns the state after a step. Unless `is_finite`, only the number of steps changes."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     new = optax.apply_updates(state.params, updates), opt_state
     params, opt_state = jax.tree.map(
@@ -82,8 +82,11 @@ def apply_gradients(
 
 
 def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
-    """`(params, rows, scale=1)` (`RowLayout`) to the mean loss in nats per token and its
-    float32 gradients, which are computed as those of `scale` times the loss.
+    """`(params, rows, scale=1)` (`RowLayout`) to the mean loss in nats per token and its float32
+    gradients.
+
+    The backward pass computes gradients of `scale` times the loss; they are divided by `scale` at
+    the end. Raises `UserError` if the schedule does not allow `spec.weight_grads`.
     """
     _check_weight_grads(spec, schedule)
     V = spec.config.model.vocab_size
@@ -144,7 +147,9 @@ def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
 
 
 def _check_weight_grads(spec: StageSpec, schedule: Schedule) -> None:
-    """Raises `UserError` if they are taken at the end, and the schedule keeps a part at a time."""
+    """Raises `UserError` if gradients of weights are taken at the end, but the schedule keeps only
+    a part of the batch at a time.
+    """
     if spec.weight_grads == "at the end" and len(schedule.parts) > 1:
         raise UserError(
             "config.memory.defer_weight_grads=true needs all of a batch at once, and the plan's "
@@ -185,11 +190,11 @@ class _Batch(NamedTuple):
     tokens_BT: Array
     targets_BT: Array
     starts_BT1: Array | None
-    """Of documents, where these do not see each other."""
+    """Where the document of each token begins; None if documents see each other."""
 
     @classmethod
     def of(cls, config: Config, rows: Array) -> "_Batch":
-        """From rows as `RowLayout` makes them."""
+        """Splits rows that are laid out as `RowLayout` says."""
         layout = RowLayout.of(config)
         starts_BT = layout.document_starts(rows)
         if starts_BT is None or config.data.cross_document_attention:
@@ -197,12 +202,12 @@ class _Batch(NamedTuple):
         return cls(layout.inputs(rows), layout.targets(rows), starts_BT[..., None])
 
     def part(self, row: Array | int, num_rows: int) -> "_Batch":
-        """Some of the rows."""
+        """Returns `num_rows` of the rows, from `row` on."""
         return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, row, num_rows), self)
 
 
 def _embedding(params: Params, batch: _Batch, dtype: Any) -> Callable[[Array | int, int], Array]:
-    """The embedding of some rows of the batch."""
+    """`(row, num_rows)` to the embedding of these rows, `[b, T, D]`."""
 
     def embed(row: Array | int, num_rows: int) -> Array:
         tokens, _, starts = batch.part(row, num_rows)
@@ -212,17 +217,17 @@ def _embedding(params: Params, batch: _Batch, dtype: Any) -> Callable[[Array | i
 
 
 def _trunk(spec: StageSpec, schedule: Schedule) -> Array:
-    """Room for the rows that are in the pipeline."""
+    """A zeroed buffer for the rows that are in the pipeline, `[R, T, D]`."""
     model = spec.config.model
     return jnp.zeros((schedule.num_rows, model.seq_len, model.d_model), spec.dtype)
 
 
 def _waiting(schedule: Schedule) -> tuple[int, int] | None:
-    """Rows and tokens of all slots."""
+    """Rows and tokens of the buffer of all slots; None if there are no slots."""
     num_rows, num_tokens = schedule.longest_shape
     return (schedule.num_slots * num_rows, num_tokens) if schedule.num_slots else None
 
 
 def _count(targets_BT: Array) -> Array:
-    """Targets of all data shards; 1 where there are none, whose loss is 0."""
+    """Counts the targets of all data shards; 1 if there are none, so that their mean loss is 0."""
     return jnp.maximum(psum((targets_BT != IGNORE).sum(), "data"), 1)

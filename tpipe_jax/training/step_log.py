@@ -1,4 +1,4 @@
-"""What is measured of the steps of a run, when it is logged, and when a run has diverged."""
+"""Measures the steps of a run, logs those that are due, and ends a run that has diverged."""
 
 import math
 import resource
@@ -22,15 +22,17 @@ from tpipe_jax.reporting.console import Console
 from tpipe_jax.reporting.metrics import Metrics
 from tpipe_jax.training.optimizer import learning_rate
 
-COMPARED_STEPS = 20  # until prediction and measurement are compared
+COMPARED_STEPS = 20  # to time before prediction and measurement are compared
 STEP_METRICS = ("loss", "grad_norm", "loss_scale", "skipped_steps", "loss_spikes")
 
 
 class StepLog:
-    """Measures steps and passes on what was due: a step is begun when it has been dispatched.
+    """Measures the steps of a run, and logs those that are due.
 
-    `step_seconds` is the mean over the steps since the last line, without evaluations but with
-    what a checkpoint takes from them. After some steps it tells what the plan predicted for them.
+    Call `begin` when a step has been dispatched, and `finish` to wait for it. `step_seconds` is the
+    mean over the steps since the last line. It leaves out evaluations, and includes the time for
+    which checkpoints keep training waiting. After `COMPARED_STEPS` steps the console shows how well
+    the plan's prediction and the measurement agree.
     """
 
     def __init__(
@@ -75,15 +77,19 @@ class StepLog:
         self._measured_bubble = share
 
     def leave_out(self, seconds: float) -> None:
-        """Does not count time that no step took."""
+        """Leaves out `seconds` that did not belong to a step."""
         self._since += seconds
 
     def finish(self, evaluate: Callable[[], float] | None = None) -> None:
-        """Waits for the step that was begun, if there is one, and logs it if it is due."""
+        """Waits for the step that was begun, if there is one, and logs it if it is due.
+
+        `evaluate` returns a held-out loss, and makes the step due. Raises `UserError` if the run
+        has diverged.
+        """
         if self._running is None:
             return
         (step, values), self._running = self._running, None
-        values = jax.device_get(values)  # which has the names in another order
+        values = jax.device_get(values)  # sorts the names; STEP_METRICS has their order
         line = {name: values[name].item() for name in STEP_METRICS if name in values}
         self._num_timed += 1
         is_finite = math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
@@ -99,7 +105,7 @@ class StepLog:
         ):
             return
         step_seconds = (time.monotonic() - self._since) / self._num_timed
-        # Steps before this one that were not skipped.
+        # Updates of the optimiser before this step: earlier steps that were not skipped.
         num_updates = step - 1 - line["skipped_steps"] + (not is_finite)
         line |= {
             "learning_rate": np.asarray(self._learning_rate(num_updates)).item(),
@@ -148,8 +154,8 @@ class StepLog:
         )
 
     def _compare(self, step: int, step_seconds: float) -> None:
-        """Tells prediction and measurement once enough steps have been timed, after the first line,
-        whose steps warm up.
+        """Shows once how well prediction and measurement agree, when enough steps have been timed.
+        The steps of the first line warm up, and do not count.
         """
         if self._is_warming_up and step < self._train.num_steps:
             self._is_warming_up = False
@@ -164,8 +170,8 @@ class StepLog:
 
 
 def _peak_bytes(device: Any) -> int:
-    """The most that has been in use, of a device's memory, or where it does not tell of the
-    process's.
+    """Returns the most bytes that have been in use: on the device, or by the process if the device
+    does not report them.
     """
     reported = (device.memory_stats() or {}).get("peak_bytes_in_use")
     if reported is not None:
