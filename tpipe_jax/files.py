@@ -10,7 +10,7 @@ from tpipe_jax.errors import UserError
 
 
 @contextmanager
-def told_as(sentence: Callable[[OSError], str]) -> Iterator[None]:
+def as_user_error(sentence: Callable[[OSError], str]) -> Iterator[None]:
     """Turns an OSError raised inside into a `UserError` whose text is `sentence(error)`."""
     try:
         yield
@@ -22,7 +22,7 @@ def writing_to(folder: Path, option: str = "--workdir") -> AbstractContextManage
     """Turns an OSError raised inside into a `UserError`, which says that the folder named by
     `option` cannot be written.
     """
-    return told_as(
+    return as_user_error(
         lambda error: (
             f"cannot write to {option}={folder} ({error.strerror}: {error.filename}): make it "
             "writable, or choose another folder."

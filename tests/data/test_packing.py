@@ -253,6 +253,7 @@ def test_evaluation_is_that_of_each_completion_alone(
         assert got.loss == pytest.approx(total / 9, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_learns_completions(tmp_path: Path):
     """With documents apart, in slices that end within them."""
     numbers = itertools.product(range(9), repeat=2)

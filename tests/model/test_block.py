@@ -215,7 +215,8 @@ def test_a_short_format_is_near():
     reference.assert_close(grads, expected[1], 0.1)
 
 
-@pytest.mark.parametrize("mesh", [slow(MeshConfig()), MeshConfig(pipe=2)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [MeshConfig(), MeshConfig(pipe=2)], ids=str)
 def test_greedy_text_is_that_of_the_whole_model(mesh: MeshConfig):
     config = make_config(LLAMA, mesh)
     devices = make_mesh(mesh, jax.devices()[: mesh.num_devices])

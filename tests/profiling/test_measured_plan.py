@@ -129,6 +129,7 @@ def test_what_was_measured_for_more_schedules_serves_fewer(
     assert calls[0] == "profile"
 
 
+@pytest.mark.slow
 def test_plan_json_is_the_formula_of_latency_json(config: Config, tmp_path: Path, calls: list[str]):
     """As another tool would check it, from the two files alone. Stages are alike here."""
     config = changed(config, model={"num_layers": 4}, plan={"schedule": "terapipe"})
@@ -264,6 +265,7 @@ def test_plan_files_that_do_not_fit_are_refused(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_plan_file_and_slices_exclude_each_other(config: Config, tmp_path: Path):
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(plan_of_2_stages()))

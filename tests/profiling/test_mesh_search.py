@@ -94,6 +94,7 @@ def test_one_sequence_is_for_stages(config: Config, tmp_path: Path):
     assert "batch_size=1 is not a multiple" in console.ranking[-1].reason
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_the_mesh_that_is_found(config: Config, tmp_path: Path):
     console = Seen()
     for num_steps in (2, 3):  # and goes on with it

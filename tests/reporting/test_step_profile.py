@@ -73,6 +73,7 @@ def test_a_run_that_goes_on_among_its_steps(tmp_path: Path):
     assert not ProfiledSteps(None, tmp_path).is_first(0)
 
 
+@pytest.mark.slow
 def test_a_profile_of_steps_that_are_done(tmp_path: Path):
     config = runs.changed(runs.small_config(tmp_path), train={"num_steps": 3})
     runs.run(config, tmp_path / "run")

@@ -24,7 +24,7 @@ from tpipe_jax.checkpoint.layout import Fragment, fragments
 from tpipe_jax.checkpoint.manifest import DamagedError
 from tpipe_jax.config.settings import CheckpointConfig, ModelConfig, differences
 from tpipe_jax.errors import UserError, brief
-from tpipe_jax.files import told_as
+from tpipe_jax.files import as_user_error
 from tpipe_jax.runtime.processes import from_all, from_first, gathered
 
 
@@ -230,7 +230,7 @@ class Checkpoints:
                 self._say(f"the old checkpoint of step {old} is not removed ({brief(error)})")
 
     def _writing(self) -> AbstractContextManager[None]:
-        return told_as(
+        return as_user_error(
             lambda error: (
                 f"cannot write checkpoints to {self._folder} ({brief(error)}): make it writable, "
                 "see that the disk has space and that all hosts share it, or choose another folder "

@@ -5,7 +5,6 @@ float16 also needs a loss scale: see `training.loss_scale`.
 
 from dataclasses import replace
 
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from tpipe_jax.config.settings import Config, Format, PrecisionConfig
@@ -30,11 +29,6 @@ def resolve_precision(config: Config, mesh: Mesh) -> Config:
     """Returns the config with `precision.compute` resolved for these devices."""
     compute = compute_format(config.precision, mesh)
     return replace(config, precision=replace(config.precision, compute=compute))
-
-
-def compute_dtype(config: PrecisionConfig, mesh: Mesh) -> jnp.dtype:
-    """Returns `compute_format` as a dtype."""
-    return jnp.dtype(compute_format(config, mesh))
 
 
 def is_slow(config: PrecisionConfig, mesh: Mesh) -> bool:

@@ -25,7 +25,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from tpipe_jax.config.settings import Config, to_dict
 from tpipe_jax.errors import UserError
-from tpipe_jax.files import told_as
+from tpipe_jax.files import as_user_error
 
 
 class Metrics:
@@ -84,7 +84,7 @@ class Metrics:
         self._events.flush()
 
     def _writing(self) -> contextlib.AbstractContextManager[None]:
-        return told_as(
+        return as_user_error(
             lambda error: (
                 f"cannot write {error.filename or self._path} ({error.strerror}): make it writable "
                 "and see that the disk has space, or choose another folder with --workdir."

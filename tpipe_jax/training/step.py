@@ -28,6 +28,7 @@ from tpipe_jax.pipeline.build import (
 )
 from tpipe_jax.pipeline.executor import StepWork, execute
 from tpipe_jax.pipeline.spec import StageSpec
+from tpipe_jax.pipeline.vocab_parallel import Sums
 from tpipe_jax.planning.schedule import Schedule
 from tpipe_jax.training.health import next_health
 from tpipe_jax.training.loss_scale import next_loss_scale
@@ -95,24 +96,19 @@ def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
         batch, params = _Batch.of(spec.config, rows), for_compute(spec, params)
         count = _count(batch.targets_BT)
         weight, head = scale / count, make_head(spec, params)
-        stage = make_stage(spec, params, batch.starts_BT1)
-        stage = stage._replace(
+        stage = make_stage(spec, params, batch.starts_BT1)._replace(
             shares_gradient_rows=schedule.num_gradient_rows < len(batch.tokens_BT),
             has_slots=schedule.slots is not None,
         )
 
-        def losses(
-            y_BTD: Array, row: Array | int, sums: vocab_parallel.Sums
-        ) -> tuple[Array, vocab_parallel.Sums]:
+        def losses(y_BTD: Array, row: Array | int, sums: Sums) -> tuple[Array, Sums]:
             targets = batch.part(row, len(y_BTD)).targets_BT
             sums, d_y_BTD = vocab_parallel.add_cross_entropy_and_grads(
                 sums, head, y_BTD, targets, V, weight
             )
             return d_y_BTD, sums
 
-        def embed_grads(
-            d_x_BTD: Array, row: Array | int, sums: vocab_parallel.Sums
-        ) -> vocab_parallel.Sums:
+        def embed_grads(d_x_BTD: Array, row: Array | int, sums: Sums) -> Sums:
             tokens, _, starts = batch.part(row, len(d_x_BTD))
             d_embed = vocab_parallel.add_embed_grads(sums.d_embed, tokens, d_x_BTD, weight, starts)
             return sums._replace(d_embed=d_embed)
