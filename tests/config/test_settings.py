@@ -12,4 +12,8 @@ def test_differences_name_what_differs():
         ("jax", "1", "2"),
         ("new", None, "4"),
     ]
+    assert list(differences({"a": 0}, {"b": {"c": 1}})) == [
+        ("config.b", None, {"c": 1}),
+        ("config.a", 0, None),
+    ]
     assert list(differences(ours["config"], theirs["config"])) == [("config.a.x", 1, 3)]
