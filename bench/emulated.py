@@ -3,7 +3,7 @@
     python bench/emulated.py
     python bench/emulated.py --settings 9 --tick-ms=50
 
-The program is that of training: tables of the schedule, which `pipeline.execute` follows, a branch
+The program is that of training: tables of the schedule, which `executor.execute` follows, a branch
 and a ppermute in each tick. Only the work, which `execute` is given, is another: stages sleep for
 the time that the model of the cluster (`bench/v100.py`) gives the slice, so that all overlap as
 they would on devices of their own, and nothing is embedded and no loss taken. Measured makespans,

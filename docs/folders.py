@@ -3,13 +3,14 @@
     python docs/folders.py
 
 Everything in it is read from the code. Imports that follow from two others are left out. The
-picture's metadata hold all imports, and a test compares them with the code.
+picture's metadata hold what it shows, and a test compares that with the code.
 """
 
 import ast
 import json
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
@@ -18,12 +19,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE, PICTURE = ROOT / "tpipe_jax", ROOT / "docs" / "folders.png"
 WIDTH, GAP, LINE = 3.3, 0.35, 0.17  # of a box, between boxes, of a line of text, in inches
 COLUMNS = 45  # letters in a line of a box
+PAPER = ("planning", "profiling", "attention", "pipeline")  # what the method itself is in
 
 
 def folders() -> dict[str, Path]:
-    """The folders of the package by name, and api, which is a module by itself."""
+    """The folders of the package by name; the programs in launch/; api, a module by itself."""
     found = {path.parent.name: path.parent for path in sorted(PACKAGE.glob("*/__init__.py"))}
-    return found | {"api": PACKAGE / "api.py"}
+    return found | {"launch": ROOT / "launch", "api": PACKAGE / "api.py"}
 
 
 def modules(folder: Path) -> list[Path]:
@@ -74,18 +76,26 @@ def direct(edges: dict[str, list[str]]) -> list[tuple[str, str]]:
 def text_of(name: str, folder: Path) -> tuple[list[str], list[str]]:
     """What a folder is, and its modules, as lines."""
     source = folder if folder.suffix else folder / "__init__.py"
-    sentence = (ast.get_docstring(ast.parse(source.read_text())) or "").split("\n\n")[0]
+    sentence = "The programs that a user starts."
+    if source.exists():
+        sentence = (ast.get_docstring(ast.parse(source.read_text())) or "").split("\n\n")[0]
     if folder.suffix:
         return textwrap.wrap(sentence, COLUMNS), []
     names = ", ".join(path.stem for path in modules(folder))
     return textwrap.wrap(" ".join(sentence.split()), COLUMNS), textwrap.wrap(names, COLUMNS)
 
 
+def content() -> dict[str, Any]:
+    """What the picture shows."""
+    texts = {name: text_of(name, folder) for name, folder in folders().items()}
+    return {"imports": imports(), "texts": texts}
+
+
 def draw() -> None:
     """Writes the picture."""
-    edges = imports()
-    level, known = levels(edges), folders()
-    texts = {name: text_of(name, folder) for name, folder in known.items()}
+    shown, known = content(), folders()
+    edges, texts = shown["imports"], shown["texts"]
+    level = levels(edges)
     height = {name: LINE * (2.2 + len(a) + len(b)) for name, (a, b) in texts.items()}
     rows = [[n for n in known if level[n] == i] for i in range(max(level.values()) + 1)]
     across = max(len(row) for row in rows) * (WIDTH + GAP) - GAP
@@ -118,7 +128,8 @@ def draw() -> None:
         (x, bottom), top = place[name], place[name][1] + height[name]
         style = "round,pad=0,rounding_size=0.08"
         box = FancyBboxPatch((x, bottom), WIDTH, height[name], boxstyle=style, zorder=2)
-        box.set(facecolor="#f4f6fb", edgecolor="#3b4a6b", lw=1)
+        colour = "#fdf1dc" if name in PAPER else "#f4f6fb"
+        box.set(facecolor=colour, edgecolor="#3b4a6b", lw=1)
         axes.add_patch(box)
         title = name + ("" if known[name].suffix else "/")
         at = {"va": "top", "ha": "left", "zorder": 3}
@@ -127,7 +138,7 @@ def draw() -> None:
         for text, colour in [(t, "#333333") for t in sentence] + [(t, "#3b4a6b") for t in names]:
             axes.text(x + 0.1, line, text, fontsize=8, color=colour, **at)
             line -= LINE
-    figure.savefig(PICTURE, dpi=110, metadata={"Description": json.dumps(edges)})
+    figure.savefig(PICTURE, dpi=110, metadata={"Description": json.dumps(shown)})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the GPU bench computes, as far as a CPU can tell."""
+"""The benchmarks, in small."""
 
 import importlib.util
 import re
@@ -16,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from support import reference, several
+from support import reference, several_processes
 from tpipe_jax.config.settings import ModelConfig, ScheduleName
 from tpipe_jax.model import transformer
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import SCHEDULES, make_schedule, terapipe
 from tpipe_jax.planning.simulate import simulate
 
-BENCH = several.ROOT / "bench"
+BENCH = several_processes.ROOT / "bench"
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What only a GPU can tell: JAX_PLATFORMS=cuda,cpu python -m pytest tests/test_gpu.py"""
+"""What only a GPU can tell: JAX_PLATFORMS=cuda,cpu python -m pytest -n 0 tests/test_gpu.py"""
 
 import json
 import os
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from support import reference, runs
-from support.slices import TOLERANCE, draw, expect, rounded, run
+from support.drawn_slices import TOLERANCE, draw, expect, rounded, run
 from tpipe_jax.attention.blockwise import blockwise
 from tpipe_jax.attention.cudnn import cudnn_kernel
 from tpipe_jax.attention.fused import grouped

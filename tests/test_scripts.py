@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from support import several
+from support import several_processes
 from tpipe_jax.config.command_line import CONFIGS, load_config, parse
 from tpipe_jax.config.flags import Flags
 
-LAUNCH = several.ROOT / "launch"
+LAUNCH = several_processes.ROOT / "launch"
 DEVICES = load_config(CONFIGS / "gpt3_175b.py").mesh.num_devices
 
 
@@ -30,7 +30,7 @@ def run(folder: Path, *command: str, **variables: str) -> list[str]:
     install(folder, "python", 'printf "%s\\n" "$@" "XLA_FLAGS=$XLA_FLAGS"\n')
     env = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}"} | variables
     done = subprocess.run(
-        command, cwd=several.ROOT, env=env, capture_output=True, text=True, check=True
+        command, cwd=several_processes.ROOT, env=env, capture_output=True, text=True, check=True
     )
     return done.stdout.splitlines()
 
@@ -48,7 +48,7 @@ def pods() -> tuple[dict, dict]:
 
 
 def documented_flags() -> str:
-    text = (several.ROOT / "docs" / "clusters.md").read_text()
+    text = (several_processes.ROOT / "docs" / "clusters.md").read_text()
     return " ".join(re.findall(r"^\| `(--xla_\S*)` \|", text, re.MULTILINE))
 
 
@@ -123,14 +123,14 @@ def test_xla_knows_the_flags_that_the_scripts_set(flag: str):
 @pytest.mark.slow
 def test_processes_find_each_other_by_what_slurm_tells_them():
     mesh = ["--config.mesh.pipe=1", "--config.mesh.data=2"]
-    port = several.free_port()
+    port = several_processes.free_port()
     children = []
     for i in range(2):
         variables = {"JOB_ID": 1, "STEP_NODELIST": "localhost", "NTASKS": 2}
         variables |= {"PROCID": i, "LOCALID": i}
         settings = [f"SLURM_{name}={value}" for name, value in variables.items()]
         prefix = ["env", *settings, f"JAX_COORDINATOR_PORT={port}"]
-        children.append(several.start("exchange", *mesh, prefix=prefix))
-    answers = several.results(children)
+        children.append(several_processes.start("exchange", *mesh, prefix=prefix))
+    answers = several_processes.results(children)
     assert [status for status, _, _ in answers] == [0, 0], answers
     assert all('"text": "von 0' in out for _, out, _ in answers)

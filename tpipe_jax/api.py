@@ -79,11 +79,9 @@ class TrainStep:
         """Returns the next state, and the metrics as scalars: `loss` (nats per token), `grad_norm`
         and others.
 
-        Rows are int32 tokens `[B, T + 1]`: inputs are all but the last, targets all but the first.
-        Tokens are below the vocabulary's size; a target may also be `config.IGNORE`, which does not
-        count. If the config marks documents, rows are `[B, 3, T]`, as `batches.make_row` makes
-        them. The old state is donated, so it cannot be used again. Raises `UserError` if the rows
-        have another shape.
+        `data.rows.RowLayout` describes the rows, int32 `[B, ...]`. Tokens are below the
+        vocabulary's size; a target may also be `config.IGNORE`. The old state is donated, so it
+        cannot be used again. Raises `UserError` if the rows have another shape.
         """
         like = abstract_rows(self._spec)
         if rows.shape != like.shape:
@@ -130,9 +128,10 @@ def load(
 ) -> Trained:
     """Loads the model of a run's newest sound checkpoint, or of `step`, onto a mesh.
 
-    Returns its config, the mesh and the parameters, for `generate.Generator` and
-    `evaluate.evaluate`. The given config says how the model is laid out, with `mesh` and
-    `precision`. The model itself is the checkpoint's, and the data settings are the run's.
+    Returns a `Trained`: `spec`, `params` and `step`, and by name `config` and `mesh`. It is for
+    `generate.Generator` and `evaluate.evaluate`. The given config says how the model is laid out,
+    with `mesh` and `precision`. The model itself is the checkpoint's, and the data settings are the
+    run's.
     """
     config = config or Config()
     path = Path(workdir) / "config.json"

@@ -1,3 +1,5 @@
+"""Attention in blocks, against float64."""
+
 from functools import cache
 
 import chex
@@ -9,7 +11,7 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from support import reference
-from support.slices import ROWS, TOLERANCE, B, DrawnSlice, draw, expect, rounded, run
+from support.drawn_slices import ROWS, TOLERANCE, B, DrawnSlice, draw, expect, rounded, run
 from tpipe_jax.attention.base import KVCache
 from tpipe_jax.attention.blockwise import blockwise
 from tpipe_jax.devices.inplace import Position

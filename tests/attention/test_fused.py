@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from jax import Array
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-from support import reference, stand_in
-from support.slices import ROWS, TOLERANCE, B, draw, expect, rounded, run
+from support import fake_cudnn, reference
+from support.drawn_slices import ROWS, TOLERANCE, B, draw, expect, rounded, run
 from tpipe_jax.attention import backends
 from tpipe_jax.attention.base import KVCache, Slice
 from tpipe_jax.attention.cudnn import cudnn_kernel
@@ -35,7 +35,7 @@ from tpipe_jax.training.optimizer import make_optimizer
 from tpipe_jax.training.state import abstract_rows, abstract_state
 from tpipe_jax.training.step import make_train_step
 
-stand_in.register()
+fake_cudnn.register()
 KERNEL = cudnn_kernel()
 FEW = KERNEL._replace(min_tokens=1)
 IN_GROUPS = {group: grouped(FEW, group) for group in (1, 4, 6, 100)}
@@ -218,7 +218,7 @@ def test_the_stand_in_masks_as_cudnn_does() -> None:
     q = jnp.zeros((1, 1, 2, 8))
     v = jnp.arange(3.0)[:, None] * jnp.ones(8)
     for mask, num_keys, expected in (("CAUSAL", 2, [0, 0.5]), ("PADDING", 3, [0.5, 0.5])):
-        out, _ = stand_in.forward(
+        out, _ = fake_cudnn.forward(
             *(
                 q,
                 v[None, None, :num_keys],

@@ -16,9 +16,9 @@ import jax
 import numpy as np
 import pytest
 
-from support import several, zarr_files
+from support import several_processes, zarr_files
 from support.checkpoints import FOUR, ONE, PIECES, assert_same, like, names, open_folder
-from support.states import MODEL, numbered, state_on
+from support.numbered_states import MODEL, numbered, state_on
 from tpipe_jax.checkpoint import checkpoints as saving
 from tpipe_jax.checkpoint import manifest
 from tpipe_jax.config.settings import MeshConfig, ModelConfig
@@ -228,7 +228,7 @@ def test_the_command_does_not_call_damaged_what_cannot_be_read(
 def test_processes_save_together(tmp_path: Path):
     """Two of four, which have copies of what the others have, have nothing to save."""
     args = [*PIECES, f"--workdir={tmp_path}", "--config.optim.shard-state=false"]
-    answers = several.results(several.start_all(4, "save", *args))
+    answers = several_processes.results(several_processes.start_all(4, "save", *args))
     assert [status for status, _, _ in answers] == [0] * 4, answers
     assert all(out.endswith("restored\n") for _, out, _ in answers)
     assert names(tmp_path) == ["1"]

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from support import several
+from support import several_processes
 from support.checkpoints import ONE, PIECES, assert_same, like, names, open_folder
-from support.states import state_on
+from support.numbered_states import state_on
 from tpipe_jax.checkpoint import checkpoints as saving
 from tpipe_jax.checkpoint import manifest
 from tpipe_jax.checkpoint.checkpoints import Checkpoints
@@ -249,7 +249,7 @@ def failure_of(checkpoints: Checkpoints) -> str:
 def test_processes_fail_together(tmp_path: Path, what: str, sentence: str):
     """With what is wrong in one of them, and no checkpoint."""
     args = [*PIECES, f"--workdir={tmp_path}", "--config.optim.shard-state=true"]
-    answers = several.results(several.start_all(2, what, *args))
+    answers = several_processes.results(several_processes.start_all(2, what, *args))
     assert [status for status, _, _ in answers] == [2, 2], answers
     assert sentence in answers[0][2]
     assert not list(tmp_path.rglob(manifest.MANIFEST))

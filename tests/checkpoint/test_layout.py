@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.tree_util import keystr
 
-from support.states import MODEL, abstract, numbered, state_on
+from support.numbered_states import MODEL, abstract, numbered, state_on
 from tpipe_jax.checkpoint.layout import fragments, restored
 from tpipe_jax.config.settings import MeshConfig
 from tpipe_jax.training.health import Health

@@ -1,7 +1,7 @@
 """Settings and files as they may come: a step is trained, or one sentence says what is wrong.
 
-python -m pytest tests/test_fuzz.py                                # a few of each
-python -m pytest tests/test_fuzz.py --hypothesis-profile=thorough  # a thousand and more
+python -m pytest -m "slow or not slow" tests/commands/test_fuzz.py     # a few of each
+... -n 0 -s --hypothesis-profile=thorough                              # a thousand and more
 """
 
 import dataclasses
@@ -22,8 +22,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from support.numbered_states import MODEL, abstract, state_on
 from support.runs import Lines, metrics, small_config
-from support.states import MODEL, abstract, state_on
 from tpipe_jax.checkpoint.checkpoints import Checkpoints
 from tpipe_jax.commands.train import train
 from tpipe_jax.config.command_line import parse

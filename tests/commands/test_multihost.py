@@ -13,7 +13,7 @@ import chex
 import numpy as np
 import pytest
 
-from support import reference, several, ticks, zarr_files
+from support import reference, several_processes, timeline_file, zarr_files
 from support.marks import slow
 
 pytestmark = pytest.mark.usefixtures("short_flags")
@@ -42,8 +42,8 @@ def metrics(workdir: Path) -> list[dict[str, float]]:
 
 
 def run(workdir: Path, *args: str) -> str:
-    child = several.start(*SETTINGS, f"--workdir={workdir}", *args, program=PROGRAM)
-    [(status, out, err)] = several.results([child])
+    child = several_processes.start(*SETTINGS, f"--workdir={workdir}", *args, program=PROGRAM)
+    [(status, out, err)] = several_processes.results([child])
     assert (status, err) == (0, ""), (out, err)
     return out
 
@@ -72,7 +72,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_losses_do_not_depend_on_the_processes(num_processes: int, alone: Path, tmp_path: Path):
     out = run(tmp_path, f"--local-processes={num_processes}", "--config.train.trace-step=5")
     check_same(tmp_path, alone)
-    ticks.check_measured(tmp_path, step=5, num_stages=2, num_slices=2)
+    timeline_file.check_measured(tmp_path, step=5, num_stages=2, num_slices=2)
     lines = out.splitlines()
     assert [line for line in lines if not line.startswith("[0] ")] == []  # one of them logs
     [hosts] = [line.split() for line in lines if f" 0-{num_processes - 1} " in line]
@@ -117,15 +117,17 @@ def test_processes_plan_together(tmp_path: Path):
     settings = [s for s in SETTINGS if "slices" not in s]
     settings += ["--config.plan.unit-tokens=8", "--config.train.sample-tokens=4"]
     settings += ["--config.mesh.data=1", "--config.train.batch-size=1"]
-    child = several.start(*settings, workdir, "--local-processes=2", program=PROGRAM)
-    [(status, out, err)] = several.results([child])
+    child = several_processes.start(*settings, workdir, "--local-processes=2", program=PROGRAM)
+    [(status, out, err)] = several_processes.results([child])
     assert (status, err) == (0, ""), (out, err)
     assert out.count("profiling ...") == out.count("predicted step") == 1
     assert "how the model continues it" in out
     assert [line["step"] for line in metrics(tmp_path)] == [2, 4, 6]
 
     more = [*settings, workdir, "--local-processes=2", "--config.train.num-steps=8"]
-    [(status, out, err)] = several.results([several.start(*more, program=PROGRAM)])
+    [(status, out, err)] = several_processes.results(
+        [several_processes.start(*more, program=PROGRAM)]
+    )
     assert (status, err) == (0, ""), (out, err)
     assert "latencies as measured before" in out
     assert "continuing after step 6" in out
@@ -152,7 +154,7 @@ def processes_of(child: subprocess.Popen) -> list[int]:
 def test_ctrl_c_saves_at_one_step_in_all_processes(alone: Path, tmp_path: Path):
     args = [*SETTINGS, f"--workdir={tmp_path}", "--local-processes=2"]
     many = "--config.train.num-steps=100000"
-    child = several.start(*args, many, program=PROGRAM)
+    child = several_processes.start(*args, many, program=PROGRAM)
     wait_for_steps(child, tmp_path)
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=400)
@@ -162,7 +164,7 @@ def test_ctrl_c_saves_at_one_step_in_all_processes(alone: Path, tmp_path: Path):
     stopped = int(said.split("step ")[1].split(":")[0])
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(stopped)]
 
-    child = several.start(*args, many, program=PROGRAM)
+    child = several_processes.start(*args, many, program=PROGRAM)
     assert child.stdout is not None
     while "continuing after step" not in (line := child.stdout.readline()):
         assert line, child.communicate()
@@ -185,10 +187,12 @@ def test_ctrl_c_saves_at_one_step_in_all_processes(alone: Path, tmp_path: Path):
 def test_processes_that_were_started_by_hand_restart_each_on_its_own(tmp_path: Path):
     """One is killed; the other fails by that, and both find each other again."""
     settings = [*SETTINGS, f"--workdir={tmp_path}", "--config.checkpoint.every=2"]
-    settings += [f"--coordinator=127.0.0.1:{several.free_port()}", "--num-processes=2"]
+    settings += [f"--coordinator=127.0.0.1:{several_processes.free_port()}", "--num-processes=2"]
     settings += ["--max-restarts=1", "--config.train.num-steps=40", "--config.mesh.data=1"]
     children = [
-        several.start(*settings, f"--process-id={i}", "--local-device-ids=0", program=PROGRAM)
+        several_processes.start(
+            *settings, f"--process-id={i}", "--local-device-ids=0", program=PROGRAM
+        )
         for i in range(2)
     ]
     wait_for_steps(children[0], tmp_path)
@@ -196,7 +200,7 @@ def test_processes_that_were_started_by_hand_restart_each_on_its_own(tmp_path: P
         assert children[0].poll() is None, children[0].communicate()
         time.sleep(0.05)
     os.kill(processes_of(children[1])[0], signal.SIGKILL)
-    answers = several.results(children)
+    answers = several_processes.results(children)
     assert [status for status, _, _ in answers] == [0, 0], answers
     assert all("starting again from the last checkpoint" in err for _, _, err in answers)
     assert "continuing after step" in answers[0][1]
@@ -238,7 +242,7 @@ def test_two_hosts_train_together(hosts: list[list[str]], alone: Path, tmp_path:
     """By hand, each with its own address: stages go across the hosts."""
     workdir = tmp_path / "run"
     children = [
-        several.start(
+        several_processes.start(
             *SETTINGS,
             f"--workdir={workdir}",
             "--coordinator=10.77.0.1:7777",
@@ -249,7 +253,7 @@ def test_two_hosts_train_together(hosts: list[list[str]], alone: Path, tmp_path:
         )
         for i, prefix in enumerate(hosts)
     ]
-    answers = several.results(children)
+    answers = several_processes.results(children)
     assert [status for status, _, _ in answers] == [0, 0], answers
     lines = [line.split() for line in answers[0][1].splitlines()]
     assert ["host-a", "0", "2", "0", "0-1"] in lines

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 
-from support.texts import TEXT, B, settings, write_folder
+from support.text_data import TEXT, B, settings, write_folder
 from tpipe_jax.config.settings import Config
 from tpipe_jax.data.batches import open_data
 from tpipe_jax.errors import UserError

@@ -1,5 +1,7 @@
+"""The model beside the one in transformers, and its fresh parameters."""
+
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,9 +16,6 @@ from jax import Array
 from tpipe_jax.config.settings import ModelConfig
 from tpipe_jax.model import reference as plain_model
 from tpipe_jax.model import transformer
-from tpipe_jax.model.block import no_tape
-from tpipe_jax.model.flops import forward_flops
-from tpipe_jax.model.functional import block_functions
 
 Params = Any  # nested dictionaries and lists of arrays
 
@@ -235,79 +234,3 @@ def test_initialisation_follows_the_key() -> None:
         np.testing.assert_array_equal(x, again[name], err_msg=name)
         if not name.endswith(("['scale']", "['bias']")):
             assert np.all(x != other[name]), name
-
-
-def test_a_token_changes_its_own_and_all_later_logits_but_no_earlier_one() -> None:
-    config = ModelConfig(num_layers=2, d_model=32, num_heads=2, vocab_size=29, seq_len=300)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda x: jnp.asarray(x + rng.normal(scale=0.3, size=x.shape), jnp.float32),
-        transformer.init(config, jax.random.key(0)),
-    )
-    logits = partial(jax.jit(partial(plain_model.logits, config)), params)
-    tokens = rng.integers(config.vocab_size, size=(1, config.seq_len))
-    before = np.asarray(logits(tokens))
-    # around the edges of the blocks, of 128 keys and 150 queries
-    for t in [0, 1, 127, 128, 149, 150, 298, 299]:
-        changed = tokens.copy()
-        changed[0, t] = (changed[0, t] + 1) % config.vocab_size
-        difference = np.abs(np.asarray(logits(changed)) - before)[0].max(-1)
-        np.testing.assert_array_equal(difference[:t], 0, err_msg=f"token {t}")
-        assert difference[t:].min() > 1e-4, f"token {t}"
-
-
-def dense_attention(qkv_tBHTK: Array) -> Array:
-    q, k, v = qkv_tBHTK
-    T, K = q.shape[-2:]
-    scores = jnp.einsum("bhqe,bhke->bhqk", q, k) / math.sqrt(K)
-    scores = jnp.where(np.tri(T, dtype=bool), scores, -jnp.inf)
-    return jnp.einsum("bhqk,bhke->bhqe", jax.nn.softmax(scores), v)
-
-
-@pytest.mark.parametrize("num_tokens", [1, 7, 130, 300, 389])
-def test_self_attention_has_the_value_and_gradient_of_dense_attention(num_tokens: int) -> None:
-    normal = np.random.default_rng(0).normal
-    qkv, d_out = (
-        jnp.asarray(normal(scale=1.5, size=(*n, 2, 3, num_tokens, 5)), jnp.float32)
-        for n in [(3,), ()]
-    )
-
-    @partial(jax.jit, static_argnums=0)
-    def value_and_gradient(
-        attention: Callable[[Array], Array], qkv: Array, d_out: Array
-    ) -> tuple[Array, Array]:
-        out, pull_back = jax.vjp(attention, qkv)
-        return out, *pull_back(d_out)
-
-    ours = value_and_gradient(lambda qkv: plain_model.self_attention(*qkv), qkv, d_out)
-    expected = value_and_gradient(dense_attention, qkv, d_out)
-    # both sum in float32, in different orders: some dozen roundings of values up to 15
-    chex.assert_trees_all_close(ours, expected, rtol=0, atol=5e-5)
-
-
-def test_flops_of_one_token_are_those_that_xla_counts() -> None:
-    config = ModelConfig(num_layers=1, d_model=128, num_heads=2, d_ff=200)
-    context = 900  # its attention then costs more than the matrices of the block
-    block = block_functions(config, jnp.float32)
-
-    def layer(params: Params, x_BLD: Array, cache_kvBHCK: Array) -> Array:
-        q, *kv = block.qkv(params, x_BLD, jnp.array([[context]]), no_tape)
-        k, v = (jnp.concatenate(pair, axis=2) for pair in zip(cache_kvBHCK, kv, strict=True))
-        weight = jax.nn.softmax(jnp.einsum("bhqe,bhke->bhqk", q, k))
-        return block.finish(params, x_BLD, jnp.einsum("bhqk,bhke->bhqe", weight, v), no_tape)
-
-    params = jax.eval_shape(partial(transformer.init, config), jax.random.key(0))["blocks"][0]
-    x = jax.ShapeDtypeStruct((1, 1, 128), jnp.float32)
-    cache = jax.ShapeDtypeStruct((2, 1, 2, context, 64), jnp.float32)
-    cost = jax.jit(layer).lower(params, x, cache).compile().cost_analysis()
-    assert cost is not None
-    expected = forward_flops(config, 1, context)
-    # XLA counts the norms, biases, GELU and softmax too, here 1.8%
-    assert expected < cost["flops"] < 1.05 * expected
-
-
-def test_flops_of_a_slice_are_those_of_its_tokens() -> None:
-    config = ModelConfig(num_layers=1, d_model=24, num_heads=2, d_ff=50)
-    for num_tokens, context in [(1, 0), (7, 0), (7, 3), (130, 64)]:
-        one_by_one = [forward_flops(config, 1, context + i) for i in range(num_tokens)]
-        assert forward_flops(config, num_tokens, context) == sum(one_by_one)

@@ -1,3 +1,5 @@
+"""The executor and the stage together: loss and every gradient against the unpipelined model."""
+
 import dataclasses
 from functools import cache, partial
 from typing import Any, NamedTuple
@@ -13,7 +15,7 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jax.stages import Compiled
 
-from support import reference, stand_in
+from support import fake_cudnn, reference
 from support.marks import slow
 from support.quick_pipeline import QUICK, TOLERANCE, Params, draw_params
 from tpipe_jax.attention import backends
@@ -199,7 +201,7 @@ def test_gradients_with_a_fused_kernel(
 ) -> None:
     """One that XLA cannot look into, on heads that 'model' divides; a slice is too short for it."""
     monkeypatch.setattr(backends, "_obstacle", lambda *_: None)
-    stand_in.register()
+    fake_cudnn.register()
     num = {"terapipe": 2, "1f1b": 5}[schedule]  # with more sequences than rows
     slices = "uniform:1" if num == 2 else "uniform:5"
     config = Case(divided, 2, "80,10,64", slices, num, schedule).config

@@ -1,3 +1,5 @@
+"""Embedding, head and loss divided among stages, against whole ones."""
+
 from functools import partial
 from typing import Any, NamedTuple
 

@@ -8,7 +8,7 @@ import jax
 import pytest
 
 import tpipe_jax
-from support import several
+from support import several_processes
 from support.fake_profiler import FakeProfiler
 from support.runs import Lines, changed, metrics, small_config
 from tpipe_jax.commands.plan import plan_run
@@ -204,7 +204,7 @@ def test_processes_choose_one_mesh(tmp_path: Path):
         *("--config.train.num-steps=2", "--config.train.sample-tokens=0"),
         *("--config.train.eval-batches=1", "--config.plan.unit-tokens=2"),
     ]
-    answers = several.results(several.start_all(2, "auto", *settings))
+    answers = several_processes.results(several_processes.start_all(2, "auto", *settings))
     assert [(status, err) for status, _, err in answers] == [(0, "")] * 2
     assert [json.loads(out.splitlines()[-1]) for _, out, _ in answers] == [[2, 1, 1]] * 2
     assert metrics(tmp_path / "run")[-1]["step"] == 2

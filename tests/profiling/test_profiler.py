@@ -29,7 +29,7 @@ from tpipe_jax.pipeline import footprint
 from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.latency import Deferral
 from tpipe_jax.planning.schedule import IDLE, Item
-from tpipe_jax.profiling import profiler, programs
+from tpipe_jax.profiling import cache_key, profiler, programs
 from tpipe_jax.profiling.profiler import MAX_TICKS, MIN_SECONDS, Profiler, Program
 from tpipe_jax.profiling.shapes import TimedShape, shapes_to_time
 from tpipe_jax.training.optimizer import make_optimizer
@@ -184,7 +184,7 @@ def test_key_tells_what_measurements_depend_on(mesh: Mesh, monkeypatch: pytest.M
             None if config.attention.backend == "cudnn" else obstacle(backend, config, *more)
         ),
     )
-    key = profiler.profile_key(make_spec(CONFIG, mesh))
+    key = cache_key.profile_key(make_spec(CONFIG, mesh))
     same = dataclasses.replace(
         CONFIG,
         train=TrainConfig(num_steps=7, batch_size=4),
@@ -192,7 +192,7 @@ def test_key_tells_what_measurements_depend_on(mesh: Mesh, monkeypatch: pytest.M
         precision=PrecisionConfig("float32"),  # which is what auto means on a CPU
         attention=AttentionConfig("xla"),  # likewise
     )
-    assert profiler.profile_key(make_spec(same, mesh)) == key
+    assert cache_key.profile_key(make_spec(same, mesh)) == key
     for changes in (
         {"model": dataclasses.replace(CONFIG.model, d_ff=40)},
         {"mesh": MeshConfig(pipe=1, model=2)},
@@ -205,7 +205,7 @@ def test_key_tells_what_measurements_depend_on(mesh: Mesh, monkeypatch: pytest.M
         {"optim": dataclasses.replace(CONFIG.optim, shard_state=True)},
     ):
         other = dataclasses.replace(CONFIG, **changes)
-        assert profiler.profile_key(make_spec(other, mesh)) != key
+        assert cache_key.profile_key(make_spec(other, mesh)) != key
     assert key["jax"] == jax.__version__
     assert "2 x cpu" in key["devices"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from support import runs, ticks
+from support import runs, timeline_file
 from support.marks import slow
 from tpipe_jax.config.settings import MeshConfig
 from tpipe_jax.errors import UserError
@@ -130,12 +130,12 @@ def test_a_traced_step_is_in_the_timeline(sizes: MeshConfig, tmp_path: Path):
     said = runs.run(traced, tmp_path / "traced")
     [line] = [line for line in said if "was traced" in line]
     assert line.startswith("step 2 was traced: ")
-    ticks.check_measured(tmp_path / "traced", 2, 2, 3)
+    timeline_file.check_measured(tmp_path / "traced", 2, 2, 3)
     runs.run(config, tmp_path / "plain")
     losses = [[line["loss"] for line in runs.metrics(tmp_path / n)] for n in ("traced", "plain")]
     assert losses[0] == losses[1]
     runs.run(runs.changed(traced, train={"num_steps": 4}), tmp_path / "traced")
-    ticks.check_measured(tmp_path / "traced", 2, 2, 3)
+    timeline_file.check_measured(tmp_path / "traced", 2, 2, 3)
     others = runs.changed(traced, train={"num_steps": 5}, plan={"token_slices": "8,8"})
     runs.run(others, tmp_path / "traced")
     assert "measured" not in (tmp_path / "traced" / "timeline.json").read_text()

@@ -1,3 +1,5 @@
+"""metrics.jsonl and the events of TensorBoard."""
+
 import json
 import math
 import resource

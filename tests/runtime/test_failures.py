@@ -1,4 +1,4 @@
-"""What takes too long ends a run; tests/test_processes.py has failures of several processes."""
+"""What takes too long ends a run. Failures of several processes are in test_processes.py."""
 
 import os
 import signal
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from support import several
+from support import several_processes
 from tpipe_jax.runtime import failures
 from tpipe_jax.runtime.failures import watched
 
@@ -55,21 +55,21 @@ def test_what_is_next_starts_anew(given_up: list[str]):
 @pytest.mark.slow
 def test_time_in_which_the_process_is_stopped_does_not_count():
     """It is stopped (as by Ctrl-Z) for longer than it may take, then goes on to its end."""
-    child = several.start("watched 3")
+    child = several_processes.start("watched 3")
     assert child.stdout is not None
     assert child.stdout.readline() == "ready\n"
     child.send_signal(signal.SIGSTOP)
     time.sleep(4)
     child.send_signal(signal.SIGCONT)
-    [(status, out, err)] = several.results([child])
+    [(status, out, err)] = several_processes.results([child])
     assert (status, out, err) == (0, "done\n", "")
 
 
 def test_a_process_that_hangs_ends_and_tells_where():
-    [(status, out, err)] = several.results([several.start("watched 0.5")])
+    [(status, out, err)] = several_processes.results([several_processes.start("watched 0.5")])
     assert (status, out) == (1, "ready\n")
     lines = err.splitlines()
     assert lines[0] == "sleeping"
     assert "Thread MainThread (most recent call last):" in lines
     assert lines[-1].strip() == "time.sleep(1.5)"
-    assert os.path.basename(several.__file__) in lines[-2]
+    assert os.path.basename(several_processes.__file__) in lines[-2]

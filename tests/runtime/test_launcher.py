@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support import several
+from support import several_processes
 from tpipe_jax.config.command_line import without_option
 from tpipe_jax.config.flags import Flags, ProcessFlags
 from tpipe_jax.config.settings import Config, MeshConfig
@@ -169,7 +169,7 @@ def test_interruptions_are_passed_on(program: str, tmp_path: Path):
         "flags = Flags(Config(mesh=MeshConfig(pipe=2)), Path('w'), processes)\n"
         "sys.exit(supervise(sys.argv[1:], flags))\n"
     )
-    child = several.start(program, "what=interrupt", program=str(caller))
+    child = several_processes.start(program, "what=interrupt", program=str(caller))
     assert child.stdout is not None
     assert sorted(child.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
     child.send_signal(signal.SIGINT)

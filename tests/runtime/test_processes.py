@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from support import several
+from support import several_processes
 from tpipe_jax.runtime.processes import _listening_address
 
 MESH = ["--config.mesh.pipe=1", "--config.mesh.data=2"]
@@ -17,7 +17,7 @@ MESH = ["--config.mesh.pipe=1", "--config.mesh.data=2"]
 def test_all_have_what_the_first_has_and_read_their_rows_once():
     """Four devices on two processes: each reads the rows of its data shard, for two stages."""
     mesh = ["--config.mesh.pipe=2", "--config.mesh.data=2", "--config.mesh.order=data,pipe,model"]
-    answers = several.results(several.start_all(2, "exchange", *mesh))
+    answers = several_processes.results(several_processes.start_all(2, "exchange", *mesh))
     assert [status for status, _, _ in answers] == [0, 0], answers
     seen = [json.loads(out.splitlines()[-1]) for _, out, _ in answers]
     for one in seen:
@@ -40,8 +40,8 @@ def test_all_have_what_the_first_has_and_read_their_rows_once():
     ],
 )
 def test_one_failing_ends_all_and_the_first_tells(what: str, status: int, first: str, last: str):
-    children = several.start_all(2, what, *MESH)
-    (status_0, _, err_0), (status_1, _, err_1) = several.results(children)
+    children = several_processes.start_all(2, what, *MESH)
+    (status_0, _, err_0), (status_1, _, err_1) = several_processes.results(children)
     assert (status_0, status_1) == (status, status)
     assert first.format(socket.gethostname()) in err_0
     if last:
@@ -54,10 +54,10 @@ def test_one_failing_ends_all_and_the_first_tells(what: str, status: int, first:
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_killed_process_ends_the_others(killed: int):
     """The other waits in a collective; it may notice by its connection or by heartbeats missed."""
-    children = several.start_all(2, f"kill {killed}", *MESH)
+    children = several_processes.start_all(2, f"kill {killed}", *MESH)
     children[killed].wait(timeout=400)
     start = time.monotonic()
-    answers = several.results(children)
+    answers = several_processes.results(children)
     assert time.monotonic() - start < 30
     status, _, err = answers[1 - killed]
     assert status != 0
@@ -66,8 +66,8 @@ def test_a_killed_process_ends_the_others(killed: int):
 
 @pytest.mark.slow
 def test_a_process_that_hangs_ends_all_and_all_tell_where():
-    children = several.start_all(2, "hang", *MESH)
-    (status_0, _, err_0), (status_1, _, err_1) = several.results(children)
+    children = several_processes.start_all(2, "hang", *MESH)
+    (status_0, _, err_0), (status_1, _, err_1) = several_processes.results(children)
     assert (status_0, status_1) == (1, 1)
     host = socket.gethostname()
     assert f"process 1 on {host}: error: step 3 has taken too long" in err_0
@@ -80,7 +80,9 @@ def test_a_process_that_hangs_ends_all_and_all_tell_where():
 @pytest.mark.slow
 def test_processes_with_other_settings_are_refused():
     each = [["--workdir=a"], ["--workdir=b", "--config.train.seed=3"]]
-    answers = several.results(several.start_all(2, "exchange", *MESH, each=each))
+    answers = several_processes.results(
+        several_processes.start_all(2, "exchange", *MESH, each=each)
+    )
     assert [status for status, _, _ in answers] == [2, 2]
     sentence = (
         f"process 1 on {socket.gethostname()} was started otherwise than process 0 "
@@ -92,14 +94,16 @@ def test_processes_with_other_settings_are_refused():
 @pytest.mark.slow
 def test_devices_that_processes_cannot_share_out_are_refused():
     mesh = ["--config.mesh.pipe=3", "--config.mesh.data=1"]
-    answers = several.results(several.start_all(2, "exchange", *mesh))
+    answers = several_processes.results(several_processes.start_all(2, "exchange", *mesh))
     assert [status for status, _, _ in answers] == [2, 2]
     assert "3 CPU devices cannot be shared out evenly among 2 processes" in answers[0][2]
 
 
 def test_what_jax_cannot_make_out_is_a_sentence():
     where = ["env", "JAX_COORDINATOR_ADDRESS=127.0.0.1:1234"]
-    [(status, _, err)] = several.results([several.start("exchange", *MESH, prefix=where)])
+    [(status, _, err)] = several_processes.results(
+        [several_processes.start("exchange", *MESH, prefix=where)]
+    )
     assert status == 2
     assert err.startswith("error: jax cannot join the processes of this run (Number of processes")
     assert err.count("\n") == 1
@@ -107,16 +111,18 @@ def test_what_jax_cannot_make_out_is_a_sentence():
 
 def test_processes_with_other_code_are_refused(tmp_path: Path):
     """The package is copied for one of them, and a comment is added."""
-    (tmp_path / "configs").symlink_to(several.ROOT / "configs")
-    copy = shutil.copytree(several.ROOT / "tpipe_jax", tmp_path / "tpipe_jax")
+    (tmp_path / "configs").symlink_to(several_processes.ROOT / "configs")
+    copy = shutil.copytree(several_processes.ROOT / "tpipe_jax", tmp_path / "tpipe_jax")
     with (copy / "planning" / "slicer.py").open("a") as file:
         file.write("# other\n")
-    where = [f"--coordinator=127.0.0.1:{several.free_port()}", "--num-processes=2", *MESH]
+    where = [f"--coordinator=127.0.0.1:{several_processes.free_port()}", "--num-processes=2", *MESH]
     children = [
-        several.start("exchange", *where, f"--process-id={i}", prefix=prefix)
-        for i, prefix in enumerate(([], ["env", f"PYTHONPATH={tmp_path}:{several.ROOT / 'tests'}"]))
+        several_processes.start("exchange", *where, f"--process-id={i}", prefix=prefix)
+        for i, prefix in enumerate(
+            ([], ["env", f"PYTHONPATH={tmp_path}:{several_processes.ROOT / 'tests'}"])
+        )
     ]
-    answers = several.results(children)
+    answers = several_processes.results(children)
     assert [status for status, _, _ in answers] == [2, 2]
     assert "was started otherwise than process 0 (tpipe_jax is 0" in answers[0][2]
 
@@ -129,9 +135,11 @@ def test_processes_with_other_code_are_refused(tmp_path: Path):
     ],
 )
 def test_waiting_for_others_comes_to_an_end(process: int, sentence: str):
-    where = [f"--coordinator=127.0.0.1:{several.free_port()}", "--num-processes=2"]
-    child = several.start("exchange", *where, f"--process-id={process}", "--join-seconds=1", *MESH)
-    [(status, out, err)] = several.results([child])
+    where = [f"--coordinator=127.0.0.1:{several_processes.free_port()}", "--num-processes=2"]
+    child = several_processes.start(
+        "exchange", *where, f"--process-id={process}", "--join-seconds=1", *MESH
+    )
+    [(status, out, err)] = several_processes.results([child])
     assert (status, out) == (2, "")
     assert err.startswith("error: waited 1 s ")
     assert sentence in err
@@ -144,7 +152,9 @@ def test_an_address_that_cannot_be_listened_at_is_refused():
         other.listen()
         port = other.getsockname()[1]
         where = [f"--coordinator=127.0.0.1:{port}", "--num-processes=2", "--process-id=0"]
-        [(status, _, err)] = several.results([several.start("exchange", *where, *MESH)])
+        [(status, _, err)] = several_processes.results(
+            [several_processes.start("exchange", *where, *MESH)]
+        )
     assert status == 2
     assert f"process 0 cannot listen at 127.0.0.1:{port} (Address already in use)" in err
 
@@ -167,14 +177,21 @@ def test_process_0_listens_at_the_address_given_or_for_a_name_at_all(
 @pytest.mark.slow
 def test_names_are_enough_to_find_each_other():
     """The host's own, which often means 127.0.0.1 or 127.0.1.1 to itself."""
-    where = [f"--coordinator={socket.gethostname()}:{several.free_port()}", "--num-processes=2"]
-    children = [several.start("exchange", *where, f"--process-id={i}", *MESH) for i in range(2)]
-    answers = several.results(children)
+    where = [
+        f"--coordinator={socket.gethostname()}:{several_processes.free_port()}",
+        "--num-processes=2",
+    ]
+    children = [
+        several_processes.start("exchange", *where, f"--process-id={i}", *MESH) for i in range(2)
+    ]
+    answers = several_processes.results(children)
     assert [status for status, _, _ in answers] == [0, 0], answers
 
 
 def test_open_mpi_that_jax_does_not_know_is_refused():
     size = ["env", "OMPI_COMM_WORLD_SIZE=4"]
-    [(status, _, err)] = several.results([several.start("exchange", *MESH, prefix=size)])
+    [(status, _, err)] = several_processes.results(
+        [several_processes.start("exchange", *MESH, prefix=size)]
+    )
     assert (status, err.count("\n")) == (2, 1)
     assert err.startswith("error: mpirun has started 4 processes")

@@ -1,4 +1,4 @@
-"""Stops of a process alone; tests/test_multihost.py has those of several."""
+"""Stops of a process alone; tests/commands/test_multihost.py has those of several."""
 
 import os
 import signal

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from support.states import MODEL, abstract
+from support.numbered_states import MODEL, abstract
 from tpipe_jax.checkpoint.checkpoints import Checkpoints
 from tpipe_jax.config.settings import CheckpointConfig, MeshConfig, ModelConfig
 from tpipe_jax.training.state import TrainState

@@ -50,7 +50,7 @@ def loss(config: ModelConfig, params: Params, rows: Array) -> Array:
 
 
 def to_stages(params: Params, mesh: Mesh, num_chunks: int = 1) -> Params:
-    """The model's parameters as the mesh holds them (`mesh.param_specs`), made of whole ones."""
+    """The model's parameters as the mesh holds them (`sharding.param_specs`)."""
     num_stages, blocks = mesh.shape["pipe"], params["blocks"]
     padding = jax.tree.map(jnp.zeros_like, blocks[0])
     slots = [

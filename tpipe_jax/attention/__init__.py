@@ -1,1 +1,1 @@
-"""Attention of one token slice over its context, with one module per backend."""
+"""Attention of one token slice over its context; one module per backend."""

@@ -199,11 +199,10 @@ def _visibility(
     size: int,
     num_keys: int,
 ) -> tuple[Callable[[Array | int, Array], Array], Array | int]:
-    """Returns which keys a block of queries sees, as a function and a number.
+    """Returns a mask function and the first key that the block of queries sees, at most `context`.
 
     The function takes the first key of a block and its mask, and also masks the keys before the
-    starts of documents. The number is the first key that any of the queries sees, at most
-    `context`.
+    starts of documents.
     """
     if starts_BL1 is None:
         return lambda first_key, visible: visible, 0

@@ -1,1 +1,1 @@
-"""Saves a run, and restores it on any mesh."""
+"""Saves the training state, and restores it on any mesh."""

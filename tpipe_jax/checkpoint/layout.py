@@ -1,8 +1,8 @@
 """A state's arrays as the model has them, whatever mesh they lie on.
 
-On a mesh, each array of a block is `[P, ...]`: it stacks what all P stages have in their nth place
-for a layer. It is zero for a stage without a layer in that place. Which layer is in which place
-depends on the number of chunks of each stage (`placement`). The token embedding has rows of padding
+On a mesh, each array of block n is `[P, ...]`. Row p is the layer in the nth place of stage p. The
+row is zero if stage p has no layer there. Which layer is in which place depends on the number of
+chunks of each stage (`placement`). The token embedding has rows of padding
 (`sharding.param_specs`). In the model, each layer has its own arrays, under its own number, and the
 embedding has no padding.
 """
@@ -73,8 +73,9 @@ def restored(
     read: Callable[[str, ArrayShape, Index], np.ndarray],
     num_chunks: int = 1,
 ) -> Array:
-    """Returns an array of a state, in the sharding of `like`. It is made of parts of the model's
-    arrays, which `read(name, shape, index)` returns.
+    """Reads an array of the state, in the sharding of `like`.
+
+    `read(name, shape, index)` returns a region of an array of the model.
     """
     leaf = _Leaf(config, path, like.shape, num_chunks)
 
@@ -109,8 +110,8 @@ class _Leaf:
         self._is_vocabulary = path[-2:] == (DictKey("embed"), DictKey("tokens"))
 
     def parts(self, bounds: Index) -> Iterator[tuple[str, ArrayShape, Index, Index]]:
-        """Yields each array of the model that has a share in a part of this array: its name, its
-        shape, where the share lies in it, and where the share lies in the part.
+        """Yields the model's arrays that overlap a region of this array. For each: name, shape, the
+        overlap's place in the model's array, and its place in the region.
         """
         if self._place is not None:
             for stage in range(bounds[0].start, bounds[0].stop):

@@ -1,1 +1,1 @@
-"""What each program in `launch/` does."""
+"""Whole runs: train, plan, generate and evaluate, as the programs in `launch/` call them."""

@@ -190,7 +190,9 @@ def _show_hosts(mesh: Mesh, console: Console) -> None:
 
 
 def _planned(run: Run, workdir: Path, console: Console, check: Callable[[], None]) -> Plan:
-    """Returns the plan that the settings give, or the fastest one that keeps to what they give."""
+    """Returns the plan in the settings. If they leave something open, finds the fastest plan that
+    keeps to them.
+    """
     config = run.config
     if isinstance(run.plan, PlanRequest):
         _, planning = plan_slices(run.spec, run.plan, workdir, console, check)

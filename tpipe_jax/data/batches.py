@@ -113,8 +113,8 @@ def open_data(config: Config) -> tuple[Batches, Batches]:
 
 
 def open_held_out(config: Config) -> tuple[Config, list[Share]]:
-    """Returns the config as `with_packing` makes it for all data, and the held-out tokens of
-    `open_data`.
+    """Returns the config with packing resolved, as by `with_packing` for all data, and the shares
+    of the data that are held out.
 
     Raises `UserError` as `open_data` does.
     """
@@ -158,13 +158,7 @@ def make_sequences(config: Config, share: Share, is_whole: bool = True) -> Seque
 
 
 def make_row(config: Config, source: TokenSource, pieces: Sequence[Span]) -> np.ndarray:
-    """Returns a sequence made of these pieces of a source, int32.
-
-    Its shape is `[T + 1]`: inputs are all tokens but the last, targets all but the first. Where the
-    config marks documents, it is `[3, T]`: inputs, targets, and the position in the sequence at
-    which the document of each input begins. A target that does not count, such as padding, is
-    `IGNORE`.
-    """
+    """Returns a sequence made of these pieces of a source: a row as in `data.rows.RowLayout`."""
     size = config.model.seq_len + 1
     if not config.data.marks_documents:
         [(start, stop)] = pieces

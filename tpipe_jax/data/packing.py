@@ -10,8 +10,8 @@ Span = tuple[int, int]  # its first token, and the one after its last
 def best_fit(pieces: Sequence[Span], size: int) -> list[list[Span]]:
     """Packs pieces, none longer than `size`, into sequences.
 
-    Each piece goes to the sequence with the least room that it fits into, else to a new one.
-    Sequences are in the order of their first pieces, and pieces in the order given.
+    Each piece goes to the fullest sequence that still has room for it. If there is none, it begins
+    a new one. Sequences are in the order of their first pieces, and pieces in the order given.
     """
     sequences: list[list[Span]] = []
     # having[n] is a heap of the sequences with room for n tokens; `amounts` lists, ascending, the

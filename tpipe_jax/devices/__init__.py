@@ -1,3 +1,3 @@
-"""The mesh, number formats, and the parts from which code of one device is built: collectives,
+"""The mesh, number formats, and helpers for code that runs on one device: collectives,
 conditionals, in-place buffers.
 """

@@ -12,7 +12,9 @@ Tree = TypeVar("Tree")
 
 
 def varying(tree: Tree, axes: Sequence[str] = ("data", "pipe")) -> Tree:
-    """Marks arrays as different along the axes, as the carry of a loop must be from the start."""
+    """Tells jax that arrays may differ along these mesh axes. The initial carry of a loop needs
+    this.
+    """
 
     def cast(a: Array) -> Array:
         missing = tuple(sorted(set(axes) - set(jax.typeof(a).manual_axis_type.varying)))

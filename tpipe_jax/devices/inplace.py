@@ -28,10 +28,9 @@ class Position(NamedTuple):
 
 
 def in_shared_rows(at: Position, buffer: Array, num_rows: int) -> Position:
-    """Returns the position of a slice in `buffer`, whose rows sequences may share.
+    """Returns where a slice lies in a buffer that may have fewer rows than the others (`num_rows`).
 
-    If the buffer has fewer rows than `num_rows`, the number in other buffers, sequences take turns
-    in its first rows. So the row is 0.
+    If it has fewer, sequences use its first rows one after another, so the row is 0.
     """
     return at if buffer.shape[0] == num_rows else at._replace(row=0)
 

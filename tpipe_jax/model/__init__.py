@@ -1,1 +1,1 @@
-"""What a layer is, and the model families."""
+"""The transformer: its blocks, its parameters on a mesh, its floating-point operations."""

@@ -1,1 +1,3 @@
-"""The executor, the stages, and the vocabulary that they share."""
+"""The sliced pipeline on the devices: executor, stages, and the embedding and head, divided among
+all stages.
+"""

@@ -35,7 +35,9 @@ Sums = TypeVar("Sums")
 
 
 class StepWork(NamedTuple):
-    """The functions that a step is made of. `row` is the first row of a part of the batch."""
+    """The functions that `execute` calls. Their argument `row` is the first sequence of a part of
+    the batch.
+    """
 
     embed: Callable[[Array | int, int], Array]
     """`(row, num_rows)` to `x [b, T, D]`, the input of the first stage."""
@@ -68,9 +70,10 @@ def execute(
     and `sums`.
 
     Args:
-        trunk_RTD: a buffer for the part of the batch that is in the pipeline, R rows of the
-            schedule. The embedding is written to it. Each stage replaces its input by its output,
-            forward and backward. Between the two, the gradients of the losses replace the output.
+        trunk_RTD: a buffer with one row for each sequence in the pipeline
+            (R = `schedule.num_rows`). The embedding is written to it. Each stage replaces its input
+            by its output, forward and backward. Between the two, the gradients of the losses
+            replace the output.
         saved: buffers that the forward passes fill and the backward passes read.
         gradients: buffers that the backward passes fill.
         sums: sums that all stages compute together.

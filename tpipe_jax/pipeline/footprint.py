@@ -12,8 +12,8 @@ from tpipe_jax.pipeline.spec import StageSpec
 
 
 def activation_bytes_per_token(spec: StageSpec) -> tuple[int, int]:
-    """Bytes that a device stores for each token of a sequence in the pipeline, and further bytes
-    for each token of a sequence that goes backward.
+    """Returns two numbers, bytes per token on a device: what a sequence takes while it is in the
+    pipeline, and what it takes in addition while it goes backward.
     """
     saved, gathered = _shapes(spec, saved_of), cache_bytes_per_token(spec)[1]
     left = deferred_bytes_per_token(spec) if spec.weight_grads == "at the end" else 0
@@ -31,8 +31,8 @@ def trunk_bytes_per_token(spec: StageSpec) -> int:
 
 
 def cache_bytes_per_token(spec: StageSpec) -> tuple[int, int]:
-    """The bytes of keys and values in the first number of `activation_bytes_per_token`, and the
-    bytes of their gradients in the second.
+    """The share of attention caches in both numbers of `activation_bytes_per_token`, in bytes: keys
+    and values in the first, their gradients in the second.
     """
     saved, gathered = (
         _bytes_per_token(spec, [d.cache for d in _shapes(spec, buffers)])

@@ -32,8 +32,8 @@ class Lane:
         reverse: bool = False,
         slot_rows: np.ndarray | None = None,
     ) -> None:
-        """`buffer_rows` are the first rows of the items in the buffers; `slot_rows` `[item, stage]`
-        are the first rows of their slots, if they have slots.
+        """`buffer_rows[item]` is the first row of an item in the buffers. `slot_rows[item, stage]`
+        is the first row of its slot, if gradients of weights are deferred.
         """
         ends, step = ((num_stages - 1, 0), -1) if reverse else ((0, num_stages - 1), 1)
         self._entry, self._exit = ends

@@ -41,7 +41,11 @@ class Chunk(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """The layers of one stage. A stage skips a layer that only other stages have."""
+    """The layers of one stage.
+
+    Stages may have different numbers of layers. All have the same number of places; a place without
+    a layer is skipped.
+    """
 
     block: BlockFunctions
     attention: Attention
@@ -105,8 +109,8 @@ class Stage(NamedTuple):
     def weight_gradients(
         self, each: Callable[..., Any], saved: list[Saved], gradients: list[Gradients]
     ) -> list[Gradients]:
-        """Adds the gradients of the weights of linear layers for slices whose backward passes have
-        left them out, as `executor.StepWork.weights`.
+        """Computes the gradients of the weights of linear layers that backward passes have left
+        out, and adds them. Called as `executor.StepWork.weights`.
         """
 
         def of_slice(
@@ -164,8 +168,8 @@ class Stage(NamedTuple):
         }
 
         def replay(function: Callable[..., Any]) -> Callable[..., tuple[Any, dict[str, Array]]]:
-            """Returns `function` as a function of the other parameters, taps and inputs, which also
-            returns the values that the tape has seen.
+            """Wraps `function` for `jax.vjp`. Arguments: parameters outside linear layers, taps,
+            inputs. Also returns the named values.
             """
 
             def run(others: Params, taps: dict[str, Array], *inputs: Array):

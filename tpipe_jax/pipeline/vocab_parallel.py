@@ -43,8 +43,8 @@ class Sums(NamedTuple):
     """Negative log-likelihood in nats."""
     d_embed: Params
     """Gradients of the embedding. Each stage has its own rows of the token table, which the head
-    shares. The gradients of the table are in units of weight / SCALE, so that a GPU can add
-    products to them as it computes the products."""
+    shares. The table's gradients are stored divided by weight / SCALE. So a GPU computes each
+    product and adds it to the sum in one operation."""
     d_norm: Params
     """Gradients of the final norm. Each stage has the share that comes from its own logits."""
 

@@ -1,4 +1,5 @@
-"""Plans, slicer, latency model, schedules and their simulation, in plain numbers. No jax.
+"""Finds the plan of a step: latency model, slicer, schedules and their simulation, in plain
+numbers. No jax.
 
 Programs that plan without a device import these names from here.
 """

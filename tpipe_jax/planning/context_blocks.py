@@ -20,7 +20,7 @@ def query_block(num_queries: int, block: int = BLOCK) -> int:
 
 
 def context_read(num_tokens: np.ndarray, context: np.ndarray, key_block: int) -> np.ndarray:
-    """Returns how many more keys a query of a slice reads because of the context, on average.
+    """Returns how many keys more a query reads than without the context: the average over a slice.
 
     Each block of queries reads the keys before it in whole blocks. So a few tokens of context may
     cost a whole block of keys, or nothing if that block is read for other keys anyway.

@@ -163,7 +163,7 @@ class Deferral(NamedTuple):
     weights: tuple[float, float]
     """Time of the deferred gradients of weights."""
     saved: tuple[float, float]
-    """Time by which the backward pass is shorter without these gradients."""
+    """Time that the backward pass saves by leaving these gradients out."""
 
 
 @dataclass(frozen=True)
@@ -206,8 +206,9 @@ class Profile:
     def without_weights(
         self, backward_seconds: np.ndarray, num_rows: Any, num_tokens: Any
     ) -> tuple[np.ndarray, np.ndarray] | None:
-        """Returns the seconds of backward passes without gradients of weights, and of these
-        gradients; None if deferral was not measured.
+        """Replaces backward seconds by two: of the pass without gradients of weights, and of these
+        gradients alone. The two need not add up to the time before. None if deferral was not
+        measured.
         """
         if self.deferral is None:
             return None

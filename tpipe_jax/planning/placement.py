@@ -23,7 +23,8 @@ def chunk_counts(num_layers: int, num_stages: int, num_chunks: int) -> list[list
 def chunk_places(counts: Sequence[Sequence[int]]) -> list[range]:
     """Returns the places of each chunk's layers in a stage, from `counts[chunk][stage]`.
 
-    All stages have the same places: a chunk gets as many as the stage with most layers of it needs.
+    All stages have equally many places for a chunk: as many as its largest number of layers on any
+    stage.
     """
     stops = np.cumsum([max(own) for own in counts]).tolist()
     return [range(stop - max(own), stop) for own, stop in zip(counts, stops, strict=True)]

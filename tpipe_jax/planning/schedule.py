@@ -50,8 +50,8 @@ IDLE = -1
 
 @dataclass(frozen=True)
 class Item:
-    """One piece of work, in one chunk of each stage: the `num_tokens` tokens from `token` on, of
-    the `num_rows` sequences from `row` on.
+    """What a stage works on at once: `num_rows` sequences from `row` on, and of these `num_tokens`
+    tokens from `token` on, in one chunk of its layers.
     """
 
     row: int
@@ -145,7 +145,7 @@ class Schedule:
         return [part.buffer_row + item.row - part.row for item, part in pairs]
 
     def parts_at(self, when: Callable[[Part], int]) -> np.ndarray:
-        """Returns for each tick the index of the part whose tick `when(part)` this is, or IDLE."""
+        """For each tick, the part with `when(part) == tick`, as an index; IDLE if there is none."""
         parts = np.full(self.num_ticks, IDLE, np.int32)
         for i, part in enumerate(self.parts):
             parts[when(part)] = i
@@ -153,7 +153,7 @@ class Schedule:
 
 
 def slice_order(schedule: Schedule, plan: Plan) -> list[tuple[int, int]]:
-    """Returns for each item which (batch slice, token slice) of the plan it is."""
+    """Returns the batch slice and the token slice of each item, by their numbers in the plan."""
     index = {(item.row, item.token): (m, n) for m, n, item in _slices(plan)}
     return [index[item.row, item.token] for item in schedule.items]
 
@@ -227,9 +227,10 @@ def deferred_weights(plan: Plan) -> Schedule:
     """1F1B whose backward passes leave the gradients of weights for later.
 
     The first stage, which slices reach last on their way back, computes these gradients at once,
-    for each item in the tick of its backward pass. Every other stage computes as many as fit beside
-    its passes of the next tick without more work than on the busiest stage: none before an item has
-    come back to the first stage, one a tick in the steady state, and the rest when it would idle.
+    for each item in the tick of its backward pass. Every other stage fills its ticks up to the work
+    of the busiest stage; what it computes after the passes of a tick counts for the next tick. So,
+    if there are many items, it computes none until an item has come back to the first stage, then
+    mostly one a tick, and the rest when it has no passes left.
     """
     schedule = one_forward_one_backward(plan)
     passes = [table.tolist() for table in (schedule.forward, schedule.backward)]

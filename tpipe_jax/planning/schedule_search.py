@@ -38,10 +38,11 @@ def step_seconds(plan: Plan) -> float:
 def search_schedule(
     schedule: ScheduleName, estimator: Estimator, limit_bytes: float | None
 ) -> tuple[Option | None, int]:
-    """Returns the best plan under a schedule, and the number of dynamic programmes solved.
+    """Returns the best plan under a schedule, as an option, and the number of dynamic programmes
+    solved.
 
     If no plan keeps to the memory limit, the best plan without a limit is returned, marked as not
-    fitting. The plan is None if no slices are allowed, or if their times are not known.
+    fitting. The option is None if no slices are allowed, or if their times are not known.
     """
     if schedule == "1f1b-deferred" and estimator.deferred is None:
         return None, 0  # the times of its slices are not known
@@ -145,10 +146,11 @@ def _with_moved_cuts(
 def _lower_bound_seconds(estimator: Estimator, plan: Plan) -> float:
     """Returns a time that no slices can beat under the plan's schedule and number of chunks.
 
-    Each stage does all its work. Before that, a slice must come to the stage; after that, a slice
-    must go back to the first stage. With deferred gradients of weights there are two such bounds,
-    since the stage may compute these gradients while its last slice goes back: one counts the way
-    back but not the gradients, the other counts the gradients but not the way back.
+    A stage cannot start before its first slice has arrived. The step cannot end before the last
+    slice is back on the first stage. In between the stage does all its work. With deferred
+    gradients of weights there are two such bounds, since the stage may compute these gradients
+    while its last slice goes back: one counts the way back but not the gradients, the other counts
+    the gradients but not the way back.
     """
     request, P = estimator.request, plan.num_stages
     (forward, backward), weights = estimator.times, None
@@ -215,8 +217,8 @@ def within_memory(
     schedule: ScheduleName = "terapipe",
     batch_slices: tuple[int, ...] | None = None,
 ) -> Estimator:
-    """Returns the estimator without the slices that exceed the memory limit, even if activations
-    take as little memory as under the shortest slices.
+    """Leaves out slices that cannot fit: they exceed the limit even with the least activations of
+    any plan with these batch slices, which are those of the shortest token slices.
     """
     if limit_bytes is None:
         return estimator

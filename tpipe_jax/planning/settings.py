@@ -168,8 +168,8 @@ def uniform(total: int, num: int) -> tuple[int, ...]:
 
 
 def work_factors(config: Config, plan: Plan | None = None) -> list[float]:
-    """Returns the layers of each stage, divided by the layers of the largest stage; under a plan,
-    those of each chunk of each stage (`placement.chunk_factors`).
+    """Returns the layers of each stage relative to the stage with most layers. With a plan: of each
+    chunk of each stage (`placement.chunk_factors`).
     """
     num_chunks = plan.num_chunks if plan else 1
     return chunk_factors(config.model.num_layers, config.mesh.pipe, num_chunks)

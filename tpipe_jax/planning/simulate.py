@@ -59,8 +59,9 @@ def simulate(
         backward_seconds: time of the backward pass of each item, without transfer.
         weight_seconds: time of each item's gradients of weights, if the schedule defers them.
         chunk_factors: time of each chunk of each stage, divided by the times above; chunk c of
-            stage s is at index c * P + s; 1 if left out. A transfer is multiplied by this factor
-            and by the number of chunks, as if the stage had no chunks.
+            stage s is at index c * P + s; 1 if left out. A transfer takes about as long after a
+            chunk as after a whole stage, so its time is multiplied by the factor and by the number
+            of chunks.
         transfer_seconds: how long a stage needs to hand an item on after its pass; 0 if left out.
     """
     clock = _Clock(schedule, chunk_factors, transfer_seconds)

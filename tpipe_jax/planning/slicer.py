@@ -93,7 +93,7 @@ def fastest_slicing(
 def least_longest(
     times: np.ndarray, batch_size: int, batch_slices: Sequence[int] | None = None
 ) -> float:
-    """Returns the shortest time that the longest slice of a slicing can take.
+    """Returns the minimum over all slicings of the time of their longest slice.
 
     `times` has the form of `forward` in `fastest_slicing`; it may hold other figures than times.
     """
@@ -157,7 +157,7 @@ class _Times:
         )
 
     def least_longest(self) -> tuple[float, float]:
-        """Returns the least longest forward time that a slicing can have, and likewise backward."""
+        """Returns the minimum of the function `least_longest`, for forward and backward times."""
         forward, backward = (
             self._over_batch(_over_tokens(t, np.maximum)[0], np.maximum)[0] for t in self._times
         )

@@ -1,1 +1,4 @@
-"""Times slices on the devices, and plans from these times."""
+"""Times slices on the devices, and plans from these times.
+
+The flag `--profile`, which records steps for xprof, is in `reporting/`.
+"""

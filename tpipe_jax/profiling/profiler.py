@@ -126,7 +126,7 @@ class Profiler:
         )
 
     def refine(self, profile: Profile, wanted: Iterable[tuple[int, int]]) -> Profile:
-        """Returns the profile with the wanted slices, given as sequences and tokens, measured too.
+        """Measures more slices, `wanted` as (sequences, tokens), and returns the profile with them.
 
         A whole sequence is timed with them. Their times are scaled by it, since the machine's speed
         may have changed.
@@ -260,8 +260,8 @@ class Profiler:
     def _memory(self, programs: dict[TimedShape, Program]) -> Memory:
         """Estimates memory from the compiler's figures for the programs.
 
-        These figures grow with the slice, and with what is kept of its sequences. The latter is
-        known, and is subtracted.
+        The compiler's figure has two parts: working memory, which grows with the slice, and
+        buffers, whose size is known. The buffers are subtracted.
         """
         saved, gathered = activation_bytes_per_token(self._spec)
         sizes = np.array([shape.size for shape in programs])
@@ -341,7 +341,7 @@ def _rows_that_fit(spec: StageSpec) -> int:
 
 def _time_outside(spec: StageSpec) -> tuple[Params, float, int]:
     """Times a training step whose stages do nothing. Returns the parameters, the seconds of the
-    step, and its bytes without what it keeps of sequences.
+    step, and its bytes without the buffers for sequences.
     """
     config, optimizer = spec.config, make_optimizer(spec.config)
     state = init_state(spec, optimizer)

@@ -24,8 +24,10 @@ from tpipe_jax.planning.schedule import Item
 
 
 def make_stage_work(spec: StageSpec, items: Sequence[Item]) -> Wrapped:
-    """Returns the program `(params, x [B, T, D], forward table, backward table)` to a number that
-    depends on all work: the stages' part of a training step. The tables are run-time values.
+    """Makes the program that runs the stages alone, their part of a training step:
+    `(params, x [B, T, D], forward table, backward table)` to a number.
+
+    The number depends on all results, so XLA leaves nothing out. The tables are run-time values.
     """
     num_rows = max(item.row + item.num_rows for item in items)
 

@@ -1,1 +1,1 @@
-"""What a run shows, and leaves in its workdir."""
+"""Console, metrics, pictures and traces of a run."""

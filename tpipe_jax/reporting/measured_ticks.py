@@ -47,9 +47,7 @@ class Event(NamedTuple):
 
 
 class Lane(NamedTuple):
-    """The operations of a program that are one direction of a tick: its conditional, and the
-    transfers in it.
-    """
+    """One direction of a tick in the program's text: a conditional and the transfers in it."""
 
     conditional: str
     transfers: frozenset[str]
@@ -185,8 +183,8 @@ def stage_boxes(
 
 @contextmanager
 def _recorded(events: dict[int, list[Event]]) -> Iterator[None]:
-    """Adds to `events` what each device of this process does inside, by its number in the trace.
-    Adds nothing if it cannot be recorded.
+    """Records what devices of this process do inside the `with` block. Adds the operations to
+    `events[device number]`, with the numbers of the trace. Adds nothing if recording fails.
     """
     options, folder = jax.profiler.ProfileOptions(), ""
     options.python_tracer_level = 0

@@ -147,9 +147,10 @@ def _connect(flags: ProcessFlags) -> bool:
 
 
 def _is_alone() -> bool:
-    """Returns False, since no scheduler that jax knows has started this process with others.
+    """Checks that this process runs alone, and returns False: it has not joined others.
 
-    Raises `UserError` if Open MPI has started it with others: jax does not know versions from 5 on.
+    jax has found no scheduler. Raises `UserError` if Open MPI has started this process with others:
+    jax does not know versions from 5 on.
     """
     size = os.environ.get("OMPI_COMM_WORLD_SIZE", "1")
     if size != "1":

@@ -1,1 +1,1 @@
-"""One step, and the loop over steps."""
+"""The training step, its optimiser and state, and the loop over steps."""

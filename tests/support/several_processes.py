@@ -125,7 +125,7 @@ def save(what: str, mesh: jax.sharding.Mesh, config: Config, workdir: Path) -> N
 
 
 def choose(config: Config, workdir: Path, devices: Sequence[jax.Device]) -> None:
-    """Trains on the mesh that takes least by the clock of test_auto_mesh, and prints that."""
+    """Trains on the mesh that takes least by the clock of `FakeProfiler`, and prints that."""
     measured_plan.Profiler = FakeProfiler  # pyrefly: ignore
     train(config, workdir, devices, Console(is_quiet=True))
     described = json.loads((workdir / "config.json").read_text())
