@@ -11,7 +11,7 @@ from pathlib import Path
 
 import tyro
 
-from tpipe_jax.checkpoint import manifest as files
+from tpipe_jax.checkpoint import manifest
 from tpipe_jax.config.command_line import exit_status
 from tpipe_jax.config.flags import CheckpointsFlags
 from tpipe_jax.errors import UserError
@@ -24,11 +24,11 @@ def main() -> int:
         raise UserError(f"{workdir} has no folder checkpoints: give the workdir of a run.")
     print(f"{'step':>10} {'MB':>12}")
     names = sorted(path.name for path in folder.iterdir())
-    steps = [str(step) for step in reversed(files.list_steps(folder)) if str(step) in names]
+    steps = [str(step) for step in reversed(manifest.list_steps(folder)) if str(step) in names]
     results = [show(folder / step) for step in steps]
     for name in names:
         if name not in steps:
-            is_new = name.endswith(files.SAVING)
+            is_new = name.endswith(manifest.SAVING)
             print(f"{name}: {'is being written, or was' if is_new else 'no checkpoint'}")
     return 0 if all(results) else 1
 
@@ -39,13 +39,13 @@ def show(checkpoint: Path) -> bool:
     """
     state = "sound"
     try:
-        files.check(checkpoint)
-    except (files.DamagedError, OSError) as error:
+        manifest.check(checkpoint)
+    except (manifest.DamagedError, OSError) as error:
         if not checkpoint.exists():
             return True
-        is_damaged = isinstance(error, files.DamagedError)
+        is_damaged = isinstance(error, manifest.DamagedError)
         state = f"{'damaged' if is_damaged else 'cannot be read'}: {error}"
-    size = files.num_bytes(checkpoint)
+    size = manifest.num_bytes(checkpoint)
     print(f"{checkpoint.name:>10} {size / 1e6:12.1f}  {state}", flush=True)
     return state == "sound"
 

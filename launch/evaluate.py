@@ -7,13 +7,13 @@ python launch/evaluate.py --workdir=runs/quickstart --data=text.txt --mesh.pipe=
 import sys
 from dataclasses import replace
 
-from tpipe_jax.config.command_line import exit_status, load_config, parse_after
+from tpipe_jax.config.command_line import exit_status, load_config, parse_for_trained_model
 from tpipe_jax.config.flags import EvaluateFlags
 from tpipe_jax.config.settings import Config, DataConfig, TrainConfig
 
 
 def main() -> None:
-    flags = parse_after(EvaluateFlags, sys.argv[1:], "python launch/evaluate.py")
+    flags = parse_for_trained_model(EvaluateFlags, sys.argv[1:], "python launch/evaluate.py")
     from tpipe_jax.commands.evaluate import evaluate
     from tpipe_jax.commands.trained_model import load
     from tpipe_jax.data.batches import open_held_out

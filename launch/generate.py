@@ -11,7 +11,7 @@ than the model's seq_len is continued from its second half.
 import itertools
 import sys
 
-from tpipe_jax.config.command_line import exit_status, load_config, parse_after
+from tpipe_jax.config.command_line import exit_status, load_config, parse_for_trained_model
 from tpipe_jax.config.flags import GenerateFlags
 from tpipe_jax.config.settings import BYTES, BYTES_NAME, Config, ModelConfig
 from tpipe_jax.data.tokenizer import Tokenizer, open_tokenizer
@@ -19,7 +19,7 @@ from tpipe_jax.errors import UserError
 
 
 def main() -> None:
-    flags = parse_after(GenerateFlags, sys.argv[1:], "python launch/generate.py")
+    flags = parse_for_trained_model(GenerateFlags, sys.argv[1:], "python launch/generate.py")
     from tpipe_jax.commands.generate import Generator, chooser
     from tpipe_jax.commands.trained_model import load
     from tpipe_jax.devices.startup import find_devices

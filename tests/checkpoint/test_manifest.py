@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tpipe_jax.checkpoint import manifest as files
+from tpipe_jax.checkpoint import manifest
 
 IDENTITY = {"model": {"d_model": 16}}
 
@@ -21,40 +21,42 @@ CONTENTS = {"a/0.0": b"zero", "a/.zarray": b"{}", "step/0": b"\0" * 4}
 
 
 def write(folder: Path, step: int) -> Path:
-    saving = folder / f"{step}{files.SAVING}"
+    saving = folder / f"{step}{manifest.SAVING}"
     for name, content in CONTENTS.items():
         (saving / name).parent.mkdir(parents=True, exist_ok=True)
-        files.write_file(saving / name, content)
+        manifest.write_file(saving / name, content)
     return saving
 
 
 def make(folder: Path, step: int) -> Path:
-    digests = {name: (len(c), files.digest(c)) for name, c in CONTENTS.items()}
-    files.finish(write(folder, step), step, IDENTITY, digests)
+    digests = {name: (len(c), manifest.digest(c)) for name, c in CONTENTS.items()}
+    manifest.finish(write(folder, step), step, IDENTITY, digests)
     return folder / str(step)
 
 
 def test_only_a_whole_checkpoint_gets_its_name(tmp_path: Path):
     saving = write(tmp_path, 3)
-    known = {name: (len(c), files.digest(c)) for name, c in CONTENTS.items()}
+    known = {name: (len(c), manifest.digest(c)) for name, c in CONTENTS.items()}
     with pytest.raises(FileExistsError, match="step/0 is of somebody else"):
-        files.finish(saving, 3, IDENTITY, {n: d for n, d in known.items() if n != "step/0"})
+        manifest.finish(saving, 3, IDENTITY, {n: d for n, d in known.items() if n != "step/0"})
     (saving / "a/0.0").unlink()
     with pytest.raises(FileNotFoundError, match=r"a/0\.0 has gone"):
-        files.finish(saving, 3, IDENTITY, known)
-    assert files.list_steps(tmp_path) == []
+        manifest.finish(saving, 3, IDENTITY, known)
+    assert manifest.list_steps(tmp_path) == []
 
 
 def test_a_checkpoint_is_as_it_was_written(checkpoint: Path):
-    manifest = files.check(checkpoint)
-    assert (manifest.step, manifest.identity) == (12, IDENTITY)
-    assert {name: size for name, (size, _) in manifest.files.items()} == {
+    found = manifest.check(checkpoint)
+    assert (found.step, found.identity) == (12, IDENTITY)
+    assert {name: size for name, (size, _) in found.files.items()} == {
         "a/.zarray": 2,
         "a/0.0": 4,
         "step/0": 4,
     }
-    own = sum((checkpoint / f).stat().st_size for f in (files.MANIFEST, files.MANIFEST_DIGEST))
-    assert files.num_bytes(checkpoint) == 10 + own
+    own = sum(
+        (checkpoint / f).stat().st_size for f in (manifest.MANIFEST, manifest.MANIFEST_DIGEST)
+    )
+    assert manifest.num_bytes(checkpoint) == 10 + own
 
 
 def flip(path: Path, bit: int = 3) -> None:
@@ -65,9 +67,9 @@ def flip(path: Path, bit: int = 3) -> None:
 
 def forge(checkpoint: Path, content: str) -> None:
     """A manifest that is no manifest, with the digest that belongs to it."""
-    files.write_file(checkpoint / files.MANIFEST, content.encode())
-    line = f"{files.digest(content.encode())}  {files.MANIFEST}\n"
-    files.write_file(checkpoint / files.MANIFEST_DIGEST, line.encode())
+    manifest.write_file(checkpoint / manifest.MANIFEST, content.encode())
+    line = f"{manifest.digest(content.encode())}  {manifest.MANIFEST}\n"
+    manifest.write_file(checkpoint / manifest.MANIFEST_DIGEST, line.encode())
 
 
 def swap(path: Path, put: Callable[[Path], object]) -> None:
@@ -75,7 +77,7 @@ def swap(path: Path, put: Callable[[Path], object]) -> None:
     put(path)
 
 
-def manifest(files_text: str) -> str:
+def manifest_text(files_text: str) -> str:
     return f'{{"format": 1, "step": 12, "identity": {{}}, "files": {files_text}}}'
 
 
@@ -95,19 +97,22 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "pipe": (lambda c: swap(c / "a/0.0", os.mkfifo), "a/0.0 is no regular file"),
     "folder": (lambda c: swap(c / "a/0.0", Path.mkdir), "a/0.0 is missing"),
-    "no manifest": (lambda c: (c / files.MANIFEST).unlink(), "manifest.json is missing"),
-    "no digest": (lambda c: (c / files.MANIFEST_DIGEST).unlink(), "manifest.sha256 is missing"),
+    "no manifest": (lambda c: (c / manifest.MANIFEST).unlink(), "manifest.json is missing"),
+    "no digest": (lambda c: (c / manifest.MANIFEST_DIGEST).unlink(), "manifest.sha256 is missing"),
     "empty": (
-        lambda c: (c / files.MANIFEST).write_text(""),
+        lambda c: (c / manifest.MANIFEST).write_text(""),
         "manifest.json or manifest.sha256 has",
     ),
-    "digest": (lambda c: flip(c / files.MANIFEST_DIGEST), "manifest.sha256 has changed"),
+    "digest": (lambda c: flip(c / manifest.MANIFEST_DIGEST), "manifest.sha256 has changed"),
     "no JSON": (lambda c: forge(c, "\x00"), "manifest.json is none"),
     "list": (lambda c: forge(c, "[1]"), "manifest.json is none"),
     "deep": (lambda c: forge(c, "[" * 100000), "manifest.json is none"),
-    "no pairs": (lambda c: forge(c, manifest('{"a": 1}')), "manifest.json is none"),
-    "infinite": (lambda c: forge(c, manifest('{"a": [1e999, ""]}')), "manifest.json is none"),
-    "outside": (lambda c: forge(c, manifest('{"../../kept": [1, ""]}')), "../../kept is missing"),
+    "no pairs": (lambda c: forge(c, manifest_text('{"a": 1}')), "manifest.json is none"),
+    "infinite": (lambda c: forge(c, manifest_text('{"a": [1e999, ""]}')), "manifest.json is none"),
+    "outside": (
+        lambda c: forge(c, manifest_text('{"../../kept": [1, ""]}')),
+        "../../kept is missing",
+    ),
     "another step": (lambda c: c.rename(c.with_name("13")), "manifest.json is of step 12"),
 }
 
@@ -116,21 +121,21 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_damage_is_named(checkpoint: Path, damage: Callable[[Path], object], text: str):
     damage(checkpoint)
     [path] = (path for path in checkpoint.parent.iterdir() if path.name != "kept")
-    with pytest.raises(files.DamagedError) as error:
-        files.check(path)
+    with pytest.raises(manifest.DamagedError) as error:
+        manifest.check(path)
     assert text in str(error.value)
 
 
 def test_each_bit_of_the_manifest_counts(checkpoint: Path):
-    for name in (files.MANIFEST, files.MANIFEST_DIGEST):
+    for name in (manifest.MANIFEST, manifest.MANIFEST_DIGEST):
         path = checkpoint / name
         whole = path.read_bytes()
         for at in range(len(whole)):
             path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << at % 8)]) + whole[at + 1 :])
-            with pytest.raises(files.DamagedError):
-                files.check(checkpoint)
+            with pytest.raises(manifest.DamagedError):
+                manifest.check(checkpoint)
         path.write_bytes(whole)
-        files.check(checkpoint)
+        manifest.check(checkpoint)
 
 
 def test_processes_share_the_reading(checkpoint: Path):
@@ -139,14 +144,14 @@ def test_processes_share_the_reading(checkpoint: Path):
     found = []
     for part in range(2):
         try:
-            files.check(checkpoint, part, 2)
-        except files.DamagedError as error:
+            manifest.check(checkpoint, part, 2)
+        except manifest.DamagedError as error:
             found.append(str(error))
     assert found == ["a/0.0 has changed"]
     (checkpoint / "step/0").unlink()
     for part in range(2):
-        with pytest.raises(files.DamagedError, match="step/0 is missing"):
-            files.check(checkpoint, part, 2)
+        with pytest.raises(manifest.DamagedError, match="step/0 is missing"):
+            manifest.check(checkpoint, part, 2)
 
 
 def test_finished_checkpoints_are_listed(tmp_path: Path):
@@ -157,8 +162,8 @@ def test_finished_checkpoints_are_listed(tmp_path: Path):
     for name in ("9.saving", "9.removing", *kept):
         (tmp_path / name).mkdir()
     (tmp_path / "8.removing").symlink_to(tmp_path / "notes")
-    assert files.list_steps(tmp_path) == [300, 40, 5]
-    files.clean(tmp_path)
+    assert manifest.list_steps(tmp_path) == [300, 40, 5]
+    manifest.clean(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"5", "40", "300", "7", *kept}
 
@@ -168,7 +173,7 @@ def test_damaged_ones_are_put_aside_and_none_is_lost(tmp_path: Path):
     for n in range(3):
         path = make(tmp_path, 4)
         (path / "number").write_text(str(n))
-        asides.append(files.put_aside(path))
+        asides.append(manifest.put_aside(path))
     assert [path.name for path in asides] == ["4.damaged", "4.damaged-2", "4.damaged-3"]
     assert [(path / "number").read_text() for path in asides] == ["0", "1", "2"]
 
@@ -180,8 +185,8 @@ def test_what_is_half_removed_is_no_checkpoint(tmp_path: Path, monkeypatch: pyte
     path = make(tmp_path, 4)
     monkeypatch.setattr(shutil, "rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
-        files.remove(path)
-    assert files.list_steps(tmp_path) == []
+        manifest.remove(path)
+    assert manifest.list_steps(tmp_path) == []
     monkeypatch.undo()
-    files.clean(tmp_path)
+    manifest.clean(tmp_path)
     assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tpipe_jax.data import prefetch
-from tpipe_jax.data.prefetch import NUM_BATCHES, NUM_READ, ReadAhead
+from tpipe_jax.data.prefetch import NUM_BATCHES, NUM_READ, Prefetcher
 
 
 def test_batches_come_in_their_order_and_few_are_read_ahead():
@@ -20,7 +20,7 @@ def test_batches_come_in_their_order_and_few_are_read_ahead():
             all_read.set()
         return 10 * n
 
-    batches = ReadAhead(read, 3, 3 + 2 * NUM_BATCHES, lambda: None)
+    batches = Prefetcher(read, 3, 3 + 2 * NUM_BATCHES, lambda: None)
     assert batches.take() == 30
     assert all_read.wait(60)
     assert numbers == list(range(3, 3 + NUM_BATCHES))
@@ -38,7 +38,7 @@ def test_a_step_waits_until_those_after_it_are_there():
         numbers.append(n)
         return n
 
-    batches = ReadAhead(read, 0, 20, lambda: None)
+    batches = Prefetcher(read, 0, 20, lambda: None)
     for n in range(20):
         batches.take()
         assert len(numbers) >= min(n + NUM_READ, 20)
@@ -56,7 +56,7 @@ def test_one_that_cannot_be_read_is_told_before_it_is_due(monkeypatch: pytest.Mo
             raise ZeroDivisionError(f"batch {n}")
         return n
 
-    batches = ReadAhead(read, 0, 100, told.set)
+    batches = Prefetcher(read, 0, 100, told.set)
     assert batches.take() == 0
     assert told.wait(60)
     assert [batches.take(), batches.take()] == [1, 2]

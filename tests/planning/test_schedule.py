@@ -15,7 +15,7 @@ from tpipe_jax.planning.schedule import (
     Item,
     Part,
     deferred_weights,
-    idle,
+    idle_schedule,
     make_schedule,
     one_forward_one_backward,
     slice_order,
@@ -147,7 +147,7 @@ def test_parts_of_unequal_sizes_lie_close():
 
 def test_an_idle_schedule_has_its_parts():
     schedule = one_forward_one_backward(Plan(2, (1, 1), ((4, 4),) * 2))
-    resting = idle(schedule)
+    resting = idle_schedule(schedule)
     assert resting.parts == schedule.parts
     assert (resting.forward == IDLE).all()
     assert (resting.backward == IDLE).all()

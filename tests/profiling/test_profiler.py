@@ -317,7 +317,7 @@ def test_where_the_batch_does_not_fit_one_sequence_comes_after_another(
         memory=MemoryConfig(limit_gib=limit_gib),
     )
     optimizer = make_optimizer(config)
-    resting = profiler._resting(make_spec(config, mesh), optimizer)
+    resting = profiler._idle_step(make_spec(config, mesh), optimizer)
     assert resting.num_rows == num_rows
     assert sum(part.num_rows for part in resting.parts) == 64
     assert (resting.forward == IDLE).all()

@@ -12,12 +12,19 @@ from tpipe_jax.errors import UserError
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import one_forward_one_backward, terapipe
 from tpipe_jax.planning.simulate import Box, Timeline
-from tpipe_jax.reporting.measured_ticks import Event, Lane, find_lanes, merged, stage_boxes, to_text
+from tpipe_jax.reporting.measured_ticks import (
+    Event,
+    TickConditional,
+    find_tick_conditionals,
+    merged,
+    stage_boxes,
+    to_text,
+)
 
 pytestmark = pytest.mark.usefixtures("short_flags")
 
 SCHEDULE = terapipe(Plan(2, (1,), ((5, 3),)))  # three ticks in each direction
-LANES = [Lane("back", frozenset({"t.2"})), Lane("forth", frozenset({"t.1"}))]
+LANES = [TickConditional("back", frozenset({"t.2"})), TickConditional("forth", frozenset({"t.1"}))]
 EVENTS = [
     Event("forth", 1, 3),
     Event("t.1", 2, 3),
@@ -84,7 +91,9 @@ def test_ticks_with_both_directions():
     [([], LANES), (EVENTS[1:], LANES), (EVENTS[:-1], LANES), (EVENTS, LANES[:1])],
     ids=["no events", "no conditional", "a transfer less", "one lane"],
 )
-def test_events_that_are_not_of_a_step_give_nothing(events: list[Event], lanes: list[Lane]):
+def test_events_that_are_not_of_a_step_give_nothing(
+    events: list[Event], lanes: list[TickConditional]
+):
     assert stage_boxes(events, lanes, SCHEDULE, 0) == []
 
 
@@ -109,7 +118,10 @@ ENTRY %main (p: f32[]) -> f32[] {
 def test_a_lane_is_a_conditional_that_hands_on():
     """Not one in which XLA moves values about, as it may where operators are divided."""
     transfers = frozenset({"t.1", "t.2"})
-    assert find_lanes(TEXT) == [Lane("cond.4", transfers), Lane("cond.5", transfers)]
+    assert find_tick_conditionals(TEXT) == [
+        TickConditional("cond.4", transfers),
+        TickConditional("cond.5", transfers),
+    ]
 
 
 def test_boxes_of_all_processes_start_at_nought():

@@ -55,7 +55,7 @@ def to_stages(params: Params, mesh: Mesh, num_chunks: int = 1) -> Params:
     padding = jax.tree.map(jnp.zeros_like, blocks[0])
     slots = [
         [padding if layer is None else blocks[layer] for layer in slot]
-        for slot in _slots(len(blocks), num_stages, num_chunks)
+        for slot in _places(len(blocks), num_stages, num_chunks)
     ]
     table_VD = params["embed"]["tokens"]
     num_rows = padded_vocab_size(ModelConfig(vocab_size=len(table_VD)), mesh)
@@ -71,7 +71,7 @@ def from_stages(params: Params, num_layers: int, vocab_size: int, num_chunks: in
     num_stages = jax.tree.leaves(params["blocks"])[0].shape[0]
     places = {
         layer: (n, stage)
-        for n, slot in enumerate(_slots(num_layers, num_stages, num_chunks))
+        for n, slot in enumerate(_places(num_layers, num_stages, num_chunks))
         for stage, layer in enumerate(slot)
     }
     blocks = [
@@ -82,7 +82,7 @@ def from_stages(params: Params, num_layers: int, vocab_size: int, num_chunks: in
     return params | {"embed": params["embed"] | {"tokens": tokens}, "blocks": blocks}
 
 
-def _slots(num_layers: int, num_stages: int, num_chunks: int) -> list[list[int | None]]:
+def _places(num_layers: int, num_stages: int, num_chunks: int) -> list[list[int | None]]:
     """Which layer is in the nth place of each stage: the layers in order, as evenly as they go over
     chunks, of which stages have one after another.
     """

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import tensorstore as ts
 
-from tpipe_jax.checkpoint import manifest as files
+from tpipe_jax.checkpoint import manifest
 from tpipe_jax.checkpoint.layout import ArrayShape, Fragment, Index, restored
 from tpipe_jax.config.settings import ModelConfig
 from tpipe_jax.errors import UserError, brief
@@ -55,13 +55,13 @@ def read_array(checkpoint: Path, name: str) -> np.ndarray:
     return open_zarr(checkpoint / name).read().result()
 
 
-def write_arrays(folder: Path, parts: Sequence[Fragment]) -> files.Digests:
+def write_arrays(folder: Path, parts: Sequence[Fragment]) -> manifest.Digests:
     """Writes chunks of arrays as Zarr, and with the first chunk of an array its description.
 
     Returns the size and the SHA-256 of each file.
     """
 
-    def write(part: Fragment) -> files.Digests:
+    def write(part: Fragment) -> manifest.Digests:
         chunk = np.zeros(part.zarr_chunk, part.data.dtype)
         chunk[tuple(map(slice, part.data.shape))] = part.data  # a chunk at the end may need padding
         grid = [i.start // n for i, n in zip(part.index, part.zarr_chunk, strict=True)]
@@ -70,8 +70,8 @@ def write_arrays(folder: Path, parts: Sequence[Fragment]) -> files.Digests:
             contents[f"{part.name}/.zarray"] = _zarray(part)
         (folder / part.name).mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            files.write_file(folder / name, content)
-        return {name: (len(c), files.digest(c)) for name, c in contents.items()}
+            manifest.write_file(folder / name, content)
+        return {name: (len(c), manifest.digest(c)) for name, c in contents.items()}
 
     with ThreadPoolExecutor(NUM_WRITERS) as pool:
         return {name: digest for one in pool.map(write, parts) for name, digest in one.items()}

@@ -18,7 +18,7 @@ from typing import Any, Self
 
 import jax
 
-from tpipe_jax.checkpoint import manifest as files
+from tpipe_jax.checkpoint import manifest
 from tpipe_jax.checkpoint.arrays import PyTree, restore, write_arrays
 from tpipe_jax.checkpoint.layout import Fragment, fragments
 from tpipe_jax.checkpoint.manifest import DamagedError
@@ -64,8 +64,8 @@ class Checkpoints:
         self.wait()
         with self._writing():
             if jax.process_index() == 0:  # the others wait for it in `from_first`
-                files.clean(self._folder)
-            steps = files.list_steps(self._folder)
+                manifest.clean(self._folder)
+            steps = manifest.list_steps(self._folder)
         expected = json.loads(from_first(json.dumps(steps)))
         if steps != expected:
             raise UserError(
@@ -160,7 +160,7 @@ class Checkpoints:
         damage = failure = ""
         try:
             part = jax.process_index(), jax.process_count()
-            files.check(self._folder / str(step), *part)
+            manifest.check(self._folder / str(step), *part)
         except DamagedError as error:
             damage = brief(error)
         except OSError as error:
@@ -178,11 +178,11 @@ class Checkpoints:
         """
         if jax.process_index() == 0:
             with self._writing():
-                aside = files.put_aside(self._folder / str(step))
+                aside = manifest.put_aside(self._folder / str(step))
             self._say(f"the checkpoint of step {step} is damaged ({damage}): it is now {aside}")
 
     def _check_identity(self, step: int) -> None:
-        saved = _completed(files.read_manifest(self._folder / str(step)).identity)
+        saved = _completed(manifest.read_manifest(self._folder / str(step)).identity)
         found = [
             f"{name}={then}, but this run has {now}"
             for name, now, then in differences(self._identity, saved)
@@ -197,7 +197,7 @@ class Checkpoints:
         """Writes the arrays of this process. Process 0 finishes the checkpoint when all have
         written.
         """
-        saving = self._folder / f"{step}{files.SAVING}"
+        saving = self._folder / f"{step}{manifest.SAVING}"
         try:
             saving.mkdir(exist_ok=True)
             written, failure = write_arrays(saving, parts), ""
@@ -205,13 +205,13 @@ class Checkpoints:
             written, failure = {}, brief(error)
 
         def finish(answers: list[str]) -> str:
-            known: files.Digests = {}
+            known: manifest.Digests = {}
             for answer in map(json.loads, answers):
                 if answer["failure"]:
                     return answer["failure"]
                 known |= answer["files"]
             try:
-                files.finish(saving, step, self._identity, known)
+                manifest.finish(saving, step, self._identity, known)
             except Exception as error:  # of any type, as above
                 return brief(error)
             return ""
@@ -223,9 +223,9 @@ class Checkpoints:
             self._remove_old()
 
     def _remove_old(self) -> None:
-        for old in files.list_steps(self._folder)[self._config.keep :]:
+        for old in manifest.list_steps(self._folder)[self._config.keep :]:
             try:
-                files.remove(self._folder / str(old))
+                manifest.remove(self._folder / str(old))
             except OSError as error:
                 self._say(f"the old checkpoint of step {old} is not removed ({brief(error)})")
 
@@ -246,15 +246,15 @@ def newest_sound(workdir: Path, step: int | None = None) -> tuple[Path, ModelCon
     Raises `UserError` if there is none.
     """
     folder = workdir / "checkpoints"
-    steps = files.list_steps(folder) if folder.is_dir() else []
+    steps = manifest.list_steps(folder) if folder.is_dir() else []
     if step is not None and step not in steps:
         found = ", ".join(map(str, steps)) or "none"
         raise UserError(f"--step={step} is not in {folder}: it has these steps, {found}.")
     damage = "it has none"
     for number in steps if step is None else [step]:
         try:
-            manifest = files.check(folder / str(number))
-            return folder / str(number), ModelConfig(**manifest.identity["model"])
+            identity = manifest.check(folder / str(number)).identity
+            return folder / str(number), ModelConfig(**identity["model"])
         except (DamagedError, OSError) as error:
             damage = f"{number}: {brief(error)}"
     raise UserError(
@@ -269,13 +269,13 @@ def write_checkpoint(
     """Writes a checkpoint from one process, part by part, in the format of `Checkpoints.save`. If
     it fails, removes what it has written.
     """
-    saving = folder / f"{step}{files.SAVING}"
+    saving = folder / f"{step}{manifest.SAVING}"
     saving.mkdir(parents=True)
     try:
-        written: files.Digests = {}
+        written: manifest.Digests = {}
         for part in parts:
             written |= write_arrays(saving, [part])
-        files.finish(saving, step, identity_of(model), written)
+        manifest.finish(saving, step, identity_of(model), written)
     except BaseException:
         shutil.rmtree(saving, ignore_errors=True)
         raise

@@ -112,10 +112,10 @@ def read_manifest(checkpoint: Path) -> Manifest:
     return Manifest(manifest.format, manifest.step, manifest.identity, files)
 
 
-def check(checkpoint: Path, part: int = 0, num_parts: int = 1) -> Manifest:
+def check(checkpoint: Path, reader: int = 0, num_readers: int = 1) -> Manifest:
     """Returns the manifest of a checkpoint, after comparing the files with it. The names of all
-    files are compared. The contents are divided among `num_parts` readers, of which this one is
-    `part`.
+    files are compared. The contents are divided among `num_readers` readers, of which this one is
+    `reader`.
 
     Raises `DamagedError`, which names a file that differs.
     """
@@ -137,7 +137,7 @@ def check(checkpoint: Path, part: int = 0, num_parts: int = 1) -> Manifest:
                 raise DamagedError(f"{name} has changed")
 
     with ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(check_file, sorted(manifest.files)[part::num_parts]))
+        list(pool.map(check_file, sorted(manifest.files)[reader::num_readers]))
     return manifest
 
 

@@ -12,13 +12,13 @@ import tyro
 
 from tpipe_jax.config.fields import Range, check_field
 from tpipe_jax.config.flags import (
-    AfterFlags,
     ExportFlags,
     FilePlanFlags,
     Flags,
     ImportFlags,
     ProcessFlags,
     TokenizeFlags,
+    TrainedModelFlags,
 )
 from tpipe_jax.config.settings import Config, from_dict
 from tpipe_jax.config.user_code import load_file
@@ -95,7 +95,9 @@ def _check_fields(prefix: str, fields: Any) -> None:
             check_field(f"{prefix}{name.replace('_', '-')}", hint, getattr(fields, name))
 
 
-def parse_after(kind: type[AfterFlags], args: list[str], program: str) -> AfterFlags:
+def parse_for_trained_model(
+    kind: type[TrainedModelFlags], args: list[str], program: str
+) -> TrainedModelFlags:
     """Reads the command line of a program that uses a trained model. Raises `UserError` for a
     value out of its range.
     """

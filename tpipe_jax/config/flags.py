@@ -170,4 +170,4 @@ class TokenizeFlags:
     """Field that holds the document in a record of JSON lines or Parquet."""
 
 
-AfterFlags = TypeVar("AfterFlags", GenerateFlags, EvaluateFlags)
+TrainedModelFlags = TypeVar("TrainedModelFlags", GenerateFlags, EvaluateFlags)

@@ -13,7 +13,7 @@ NUM_READ = 6  # how many of these are surely read by then, however short a step 
 PACE_SECONDS = 0.5  # before each batch left after a failure: jax takes a second to spread a notice
 
 
-class ReadAhead:
+class Prefetcher:
     """Batches `first`, `first` + 1, ... below `stop`, read one after another in a thread.
 
     If a batch cannot be read, `on_failure` is called once, while the batches before it are still to

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from safetensors import SafetensorError
 
-from tpipe_jax.checkpoint import manifest as files
+from tpipe_jax.checkpoint import manifest
 from tpipe_jax.checkpoint.arrays import read_array
 from tpipe_jax.checkpoint.checkpoints import newest_sound, write_checkpoint
 from tpipe_jax.checkpoint.layout import Fragment, arrays
@@ -68,7 +68,7 @@ def export_gpt2(workdir: Path, target: Path, step: int | None) -> int:
             "Hugging Face's GPT-2 has not: only runs with its own can be exported."
         )
     target = target.absolute()
-    saving = target.with_name(target.name + files.SAVING)
+    saving = target.with_name(target.name + manifest.SAVING)
     try:
         saving.mkdir(parents=True)
         try:

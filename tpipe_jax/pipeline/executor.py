@@ -29,9 +29,9 @@ from tpipe_jax.devices.inplace import Position, read, run_on_all_if, write
 from tpipe_jax.pipeline.lane import Carry, ItemShape, ItemWork, Lane, State
 from tpipe_jax.planning.schedule import IDLE, Item, Part, Schedule
 
-Saved = TypeVar("Saved")
-Gradients = TypeVar("Gradients")
-Sums = TypeVar("Sums")
+SavedT = TypeVar("SavedT")
+GradientsT = TypeVar("GradientsT")
+SumsT = TypeVar("SumsT")
 
 
 class StepWork(NamedTuple):
@@ -62,10 +62,10 @@ def execute(
     schedule: Schedule,
     work: StepWork,
     trunk_RTD: Array,
-    saved: Saved,
-    gradients: Gradients,
-    sums: Sums,
-) -> tuple[Saved, Gradients, Sums]:
+    saved: SavedT,
+    gradients: GradientsT,
+    sums: SumsT,
+) -> tuple[SavedT, GradientsT, SumsT]:
     """Follows a schedule that `schedule_check.check` accepts. Returns the new `saved`, `gradients`
     and `sums`.
 
@@ -200,14 +200,14 @@ def _embed(work: StepWork, part: _Rows, trunk: Array) -> Array:
     return write(trunk, work.embed(part.row, part.num_rows), part.in_buffers)
 
 
-def _losses(work: StepWork, part: _Rows, carry: tuple[Array, Sums]) -> tuple[Array, Sums]:
+def _losses(work: StepWork, part: _Rows, carry: tuple[Array, SumsT]) -> tuple[Array, SumsT]:
     trunk, sums = carry
     y_BTD = read(trunk, part.in_buffers, part.num_rows, trunk.shape[1])
     d_y_BTD, sums = work.losses(y_BTD, part.row, sums)
     return write(trunk, d_y_BTD, part.in_buffers), sums
 
 
-def _embed_grads(work: StepWork, trunk: Array, part: _Rows, sums: Sums) -> Sums:
+def _embed_grads(work: StepWork, trunk: Array, part: _Rows, sums: SumsT) -> SumsT:
     assert work.embed_grads
     d_x_BTD = read(trunk, part.in_buffers, part.num_rows, trunk.shape[1])
     return work.embed_grads(d_x_BTD, part.row, sums)

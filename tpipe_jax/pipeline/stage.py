@@ -99,7 +99,7 @@ class Stage(NamedTuple):
         if self.shares_gradient_rows:  # the rows may still hold another sequence's gradients
             is_first = at.token + L == cache.k.shape[-2]
             d_at = in_shared_rows(at._replace(token=0), cache.k, len(saved[0].cache.k))
-            gradients = run_if(is_first, partial(_without_cache, d_at, B), gradients)
+            gradients = run_if(is_first, partial(_with_zeroed_cache, d_at, B), gradients)
 
         def layer(n: int, carry: tuple[Array, Gradients]) -> tuple[Array, Gradients]:
             return self._layer_backward(n, saved[n], *carry, at)
@@ -306,7 +306,7 @@ class Stage(NamedTuple):
         return value, states
 
 
-def _without_cache(at: Position, num_rows: int, gradients: list[Gradients]) -> list[Gradients]:
+def _with_zeroed_cache(at: Position, num_rows: int, gradients: list[Gradients]) -> list[Gradients]:
     """Returns the gradients with the sums for keys and values set to zero in `num_rows` rows."""
 
     def cleared(d: Array) -> Array:

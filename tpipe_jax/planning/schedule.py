@@ -317,7 +317,7 @@ def _free_row(alive: Sequence[Part], num_rows: int) -> int:
     )
 
 
-def idle(schedule: Schedule) -> Schedule:
+def idle_schedule(schedule: Schedule) -> Schedule:
     """Returns the schedule with idle stages: parts are still embedded, and their losses and the
     gradients of their embedding are still taken. One item is left, which no tick works on; it is so
     small that it needs no memory.

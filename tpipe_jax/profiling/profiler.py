@@ -36,7 +36,7 @@ from tpipe_jax.pipeline.footprint import (
 from tpipe_jax.pipeline.spec import StageSpec, make_spec
 from tpipe_jax.planning.latency import Deferral, Memory, Profile, Sample
 from tpipe_jax.planning.plan import Plan
-from tpipe_jax.planning.schedule import IDLE, Item, Schedule, idle, make_schedule, terapipe
+from tpipe_jax.planning.schedule import IDLE, Item, Schedule, idle_schedule, make_schedule, terapipe
 from tpipe_jax.planning.settings import uniform, unit_tokens
 from tpipe_jax.profiling.cache_key import profile_key
 from tpipe_jax.profiling.programs import make_stage_work, make_transfer, make_weights_work
@@ -55,7 +55,7 @@ LONG_SECONDS = 2.0  # a slice is timed until its rounds add up to this, 3 to REP
 # and backward passes take gradients of weights. The times under the former are computed from these.
 WHOLE: dict[str, ScheduleName] = {"interleaved": "terapipe", "1f1b-deferred": "1f1b"}
 
-OnPart = Callable[[], None]  # called after each part of the work
+OnProgress = Callable[[], None]  # called after each part of the work
 
 
 def _nothing() -> None:
@@ -141,7 +141,7 @@ class Profiler:
         kept = tuple(s for s in profile.samples if not (s.is_test and s[:2] in shapes))
         return dataclasses.replace(profile, samples=kept + samples)
 
-    def _compile(self, shapes: list[TimedShape], advance: OnPart) -> dict[TimedShape, Program]:
+    def _compile(self, shapes: list[TimedShape], advance: OnProgress) -> dict[TimedShape, Program]:
         """Returns the program of each shape. A single process compiles in several threads; several
         processes compile one program after another, since they must agree.
         """
@@ -170,7 +170,7 @@ class Profiler:
         forward, backward = np.clip(ticks, 1, MAX_TICKS).astype(int).tolist()
         return forward, backward
 
-    def _time(self, programs: dict[TimedShape, Program], advance: OnPart) -> list[np.ndarray]:
+    def _time(self, programs: dict[TimedShape, Program], advance: OnProgress) -> list[np.ndarray]:
         """Returns for each shape the seconds of a slice, `[context, direction]`.
 
         The shapes take turns, so that a drift of the machine's speed affects all of them alike.
@@ -231,7 +231,7 @@ class Profiler:
         return some_shapes([shape for shape in shapes if shape.num_rows <= most_rows])
 
     def _time_deferral(
-        self, shapes: list[TimedShape], programs: dict[TimedShape, Program], advance: OnPart
+        self, shapes: list[TimedShape], programs: dict[TimedShape, Program], advance: OnProgress
     ) -> Deferral:
         """Times backward passes with and without gradients of weights, and these gradients alone.
 
@@ -303,7 +303,7 @@ def _line(shapes: Sequence[TimedShape], seconds: np.ndarray, power: int = 0) -> 
     return float(constant), float(per_token)
 
 
-def _resting(spec: StageSpec, optimizer: optax.GradientTransformation) -> Schedule:
+def _idle_step(spec: StageSpec, optimizer: optax.GradientTransformation) -> Schedule:
     """Returns a schedule whose stages do nothing: for the whole batch at once, or for one sequence
     after another if the settings ask for 1f1b, or leave the schedule open and the whole batch does
     not fit in memory.
@@ -316,9 +316,9 @@ def _resting(spec: StageSpec, optimizer: optax.GradientTransformation) -> Schedu
     if config.plan.schedule == "auto" and limit is not None:
         is_one_by_one = sum(budget(spec, whole, optimizer).values()) > limit
     if num_rows == 1 or config.memory.defer_weight_grads or not is_one_by_one:
-        return idle(whole)
+        return idle_schedule(whole)
     token_slices = uniform(seq_len, min(2 * num_stages, seq_len))  # enough to keep few rows
-    return idle(
+    return idle_schedule(
         make_schedule(
             Plan(num_stages, (1,) * num_rows, (token_slices,) * num_rows, schedule="1f1b")
         )
@@ -345,7 +345,7 @@ def _time_outside(spec: StageSpec) -> tuple[Params, float, int]:
     """
     config, optimizer = spec.config, make_optimizer(spec.config)
     state = init_state(spec, optimizer)
-    schedule = _resting(spec, optimizer)
+    schedule = _idle_step(spec, optimizer)
     shape = config.train.batch_size, config.model.seq_len + 1
     tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape, np.int32)
     rows = put_rows(spec.mesh, RowLayout.of(config).of_tokens(tokens))

@@ -46,7 +46,7 @@ class Event(NamedTuple):
     stop: float
 
 
-class Lane(NamedTuple):
+class TickConditional(NamedTuple):
     """One direction of a tick in the program's text: a conditional and the transfers in it."""
 
     conditional: str
@@ -83,7 +83,7 @@ def traced(
         start = time.monotonic()
         result = jax.block_until_ready(run())
         seconds = time.monotonic() - start
-    lanes, boxes = find_lanes(text), []
+    lanes, boxes = find_tick_conditionals(text), []
     for stage, device in enumerate(mesh.devices[0, :, 0]):
         if device.process_index == jax.process_index():
             # A trace numbers devices within a process, but CPUs among those of all processes.
@@ -143,20 +143,22 @@ def merged(texts: Sequence[str], num_stages: int) -> Timeline | None:
     return Timeline(tuple(moved), max(box.stop_seconds for box in moved), num_stages)
 
 
-def find_lanes(text: str) -> list[Lane]:
+def find_tick_conditionals(text: str) -> list[TickConditional]:
     """Returns the conditionals of a compiled program, `compiled.as_text()`, that hand on their
     result.
     """
     transfers = {name: _TRANSFER.findall(body) for name, body in split_computations(text)}
     lanes = [
-        Lane(name, frozenset(t for branch in branches for t in transfers.get(branch, [])))
+        TickConditional(
+            name, frozenset(t for branch in branches for t in transfers.get(branch, []))
+        )
         for name, branches in conditionals(text)
     ]
     return [lane for lane in lanes if lane.transfers]
 
 
 def stage_boxes(
-    events: Sequence[Event], lanes: Sequence[Lane], schedule: Schedule, stage: int
+    events: Sequence[Event], lanes: Sequence[TickConditional], schedule: Schedule, stage: int
 ) -> list[Box]:
     """Returns the boxes of a stage, from its device's events; none if these are not of one step."""
     found = []

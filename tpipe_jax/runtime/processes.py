@@ -138,7 +138,8 @@ def _connect(flags: ProcessFlags) -> bool:
             )
         except Exception as error:  # libraries of schedulers raise errors of any type
             if flags.coordinator is None and "coordinator_address" in str(error):
-                return _is_alone()
+                _check_started_alone()
+                return False
             raise UserError(
                 f"jax cannot join the processes of this run ({error}): tell it about them with "
                 "--coordinator, --num-processes and --process-id."
@@ -146,11 +147,9 @@ def _connect(flags: ProcessFlags) -> bool:
     return True
 
 
-def _is_alone() -> bool:
-    """Checks that this process runs alone, and returns False: it has not joined others.
-
-    jax has found no scheduler. Raises `UserError` if Open MPI has started this process with others:
-    jax does not know versions from 5 on.
+def _check_started_alone() -> None:
+    """Raises `UserError` if Open MPI has started this process with others. jax, which has found no
+    scheduler, does not know its versions from 5 on.
     """
     size = os.environ.get("OMPI_COMM_WORLD_SIZE", "1")
     if size != "1":
@@ -159,7 +158,6 @@ def _is_alone() -> bool:
             "start them as launch/mpi.sh does, with --coordinator, --num-processes and "
             "--process-id."
         )
-    return False
 
 
 @contextmanager

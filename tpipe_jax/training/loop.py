@@ -13,7 +13,7 @@ from jax import Array
 
 from tpipe_jax.checkpoint.checkpoints import Checkpoints
 from tpipe_jax.data.batches import Batches
-from tpipe_jax.data.prefetch import ReadAhead
+from tpipe_jax.data.prefetch import Prefetcher
 from tpipe_jax.data.rows import RowLayout
 from tpipe_jax.devices.mesh import put_read_rows
 from tpipe_jax.planning.plan import Plan
@@ -54,7 +54,7 @@ class Loop:
         config, num_steps = self.run.config, self.run.config.train.num_steps
         log, checkpoints, within = self.log, self.checkpoints, self.services.within
         read = partial(put_batch, self.run, self.run.train_data)
-        batches = ReadAhead(read, first_step, num_steps, self.services.stop.request)
+        batches = Prefetcher(read, first_step, num_steps, self.services.stop.request)
 
         step = first_step
         with closing(batches), closing(self.profiled):

@@ -126,7 +126,7 @@ def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
             work,
             _trunk(spec, schedule),
             saved_of(spec, schedule.num_rows),
-            gradients_of(spec, schedule.num_gradient_rows, _waiting(schedule)),
+            gradients_of(spec, schedule.num_gradient_rows, _slot_buffer_shape(schedule)),
             vocab_parallel.no_sums(params["embed"], head.norm),
         )
         d_blocks = stage.param_gradients(saved, gradients)
@@ -218,7 +218,7 @@ def _trunk(spec: StageSpec, schedule: Schedule) -> Array:
     return jnp.zeros((schedule.num_rows, model.seq_len, model.d_model), spec.dtype)
 
 
-def _waiting(schedule: Schedule) -> tuple[int, int] | None:
+def _slot_buffer_shape(schedule: Schedule) -> tuple[int, int] | None:
     """Rows and tokens of the buffer of all slots; None if there are no slots."""
     num_rows, num_tokens = schedule.longest_shape
     return (schedule.num_slots * num_rows, num_tokens) if schedule.num_slots else None
