@@ -36,11 +36,9 @@ def main() -> None:
     jax.config.update("jax_num_cpu_devices", 2)
     model = ModelConfig(num_layers=args.num_layers, d_model=args.d_model, num_heads=4)
     config = Config(model=model, mesh=MeshConfig(pipe=2))
-    mesh, optimizer = make_mesh(config.mesh, jax.devices()), make_optimizer(config)
-    state, like = (
-        init_state(make_spec(config, mesh), optimizer),
-        abstract_state(make_spec(config, mesh), optimizer),
-    )
+    spec = make_spec(config, make_mesh(config.mesh, jax.devices()))
+    optimizer = make_optimizer(config)
+    state, like = init_state(spec, optimizer), abstract_state(spec, optimizer)
     num_bytes = sum(a.nbytes for a in jax.tree.leaves(state))
     print(f"{num_bytes / 1e6:.0f} MB, jax {jax.__version__}, medians of {args.rounds} rounds")
 

@@ -218,20 +218,20 @@ def variants(args: argparse.Namespace) -> list[tuple[int, bool, int, ScheduleNam
 
 
 def compile_into(program: Program, config: Config, mesh: Mesh) -> None:
-    optimizer = make_optimizer(config)
+    spec, optimizer = make_spec(config, mesh), make_optimizer(config)
     schedule = make_schedule(plan_of(config, program))
     try:
         step = compile_checked(
-            make_train_step(make_spec(config, mesh), schedule, optimizer),
+            make_train_step(spec, schedule, optimizer),
             mesh,
-            abstract_state(make_spec(config, mesh), optimizer),
-            abstract_rows(make_spec(config, mesh)),
+            abstract_state(spec, optimizer),
+            abstract_rows(spec),
         )
     except jax.errors.JaxRuntimeError as error:
         program.failure = f"does not compile: {brief(error)}"
         return
     program.num_bytes = program_bytes(step)
-    if program.num_bytes > (limit_bytes(make_spec(config, mesh)) or math.inf):
+    if program.num_bytes > (limit_bytes(spec) or math.inf):
         program.failure = f"does not fit: {program.num_bytes / GIB:.1f} GiB"
     else:
         program.step = step
@@ -313,8 +313,8 @@ def fit_error(args: argparse.Namespace, seq_len: int, mesh: Mesh) -> str:
     """How far the latency model is off for a stage of one layer."""
     config = make_config(args, seq_len)
     config = replace(config, model=replace(config.model, num_layers=1))
-    config = make_spec(config, mesh).config
-    profile = Profiler(make_spec(config, mesh)).profile(lambda done, total: None)
+    spec = make_spec(config, mesh)
+    profile = Profiler(spec).profile(lambda done, total: None)
     errors = []
     for name, model in zip(("forward", "backward"), profile.models(), strict=True):
         off = 100 * np.abs(model.relative_errors())
@@ -322,8 +322,8 @@ def fit_error(args: argparse.Namespace, seq_len: int, mesh: Mesh) -> str:
             f"{name} {np.median(off):.1f}% (largest {off.max():.1f}%)" if len(off) else name
         )
     return (
-        f"the latency model of one layer ({config.attention.backend}) is off by, in the median of "
-        f"slices kept out of its fit, {', '.join(errors)}"
+        f"the latency model of one layer ({spec.config.attention.backend}) is off by, in the "
+        f"median of slices kept out of its fit, {', '.join(errors)}"
     )
 
 

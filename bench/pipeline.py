@@ -46,7 +46,6 @@ from tpipe_jax.config.settings import (
     PlanConfig,
     TrainConfig,
 )
-from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.settings import read_settings, settled
 
@@ -210,6 +209,7 @@ def make_plans(args: argparse.Namespace) -> dict[str, Plan]:
     import jax
 
     from tpipe_jax.devices.mesh import make_mesh
+    from tpipe_jax.pipeline.spec import make_spec
     from tpipe_jax.planning.planner import find_plan
     from tpipe_jax.planning.settings import work_factors
     from tpipe_jax.profiling.measured_plan import plan_slices
@@ -259,6 +259,7 @@ class Program:
         import numpy as np
 
         from tpipe_jax.devices.mesh import make_mesh, put_rows
+        from tpipe_jax.pipeline.spec import make_spec
         from tpipe_jax.planning.schedule import make_schedule
         from tpipe_jax.training.optimizer import make_optimizer
         from tpipe_jax.training.state import init_state
@@ -268,12 +269,12 @@ class Program:
         devices = jax.devices() if config.mesh.num_devices > 1 else jax.local_devices()
         mesh = make_mesh(config.mesh, devices)
         self.plan = plan
-        optimizer = make_optimizer(config)
-        self._state = init_state(make_spec(config, mesh), optimizer)
+        spec, optimizer = make_spec(config, mesh), make_optimizer(config)
+        self._state = init_state(spec, optimizer)
         shape = args.batch_size, args.seq_len + 1
         rows = np.random.default_rng(0).integers(0, 256, shape).astype(np.int32)
         self._rows = put_rows(mesh, rows)
-        step = make_train_step(make_spec(config, mesh), make_schedule(plan), optimizer)
+        step = make_train_step(spec, make_schedule(plan), optimizer)
         start = time.perf_counter()
         self._step = step.lower(self._state, self._rows).compile()
         self.compile_seconds = time.perf_counter() - start

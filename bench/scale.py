@@ -53,11 +53,11 @@ def main() -> None:
     mesh = make_mesh(config.mesh, jax.devices())
     plan = read_settings(config)
     assert isinstance(plan, Plan)  # all slices are given
-    optimizer = make_optimizer(config)
-    state = abstract_state(make_spec(config, mesh), optimizer)
-    step = make_train_step(make_spec(config, mesh), make_schedule(plan), optimizer)
+    spec, optimizer = make_spec(config, mesh), make_optimizer(config)
+    state = abstract_state(spec, optimizer)
+    step = make_train_step(spec, make_schedule(plan), optimizer)
     start = time.perf_counter()
-    compiled = step.lower(state, abstract_rows(make_spec(config, mesh))).compile()
+    compiled = step.lower(state, abstract_rows(spec)).compile()
     seconds = time.perf_counter() - start
 
     sizes = config.mesh
@@ -78,8 +78,7 @@ def main() -> None:
     tokens = plan.batch_size * plan.seq_len
     params, opt_state = state_bytes(state)
     saved, caches = (
-        tokens * sum(count(make_spec(config, mesh)))
-        for count in (activation_bytes_per_token, cache_bytes_per_token)
+        tokens * sum(count(spec)) for count in (activation_bytes_per_token, cache_bytes_per_token)
     )
     analysis = compiled.memory_analysis()
     assert analysis is not None

@@ -37,7 +37,6 @@ from tpipe_jax.config.settings import (
     ScheduleName,
     TrainConfig,
 )
-from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.estimator import predicted_timeline
 from tpipe_jax.planning.plan import Plan, PlanRequest
 from tpipe_jax.planning.planner import find_plan
@@ -77,6 +76,7 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     from tpipe_jax.devices.mesh import make_mesh
+    from tpipe_jax.pipeline.spec import make_spec
     from tpipe_jax.training.memory import fitting_step
     from tpipe_jax.training.optimizer import make_optimizer
 

@@ -31,7 +31,6 @@ from typing import Any
 
 import results
 from tpipe_jax.config.settings import Config, MeshConfig, ModelConfig, ScheduleName, TrainConfig
-from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.settings import settled, uniform
 
@@ -230,6 +229,7 @@ def make_program(plan: Plan) -> Callable[[], object]:
     import numpy as np
 
     from tpipe_jax.devices.mesh import make_mesh, put_rows
+    from tpipe_jax.pipeline.spec import make_spec
     from tpipe_jax.planning.schedule import make_schedule
     from tpipe_jax.training.optimizer import make_optimizer
     from tpipe_jax.training.state import init_state
@@ -244,14 +244,11 @@ def make_program(plan: Plan) -> Callable[[], object]:
     config = settled(config, plan)
     devices = jax.devices() if plan.num_stages > 1 else jax.local_devices()
     mesh = make_mesh(config.mesh, devices)
-    params = init_state(make_spec(config, mesh), make_optimizer(config)).params
+    spec = make_spec(config, mesh)
+    params = init_state(spec, make_optimizer(config)).params
     shape = plan.batch_size, plan.seq_len + 1
     rows = put_rows(mesh, np.random.default_rng(0).integers(0, VOCAB_SIZE, shape, np.int32))
-    program = (
-        make_loss_and_grads(make_spec(config, mesh), make_schedule(plan))
-        .lower(params, rows)
-        .compile()
-    )
+    program = make_loss_and_grads(spec, make_schedule(plan)).lower(params, rows).compile()
     return lambda: jax.block_until_ready(program(params, rows))
 
 

@@ -1,6 +1,10 @@
 """Files that cannot be written, and folders that one process has to itself."""
 
+import errno
+import fcntl
+import os
 import re
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -9,20 +13,37 @@ from tpipe_jax.errors import UserError
 from tpipe_jax.files import as_user_error, locked, writing_to
 
 
+def lock(folder: Path, is_needed: bool = False) -> AbstractContextManager[None]:
+    return locked(os.open(folder, os.O_RDONLY), "somebody else is here.", is_needed)
+
+
+def test_where_there_are_no_locks_they_are_left_out_unless_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with lock(tmp_path):
+        pass
+    with pytest.raises(OSError, match="No locks available"), lock(tmp_path, is_needed=True):
+        raise AssertionError("nobody is kept out")
+
+
 def test_a_folder_is_for_one_at_a_time(tmp_path: Path):
-    with locked(tmp_path, "somebody else is here."):
-        second = locked(tmp_path, "somebody else is here.")
+    with lock(tmp_path):
+        second = lock(tmp_path)
         with pytest.raises(UserError, match=r"^somebody else is here\.$"), second:
             raise AssertionError("both are in it")
-        with locked(tmp_path.parent, "this is another folder."):
+        with lock(tmp_path.parent):
             pass
-    with locked(tmp_path, "it is free again."):
+    with lock(tmp_path):
         pass
 
 
 def test_what_fails_within_a_lock_is_raised(tmp_path: Path):
     """Also an error of the system, which does not mean that there are no locks."""
-    alone = locked(tmp_path, "somebody else is here.")
+    alone = lock(tmp_path)
     with pytest.raises(BlockingIOError, match="of the work"), alone:
         raise BlockingIOError("of the work")
 

@@ -19,7 +19,7 @@ The letters at the end of an array's name are its shape, here and in every modul
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from tpipe_jax.version import __version__
+from tpipe_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from tpipe_jax.api import Config, TrainStep, load, make_train_step, plan, train
@@ -29,7 +29,6 @@ __all__ = [
     "Block",
     "Config",
     "TrainStep",
-    "__version__",
     "load",
     "make_train_step",
     "plan",

@@ -3,7 +3,7 @@
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from tpipe_jax.errors import UserError
@@ -31,19 +31,21 @@ def writing_to(folder: Path, option: str = "--workdir") -> AbstractContextManage
 
 
 @contextmanager
-def locked(folder: Path, sentence: str) -> Iterator[None]:
-    """Keeps other processes out of a folder until the block or this process ends.
+def locked(descriptor: int, sentence: str, is_needed: bool) -> Iterator[None]:
+    """Keeps other processes out of an open folder until the block or this process ends, and closes
+    the folder.
 
     Raises `UserError` with `sentence` if another process has locked the folder. On a file system
-    without locks, other processes are not kept out.
+    without locks it raises OSError if the lock is needed; else other processes are not kept out.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(sentence) from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(sentence) from None
+        except OSError:
+            if is_needed:
+                raise
         yield
     finally:
         os.close(descriptor)

@@ -53,7 +53,7 @@ def resolve(asked: Config, mesh: Any) -> Config:
 
 
 def make(asked: Config, mesh: Any) -> Attention:
-    return backends.make_attention(asked, mesh, heads(asked.model))
+    return backends.make_attention(resolve(asked, mesh), mesh)
 
 
 @pytest.mark.parametrize(

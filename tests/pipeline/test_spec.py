@@ -64,3 +64,9 @@ def test_devices_that_do_not_fit_are_refused():
     config = replace(CONFIG, mesh=MeshConfig(pipe=3))
     with pytest.raises(UserError, match=r"^config.mesh.data=1 \* pipe=3 \* model=1 asks for 3"):
         spec_on_devices(config, jax.devices()[:2])
+
+
+def test_chunks_that_cannot_be_take_no_time():
+    """They are refused later, with the settings that do not fit them."""
+    plan = PlanConfig(schedule="interleaved", chunks=2**31 - 1)
+    assert spec_on_devices(replace(CONFIG, plan=plan), jax.devices()[:2]).num_chunks == 2**31 - 1

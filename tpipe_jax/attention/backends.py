@@ -46,10 +46,10 @@ def attention_backend(config: Config, mesh: Mesh, heads: Heads) -> Backend:
     return "xla" if _obstacle("cudnn", config, mesh, heads) else "cudnn"
 
 
-def make_attention(config: Config, mesh: Mesh, heads: Heads) -> Attention:
+def make_attention(config: Config, mesh: Mesh) -> Attention:
     """Makes the attention that the config names, for code of one device."""
     block = config.attention.block
-    if attention_backend(config, mesh, heads) == "cudnn":
+    if config.attention.backend == "cudnn":
         attention = grouped(cudnn_kernel(), block or CUDNN_GROUP)
         return over_heads(attention) if mesh.shape["model"] > 1 else attention
     default = BLOCK if oldest_device(mesh).platform == "cpu" else XLA_BLOCK

@@ -128,9 +128,8 @@ def over_heads(attention: Attention) -> Attention:
     """Returns the attention with its heads divided over 'model' by hand, since GSPMD does not look
     into kernels. For code in a `shard_map` that leaves the axis 'model' automatic.
     """
-    heads: Any = PartitionSpec(None, "model")
+    heads: Any = PartitionSpec(None, "model")  # in the place of arrays, so of any type
     whole: Any = PartitionSpec()
-
     own = Slice(heads, heads, whole, whole)
 
     def divided(function: Callable, *other_specs: PartitionSpec) -> Callable:

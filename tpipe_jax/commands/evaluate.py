@@ -80,6 +80,7 @@ def evaluate(
                 rows[n] = row
             targets = layout.targets(rows)[layout.counts(rows)]
             yield put_rows(spec.mesh, rows), targets.size
+            # From here on the loss of these rows is known.
             num_bytes += count_bytes(targets) if count_bytes else 0
             on_progress(min(done + batch_size, num_sequences), num_sequences)
 

@@ -89,7 +89,7 @@ def make_shards(
     busy = f"another command is at work on --out={out}: wait for its end, or stop it."
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        with locked(partial, busy):
+        with locked(os.open(partial, os.O_RDONLY), busy, is_needed=True):
             results = _results(parts, partial, tokenizer, how, num_workers, on_progress)
         (partial / TOKENIZER).unlink(missing_ok=True)
         if content:

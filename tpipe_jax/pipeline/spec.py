@@ -4,6 +4,7 @@ devices.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import jax
 import jax.numpy as jnp
@@ -32,19 +33,24 @@ class StageSpec:
     """Format of matrix products and activations."""
     heads: Heads
     attention: Attention
-    chunk_layers: tuple[tuple[int, ...], ...]
-    """Layers of each chunk of each stage, `[chunk][stage]`."""
     weight_grads: WeightGrads
     saved_names: tuple[str, ...]
     """Names of the values of a layer that are saved, and so not computed again."""
 
     @property
     def num_stages(self) -> int:
-        return len(self.chunk_layers[0])
+        return self.mesh.shape["pipe"]
 
     @property
     def num_chunks(self) -> int:
-        return len(self.chunk_layers)
+        """Chunks of each stage."""
+        return self.config.plan.num_chunks
+
+    @cached_property  # since settings that have not been checked may have very many chunks
+    def chunk_layers(self) -> tuple[tuple[int, ...], ...]:
+        """Layers of each chunk of each stage, `[chunk][stage]`."""
+        num_layers = self.config.model.num_layers
+        return tuple(map(tuple, chunk_counts(num_layers, self.num_stages, self.num_chunks)))
 
     @property
     def layers_per_stage(self) -> int:
@@ -59,14 +65,12 @@ def make_spec(config: Config, mesh: Mesh) -> StageSpec:
     config = resolve_precision(resolved(config), mesh)
     of_block = heads(config.model)
     config = resolve_attention(config, mesh, of_block)
-    counts = chunk_counts(config.model.num_layers, mesh.shape["pipe"], config.plan.num_chunks)
     return StageSpec(
         config,
         mesh,
         jnp.dtype(config.precision.compute),
         of_block,
-        make_attention(config, mesh, of_block),
-        tuple(map(tuple, counts)),
+        make_attention(config, mesh),
         _weight_grads(config),
         saved_names(config.memory.remat),
     )

@@ -8,7 +8,7 @@ from tpipe_jax.planning.latency import LatencyTable, Profile, load_table
 from tpipe_jax.planning.plan import Plan, PlanRequest, Prediction, read_plan
 from tpipe_jax.planning.planner import Planning, find_plan
 from tpipe_jax.planning.schedule import Schedule, make_schedule
-from tpipe_jax.planning.simulate import Timeline, simulate
+from tpipe_jax.planning.simulate import Timeline
 
 __all__ = [
     "LatencyTable",
@@ -23,5 +23,4 @@ __all__ = [
     "load_table",
     "make_schedule",
     "read_plan",
-    "simulate",
 ]

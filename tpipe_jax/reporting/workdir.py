@@ -1,6 +1,7 @@
 """Files that describe a run, in its folder: config.json, plan.json, timeline.png, timeline.json."""
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,9 +110,10 @@ def run_lock(folder: Path) -> Iterator[None]:
     """
     with writing_to(folder.parent):
         folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder, os.O_RDONLY)
     sentence = (
         f"another run is at work in --workdir={folder.parent}: wait for its end, stop it, or "
         "choose another folder."
     )
-    with locked(folder, sentence):
+    with locked(descriptor, sentence, is_needed=False):
         yield

@@ -56,6 +56,7 @@ def prepare(config: Config, devices: Sequence[jax.Device]) -> Run:
     """
     spec = spec_on_devices(config, devices)
     described = spec.config
+    candidates(described.memory)
     plan = read_settings(described)
     train_data, held_out = check_inputs(described)
     spec = make_spec(train_data.config, spec.mesh)
@@ -67,7 +68,6 @@ def check_inputs(config: Config) -> tuple[Batches, Batches]:
 
     Checks what does not need a mesh. Raises `UserError` if settings and data don't fit.
     """
-    candidates(config.memory)
     check_trace(config)
     check_tracker(config)
     train_data, held_out = open_data(config)

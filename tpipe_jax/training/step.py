@@ -87,7 +87,8 @@ def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
     gradients.
 
     The backward pass computes gradients of `scale` times the loss; they are divided by `scale` at
-    the end. Raises `UserError` if the schedule does not allow `spec.weight_grads`.
+    the end. Raises `UserError` if the schedule does not allow
+    config.memory.defer_weight_grads.
     """
     _check_weight_grads(spec, schedule)
     V = spec.config.model.vocab_size
@@ -143,10 +144,10 @@ def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
 
 
 def _check_weight_grads(spec: StageSpec, schedule: Schedule) -> None:
-    """Raises `UserError` if gradients of weights are taken at the end, but the schedule keeps only
-    a part of the batch at a time.
+    """Raises `UserError` if the settings defer gradients of weights to the end, but the schedule
+    keeps only a part of the batch at a time.
     """
-    if spec.weight_grads == "at the end" and len(schedule.parts) > 1:
+    if spec.config.memory.defer_weight_grads and len(schedule.parts) > 1:
         raise UserError(
             "config.memory.defer_weight_grads=true needs all of a batch at once, and the plan's "
             "schedule keeps a part at a time: set it to false, or plan with "
