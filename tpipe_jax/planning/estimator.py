@@ -139,7 +139,7 @@ class Estimator:
         """Returns `activation_bytes` with the shortest slices; no others need less. Raises
         `UserError` if it is not known.
         """
-        assert self.memory
+        _ = self.memory  # raises where it is not known
         shortest = tuple(np.diff(self.cuts).tolist())
         slices = batch_slices, (shortest,) * len(batch_slices)
         plan = Plan(self.request.num_stages, *slices, schedule=schedule)
