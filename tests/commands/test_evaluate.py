@@ -119,6 +119,14 @@ def test_tokens_of_another_tokenizer(tmp_path: Path):
         evaluate(trained.with_config(config), shares)
 
 
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a run of one step."""
+    folder = tmp_path_factory.mktemp("trained")
+    runs.run(runs.changed(runs.small_config(folder), train={"num_steps": 1}), folder / "run")
+    return folder / "run"
+
+
 @pytest.mark.parametrize(
     ("args", "sentence"),
     [
@@ -128,11 +136,10 @@ def test_tokens_of_another_tokenizer(tmp_path: Path):
         (["--tokenizer=nowhere.json"], "=nowhere.json cannot be read"),
     ],
 )
-def test_mistakes_are_answered(tmp_path: Path, args: list[str], sentence: str):
-    runs.run(runs.changed(runs.small_config(tmp_path), train={"num_steps": 1}), tmp_path / "run")
+def test_mistakes_are_answered(tmp_path: Path, workdir: Path, args: list[str], sentence: str):
     (tmp_path / "one.txt").write_text("1")
     args = [arg.format(one=tmp_path / "one.txt") for arg in args]
-    command = [sys.executable, "launch/evaluate.py", f"--workdir={tmp_path / 'run'}", *args]
+    command = [sys.executable, "launch/evaluate.py", f"--workdir={workdir}", *args]
     done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
     assert done.returncode == 2
     assert sentence in done.stderr

@@ -108,10 +108,16 @@ def test_a_run_measures_once_and_plans_its_slices(config: Config, tmp_path: Path
     assert calls == []
     assert any("as measured before" in text for text in said)
     assert load_plan(workdir / "plan.json", PlanRequest(2, 4, 16)) == plan
-    # A run that has finished plans nothing, and another precision is measured anew.
+    # A run that has finished plans nothing.
     run(changed(config, train={"num_steps": 3}), workdir)
     assert calls == []
-    run(changed(config, train={"num_steps": 4}, precision={"compute": "bfloat16"}), workdir)
+
+
+def test_another_precision_is_measured_anew(config: Config, tmp_path: Path, calls: list[str]):
+    plan_run(config, tmp_path, jax.devices()[:2], Lines())
+    calls.clear()
+    other = changed(config, precision={"compute": "bfloat16"})
+    plan_run(other, tmp_path, jax.devices()[:2], Lines())
     assert calls[0] == "profile"
 
 
