@@ -1,5 +1,7 @@
 """Which meshes can divide a model, and where its parameters lie."""
 
+from functools import partial
+
 import chex
 import jax
 import numpy as np
@@ -123,3 +125,15 @@ def test_specs_fit_the_parameters_and_divide_all_operators(num_layers: int) -> N
             "ff_in": kernel_in,
             "ff_out": kernel_out,
         }
+
+
+def test_a_stage_has_consecutive_layers() -> None:
+    params = draw_params(model_config(5))
+    params["blocks"] = [
+        jax.tree.map(partial(np.full_like, fill_value=1 + n), block)
+        for n, block in enumerate(params["blocks"])
+    ]
+    staged = reference.to_stages(params, open_mesh(MeshConfig(pipe=3)))
+    for leaf in zip(*map(jax.tree.leaves, staged["blocks"]), strict=True):
+        layers = [[float(slot[stage].mean()) for slot in leaf] for stage in range(3)]
+        assert layers == [[1, 2], [3, 4], [5, 0]]

@@ -1,18 +1,10 @@
 """Which stage has which layer."""
 
-from functools import partial
-
-import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import Mesh
 
-from support import reference
-from tpipe_jax.config.settings import MeshConfig, ModelConfig
-from tpipe_jax.devices import mesh
-from tpipe_jax.model import transformer
 from tpipe_jax.planning.placement import (
     chunk_counts,
     chunk_factors,
@@ -53,30 +45,3 @@ def test_every_layer_has_one_place(num_layers: int, num_stages: int, num_chunks:
     assert seen == list(range(num_layers))
     whole = np.reshape(chunk_factors(num_layers, num_stages, num_chunks), (num_chunks, -1)).sum(0)
     assert whole.sum() == pytest.approx(num_layers / max(layer_counts(num_layers, num_stages)))
-
-
-def open_mesh(config: MeshConfig) -> Mesh:
-    return mesh.make_mesh(config, jax.devices()[: config.num_devices])
-
-
-def model_config(num_layers: int, vocab_size: int = 10) -> ModelConfig:
-    return ModelConfig(num_layers, d_model=8, num_heads=2, vocab_size=vocab_size, seq_len=4)
-
-
-def draw_params(config: ModelConfig) -> reference.Params:
-    """No value is 0, so that padding can be told from parameters."""
-    random = np.random.default_rng(0)
-    shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
-    return jax.tree.map(lambda a: random.uniform(1, 2, a.shape).astype(a.dtype), shapes)
-
-
-def test_a_stage_has_consecutive_layers() -> None:
-    params = draw_params(model_config(5))
-    params["blocks"] = [
-        jax.tree.map(partial(np.full_like, fill_value=1 + n), block)
-        for n, block in enumerate(params["blocks"])
-    ]
-    staged = reference.to_stages(params, open_mesh(MeshConfig(pipe=3)))
-    for leaf in zip(*map(jax.tree.leaves, staged["blocks"]), strict=True):
-        layers = [[float(slot[stage].mean()) for slot in leaf] for stage in range(3)]
-        assert layers == [[1, 2], [3, 4], [5, 0]]
