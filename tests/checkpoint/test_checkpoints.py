@@ -62,16 +62,22 @@ def test_the_files_are_as_documented(tmp_path: Path):
     assert of_arrays == {f"{name}/.zarray" for name in arrays}
 
 
-def test_state_may_be_donated_right_after_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    step = jax.jit(lambda state: jax.tree.map(lambda x: -x - 1, state), donate_argnums=0)
-    state = step(state_on(FOUR))  # an output of a jitted step, as in training
-    are_done, write = threading.Event(), saving.write_arrays
+@pytest.fixture
+def may_write(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Until it is set, no array of a checkpoint is written."""
+    event, write = threading.Event(), saving.write_arrays
 
     def late(*args: Any) -> Any:
-        assert are_done.wait(60)
+        assert event.wait(60)
         return write(*args)
 
     monkeypatch.setattr(saving, "write_arrays", late)
+    return event
+
+
+def test_state_may_be_donated_right_after_save(tmp_path: Path, may_write: threading.Event):
+    step = jax.jit(lambda state: jax.tree.map(lambda x: -x - 1, state), donate_argnums=0)
+    state = step(state_on(FOUR))  # an output of a jitted step, as in training
     with open_folder(tmp_path) as checkpoints:
         checkpoints.save(1, state)
         before = state
@@ -79,7 +85,7 @@ def test_state_may_be_donated_right_after_save(tmp_path: Path, monkeypatch: pyte
             state = step(state)
         jax.block_until_ready(state)
         assert before.step.is_deleted()
-        are_done.set()
+        may_write.set()
     arrays = zarr_files.read_all(tmp_path / "1")
     assert arrays["step"] == -8
     kernel = numbered()["blocks"][3]["ff_in"]["kernel"]
@@ -87,16 +93,7 @@ def test_state_may_be_donated_right_after_save(tmp_path: Path, monkeypatch: pyte
     np.testing.assert_array_equal(arrays["opt_state/1/0/mu/blocks/3/ff_in/kernel"], -2 * kernel - 1)
 
 
-def test_training_goes_on_while_a_checkpoint_is_written(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    may_write, write = threading.Event(), saving.write_arrays
-
-    def late(*args: Any) -> Any:
-        assert may_write.wait(60)
-        return write(*args)
-
-    monkeypatch.setattr(saving, "write_arrays", late)
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, may_write: threading.Event):
     with open_folder(tmp_path) as checkpoints:
         seconds = checkpoints.save(1, state_on(ONE))
         assert "1" not in names(tmp_path)
