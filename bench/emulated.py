@@ -68,8 +68,8 @@ def main() -> None:
         report(setting, found)
         content[setting.name] = found
     order = [chosen[name].name for name in NAMES]
-    saved = results.add("emulated", "settings", content, order, args.folder)
-    draw(results.picture("emulated", args.folder), saved)
+    results.add("emulated", "settings", content, order, args.folder)
+    draw(results.picture("emulated", args.folder), results.load("emulated", args.folder))
 
 
 def parse_args() -> argparse.Namespace:
@@ -231,14 +231,20 @@ def report(setting: Setting, found: dict[str, dict[str, float]]) -> None:
         print(row, flush=True)
 
 
-def draw(path: Path, content: dict[str, dict[str, dict[str, float]]]) -> None:
+def draw(path: Path, content: dict[str, Any]) -> None:
+    settings = content["settings"]
     series = {
-        f"{label}, {kind}": [rows[label][f"{kind}_seconds"] for rows in content.values()]
-        for label in ("unsliced", "sliced")
-        for kind in ("formula", "measured")
+        f"{what}, {how}": [rows[label][f"{kind}_seconds"] for rows in settings.values()]
+        for label, what in (("unsliced", "whole sequences"), ("sliced", "token slices"))
+        for kind, how in (("formula", "computed"), ("measured", "emulated"))
     }
-    groups = [f"{name}\n{rows['sliced']['stages']} stages" for name, rows in content.items()]
-    results.draw_bars(path, groups, series, "step [s]", "the executor on two cores, stages asleep")
+    groups = [
+        f"setting {name.replace(' ', ': ')}\n{rows['sliced']['stages']} stages"
+        for name, rows in settings.items()
+    ]
+    title = "emulated: the real program on two cores, settings of the paper, stages that only wait"
+    colours = "0.75", "0.5", "lightskyblue", "tab:blue"
+    results.draw_bars(path, groups, series, "time of a step [s]", title, colours)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ and `docs/paper.png`.
 import argparse
 import itertools
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.figure import Figure
 
@@ -72,7 +74,7 @@ def main() -> None:
         "uniform": sweeps,
     }
     results.save("paper", content, args.folder)
-    draw(results.picture("paper", args.folder), rows, sweeps)
+    draw(results.picture("paper", args.folder), results.load("paper", args.folder))
 
 
 def parse_args() -> argparse.Namespace:
@@ -176,30 +178,32 @@ def as_json(row: Row) -> dict[str, object]:
     }
 
 
-def draw(path: Path, rows: list[Row], sweeps: dict[str, dict[int, float]]) -> None:
-    figure = Figure(figsize=(12, 4.6), layout="constrained")
-    axes, *others = figure.subplots(1, 1 + len(sweeps), width_ratios=[2.4, 1, 1])
-    axes.set_title("speed-up by slices", fontsize=10)
-    at = range(len(rows))
-    papers = [row.setting.unsliced_seconds / row.setting.sliced_seconds for row in rows]
-    axes.bar([x - 0.2 for x in at], papers, 0.4, label="paper, measured on V100s", color="0.6")
-    ours = [row.speedup for row in rows]
-    axes.bar([x + 0.2 for x in at], ours, 0.4, label="this planner, in the model", color="C0")
-    axes.set_xticks(at, [row.setting.name for row in rows], rotation=35, ha="right", fontsize=8)
-    axes.set_ylabel("unsliced / sliced time")
-    axes.legend(frameon=False, fontsize=8)
-    for name, other in zip(sweeps, others, strict=True):
-        measured = UNIFORM[name]
-        other.plot(measured.keys(), measured.values(), "o-", color="0.6", label="paper, measured")
-        other.plot(sweeps[name].keys(), sweeps[name].values(), "s-", color="C0", label="model")
-        other.set(xscale="log", ylim=(0, None), xlabel="equal slices", ylabel="step [s]")
-        other.set_xticks(list(measured), [str(n) for n in measured])
+def draw(path: Path, content: dict[str, Any]) -> None:
+    figure = Figure(figsize=(12.5, 8), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(1.1, 1))[:, 0]
+    axes, settings, sweeps = top.subplots(), content["settings"], content["uniform"]
+    paper, ours = (
+        [row[whose]["unsliced_seconds"] / row[whose]["sliced_seconds"] for row in settings.values()]
+        for whose in ("paper", "model")
+    )
+    labels, colours = ("measured by the paper, on V100s", "computed here"), ("0.6", "tab:blue")
+    groups = [re.sub(",? ", "\n", name) for name in settings]
+    results.add_bars(axes, groups, dict(zip(labels, (paper, ours), strict=True)), colours)
+    axes.set_title("measured by the paper, and computed here: speed-up by token slices")
+    axes.set(xlabel="setting of the paper", ylabel="time without slices / with slices")
+    axes.legend(frameon=False)
+    for name, other in zip(sweeps, bottom.subplots(1, len(sweeps)), strict=True):
+        counts = list(UNIFORM[name])
+        both = UNIFORM[name].values(), sweeps[name].values()
+        for times, marker, colour, label in zip(both, "os", colours, labels, strict=True):
+            other.plot(counts, list(times), f"{marker}-", color=colour, label=label)
+        other.set(xscale="log", ylim=(0, None), title=f"setting {name.replace(' ', ': ')}")
+        other.set(xlabel="number of equal slices", ylabel="time of a step [s]")
+        other.set_xticks(counts, [str(n) for n in counts])
         other.minorticks_off()
-        other.set_title(f"setting {name}", fontsize=10)
-        other.legend(frameon=False, fontsize=8)
-    for each in (axes, *others):
-        each.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+        other.spines[["top", "right"]].set_visible(False)
+        other.legend(frameon=False)
+    figure.savefig(path, dpi=110, facecolor="white")
 
 
 if __name__ == "__main__":

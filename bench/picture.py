@@ -14,7 +14,7 @@ from tpipe_jax.planning.plan import Plan, PlanRequest
 from tpipe_jax.planning.planner import find_plan
 from tpipe_jax.planning.schedule import terapipe
 from tpipe_jax.planning.simulate import simulate
-from tpipe_jax.reporting.timeline import draw_boxes
+from tpipe_jax.reporting.timeline import draw_boxes, duration, label_boxes
 from v100 import SETTINGS, fit, latency_table, slice_seconds
 
 PATH = Path(__file__).parents[1] / "docs" / "timeline.png"
@@ -33,23 +33,25 @@ def main() -> None:
         schedule = terapipe(plan)
         slices = ((item.num_tokens, item.token) for item in schedule.items)
         times = zip(*(slice_seconds(setting, cluster, 1, *each) for each in slices), strict=True)
-        milliseconds = ([1000 * float(t) for t in own] for own in times)
-        timelines.append((schedule, simulate(schedule, *milliseconds)))
+        seconds = ([float(t) for t in own] for own in times)
+        timelines.append((schedule, simulate(schedule, *seconds)))
 
-    figure, kinds = Figure(figsize=(11, 5), layout="constrained"), []
+    figure, entries = Figure(figsize=(11, 6.8), layout="constrained"), []
+    figure.suptitle(
+        "computed: a step on four stages, each two layers of GPT3-175B on eight V100 GPUs"
+    )
     end = max(timeline.step_seconds for _, timeline in timelines)
-    for axes, each in zip(figure.subplots(2, 1, sharex=True), timelines, strict=True):
-        schedule, timeline = each
-        kinds = draw_boxes(axes, schedule, timeline, "ms", end)
+    both = figure.subplots(2, 1)
+    for axes, (schedule, timeline) in zip(both, timelines, strict=True):
+        entries = draw_boxes(axes, schedule, timeline, end=end)
         count = len(schedule.items)
         what = f"{count} slices of it" if count > 1 else f"one sequence of {setting.seq_len} tokens"
-        axes.set_title(
-            f"{what}: {timeline.step_seconds:.0f} ms, stages busy {1 - timeline.bubble:.0%}",
-            fontsize=10,
-            loc="left",
-        )
-    figure.legend(handles=kinds, loc="outside lower right", ncols=2, frameon=False, fontsize=8)
-    figure.savefig(PATH, dpi=110)
+        took = f"{duration(timeline.step_seconds)}, stages busy {1 - timeline.bubble:.0%}"
+        axes.set_title(f"{what}: {took}", loc="left")
+    figure.legend(handles=entries, loc="outside lower right", ncols=4, frameon=False)
+    for axes, timeline in zip(both, timelines, strict=True):
+        label_boxes(axes, *timeline)
+    figure.savefig(PATH, dpi=110, facecolor="white")
 
 
 if __name__ == "__main__":

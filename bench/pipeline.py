@@ -112,23 +112,27 @@ def measure_cases(args: argparse.Namespace) -> int:
                 return status
             rows = json.loads(path.read_text())
         figures = {case: {"rounds": args.rounds, "programs": rows}}
-        saved = results.add("pipeline", "cases", figures, CASES, args.folder)
-        draw(results.picture("pipeline", args.folder), saved)
+        results.add("pipeline", "cases", figures, CASES, args.folder)
+        draw(results.picture("pipeline", args.folder), results.load("pipeline", args.folder))
     return 0
 
 
-def draw(path: Path, cases: dict[str, dict[str, Any]]) -> None:
-    """How much of the two cores each pipeline uses, over what one core alone takes."""
+def draw(path: Path, content: dict[str, Any]) -> None:
+    """How fast each of the two cores works, compared with one core alone."""
+    cases = content["cases"]
     _, *names = next(iter(cases.values()))["programs"]
-    labels = dict(zip(names, ("microbatches, unsliced", "automatic slices"), strict=True))
+    labels = dict(zip(names, ("whole sequences", "token slices"), strict=True))
     programs = [case["programs"] for case in cases.values()]
     series = {
-        f"{label}{of}": [own[name][figure] for own in programs]
+        f"{label}, {how}": [100 * own[name][figure] for own in programs]
         for name, label in labels.items()
-        for figure, of in (("efficiency", ""), ("bound", ", bound"))
+        for figure, how in (("bound", "computed bound"), ("efficiency", "measured"))
     }
-    title = "two stages on two cores, sequences x tokens"
-    results.draw_bars(path, list(cases), series, "efficiency over one core", title)
+    title = "measured: training steps of 8 layers of width 512, two stages on two cores"
+    groups = [f"{case.replace('x', ' x ')}\ntokens" for case in cases]
+    label = "speed of each core [% of one core alone]"
+    colours = "0.75", "0.5", "lightskyblue", "tab:blue"
+    results.draw_bars(path, groups, series, label, title, colours, decimals=0)
 
 
 def start_workers(options: list[str]) -> int:

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 FOLDER = Path(__file__).with_name("results")
@@ -59,21 +60,40 @@ def add(
 
 
 def draw_bars(
-    path: Path, groups: Sequence[str], series: Mapping[str, Sequence[float]], label: str, title: str
+    path: Path,
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    label: str,
+    title: str,
+    colours: Sequence[str],
+    decimals: int = 2,
 ) -> None:
     """Writes a PNG of bars, one of each series in each group, with their values."""
-    figure = Figure(figsize=(3 + 0.5 * len(groups) * len(series), 4), layout="constrained")
-    axes, width = figure.subplots(), 0.8 / len(series)
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    axes = figure.subplots()
+    add_bars(axes, groups, series, colours, decimals)
+    axes.set(ylabel=label, title=title)
+    figure.legend(loc="outside lower center", ncols=len(series), frameon=False)
+    figure.savefig(path, dpi=110, facecolor="white")
+
+
+def add_bars(
+    axes: Axes,
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    colours: Sequence[str],
+    decimals: int = 2,
+) -> None:
+    """Draws bars, one of each series in each group, with their values."""
+    width = 0.86 / len(series)
     for i, (name, values) in enumerate(series.items()):
-        at = [group + (i + 0.5) * width - 0.4 for group in range(len(groups))]
-        bars = axes.bar(at, values, 0.9 * width, label=name)
-        axes.bar_label(bars, fmt="%.3g", fontsize=7)
-    axes.set_xticks(range(len(groups)), groups, fontsize=8)
-    axes.set_ylabel(label)
-    axes.set_title(title, fontsize=10)
+        at = [group + (i + 0.5) * width - 0.43 for group in range(len(groups))]
+        bars = axes.bar(at, values, 0.94 * width, label=name, color=colours[i])
+        axes.bar_label(bars, fmt=f"%.{decimals}f")
+    axes.set_xticks(range(len(groups)), groups)
+    axes.tick_params(axis="x", length=0)
+    axes.margins(x=0.01)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right center", frameon=False, fontsize=8)
-    figure.savefig(path, dpi=110)
 
 
 def load(name: str, folder: Path = FOLDER) -> dict[str, Any]:

@@ -23,7 +23,8 @@ os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # machine code i
 
 import jax
 
-from tpipe_jax.config.command_line import CONFIGS, exit_status, load_config
+from tpipe_jax.config.command_line import exit_status
+from tpipe_jax.config.config_files import CONFIGS, load_config
 from tpipe_jax.config.settings import PlanConfig, resolved
 from tpipe_jax.devices.hlo import find_collectives
 from tpipe_jax.devices.mesh import make_mesh

@@ -2,7 +2,9 @@
 
     python examples/own_block.py
 
-The same class on the command line: --config.model.block=examples/own_block.py:LlamaBlock
+The same class on the command line:
+
+    tpipe train --config.model.block=examples/own_block.py:LlamaBlock --config.train.init=normal
 """
 
 from functools import partial

@@ -1,84 +1,8 @@
-"""Plans the slices of a model: measures it on this machine, or takes the latencies from a file.
-
-    python launch/plan.py --config=configs/quickstart.py
-    python launch/plan.py --latency=latency.json --num-stages=4 --batch-size=8 --seq-len=256
-
-Both write plan.json and plan.png into --workdir, the first one also latency.json and config.json,
-so that a run there need not measure again. Train with the
-plan with --config.plan.file=plan.json. --help lists every setting, --latency --help those of the
-second form, which needs no device.
-"""
+"""Plans the slices of a model, measured here or from a file. The same as `tpipe plan`."""
 
 import sys
-from typing import Any
 
-from tpipe_jax.commands.launch import launch
-from tpipe_jax.config.command_line import exit_status, parse, parse_file_plan
-from tpipe_jax.config.flags import FilePlanFlags
-from tpipe_jax.errors import UserError
-from tpipe_jax.files import writing_to
-
-
-def main() -> int:
-    program = "python launch/plan.py"
-    if any(word.split("=")[0] == "--latency" for word in sys.argv[1:]):
-        plan_from_file(parse_file_plan(sys.argv[1:], program))
-        return 0
-    flags = parse(sys.argv[1:], program)
-    if flags.profile is not None:
-        raise UserError(
-            f"--profile={flags.profile} is of training steps, which planning has none of: leave it "
-            "out, or train with launch/multihost.py."
-        )
-    return launch(flags, plan_by_measuring)
-
-
-def plan_from_file(flags: FilePlanFlags) -> None:
-    """Plans without a device and without jax."""
-    from tpipe_jax.planning.latency import load_table
-    from tpipe_jax.planning.placement import chunk_factors
-    from tpipe_jax.planning.plan import PlanRequest
-    from tpipe_jax.planning.planner import GIB, find_plan
-    from tpipe_jax.reporting.console import Console
-    from tpipe_jax.reporting.plan_report import draw_plan
-
-    schedule = None if flags.schedule == "auto" else flags.schedule
-    if flags.chunks and schedule is None:
-        schedule = "interleaved"
-    request = PlanRequest(
-        flags.num_stages,
-        flags.batch_size,
-        flags.seq_len,
-        schedule=schedule,
-        num_chunks=flags.chunks,
-        num_layers=flags.num_layers,
-    )
-    factors = flags.stage_factors or chunk_factors(
-        flags.num_layers or flags.num_stages, flags.num_stages
-    )
-    limit = None if flags.memory_limit_gib is None else flags.memory_limit_gib * GIB
-    table = load_table(flags.latency)
-    if (flags.workdir / "metrics.jsonl").exists():
-        raise UserError(
-            f"--workdir={flags.workdir} holds a run, whose plan would be overwritten: choose "
-            "another folder."
-        )
-    planning = find_plan(table, request, factors, limit)
-    console = Console()
-    console.show_planning(planning)
-    with writing_to(flags.workdir):
-        flags.workdir.mkdir(parents=True, exist_ok=True)
-        planning.plan.save(flags.workdir / "plan.json")
-    draw_plan(flags.workdir, table, planning.plan, planning.chunk_factors)
-    console.say(f"plan.json and plan.png are in {flags.workdir}")
-
-
-def plan_by_measuring(*args: Any) -> None:
-    """Profiles the model of a config on its devices and plans its slices."""
-    from tpipe_jax.commands.plan import plan_run
-
-    plan_run(*args)
-
+from tpipe_jax.cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(exit_status(main))
+    sys.exit(run("plan", sys.argv[1:]))

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from support import several_processes
-from tpipe_jax.config.command_line import CONFIGS, load_config, parse
+from tpipe_jax.config.command_line import parse
+from tpipe_jax.config.config_files import CONFIGS, load_config
 from tpipe_jax.config.flags import Flags
 
 LAUNCH = several_processes.ROOT / "launch"

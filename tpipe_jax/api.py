@@ -6,23 +6,32 @@ for, unless jax has been used before. The process then keeps the memory that it 
 faster. If something does not fit, they raise `UserError`: one sentence that says what to do.
 """
 
+import itertools
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
 
+from tpipe_jax.commands.evaluate import Evaluation, evaluate
+from tpipe_jax.commands.generate import Generator, chooser
+from tpipe_jax.commands.prompts import encode_prompt, tokenizer_of
 from tpipe_jax.commands.train import train as run_training
 from tpipe_jax.commands.trained_model import Trained
 from tpipe_jax.commands.trained_model import load as load_trained
-from tpipe_jax.config.command_line import load_config
+from tpipe_jax.config.config_files import RUN_FILE, load_config
 from tpipe_jax.config.settings import Config, MeshConfig
+from tpipe_jax.data.batches import open_held_out
+from tpipe_jax.data.sources import open_shares
 from tpipe_jax.devices.mesh import put_rows
 from tpipe_jax.devices.startup import find_devices
 from tpipe_jax.errors import UserError
+from tpipe_jax.interop.convert import export_gpt2
 from tpipe_jax.pipeline.spec import StageSpec, spec_on_devices
 from tpipe_jax.planning.latency import LatencyTable
 from tpipe_jax.planning.plan import Plan, PlanRequest, check_plan
@@ -30,6 +39,8 @@ from tpipe_jax.planning.planner import find_plan
 from tpipe_jax.planning.settings import read_settings, work_factors
 from tpipe_jax.profiling.measured_plan import plan_slices
 from tpipe_jax.reporting.console import Console
+from tpipe_jax.reporting.loss_plot import Line as Metrics
+from tpipe_jax.reporting.loss_plot import read_metrics
 from tpipe_jax.training.memory import fitting_step
 from tpipe_jax.training.optimizer import make_optimizer
 from tpipe_jax.training.state import TrainState, abstract_rows, init_state
@@ -113,11 +124,85 @@ def make_train_step(
     return TrainStep(spec, slices)
 
 
-def train(config: Config, workdir: Path | str, devices: Devices | None = None) -> None:
-    """Plans, trains, evaluates and saves, as `python launch/multihost.py` does in one process. Goes
-    on where an earlier call has stopped.
+def train(config: Config, workdir: Path | str, devices: Devices | None = None) -> list[Metrics]:
+    """Plans, trains, evaluates and saves, as `tpipe train` does in one process. Goes on where an
+    earlier call has stopped.
+
+    Returns the history of the run: the lines of its metrics.jsonl, each with `step`, `loss` and
+    others (docs/metrics.md).
     """
     run_training(config, Path(workdir), devices or _devices(config.mesh), Console())
+    return read_metrics(Path(workdir))
+
+
+class Model:
+    """The trained model of a run, on a mesh.
+
+    `spec`, `params`, `step`, `config` and `mesh` say what it is. `trained` has them for the
+    functions of this package.
+    """
+
+    def __init__(self, trained: Trained, workdir: Path) -> None:
+        self.trained, self._workdir = trained, workdir
+        self.spec, self.params, self.step = trained
+        self.config, self.mesh = trained.config, trained.mesh
+
+    @cached_property
+    def _generator(self) -> Generator:
+        return Generator(self.spec, self.params)
+
+    def generate(
+        self,
+        prompt: str,
+        max_tokens: int = 200,
+        temperature: float = 0.7,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> str:
+        """Returns the text that the model adds to a prompt.
+
+        Reads and writes text with the tokenizer of the run. Temperature 0 always takes the most
+        likely token. Raises `UserError` if the prompt is empty, or longer than the model's
+        `seq_len`, or if the run was trained on tokens of an unknown tokenizer.
+        """
+        tokenizer = tokenizer_of(self._workdir)
+        tokens = encode_prompt(prompt, tokenizer, self.config.model)
+        following = self._generator.tokens_after(tokens, chooser(temperature, top_p, seed))
+        return "".join(tokenizer.stream(itertools.islice(following, max_tokens)))
+
+    def logits(self, tokens: np.ndarray | Sequence[Any]) -> np.ndarray:
+        """Returns the logits after each token, float32 `[B, L, V]`, or `[L, V]` for `[L]`.
+
+        L is at most the model's `seq_len`. Raises `UserError` if the tokens are not of the model.
+        """
+        tokens_BL, model = np.atleast_2d(np.asarray(tokens)), self.config.model
+        is_whole = np.issubdtype(tokens_BL.dtype, np.integer) and tokens_BL.ndim == 2
+        if not is_whole or not 1 <= tokens_BL.shape[1] <= model.seq_len:
+            raise UserError(
+                f"tokens of shape {tokens_BL.shape} and type {tokens_BL.dtype} must be whole "
+                f"numbers [B, L], with L from 1 to config.model.seq_len={model.seq_len}."
+            )
+        if not ((tokens_BL >= 0) & (tokens_BL < model.vocab_size)).all():
+            raise UserError(f"tokens must be from 0 to {model.vocab_size - 1}.")
+        logits_BLV = self._generator.logits(tokens_BL)
+        return logits_BLV if np.ndim(tokens) > 1 else logits_BLV[0]
+
+    def evaluate(self, data: Path | str | None = None) -> Evaluation:
+        """Returns the loss on all of some data, named as in `config.data.train`, or on what the run
+        holds out. Raises `UserError` if the data cannot be read as tokens of the model.
+        """
+        if data is None:
+            config, shares = open_held_out(self.config)
+            return evaluate(self.trained.with_config(config), shares)
+        size = self.config.model.vocab_size
+        return evaluate(self.trained, open_shares("data", str(data), size, self.config.data))
+
+    def save(self, folder: Path | str) -> None:
+        """Writes a folder that `transformers.GPT2LMHeadModel.from_pretrained` loads, with the
+        tokenizer of the run. Raises `UserError` if the folder is not empty, or if the model is not
+        GPT-2's.
+        """
+        export_gpt2(self._workdir, Path(folder), self.step)
 
 
 def load(
@@ -125,19 +210,20 @@ def load(
     step: int | None = None,
     config: Config | None = None,
     devices: Devices | None = None,
-) -> Trained:
+) -> Model:
     """Loads the model of a run's newest sound checkpoint, or of `step`, onto a mesh.
 
-    Returns a `Trained`: `spec`, `params` and `step`, and by name `config` and `mesh`. It is for
-    `generate.Generator` and `evaluate.evaluate`. The given config says how the model is laid out,
-    with `mesh` and `precision`. The model itself is the checkpoint's, and the data settings are the
-    run's.
+    The given config says how the model is laid out, with `mesh` and `precision`, and
+    `train.batch_size` how many sequences an evaluation takes at once. The model itself is the
+    checkpoint's, and the data settings are the run's. If the run has a block of its own, which is
+    code, `config.model.block` has to name it.
     """
     config = config or Config()
-    path = Path(workdir) / "config.json"
+    path = Path(workdir) / RUN_FILE
     if path.exists():
         config = replace(config, data=load_config(path).data)
-    return load_trained(Path(workdir), step, config, devices or _devices(config.mesh))
+    devices = devices or _devices(config.mesh)
+    return Model(load_trained(Path(workdir), step, config, devices), Path(workdir))
 
 
 def _devices(mesh: MeshConfig) -> Devices:

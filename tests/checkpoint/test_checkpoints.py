@@ -2,7 +2,6 @@
 
 import errno
 import json
-import runpy
 import shutil
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from support.checkpoints import FOUR, ONE, PIECES, assert_same, like, names, ope
 from support.numbered_states import MODEL, numbered, state_on
 from tpipe_jax.checkpoint import checkpoints as saving
 from tpipe_jax.checkpoint import manifest
+from tpipe_jax.cli.main import run
 from tpipe_jax.config.settings import MeshConfig, ModelConfig
 from tpipe_jax.errors import UserError
 
@@ -213,10 +213,10 @@ def test_the_command_does_not_call_damaged_what_cannot_be_read(
     def fail(*_: Any) -> Any:
         raise OSError(errno.ESTALE, "Stale file handle")
 
-    with open_folder(tmp_path) as checkpoints:
+    with open_folder(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(3, state_on(ONE))
     monkeypatch.setattr(manifest, "check", fail)
-    assert not runpy.run_path(str(ROOT / "launch/checkpoints.py"))["show"](tmp_path / "3")
+    assert run("checkpoints", [str(tmp_path)]) == 1
     line = capsys.readouterr().out
     assert line.endswith("cannot be read: [Errno 116] Stale file handle\n")
 

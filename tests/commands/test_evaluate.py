@@ -102,7 +102,7 @@ def test_what_a_run_holds_out(tmp_path: Path):
 @pytest.mark.slow
 def test_tokens_of_another_tokenizer(tmp_path: Path):
     runs.run(runs.changed(runs.small_config(tmp_path), train={"num_steps": 1}), tmp_path / "run")
-    trained = load(tmp_path / "run")
+    trained = load(tmp_path / "run").trained
     train_bpe(["a text"], 258).save(str(tmp_path / "small.json"))  # of which some are not there
     np.array([97, 255, 97] * 9, np.uint16).tofile(tmp_path / "tokens.bin")
     data = dataclasses.replace(trained.config.data, tokenizer=str(tmp_path / "small.json"))

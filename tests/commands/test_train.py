@@ -3,10 +3,12 @@
 import dataclasses
 import json
 import os
+import re
 import signal
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,8 +18,10 @@ from support import reference
 from support.runs import changed, launch, metrics, run, small_config
 from tpipe_jax.config.settings import Config, MeshConfig, from_dict, resolved
 from tpipe_jax.data.batches import open_data
-from tpipe_jax.errors import UserError
+from tpipe_jax.errors import Infeasible, UserError
 from tpipe_jax.model import transformer
+from tpipe_jax.planning.plan import Plan, Prediction
+from tpipe_jax.training import comparison
 from tpipe_jax.training.optimizer import learning_rate
 
 pytestmark = pytest.mark.usefixtures("short_flags")
@@ -30,7 +34,7 @@ def config(tmp_path: Path) -> Config:
 
 def test_a_run_leaves_its_files(config: Config, tmp_path: Path):
     workdir = tmp_path / "run"
-    config = changed(config, train={"sample_tokens": 3})
+    config = changed(config, train={"sample_tokens": 3, "compare_steps": 2})
     said = run(config, workdir)
     on_cpu = {"precision": {"compute": "float32"}, "attention": {"backend": "xla"}}
     expected = resolved(changed(config, **on_cpu))  # what auto is there
@@ -52,9 +56,42 @@ def test_a_run_leaves_its_files(config: Config, tmp_path: Path):
     # Guessing among 256 tokens costs log(256), and training helps.
     assert lines[0]["loss"] == pytest.approx(np.log(256), abs=0.1)
     assert lines[-1]["loss"] < lines[0]["loss"]
-    assert (workdir / "timeline.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("timeline.png", "loss.png"):
+        assert (workdir / name).read_bytes().startswith(b"\x89PNG")
     assert list((workdir / "tensorboard").iterdir())
-    assert any(str(workdir) in text for text in said)
+    assert said[-1] == f"Trained 6 steps; everything is in {workdir}."
+    assert re.fullmatch(
+        r"token slices: [\d.]+ ms a step; whole sequences on the same two stages: [\d.]+ ms; "
+        r"[\d.]+ times as fast",
+        said[-2],
+    )
+
+
+def test_whole_sequences_are_not_compared_with_themselves(config: Config, tmp_path: Path):
+    config = changed(
+        config, train={"num_steps": 1, "compare_steps": 2}, plan={"token_slices": "uniform:1"}
+    )
+    said = run(config, tmp_path / "run")
+    assert said[-2] == "the plan has whole sequences, so there is nothing to compare them with"
+
+
+def test_whole_sequences_that_do_not_fit_are_not_compared(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def refuse(*_: Any) -> Any:
+        raise Infeasible("they do not fit.")
+
+    monkeypatch.setattr(comparison, "fitting_step", refuse)
+    said = run(changed(config, train={"num_steps": 1, "compare_steps": 2}), tmp_path / "run")
+    assert said[-2:-1] == ["whole sequences cannot be compared: they do not fit."]
+    assert said[-1].startswith("Trained 1 steps")
+
+
+def test_the_other_plan_has_whole_sequences_one_by_one():
+    prediction = Prediction(1, 0, ((1.0,),), ((1.0,),), ((0.0,),), True, 1)
+    plan = Plan(2, (2, 1), ((5, 3), (8,)), prediction, "interleaved", 2)
+    whole = Plan(2, (1, 1, 1), ((8,), (8,), (8,)), None, "interleaved", 2)
+    assert comparison.whole_sequences(plan) == whole
 
 
 @pytest.mark.slow

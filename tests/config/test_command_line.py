@@ -1,14 +1,34 @@
 """The command line: config files, overrides, and answers to mistakes."""
 
+import contextlib
 import dataclasses
+import inspect
+import json
+import shlex
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tpipe_jax.config.command_line import CONFIGS, load_config, parse
+from tpipe_jax.cli.main import COMMANDS, main, run
+from tpipe_jax.config import command_line
+from tpipe_jax.config.command_line import exit_status, parse
+from tpipe_jax.config.config_files import CONFIGS, load_config
 from tpipe_jax.config.flags import ProcessFlags
-from tpipe_jax.config.settings import Config, MeshConfig, ModelConfig, from_dict, to_dict
+from tpipe_jax.config.invocation import command
+from tpipe_jax.config.settings import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    ModelConfig,
+    TrainConfig,
+    from_dict,
+    resolved,
+    to_dict,
+)
 from tpipe_jax.errors import UserError
+from tpipe_jax.version import __version__
 
 BY_HAND = ("--coordinator=host:1234", "--num-processes=2")
 
@@ -49,7 +69,10 @@ def test_config_file_names_the_workdir(tmp_path: Path):
     assert parse(["--config", str(path), "--workdir=x"], "program").workdir == Path("x")
 
 
-def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]):
+def test_help_lists_every_field(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "110")  # so that few texts are broken, and there is one column
     with pytest.raises(SystemExit) as exit_:
         parse(["--help"], "program")
     assert exit_.value.code == 0
@@ -61,7 +84,12 @@ def test_help_lists_every_field(capsys: pytest.CaptureFixture[str]):
     processes = ("workdir", "profile", *(field.name for field in dataclasses.fields(ProcessFlags)))
     for name in processes:
         assert f"--{name.replace('_', '-')} " in text
-    assert text.count("(default: ") == text.count("--config.") + len(processes)
+    sections = [field.default_factory() for field in dataclasses.fields(Config)]  # pyrefly: ignore
+    num_settings = sum(len(dataclasses.fields(section)) for section in sections)
+    assert text.count("(default: ") == num_settings + len(processes)
+    assert all(inspect.getdoc(type(section))[:40] in text for section in sections)
+    assert "(default: 0.9; at least 0 and below 1)" in " ".join(text.replace("│", " ").split())
+    assert "program --workdir=runs/mine --config.optim.learning-rate=3e-4\n" in text
 
 
 def test_a_field_named_by_a_word_of_python():
@@ -76,17 +104,28 @@ def test_a_field_named_by_a_word_of_python():
         (["--config.model.num-layer=3"], "--config.model.num-layers"),
         (["--wrkdir=x"], "--workdir"),
         (["--config.train.num-steps=many"], "--config.train.num-steps"),
-        (["--config.precision.compute=float8"], "'float32', 'bfloat16'"),
-        (["--config.optim.shard-state=maybe"], "'true'"),
+        (["--config.precision.compute=float8"], "auto, float32, bfloat16, float16"),
+        (["--config.optim.shard-state=maybe"], "=maybe must be true or false"),
+        (["--config.train.num-steps=1.5"], "--config.train.num-steps=1.5 must be a whole number"),
+        (["--config.optim.beta1=much"], "--config.optim.beta1=much must be a number, as 0.001"),
+        (["--config.data.train"], "--config.data.train has no value"),
+        (["--config.model.num-layers", "3", "4"], "there is nothing that 4 could mean"),
+        (["--lr=1e-3"], "the setting is --config.optim.learning-rate;"),
+        (["--config.optim.lr=1e-3"], "the setting is --config.optim.learning-rate;"),
+        (["--learning_rate=1e-3"], "the setting is --config.optim.learning-rate;"),
+        (["--batch-size", "8"], "the setting is --config.train.batch-size;"),
+        (["--train.num-steps=8"], "the setting is --config.train.num-steps;"),
+        (["--resume"], "--workdir=RUN goes on with the run in that folder;"),
+        (["--bf16"], "the setting is --config.precision.compute;"),
+        (["--every=3"], "--config.train.eval-every or --config.checkpoint.every;"),
+        (["--loss=3"], "it is not a setting of this command;"),
     ],
 )
-def test_mistakes_in_flags_name_the_real_ones(
-    args: list[str], expected: str, capsys: pytest.CaptureFixture[str]
-):
-    with pytest.raises(SystemExit) as exit_:
+def test_mistakes_in_flags_name_the_real_ones(args: list[str], expected: str):
+    with pytest.raises(UserError) as error:
         parse(args, "program")
-    assert exit_.value.code == 2
-    assert expected in capsys.readouterr().err
+    assert expected in str(error.value)
+    assert "program --help" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -106,7 +145,7 @@ def test_mistakes_in_flags_name_the_real_ones(
         (["--config.data.held-out=0.7"], "config.data.held_out=0.7 must be between 0 and 0.5"),
         (["--config.model.num-heads=3"], "num_heads=3 does not divide config.model.d_model=128"),
         (["--config=configs/none.py"], "--config=configs/none.py is no file"),
-        (["--config"], "--config=. is no file"),
+        (["--config"], "--config= is no file"),
         (["--config=README.md"], "--config=README.md is not a Python file"),
         (["--config.mesh.order=pipe,model"], "config.mesh.order=pipe,model is no order of the"),
         (["--config.mesh.order=pipe,pipe,model"], "give one such as pipe,data,model"),
@@ -176,3 +215,168 @@ def test_configs_of_the_paper_have_its_shapes():
             *(model.num_layers, model.d_model, model.num_heads, config.train.batch_size),
             (mesh.data, mesh.pipe, mesh.model),
         )
+
+
+def test_numbers_and_formats_as_people_write_them():
+    words = ["--config.train.num-steps=1e4", "--config.train.batch-size=1_000"]
+    config = parse([*words, "--config.precision.compute=bf16"], "program").config
+    assert (config.train.num_steps, config.train.batch_size) == (10_000, 1000)
+    assert config.precision.compute == "bfloat16"
+
+
+def test_shipped_configs_are_known_by_name():
+    flags = parse(["--config=gpt3_1b"], "program")
+    assert flags.config == load_config(CONFIGS / "gpt3_1b.py")
+    assert flags.workdir == Path("runs/gpt3_1b")
+
+
+def a_run(workdir: Path, **model: Any) -> Config:
+    """The settings of a run in the folder, which differ from the quick start's."""
+    model = {"num_layers": 2, "d_model": 32, "num_heads": 2} | model
+    config = Config(ModelConfig(**model), MeshConfig(pipe=2), data=DataConfig("book.txt"))
+    workdir.mkdir()
+    (workdir / "config.json").write_text(json.dumps(to_dict(resolved(config))))
+    return config
+
+
+def test_a_workdir_alone_means_its_run(tmp_path: Path):
+    config, workdir = a_run(tmp_path / "run"), tmp_path / "run"
+    same = (
+        [f"--workdir={workdir}"],
+        ["--workdir", str(workdir)],
+        [f"--config={workdir}/config.json"],
+        [f"--config={workdir}"],
+    )
+    for args in same:
+        flags = parse(args, "program")
+        assert (flags.config, flags.workdir) == (config, workdir), args
+    flags = parse([f"--workdir={workdir}", "--config.train.seed=7"], "program")
+    assert flags.config == dataclasses.replace(config, train=TrainConfig(seed=7))
+    # Another config, and another folder, are as they are named.
+    assert (
+        parse([f"--workdir={workdir}", "--config=gpt3_1b"], "program").config.model.d_model == 2048
+    )
+    other = parse([f"--config={workdir}/config.json", "--workdir=other"], "program")
+    assert (other.config, other.workdir) == (config, Path("other"))
+    assert parse(["--workdir=new"], "program").config == parse([], "program").config
+
+
+def test_what_follows_from_a_setting_still_follows_it_in_a_run(tmp_path: Path):
+    a_run(tmp_path / "run")
+    words = ["--config.model.d-model=64", "--config.mesh.data=2"]
+    config = resolved(parse([f"--workdir={tmp_path / 'run'}", *words], "program").config)
+    assert (config.model.d_ff, config.optim.shard_state) == (256, True)
+    a_run(tmp_path / "own", d_ff=100)
+    config = parse([f"--workdir={tmp_path / 'own'}", *words], "program").config
+    assert config.model.d_ff == 100
+
+
+def test_a_block_of_a_run_is_code_and_has_to_be_named(tmp_path: Path):
+    path = tmp_path / "block.py"
+    path.write_text("raise SystemError('the code has run')")
+    a_run(tmp_path / "run", block=f"{path}:Block")
+    with pytest.raises(UserError, match=r"is code and is only loaded if you name it: .* add --con"):
+        parse([f"--workdir={tmp_path / 'run'}"], "program")
+    named = f"--config.model.block={path}:Block"
+    assert (
+        parse([f"--workdir={tmp_path / 'run'}", named], "program").config.model.block == named[21:]
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["launch/multihost.py"], "python launch/plan.py and python launch/multihost.py"),
+        (
+            ["/a b/launch/plan.py"],
+            "python '/a b/launch/plan.py' and python '/a b/launch/multihost.py'",
+        ),
+        (["/usr/bin/tpipe", "train"], "tpipe plan and tpipe train"),
+        (["/x/tpipe_jax/__main__.py"], "python -m tpipe_jax plan and python -m tpipe_jax train"),
+        ([""], "python -m tpipe_jax plan and python -m tpipe_jax train"),
+    ],
+)
+def test_commands_are_named_as_this_one_was(
+    argv: list[str], expected: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", argv)
+    assert f"{command('plan')} and {command('train')}" == expected
+
+
+def test_errors_are_red_on_a_terminal_only(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    def fail() -> None:
+        raise UserError("this is wrong.")
+
+    assert exit_status(fail) == 2
+    assert capsys.readouterr().err == "error: this is wrong.\n"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert exit_status(fail) == 2
+    assert capsys.readouterr().err == "\x1b[31merror: this is wrong.\x1b[0m\n"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert exit_status(fail) == 2
+    assert capsys.readouterr().err == "error: this is wrong.\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_helps(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", ["tpipe", name])
+    with contextlib.suppress(SystemExit):  # tyro exits after its help
+        run(name, ["--help"])
+    text = capsys.readouterr().out
+    examples = text.split("Examples:\n")[1].split("\n\n")[0].splitlines()
+    assert len(examples) >= 3
+    assert all(line.startswith(f"    tpipe {name}") for line in examples)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_examples_of_help_can_be_read(name: str, monkeypatch: pytest.MonkeyPatch):
+    """By the parser of the command, which `read_flags` shows its examples to."""
+    seen: list[str] = []
+    monkeypatch.setattr(command_line, "read_flags", lambda *a: seen.extend(a[3]) or a)
+    parser = getattr(command_line, "parse" if name == "train" else f"parse_{name}")
+    first = ["import", "export"] if name == "convert" else [None]
+    for word in first:
+        with contextlib.suppress(AttributeError, UserError):
+            parser([word] if word else [], "program")
+    monkeypatch.undo()
+    assert seen
+    for example in seen:
+        args = shlex.split(example.partition(" | ")[0])
+        if "--help" not in args:
+            word = [w for w in first if w and ("--to" in example) == (w == "export")]
+            parser([*word, *args], "program")
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["trian"], "there is no command trian: did you mean train;"),
+        (["dance"], "there is no command dance: it is one of train, plan, generate,"),
+    ],
+)
+def test_a_command_that_does_not_exist(
+    args: list[str],
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(sys, "argv", ["tpipe", *args])
+    assert main() == 2
+    assert said in capsys.readouterr().err
+
+
+def test_version_and_the_list_of_commands(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", ["tpipe", "--version"])
+    assert main() == 0
+    assert capsys.readouterr().out == f"tpipe_jax {__version__}\n"
+    monkeypatch.setattr(sys, "argv", ["tpipe"])
+    assert main() == 0
+    text = capsys.readouterr().out
+    assert all(f"    tpipe {name} " in text for name in COMMANDS)

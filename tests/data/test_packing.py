@@ -272,7 +272,7 @@ def test_a_run_learns_completions(tmp_path: Path):
     runs.run(config, tmp_path / "run")
     lines = runs.metrics(tmp_path / "run")
     assert lines[-1]["loss"] < 0.6 * lines[0]["loss"]
-    trained = load(tmp_path / "run")
+    trained = load(tmp_path / "run").trained
     config, shares = open_held_out(trained.config)
     evaluation = evaluate(trained.with_config(config), shares)
     assert evaluation.num_tokens == sum(len(c) for _, c in pieces)

@@ -13,12 +13,14 @@ import chex
 import jax
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from support import runs, zarr_files
 from tpipe_jax.checkpoint.checkpoints import Checkpoints
-from tpipe_jax.config.command_line import load_config
+from tpipe_jax.config.config_files import load_config
 from tpipe_jax.config.settings import CheckpointConfig, Config, ModelConfig
+from tpipe_jax.data.tokenizer import train_bpe
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.errors import UserError
 from tpipe_jax.interop import convert, gpt2
@@ -300,12 +302,61 @@ def test_the_command(folder: Path, tmp_path: Path):
     done = convert_by("import", f"--from={folder}", f"--workdir={run}")
     assert (done.returncode, done.stderr) == (0, "")
     assert "3 layers, width 24, 3 heads, vocabulary 53, as step 0" in done.stdout
-    assert f"--config={run}/config.json --workdir={run} --config.data.train=TOKENS" in done.stdout
+    assert f"python launch/multihost.py --workdir={run} --config.data.train=TOKENS" in done.stdout
     assert load_config(run / "config.json").model == MODEL
     done = convert_by("export", f"--workdir={run}", f"--to={back}", "--step=0")
-    assert (done.returncode, done.stdout) == (0, f"{back} has the weights of step 0\n")
+    assert (done.returncode, done.stderr) == (0, "")
+    first, load = done.stdout.splitlines()
+    assert first.startswith(f"{back} has the weights of step 0, and no tokenizer: ")
+    assert load.strip() == f"transformers.GPT2LMHeadModel.from_pretrained('{back}')"
     before, after = (load_file(f / "model.safetensors") for f in (folder, back))
     chex.assert_trees_all_equal(after, before)
     done = convert_by("export", f"--workdir={run}", f"--to={back}")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == f"error: --to={back} is not empty: choose a folder that is new.\n"
+
+
+def test_the_tokenizer_goes_along(folder: Path, tmp_path: Path):
+    """That of the run's settings, or another one that is named."""
+    run = tmp_path / "run"
+    convert.import_gpt2(folder, run)
+    tokens = {"a": 0, "b": 1, "<|endoftext|>": 2}
+    path = tmp_path / "own.json"
+    tokenizers.Tokenizer(tokenizers.models.WordLevel(tokens, unk_token="a")).save(str(path))
+    settings = json.loads((run / "config.json").read_text())
+    settings["data"]["tokenizer"] = str(path)
+    (run / "config.json").write_text(json.dumps(settings))
+    convert.export_gpt2(run, tmp_path / "own", None)
+    assert json.loads((tmp_path / "own" / "tokenizer.json").read_text())["model"]["vocab"] == tokens
+    told = json.loads((tmp_path / "own" / "tokenizer_config.json").read_text())
+    assert (told["model_max_length"], told["eos_token"]) == (20, "<|endoftext|>")
+
+    with pytest.raises(UserError, match=r"--tokenizer=bytes has 256 tokens, but the model has 53"):
+        convert.export_gpt2(run, tmp_path / "other", None, "bytes")
+    path.unlink()
+    with pytest.raises(UserError, match=r"config.data.tokenizer=.*own.json cannot be read"):
+        convert.export_gpt2(run, tmp_path / "other", None)
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.slow
+def test_a_learnt_tokenizer_is_loaded_by_transformers(folder: Path, tmp_path: Path):
+    transformers = pytest.importorskip("transformers", reason=REASON)
+    made, run = train_bpe(["the quick brown fox " * 9], 270), tmp_path / "run"
+    config = ModelConfig(1, 8, 1, vocab_size=made.get_vocab_size(), seq_len=20)
+    params = jax.device_get(transformer.init(config, jax.random.key(0)))
+    values = {
+        jax.tree_util.keystr(where, simple=True, separator="/"): np.array(value)
+        for where, value in jax.tree.leaves_with_path(params)
+    }
+    (tmp_path / "there").mkdir()
+    gpt2.write_model(tmp_path / "there", config, values.__getitem__, gpt2.SHARD_BYTES)
+    convert.import_gpt2(tmp_path / "there", run)
+    made.save(str(tmp_path / "own.json"))
+    convert.export_gpt2(run, tmp_path / "out", None, str(tmp_path / "own.json"))
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    text = "the quick, Grüße <|endoftext|>fox"
+    assert loaded(text)["input_ids"] == made.encode(text).ids
+    assert loaded.decode(made.encode(text).ids) == text
+    assert loaded.eos_token_id == made.token_to_id("<|endoftext|>")
+    assert len(loaded) == config.vocab_size

@@ -334,7 +334,7 @@ def test_a_run_with_another_block(tmp_path: Path):
     losses = [line["loss"] for line in runs.metrics(tmp_path / "run")]
     assert len(losses) == 6
     assert losses[-1] < losses[0]
-    trained = load(tmp_path / "run")
+    trained = load(tmp_path / "run", config=Config(config.model)).trained
     assert (trained.step, trained.config.model.block) == (6, LLAMA)
     with pytest.raises(UserError, match=r"has layers of config\.model\.block=.*LlamaBlock, which"):
         convert.export_gpt2(tmp_path / "run", tmp_path / "out", None)

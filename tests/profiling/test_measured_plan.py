@@ -357,7 +357,7 @@ def test_a_file_is_planned_without_jax(latency: Path, tmp_path: Path):
         (["--batch-size=-1"], "--batch-size=-1 must be at least 1"),
         (["--latency=no/file.json"], "no/file.json is no latency file"),
         (["--memory-limit-gib=1"], "the latencies come without the memory"),
-        (["--memory-limit-gib=nan"], "--memory-limit-gib=nan must be a number"),
+        (["--memory-limit-gib=nan"], "--memory-limit-gib=nan must be a finite number"),
         (["--stage-factors", "1", "0.5"], "--stage-factors must be 3 positive numbers"),
         (["--workdir=/proc/plan"], "cannot write to --workdir=/proc/plan"),
     ],
@@ -379,5 +379,5 @@ def test_a_run_with_a_plan_file_that_is_wrong_ends_with_status_2(tmp_path: Path)
     process = launch(f"--config.plan.file={tmp_path / 'plan.json'}", f"--workdir={tmp_path}/run")
     _, err = process.communicate(timeout=400)
     assert process.returncode == 2
-    assert "is for sequences of 16, but config.model.seq_len is 256" in err
+    assert "is for sequences of 16, but config.model.seq_len is 1024" in err
     assert err.count("\n") == 1

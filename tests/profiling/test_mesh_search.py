@@ -220,9 +220,7 @@ def test_one_run_measures_at_a_time(config: Config, tmp_path: Path):
 
 
 def test_what_does_not_measure_needs_a_mesh(config: Config):
-    with pytest.raises(
-        UserError, match=r"config.mesh.auto=True is for training and launch/plan.py"
-    ):
+    with pytest.raises(UserError, match=r"config.mesh.auto=True is for training and tpipe plan"):
         tpipe_jax.make_train_step(config, devices=jax.devices()[:4])
 
 

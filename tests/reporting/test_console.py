@@ -1,14 +1,19 @@
 """What the terminal shows of a plan."""
 
+import re
+import time
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from rich.text import Text
 
 from tpipe_jax.config.settings import ScheduleName
 from tpipe_jax.devices.mesh import HostPart
 from tpipe_jax.planning.plan import Plan, Prediction
 from tpipe_jax.planning.planner import Alternative, Option, Planning
-from tpipe_jax.reporting.console import Console, milliseconds
+from tpipe_jax.reporting.console import Console, TimeLeft, count, milliseconds
 
 # Four batch slices, of which two are alike; 14 ms and 28 ms of work on each of 2 stages.
 FORWARD = ((0.001, 0.002), (0.001, 0.002), (0.003,), (0.005,))
@@ -29,10 +34,10 @@ def test_plan_has_a_line_for_each_different_slice(capsys: pytest.CaptureFixture[
     Console().show_plan(PLAN, [1.0, 1.0])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert lines[2:6] == [
-        ["2", "2", "0", "5", "0", "1", "ms", "2", "ms"],
-        ["1", "3", "5", "2", "ms", "4", "ms"],
-        ["1", "1", "0", "8", "0", "3", "ms", "6", "ms"],
-        ["1", "3", "0", "8", "0", "5", "ms", "10", "ms"],
+        ["2", "x", "2", "1", "x", "5", "0", "1", "2"],
+        ["1", "x", "3", "5", "2", "4"],
+        ["1", "x", "1", "1", "x", "8", "0", "3", "6"],
+        ["1", "x", "3", "1", "x", "8", "0", "5", "10"],
     ]
     # 42 ms of work, and the longest slice, 5 and 10 ms, once more: stages wait 15 of 57 ms.
     assert " ".join(lines[6]).endswith("of which 10 ms outside of the pipeline; bubble 26%")
@@ -120,3 +125,117 @@ def test_schedules_are_compared(
     assert of_other.split("25%")[1].split() == (
         ["9.0", "MB"] if others[2] else ["unknown", "does", "not", "fit"]
     )
+
+
+def test_slices_of_one_length_share_a_line(capsys: pytest.CaptureFixture[str]):
+    times = ((0.0012, 0.00134, 0.15, 0.0007),)
+    prediction = replace(PREDICTION, slice_forward_seconds=times, slice_backward_seconds=times)
+    prediction = replace(prediction, slice_transfer_seconds=((0.0,) * 4,))
+    Console().show_plan(Plan(2, (1,), ((64, 64, 64, 8),), prediction), [1.0, 1.0])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[2] == ["3", "x", "64", "0-128", "1.2-150", "1.2-150"]
+    assert lines[3] == ["1", "x", "8", "192", "0.7", "0.7"]
+
+
+@pytest.fixture
+def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal of 45 columns."""
+    for name, value in {"FORCE_COLOR": "1", "COLUMNS": "45", "TERM": "xterm"}.items():
+        monkeypatch.setenv(name, value)
+
+
+def shown(text: str) -> list[str]:
+    """The lines, without colours and without movements of the cursor."""
+    return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n").split("\n")
+
+
+METRICS = {"loss": 2.5544, "tokens_per_second": 10599.0, "step_seconds": 0.0968}
+
+
+@pytest.mark.usefixtures("narrow")
+def test_nothing_falls_off_a_narrow_terminal(capsys: pytest.CaptureFixture[str]):
+    console = Console()
+    with console.progress(12300, 100000):
+        console.show_progress(12310, METRICS)
+        time.sleep(0.02)  # the time that is left is shown from the second update on
+        console.show_progress(12320, METRICS | {"eval_loss": 2.7})
+    bars = [line for line in shown(capsys.readouterr().out) if "12320/100000" in line]
+    assert bars
+    for line in bars:
+        assert len(line.rstrip()) <= 45
+        assert "loss 2.554" in line
+        assert "…" not in line
+    console.show_plan(PLAN, [1.0, 1.0])
+    console.show_facts({"model": "a sentence of more than forty-five characters in this line"})
+    lines = shown(capsys.readouterr().out)
+    assert max(len(line.rstrip()) for line in lines if "predicted" not in line) <= 45
+    assert not any("…" in line for line in lines)
+
+
+@pytest.mark.usefixtures("narrow")
+def test_lines_stay_above_the_bar(capsys: pytest.CaptureFixture[str]):
+    console = Console()
+    with console.progress(0, 20):
+        console.show_progress(10, METRICS | {"eval_loss": 2.75})
+    out = capsys.readouterr().out
+    assert "step 10: held-out loss 2.750 nats per token\n" in out
+    assert not shown(out)[-1].strip()  # the bar is gone in the end
+
+
+def test_time_says_that_it_is_left(monkeypatch: pytest.MonkeyPatch):
+    task = SimpleNamespace(finished=False, time_remaining=65.0)
+    assert TimeLeft().render(task) == Text("1:05 left")  # pyrefly: ignore
+    task.time_remaining = 3725
+    assert TimeLeft().render(task) == Text("1:02:05 left")  # pyrefly: ignore
+    task.time_remaining = None
+    assert TimeLeft().render(task) == Text("")  # pyrefly: ignore
+
+
+def test_a_pipe_gets_plain_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("COLUMNS", "FORCE_COLOR", "TTY_COMPATIBLE"):
+        monkeypatch.delenv(name, raising=False)
+    console = Console()
+    with console.progress(0, 20):
+        console.show_progress(10, METRICS)
+    with console.profiling() as move:
+        move(1, 2)
+    console.show_facts({"a": "b", "longer": "c " * 60})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["step 10: loss 2.554  10,599 tokens/s  97 ms/step", "profiling ..."]
+    assert lines[2:] == ["a       b", "longer  " + "c " * 59 + "c"]
+
+
+def test_the_comparison_is_one_line(capsys: pytest.CaptureFixture[str]):
+    Console().show_comparison(2, 0.0981, 0.1733)
+    Console().show_comparison(12, 0.0981, 0.1733)
+    for line, stages in zip(capsys.readouterr().out.splitlines(), ("two", "12"), strict=True):
+        assert line == (
+            f"token slices: 98.1 ms a step; whole sequences on the same {stages} stages: 173 ms; "
+            "1.8 times as fast"
+        )
+
+
+def test_next_steps_name_the_run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setattr("sys.argv", ["tpipe", "train"])
+    monkeypatch.chdir(tmp_path)
+    Console().show_next_steps(Path("runs/a b"), 300)
+    out = capsys.readouterr().out
+    assert "  tpipe train --workdir='runs/a b' --config.train.num-steps=600\n" in out
+    assert "  tpipe evaluate --workdir='runs/a b'\n" in out
+    assert out.endswith("--config.data.train=FILE\n")
+    (tmp_path / "docs").mkdir()
+    Console().show_next_steps(Path("run"), 300)
+    assert capsys.readouterr().out.endswith("--config.data.train=docs\n")
+
+
+def test_counts():
+    assert [count(n, "layer") for n in (0, 1, 2, 3000)] == [
+        "0 layers",
+        "1 layer",
+        "2 layers",
+        "3,000 layers",
+    ]

@@ -1,11 +1,13 @@
 """The picture of a plan: what is drawn on it."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from support.latencies import profile
+from support.pictures import check_readable, shown
 from tpipe_jax.planning.latency import LatencyTable
 from tpipe_jax.planning.plan import PlanRequest
 from tpipe_jax.planning.planner import find_plan
@@ -16,7 +18,8 @@ def test_points_curves_errors_and_timeline(tmp_path: Path, figures: list[Figure]
     table = profile().table(8)
     plan = find_plan(table, PlanRequest(3, 4, 128), [1.0] * 3).plan
     draw_plan(tmp_path, table, plan, [1.0] * 3)
-    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    check_readable(figures[0], tmp_path / "plan.png")
+    assert not re.search(r"\$|e[-+]0", shown(figures[0]))  # a power of ten
     forward, backward, errors, timeline = figures[0].axes
     for axes, name, times in (
         (forward, "forward", table.forward),
@@ -38,7 +41,9 @@ def test_points_curves_errors_and_timeline(tmp_path: Path, figures: list[Figure]
     # The two slices kept out of the fit, which the model finds exactly.
     assert [len(line.get_xdata()) for line in errors.lines[:2]] == [2, 2]
     assert "forward: median 0.0%, 95th percentile 0.0%" in errors.get_title()
-    assert "predicted timeline" in timeline.get_title()
+    assert plan.prediction
+    step = f"a step of {plan.prediction.step_seconds:.3g} s, 7000 ms of it outside the pipeline"
+    assert f"computed from these times: {step}" in timeline.get_title()
     assert len(timeline.patches) == 2 * 3 * sum(map(len, plan.token_slices))
 
 
@@ -50,3 +55,22 @@ def test_times_alone_are_drawn_too(tmp_path: Path, figures: list[Figure]):
         plan = find_plan(table, PlanRequest(2, 1, 8), [1.0] * 2).plan
         draw_plan(tmp_path, table, plan, [1.0] * 2)
         assert len(figures[-1].axes) == 3
+
+
+def test_ticks_are_plain_numbers(tmp_path: Path, figures: list[Figure]):
+    """Of times from 0.4 to 40 ms, and of lengths in powers of two."""
+    seconds = np.geomspace(4e-4, 4e-2, 128)[None, :, None] * np.ones((1, 1, 128))
+    table = LatencyTable(8, seconds, 2 * seconds)
+    draw_plan(tmp_path, table, find_plan(table, PlanRequest(2, 1, 1024), [1.0] * 2).plan, [1.0] * 2)
+    forward = figures[0].axes[0]
+    forward.set(xlim=(8, 1024), ylim=(0.4, 40))
+    ticks = [
+        [label.get_text() for label in axis.get_ticklabels(which="both")]
+        for axis in (forward.xaxis, forward.yaxis)
+    ]
+    inside = [
+        [text for text in texts if low <= float(text) <= high]
+        for texts, (low, high) in zip(ticks, ((8, 1024), (0.4, 40)), strict=True)
+    ]
+    assert inside[0] == ["8", "16", "32", "64", "128", "256", "512", "1024"]
+    assert inside[1] == ["0.5", "1", "2", "5", "10", "20"]

@@ -114,8 +114,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
 
 def check(checkpoint: Path, reader: int = 0, num_readers: int = 1) -> Manifest:
     """Returns the manifest of a checkpoint, after comparing the files with it. The names of all
-    files are compared. The contents are divided among `num_readers` readers, of which this one is
-    `reader`.
+    files are compared. Reader number `reader` of `num_readers` compares its share of the contents.
 
     Raises `DamagedError`, which names a file that differs.
     """

@@ -65,29 +65,50 @@ class Generator:
             tokens.append(choose(logits_V))
             yield tokens[-1]
             if len(tokens) <= seq_len:
-                logits_V = self._next(tokens[-1:], len(tokens) - 1, 0)
+                last = np.full((self._mesh.shape["data"], 1), tokens[-1])
+                logits_V = self._next(last, len(tokens) - 1)[0, 0]
             else:
                 tokens = tokens[-max(seq_len // 2, 1) :]
                 logits_V = self._read(tokens)
 
+    def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
+        """Returns the logits `[B, T, V]` after each token, float32. T is at most `seq_len`."""
+        num_rows = self._mesh.shape["data"]
+        parts = []
+        for start in range(0, len(tokens_BT), num_rows):
+            rows = tokens_BT[start : start + num_rows]
+            padded = np.resize(rows, (num_rows, rows.shape[1]))  # repeats rows if they are too few
+            parts.append(self._logits(padded)[: len(rows)])
+        return np.concatenate(parts)
+
     def _read(self, tokens: list[int]) -> np.ndarray:
         """Fills the caches with tokens, from position 0 on; returns the logits after the last."""
-        size, logits_V = self._part, np.empty(0)
-        for start in range(0, len(tokens), size):
+        rows = np.tile(np.array(tokens, np.int32), (self._mesh.shape["data"], 1))
+        return self._logits(rows)[0, -1]
+
+    def _logits(self, tokens_BT: np.ndarray) -> np.ndarray:
+        """Fills the caches with tokens, from position 0 on; returns the logits after each."""
+        size, num_tokens, parts = self._part, tokens_BT.shape[1], []
+        for start in range(0, num_tokens, size):
             # The last part may reach beyond the tokens: these places are written again before they
             # are read. It may not reach beyond the caches: then it begins earlier, and some tokens
             # are read twice.
             first = min(start, self._config.model.seq_len - size)
-            part = tokens[first : first + size]
-            logits_V = self._next(part + [0] * (size - len(part)), first, len(part) - 1)
-        return logits_V
+            part = tokens_BT[:, first : first + size]
+            padding = ((0, 0), (0, size - part.shape[1]))
+            logits = self._next(np.pad(part, padding), first)
+            parts.append(logits[:, start - first : min(num_tokens - first, size)])
+        return np.concatenate(parts, axis=1)
 
-    def _next(self, tokens: list[int], first: int, index: int) -> np.ndarray:
-        rows = np.tile(np.array(tokens, np.int32), (self._mesh.shape["data"], 1))
-        logits_BV, self._caches = self._programs[len(tokens)](
-            self._params, self._caches, put_rows(self._mesh, rows), np.int32(first), np.int32(index)
+    def _next(self, tokens_BL: np.ndarray, first: int) -> np.ndarray:
+        """Adds tokens to the caches, from position `first` on; returns the logits after each."""
+        logits_BLV, self._caches = self._programs[tokens_BL.shape[1]](
+            self._params,
+            self._caches,
+            put_rows(self._mesh, tokens_BL.astype(np.int32)),
+            np.int32(first),
         )
-        return np.asarray(jax.device_get(logits_BV))[0, : self._config.model.vocab_size]
+        return np.asarray(jax.device_get(logits_BLV))[..., : self._config.model.vocab_size]
 
     def _compile(self, num_tokens: int) -> Compiled:
         rows = np.zeros((self._mesh.shape["data"], num_tokens), np.int32)
@@ -97,6 +118,5 @@ class Generator:
             self._params,
             self._caches,
             put_rows(self._mesh, rows),
-            np.int32(0),
             np.int32(0),
         )

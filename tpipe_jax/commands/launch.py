@@ -1,11 +1,11 @@
-"""Runs a program of launch/ in one process or in several."""
+"""Runs a program in one process or in several."""
 
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tpipe_jax.config.flags import Flags
+from tpipe_jax.config.flags import Flags, PlanFlags
 from tpipe_jax.config.settings import Config
 from tpipe_jax.runtime.launcher import supervise
 
@@ -13,10 +13,10 @@ from tpipe_jax.runtime.launcher import supervise
 Main = Callable[[Config, Path, Sequence[Any], Any], None]
 
 
-def launch(flags: Flags, main: Main) -> int:
+def launch(flags: Flags | PlanFlags, main: Main) -> int:
     """Runs `main` here, or starts and supervises processes that do; returns the exit status."""
     if flags.processes.local_processes is not None or flags.processes.max_restarts:
-        return supervise(sys.argv, flags)
+        return supervise(sys.orig_argv[1:], flags)
     # Imported late, so that a mistake in the flags is answered at once.
     import jax
 

@@ -1,4 +1,4 @@
-"""What launch/plan.py does with a config: plans as a run would, without training."""
+"""Plans as a run would, without training: `tpipe plan` with a config."""
 
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,6 +1,7 @@
-"""What launch/multihost.py does with a config: all that a run does, from start to end."""
+"""A whole run, from start to end: `tpipe train`."""
 
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
@@ -12,11 +13,13 @@ from jax.sharding import Mesh
 
 from tpipe_jax.checkpoint.checkpoints import Checkpoints
 from tpipe_jax.commands.generate import Generator, chooser
+from tpipe_jax.config.invocation import command
 from tpipe_jax.config.settings import BYTES, BYTES_NAME, Config
 from tpipe_jax.data.rows import RowLayout
 from tpipe_jax.data.tokenizer import open_tokenizer
 from tpipe_jax.devices.mesh import host_parts, operators_span_hosts
 from tpipe_jax.devices.precision import is_slow
+from tpipe_jax.errors import Infeasible
 from tpipe_jax.model.block import Params
 from tpipe_jax.model.transformer import num_params
 from tpipe_jax.pipeline.spec import make_spec
@@ -25,21 +28,23 @@ from tpipe_jax.planning.plan import Plan, PlanRequest
 from tpipe_jax.planning.settings import settled, work_factors
 from tpipe_jax.profiling.measured_plan import as_first, plan_slices
 from tpipe_jax.profiling.mesh_search import choose_mesh, take_latencies
-from tpipe_jax.reporting.console import Console
+from tpipe_jax.reporting.console import Console, count
 from tpipe_jax.reporting.metrics import Metrics
 from tpipe_jax.reporting.step_profile import ProfiledSteps
 from tpipe_jax.reporting.workdir import changed_settings, describe_in_files, run_lock
 from tpipe_jax.runtime.failures import watched
 from tpipe_jax.runtime.processes import gathered, host_names
 from tpipe_jax.runtime.stop import Stop, Stopped
+from tpipe_jax.training.comparison import compare
 from tpipe_jax.training.loop import Loop, put_batch
 from tpipe_jax.training.memory import out_of_memory
-from tpipe_jax.training.prepare import Run, check_inputs, compile_programs, prepare
+from tpipe_jax.training.prepare import Programs, Run, check_inputs, compile_programs, prepare
 from tpipe_jax.training.services import Services
 from tpipe_jax.training.state import TrainState, abstract_state, init_state
 from tpipe_jax.training.step_log import StepLog
 
 TEMPERATURE = 0.7  # of the sample at the end
+INTERRUPTED = "Interrupted"  # how a run begins to say that steps are left
 
 
 def train(
@@ -48,13 +53,14 @@ def train(
     devices: Sequence[jax.Device],
     console: Console,
     profiled: range | None = None,
-) -> None:
+) -> bool:
     """Trains from the last checkpoint in the workdir to the last step, or until interrupted, and
     takes a profile of the `profiled` steps.
 
     First checks that settings, data and checkpoint fit each other; until then it writes no results
     except the measurements that choose a mesh. Then plans the slices, which may take a minute of
-    measuring, and trains. Raises `UserError` if something does not fit.
+    measuring, and trains. Returns whether all steps are done. Raises `UserError` if something does
+    not fit.
     """
     with out_of_memory(), watched() as expect, Stop(console.say) as stop:
         services = Services(console, stop, expect, config.train.step_timeout_seconds)
@@ -69,10 +75,12 @@ def train(
                 config = choose_mesh(config, devices, workdir, console, check)
             except Stopped:
                 console.say("Interrupted before a mesh was chosen: the same command goes on.")
-                return
+                return False
             take_latencies(config.mesh, workdir)
             expect("", math.inf)  # no time limit until the run says what it does next
-        console.say(_run(config, workdir, devices, services, profiled))
+        ending = _run(config, workdir, devices, services, profiled)
+        console.say(ending)
+        return not ending.startswith(INTERRUPTED)
 
 
 def _run(
@@ -135,7 +143,7 @@ def _train(
         programs = compile_programs(run, plan, console)
         stop.check()
     except Stopped:
-        return f"Interrupted after step {first_step}: the same command goes on."
+        return f"{INTERRUPTED} after step {first_step}: the same command goes on."
     if profiled and first_step >= profiled[-1]:
         console.say(f"no profile is taken, since steps {profiled[0]} to {profiled[-1]} are done")
     within("preparing the state", is_step=False)
@@ -154,10 +162,16 @@ def _train(
         with console.progress(first_step, num_steps):
             step, state = loop.steps(state, first_step, held_out)
     if step < num_steps:
-        return f"Interrupted after step {step}: the same command continues from here."
+        return (
+            f"{INTERRUPTED} after step {step}: the same command continues from here, and so does\n"
+            f"    {command('train')} --workdir={shlex.quote(str(workdir))}"
+        )
     if config.train.sample_tokens:
         within("sampling", is_step=False)
         _show_sample(run, state.params, stop, console)
+    if config.train.compare_steps and not stop.is_due():
+        within("comparing with whole sequences", is_step=False)
+        _show_comparison(run, plan, programs, state, console)
     return f"Trained {num_steps} steps; everything is in {workdir}."
 
 
@@ -167,14 +181,16 @@ def _facts(run: Run) -> dict[str, str]:
     counts = layer_counts(model.num_layers, mesh.pipe)
     per_stage = f"{min(counts)}" + f"-{max(counts)}" * (min(counts) < max(counts))
     return {
-        "model": f"{num_params(model):,} parameters: {model.num_layers} layers, width "
-        f"{model.d_model}, {model.num_heads} heads, vocabulary {model.vocab_size}, "
+        "model": f"{num_params(model):,} parameters: {count(model.num_layers, 'layer')}, width "
+        f"{model.d_model}, {count(model.num_heads, 'head')}, vocabulary {model.vocab_size}, "
         f"{config.precision.compute}",
-        "mesh": f"data {mesh.data} x pipe {mesh.pipe} x model {mesh.model} = {mesh.num_devices} "
-        f"devices ({run.mesh.devices.flat[0].device_kind}), {per_stage} layers a stage",
+        "mesh": f"data {mesh.data} x pipe {mesh.pipe} x model {mesh.model} = "
+        f"{count(mesh.num_devices, 'device')} ({run.mesh.devices.flat[0].device_kind}), "
+        f"{per_stage} layer{'s' * (max(counts) != 1)} a stage",
         "data": f"{run.train_data.num_tokens:,} tokens to train on, "
         f"{run.held_out.num_tokens:,} held out ({', '.join(run.train_data.formats)})",
-        "step": f"{config.train.batch_size} sequences of {model.seq_len} tokens, "
+        "step": f"{count(config.train.batch_size, 'sequence')} of "
+        f"{count(model.seq_len, 'token')}, "
         f"{run.plan.batch_size} a data shard",
     }
 
@@ -231,6 +247,22 @@ def _show_sample(run: Run, params: Params, stop: Stop, console: Console) -> None
     while len(tokens) < num_tokens and not stop.is_due():
         tokens.append(next(following))
     console.show_sample(*(_as_text(config, part) for part in (prompt, np.array(tokens))))
+
+
+def _show_comparison(
+    run: Run, plan: Plan, programs: Programs, state: TrainState, console: Console
+) -> None:
+    """Shows what token slices gain. The state cannot be used any more."""
+    if plan.num_stages == 1 or all(len(slices) == 1 for slices in plan.token_slices):
+        console.say("the plan has whole sequences, so there is nothing to compare them with")
+        return
+    console.say("timing the same model with whole sequences ...")
+    try:
+        found = compare(run, plan, programs.train_step, state, put_batch(run, run.held_out, 0))
+    except Infeasible as error:
+        console.say(f"whole sequences cannot be compared: {error}")
+        return
+    console.show_comparison(plan.num_stages, found.sliced_seconds, found.whole_seconds)
 
 
 def _as_text(config: Config, tokens: np.ndarray) -> str:

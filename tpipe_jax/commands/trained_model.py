@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from tpipe_jax.checkpoint.arrays import restore
 from tpipe_jax.checkpoint.checkpoints import newest_sound
-from tpipe_jax.config.settings import Config, PlanConfig
+from tpipe_jax.config.settings import GPT2, Config, PlanConfig
+from tpipe_jax.errors import UserError
 from tpipe_jax.model.block import Params
 from tpipe_jax.pipeline.spec import StageSpec, make_spec, spec_on_devices
 from tpipe_jax.training.optimizer import make_optimizer
@@ -40,10 +41,21 @@ class Trained(NamedTuple):
 def load(workdir: Path, step: int | None, config: Config, devices: Sequence[jax.Device]) -> Trained:
     """Loads a run's newest sound checkpoint, or the one of `step`, onto the mesh of the config.
 
-    The mesh takes the first of the devices. The model is the checkpoint's, not the config's. Raises
-    `UserError` if there is no sound checkpoint, or if its model does not fit the mesh.
+    The mesh takes the first of the devices. The model is the checkpoint's, not the config's. But a
+    block of the user's own is code, and a run may come from somebody else: so it is the block that
+    `config.model.block` names, never the one that the checkpoint names. Raises `UserError` if that
+    is missing, if there is no sound checkpoint, or if its model does not fit the mesh.
     """
     checkpoint, model = newest_sound(workdir, step)
+    named = config.model.block
+    if model.block != GPT2:
+        if named == GPT2:
+            raise UserError(
+                f"the model in {workdir} has config.model.block={model.block}, which is code and "
+                "is only loaded if you name it: read that file, then add "
+                f"--config.model.block={model.block}."
+            )
+        model = replace(model, block=named)
     config = replace(config, model=model, plan=PlanConfig())  # one chunk for each stage
     spec = spec_on_devices(config, devices[: config.mesh.num_devices])
     like = abstract_state(spec, make_optimizer(spec.config))

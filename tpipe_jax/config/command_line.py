@@ -1,50 +1,38 @@
-"""The command line: a config file, then flags that override its fields."""
+"""The command line of each program: its flags, examples, and rules that join flags. No jax."""
 
-import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import TypeVar
 
-import tyro
-
-from tpipe_jax.config.fields import Range, check_field
+from tpipe_jax.config.arguments import read_flags
+from tpipe_jax.config.config_files import (
+    RUN_FILE,
+    check_block_is_named,
+    find_config,
+    load_config,
+)
 from tpipe_jax.config.flags import (
+    CheckpointsFlags,
+    DoctorFlags,
+    EvaluateFlags,
     ExportFlags,
     FilePlanFlags,
     Flags,
+    GenerateFlags,
     ImportFlags,
+    PlanFlags,
+    PlotFlags,
     ProcessFlags,
     TokenizeFlags,
-    TrainedModelFlags,
 )
-from tpipe_jax.config.settings import Config, from_dict
-from tpipe_jax.config.user_code import load_file
 from tpipe_jax.errors import UserError
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+DEFAULT_CONFIG = "quickstart"
 
-
-_CONSTRUCTORS = tyro.constructors.ConstructorRegistry()
-
-
-@_CONSTRUCTORS.primitive_rule
-def _true_or_false(
-    info: tyro.constructors.PrimitiveTypeInfo,
-) -> tyro.constructors.PrimitiveConstructorSpec[bool] | None:
-    """Reads truth values as `true` or `false`, capitalised or not; tyro alone wants a capital."""
-    if info.type is not bool:
-        return None
-    return tyro.constructors.PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="{true,false}",
-        instance_from_str=lambda words: {"true": True, "false": False}[words[0].lower()],
-        is_instance=lambda value: isinstance(value, bool),
-        str_from_instance=lambda value: [str(value).lower()],
-        choices=("true", "false", "True", "False"),  # config.json and Python spell them so
-    )
+AnyRunFlags = TypeVar("AnyRunFlags", Flags, PlanFlags, DoctorFlags)
 
 
 def exit_status(program: Callable[[], int | None]) -> int:
@@ -55,28 +43,134 @@ def exit_status(program: Callable[[], int | None]) -> int:
     try:
         return program() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        show_error(str(error))
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(130)  # sys.exit would wait for a thread that still saves a checkpoint
+    except BrokenPipeError:  # as in `tpipe checkpoints RUN | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
-def parse_convert(args: list[str], program: str) -> ImportFlags | ExportFlags:
-    """Reads the command line, whose first word is `import` or `export`."""
-    return tyro.extras.subcommand_cli_from_dict(
-        {"import": ImportFlags, "export": ExportFlags},
-        description="Weights from and to the folders of Hugging Face's GPT-2.",
-        args=args,
-        prog=program,
+def show_error(text: str) -> None:
+    """Prints a sentence on what went wrong, in red on a terminal."""
+    is_red = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
+    start, end = ("\x1b[31m", "\x1b[0m") if is_red else ("", "")
+    print(f"{start}error: {text}{end}", file=sys.stderr)
+
+
+def parse(args: Sequence[str], program: str) -> Flags:
+    """Reads the command line of a run. Prints help and exits if asked to.
+
+    Raises `UserError` for a config file that cannot be used or a setting out of its range.
+    """
+    examples = (
+        "",
+        "--workdir=runs/mine --config.data.train=book.txt --config.train.num-steps=2000",
+        "--workdir=runs/mine --config.optim.learning-rate=3e-4",
+    )
+    flags = _parse_run(Flags, args, program, examples)
+    _check_processes(flags.processes)
+    return flags
+
+
+def parse_plan(args: Sequence[str], program: str) -> PlanFlags | FilePlanFlags:
+    """Reads the command line of planning, from measurements on devices or from a file.
+
+    Raises `UserError` for a value out of its range, and for flags that contradict each other.
+    """
+    examples = (
+        "--config=quickstart",
+        "--latency=examples/latency.json --num-stages=4 --batch-size=1 --seq-len=1024",
+        "--latency --help",
+    )
+    if not any(word.partition("=")[0] == "--latency" for word in args):
+        measured = _parse_run(PlanFlags, args, program, examples)
+        _check_processes(measured.processes)
+        return measured
+    if "--help" in args or "-h" in args:
+        args = ["--help"]
+    flags = read_flags(FilePlanFlags, args, program, examples)
+    is_interleaved = flags.schedule in ("auto", "interleaved")
+    if flags.chunks is not None and not is_interleaved:
+        raise UserError(
+            f"--chunks={flags.chunks} is for --schedule=interleaved: leave one of the two out."
+        )
+    factors = flags.stage_factors
+    if factors and (len(factors) != flags.num_stages or not all(0 < a < math.inf for a in factors)):
+        raise UserError(
+            f"--stage-factors must be {flags.num_stages} positive numbers, one for each stage: "
+            f"they are {' '.join(map(str, factors))}."
+        )
+    return flags
+
+
+def parse_generate(args: Sequence[str], program: str) -> GenerateFlags:
+    """Reads the command line of generation. Raises `UserError` for unusable values."""
+    run = "--workdir=runs/quickstart"
+    examples = (
+        f'{run} --prompt="The for statement"',
+        f'{run} --prompt="The for statement" --temperature=0 --max-tokens=50',
+        "--workdir=runs/gpt2 --prompt-ids=464,3290",
+    )
+    flags = read_flags(GenerateFlags, args, program, examples)
+    if (flags.prompt is None) == (flags.prompt_ids is None):
+        raise UserError("give a text to continue, with either --prompt or --prompt-ids.")
+    return flags
+
+
+def parse_evaluate(args: Sequence[str], program: str) -> EvaluateFlags:
+    """Reads the command line of an evaluation. Raises `UserError` for unusable values."""
+    run = "--workdir=runs/quickstart"
+    return read_flags(
+        EvaluateFlags,
+        args,
+        program,
+        (run, f"{run} --data=book.txt", f"{run} --step=300 --mesh.pipe=2"),
     )
 
 
-def parse_tokenize(args: list[str], program: str) -> TokenizeFlags:
-    """Reads the command line of `TokenizeFlags`. Raises `UserError` for unusable values."""
-    flags = tyro.cli(TokenizeFlags, args=args, prog=program)
-    _check_fields("--", flags)
+def parse_convert(args: Sequence[str], program: str) -> ImportFlags | ExportFlags | None:
+    """Reads the command line of a conversion, whose first word is `import` or `export`.
+
+    Prints help on both and returns None if neither is named and help is asked for.
+    """
+    kinds = {"import": ImportFlags, "export": ExportFlags}
+    examples = {
+        "import": (
+            "--from=gpt2 --workdir=runs/gpt2",
+            "--from=models/gpt2-medium --workdir=runs/medium",
+            "--from=trained --workdir=runs/again",
+        ),
+        "export": (
+            "--workdir=runs/mine --to=trained",
+            "--workdir=runs/mine --to=trained --step=500",
+            "--workdir=runs/mine --to=trained --tokenizer=shards/tokenizer.json",
+        ),
+    }
+    first = args[0] if args else ""
+    if first in kinds:
+        return read_flags(kinds[first], args[1:], f"{program} {first}", examples[first])
+    if first in ("-h", "--help"):
+        print("Exchanges weights with the folders of Hugging Face's GPT-2.\n\nExamples:")
+        for word, lines in examples.items():
+            print("\n".join(f"    {program} {word} {line}" for line in lines[:2]))
+        print(f"\n{program} import --help and {program} export --help list the flags.")
+        return None
+    got = f"not {first}" if first else "and there is none"
+    raise UserError(f"the first word must be import or export, {got}: see {program} --help.")
+
+
+def parse_tokenize(args: Sequence[str], program: str) -> TokenizeFlags:
+    """Reads the command line of tokenizing. Raises `UserError` for unusable values."""
+    examples = (
+        "--out=shards --train-bpe=32000 texts/",
+        "--out=shards --tokenizer=tokenizer.json texts/ more.jsonl",
+        "--out=shards --field=content code.parquet",
+    )
+    flags = read_flags(TokenizeFlags, args, program, examples)
     if not flags.inputs:
         raise UserError("there is nothing to tokenize: name files or folders.")
     if flags.train_bpe is not None and flags.tokenizer != "bytes":
@@ -87,101 +181,28 @@ def parse_tokenize(args: list[str], program: str) -> TokenizeFlags:
     return flags
 
 
-def _check_fields(prefix: str, fields: Any) -> None:
-    """Raises `UserError` for a value out of its range."""
-    for name, hint in get_type_hints(type(fields), include_extras=True).items():
-        options = (hint, *get_args(hint))  # an optional field has a union type
-        if any(isinstance(note, Range) for o in options for note in getattr(o, "__metadata__", ())):
-            check_field(f"{prefix}{name.replace('_', '-')}", hint, getattr(fields, name))
+def parse_checkpoints(args: Sequence[str], program: str) -> CheckpointsFlags:
+    """Reads the command line of the list of checkpoints."""
+    examples = ("runs/quickstart", "runs/mine", "runs/mine | grep damaged")
+    return read_flags(CheckpointsFlags, args, program, examples)
 
 
-def parse_for_trained_model(
-    kind: type[TrainedModelFlags], args: list[str], program: str
-) -> TrainedModelFlags:
-    """Reads the command line of a program that uses a trained model. Raises `UserError` for a
-    value out of its range.
-    """
-    with _CONSTRUCTORS:
-        flags = tyro.cli(kind, args=args, prog=program, config=(tyro.conf.FlagConversionOff,))
-    _check_fields("--", flags)
-    _check_fields("--mesh.", flags.mesh)
+def parse_plot(args: Sequence[str], program: str) -> PlotFlags:
+    """Reads the command line of the picture of losses. Raises `UserError` if no run is named."""
+    examples = ("runs/quickstart", "runs/quickstart runs/mine", "runs/* --out=losses.png")
+    flags = read_flags(PlotFlags, args, program, examples)
+    if not flags.workdirs:
+        raise UserError("there is nothing to draw: name the workdir of a run, or several.")
     return flags
 
 
-def parse_file_plan(args: list[str], program: str) -> FilePlanFlags:
-    """Reads the command line of `FilePlanFlags`. Raises `UserError` for a value out of range."""
-    flags = tyro.cli(FilePlanFlags, args=args, prog=program)
-    for name in ("num_stages", "batch_size", "seq_len", "num_layers"):
-        value = getattr(flags, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')}={value} must be at least 1.")
-    is_interleaved = flags.schedule in ("auto", "interleaved")
-    if flags.chunks is not None and (flags.chunks < 2 or not is_interleaved):
-        raise UserError(
-            f"--chunks={flags.chunks} is a number of at least 2, for --schedule=interleaved."
-        )
-    limit = flags.memory_limit_gib
-    if limit is not None and not 0 <= limit < math.inf:
-        raise UserError(f"--memory-limit-gib={limit} must be a number that is not negative.")
-    factors = flags.stage_factors
-    if factors and (len(factors) != flags.num_stages or not all(0 < a < math.inf for a in factors)):
-        raise UserError(
-            f"--stage-factors must be {flags.num_stages} positive numbers, one for each stage: "
-            f"they are {' '.join(map(str, factors))}."
-        )
-    return flags
+def parse_doctor(args: Sequence[str], program: str) -> DoctorFlags:
+    """Reads the command line of the report on this machine."""
+    examples = ("", "--config=gpt3_1b", "--workdir=runs/mine")
+    return _parse_run(DoctorFlags, args, program, examples)
 
 
-def parse(args: list[str], program: str) -> Flags:
-    """Reads the command line of a run. Prints help, or tyro's error message, and exits if needed.
-
-    Raises `UserError` for a config file that cannot be used or a setting out of its range.
-    """
-    path, rest = _take_config(args)
-    default = Flags(load_config(path), Path("runs") / path.stem)
-    with _CONSTRUCTORS:
-        flags = tyro.cli(
-            Flags,
-            args=rest,
-            default=default,
-            prog=program,
-            config=(tyro.conf.FlagConversionOff,),  # all settings are spelt --name=value
-        )
-    _check_processes(flags.processes)
-    return flags
-
-
-def load_config(path: Path) -> Config:
-    """Returns the settings in a run's config.json, or runs a Python file and returns the settings
-    that its `get_config()` returns. Raises `UserError` if the file does not give settings.
-    """
-    if not path.is_file():
-        known = ", ".join(sorted(os.path.relpath(p) for p in CONFIGS.glob("*.py")))
-        raise UserError(f"--config={path} is no file: give a config file, such as {known}.")
-    if path.suffix == ".json":
-        try:
-            return from_dict(json.loads(path.read_text()))
-        except (UserError, ValueError, AttributeError) as error:
-            raise UserError(f"--config={path} is not the config.json of a run ({error}).") from None
-    if path.suffix != ".py":
-        raise UserError(
-            f"--config={path} is not a Python file: its name must end in .py, or .json."
-        )
-    try:
-        config = load_file(path).get_config()
-    except UserError:
-        raise
-    except Exception as error:  # any error of the file's code is for its author to mend
-        raise UserError(
-            f"--config={path} cannot be used ({type(error).__name__}: {error}): "
-            "it must define get_config() -> Config."
-        ) from error
-    if not isinstance(config, Config):
-        raise UserError(f"--config={path}: get_config() must return a tpipe_jax.config.Config.")
-    return config
-
-
-def without_option(args: list[str], name: str) -> list[str]:
+def without_option(args: Sequence[str], name: str) -> list[str]:
     """Returns the arguments without `--name=value` or `--name value`; the name may have _ for -."""
     rest, words = [], iter(args)
     for word in words:
@@ -193,17 +214,26 @@ def without_option(args: list[str], name: str) -> list[str]:
     return rest
 
 
+def _parse_run(
+    kind: type[AnyRunFlags], args: Sequence[str], program: str, examples: Sequence[str]
+) -> AnyRunFlags:
+    """Reads flags that override a config: of --config, else of the run in --workdir, else of the
+    quick start.
+    """
+    name, rest = _take_config(args)
+    workdir = _last_value(rest, "--workdir")
+    if name is None and workdir is not None and (Path(workdir) / RUN_FILE).is_file():
+        name = str(Path(workdir) / RUN_FILE)
+    path = find_config(DEFAULT_CONFIG if name is None else name)
+    config = load_config(path)
+    check_block_is_named(path, config, _last_value(rest, "--config.model.block") is not None)
+    is_of_run = path.name == RUN_FILE
+    default = kind(config, path.parent if is_of_run else Path("runs") / path.stem)
+    return read_flags(kind, rest, program, examples, default)
+
+
 def _check_processes(flags: ProcessFlags) -> None:
-    """Raises `UserError` if a flag is out of its range, or if flags contradict each other."""
-    for name, least in (
-        ("num_processes", 1),
-        ("local_processes", 1),
-        ("join_seconds", 1),
-        ("max_restarts", 0),
-    ):
-        value = getattr(flags, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')}={value} must be at least {least}.")
+    """Raises `UserError` if flags contradict each other."""
     by_hand = [flags.coordinator, flags.num_processes, flags.process_id]
     if flags.local_processes is not None and [*by_hand, flags.local_device_ids] != [None] * 4:
         raise UserError(
@@ -230,19 +260,20 @@ def _check_processes(flags: ProcessFlags) -> None:
         )
 
 
-def _take_config(args: list[str]) -> tuple[Path, list[str]]:
-    """Returns the FILE of the last --config=FILE or --config FILE, and all other arguments.
+def _take_config(args: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Returns the value of the last --config, if there is one, and all other arguments.
 
     Among these, --config.mesh=auto is replaced by --config.mesh.auto=True.
     """
-    path, rest, words = CONFIGS / "quickstart.py", [], iter(args)
+    rest = ["--config.mesh.auto=True" if word == "--config.mesh=auto" else word for word in args]
+    return _last_value(rest, "--config"), without_option(rest, "config")
+
+
+def _last_value(args: Sequence[str], flag: str) -> str | None:
+    """Returns the value of the last --flag=value or --flag value, spelt with - or _."""
+    found, words = None, iter(args)
     for word in words:
-        if word == "--config":
-            path = Path(next(words, ""))
-        elif word.startswith("--config="):
-            path = Path(word.removeprefix("--config="))
-        elif word == "--config.mesh=auto":
-            rest.append("--config.mesh.auto=True")
-        else:
-            rest.append(word)
-    return path, rest
+        option, is_assigned, value = word.partition("=")
+        if option.replace("_", "-") == flag:
+            found = value if is_assigned else next(words, "")
+    return found

@@ -34,20 +34,30 @@ NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, below=1)]
 
 
+def parts_of(hint: Any) -> tuple[Any, bool, Range | None]:
+    """Returns a field's bare type, whether it may be None, and its range if it has one."""
+    allowed, is_optional = None, False
+    while get_origin(hint) in (Annotated, types.UnionType, Union):
+        if get_origin(hint) is Annotated:
+            hint, *notes = get_args(hint)
+            allowed = next((note for note in notes if isinstance(note, Range)), allowed)
+            continue
+        options = [option for option in get_args(hint) if option is not type(None)]
+        if len(options) > 1:
+            break
+        hint, is_optional = options[0], True
+    return hint, is_optional, allowed
+
+
 def check_field(path: str, hint: Any, value: Any) -> None:
     """Raises `UserError` if a value has the wrong type, or is out of the range of its setting."""
-    if get_origin(hint) in (types.UnionType, Union):
-        if value is None:
-            return
-        hint = next(option for option in get_args(hint) if option is not type(None))
+    hint, is_optional, allowed = parts_of(hint)
+    if value is None and is_optional:
+        return
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
             raise UserError(f"{path}={value!r} is not one of {', '.join(get_args(hint))}.")
         return
-    allowed = None
-    if get_origin(hint) is Annotated:
-        hint, *notes = get_args(hint)
-        allowed = next((note for note in notes if isinstance(note, Range)), None)
     accepted = (int, float) if hint is float else hint
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         raise UserError(f"{path}={value!r} must be of type {hint.__name__}.")

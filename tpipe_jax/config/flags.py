@@ -3,12 +3,12 @@
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal
 
 import tyro
 
 from tpipe_jax.config.fields import Count, CountOrZero, NonNegative, Range
-from tpipe_jax.config.settings import Config, MeshConfig, ScheduleName
+from tpipe_jax.config.settings import GPT2, Config, MeshConfig, ScheduleName
 
 
 @dataclass(frozen=True)
@@ -33,25 +33,53 @@ class ProcessFlags:
 
 
 @dataclass(frozen=True)
-class Flags:
-    """Trains a GPT through a token-sliced pipeline.
-
-    --config=FILE names a Python file with a function get_config() that returns the settings; the
-    flags below change single ones. Running the same command again continues from the last
-    checkpoint in the workdir.
-    """
-
+class _RunFlags:
     config: Config
     workdir: Path
-    """Folder for config.json, plan.json, metrics, checkpoints, timeline.png; seen by all hosts."""
+    """Folder of the run: config.json, plan.json, metrics, checkpoints and pictures. All hosts must
+    see it. If it holds a run, and --config is left out, that run goes on with its own settings."""
+
+
+@dataclass(frozen=True)
+class Flags(_RunFlags):
+    """Trains a GPT through a pipeline of token slices, or goes on with a run.
+
+    --config=NAME is a config that comes with the package (quickstart, gpt3_1b, gpt3_13b, gpt3_44b,
+    gpt3_175b), --config=FILE a Python file with a function get_config(), --config=RUN/config.json a
+    run. The flags below change single settings.
+    """
+
     processes: tyro.conf.OmitArgPrefixes[ProcessFlags] = ProcessFlags()
     profile: str | None = None
     """START:STOP, the first and the last step of the profile that is written to the workdir."""
 
 
 @dataclass(frozen=True)
+class PlanFlags(_RunFlags):
+    """Plans the slices of a model: measures it on these devices, or reads latencies from a file.
+
+    Writes plan.json and plan.png into the workdir. A run there uses the plan's measurements; other
+    runs take the plan with --config.plan.file=plan.json. With --latency=FILE it needs no device;
+    --latency --help lists the flags of that form.
+    """
+
+    processes: tyro.conf.OmitArgPrefixes[ProcessFlags] = ProcessFlags()
+
+
+@dataclass(frozen=True)
+class DoctorFlags(_RunFlags):
+    """Shows versions, devices, memory and flags, and what a run with these settings would use here.
+
+    Changes nothing. Put its output into a bug report.
+    """
+
+
+@dataclass(frozen=True)
 class FilePlanFlags:
-    """Plans slices from measured latencies alone."""
+    """Plans slices from a file of measured latencies, in about a second and without a device.
+
+    Writes plan.json and plan.png into the workdir.
+    """
 
     latency: Path
     """A latency.json: unit_tokens, and seconds as forward and backward [batch - 1][slice units - 1]
@@ -67,11 +95,11 @@ class FilePlanFlags:
     of the stages, or all 1 without num_layers."""
     schedule: Literal["auto", ScheduleName] = "auto"
     """As config.plan.schedule."""
-    num_layers: int | None = None
+    num_layers: Count | None = None
     """Layers of the model; if left out, interleaved is planned only when schedule names it."""
-    chunks: int | None = None
+    chunks: Annotated[int, Range(2)] | None = None
     """As config.plan.chunks."""
-    memory_limit_gib: float | None = None
+    memory_limit_gib: NonNegative | None = None
     """Memory of a device that a step may use; needs a file that holds measured memory."""
     workdir: Path = Path("runs/plan")
     """Folder for plan.json and plan.png."""
@@ -79,10 +107,39 @@ class FilePlanFlags:
 
 @dataclass(frozen=True)
 class CheckpointsFlags:
-    """Lists the checkpoints of a run, and whether each is as it was written."""
+    """Lists the checkpoints of a run, and whether each is as it was written.
 
-    workdir: tyro.conf.Positional[Path]
+    Reads all of them and changes nothing, so it can be asked while the run goes on. The exit status
+    is 1 if one is damaged.
+    """
+
+    workdir: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="RUN")]]
     """The run's folder."""
+
+
+@dataclass(frozen=True)
+class PlotFlags:
+    """Draws the losses of a run, or of several runs in one picture."""
+
+    workdirs: tyro.conf.Positional[Annotated[tuple[Path, ...], tyro.conf.arg(metavar="RUN ...")]]
+    """Folders of runs."""
+    out: Path | None = None
+    """The picture; if left out, loss.png in the folder of the run, or here for several runs."""
+
+
+@dataclass(frozen=True)
+class MeshFlags:
+    """The devices that share the work; data * pipe * model is their number."""
+
+    data: Count = 1
+    """Data-parallel shards of the batch."""
+    pipe: Count = 1
+    """Pipeline stages."""
+    model: Count = 1
+    """Devices that share each operator of a stage."""
+
+    def config(self) -> MeshConfig:
+        return MeshConfig(self.data, self.pipe, self.model)
 
 
 @dataclass(frozen=True)
@@ -105,11 +162,17 @@ class ExportFlags:
     """A folder that does not exist yet."""
     step: CountOrZero | None = None
     """Step of the checkpoint; the newest if left out."""
+    tokenizer: str | None = None
+    """Tokenizer to write beside the weights: bytes or a tokenizer.json; config.data.tokenizer of
+    the run if left out."""
 
 
 @dataclass(frozen=True)
 class GenerateFlags:
-    """Continues a text with the model of a run."""
+    """Continues a text with the model of a run.
+
+    A text longer than the model's seq_len is continued from its second half.
+    """
 
     workdir: Path
     """The run's folder."""
@@ -130,13 +193,14 @@ class GenerateFlags:
     """Seed of the draws."""
     step: CountOrZero | None = None
     """Step of the checkpoint; the newest if left out."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    """The devices that share the work."""
+    block: Annotated[str, tyro.conf.arg(name="config.model.block")] = GPT2
+    """A block of your own, FILE:CLASS, if the run has one: it is code, so it has to be named."""
+    mesh: MeshFlags = MeshFlags()
 
 
 @dataclass(frozen=True)
 class EvaluateFlags:
-    """Measures the loss of a run's model on data."""
+    """Measures the loss of a run's model on a file or folder, or on what the run holds out."""
 
     workdir: Path
     """The run's folder."""
@@ -148,13 +212,20 @@ class EvaluateFlags:
     """Sequences that a data shard works on together."""
     step: CountOrZero | None = None
     """Step of the checkpoint; the newest if left out."""
-    mesh: MeshConfig = field(default_factory=MeshConfig)
-    """The devices that share the work."""
+    block: Annotated[str, tyro.conf.arg(name="config.model.block")] = GPT2
+    """A block of your own, FILE:CLASS, if the run has one: it is code, so it has to be named."""
+    mesh: MeshFlags = MeshFlags()
 
 
 @dataclass(frozen=True)
 class TokenizeFlags:
-    """Turns text into token shards to train on."""
+    """Turns text into token shards to train on, in parallel.
+
+    If it is stopped, the same command goes on.
+    A text file is a document, and so is each record of a .jsonl or .parquet file, in its field
+    --field, and of an .array_record file. Documents end with the tokenizer's <|endoftext|> if it
+    has that. Nothing is read from the network.
+    """
 
     inputs: tyro.conf.Positional[tuple[Path, ...]]
     """Text files, files of records (.jsonl, .parquet, .array_record), and folders of them."""
@@ -168,6 +239,3 @@ class TokenizeFlags:
     """Processes that work at the same time."""
     field: str = "text"  # last, since it hides the function `field`
     """Field that holds the document in a record of JSON lines or Parquet."""
-
-
-TrainedModelFlags = TypeVar("TrainedModelFlags", GenerateFlags, EvaluateFlags)

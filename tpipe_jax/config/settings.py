@@ -82,16 +82,15 @@ class PlanConfig:
     """Planned slices are multiples of this many tokens; None means about 8, and more in long
     sequences."""
     schedule: Literal["auto", ScheduleName] = "auto"
-    """In which order the slices pass the stages: terapipe sends all forward and then all backward;
-    interleaved does so too, but through one chunk of each stage after another, so stages wait less;
-    1f1b sends a batch slice backward while the next ones go forward, and so stores few of them;
-    1f1b-deferred does so too, but computes gradients of weights when a stage would wait. auto means
-    the fastest."""
+    """Order of the slices. terapipe: all forward, then all backward. interleaved: the same through
+    several chunks of layers of each stage, so stages wait less. 1f1b: a batch slice (microbatch)
+    goes backward while the next ones go forward, so few are stored. 1f1b-deferred: as 1f1b, with
+    gradients of weights computed when a stage would wait. auto: the fastest that fits."""
     chunks: Annotated[int, Range(2)] | None = None
     """Chunks of layers of each stage under interleaved; None means the faster of 2 and 4, and 2
     where all slices are given."""
     file: str | None = None
-    """A plan.json to train with instead, as launch/plan.py writes it."""
+    """A plan.json to train with instead, as tpipe plan writes it."""
 
     @property
     def num_chunks(self) -> int:
@@ -109,6 +108,9 @@ class TrainConfig:
     """Sequences of a step, over all data shards."""
     seed: CountOrZero = 0
     """Seed of the initial parameters and of the order of the data."""
+    init: Literal["normal", "local"] = "normal"
+    """How fresh parameters are drawn. normal: as the block draws them, GPT-2's as published. local:
+    so that tokens first attend to their neighbours; small models of long sequences learn sooner."""
     log_every: Count = 10
     """Steps between two lines in metrics.jsonl."""
     eval_every: Count = 100
@@ -117,14 +119,17 @@ class TrainConfig:
     """Batches of an evaluation; they are always the same and stay on the devices."""
     sample_tokens: CountOrZero = 200
     """Tokens that the trained model adds to a held-out text at the end of the run."""
+    compare_steps: CountOrZero = 0
+    """Steps that are timed at the end of the run, in token slices and with whole sequences, to
+    compare the two; 0 for none."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What happens when the loss or gradients are not finite: stop ends the run, skip goes on with
     the next step. Such a step changes nothing."""
     max_consecutive_skips: Count = 10
     """Steps in a row that skip may skip; one more ends the run."""
     step_timeout_seconds: Count = 1800
-    """How long a step, a batch of an evaluation or a save may take; one that takes longer ends the
-    run, everywhere, and tells where it hangs."""
+    """Longest time of a step, a batch of an evaluation or a save, in seconds. Beyond it the run
+    ends in all processes, and says where it hangs."""
     trace_step: CountOrZero = 0
     """A step whose measured ticks are added to timeline.json; 0 for none."""
 
@@ -152,11 +157,11 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where tokens come from: pydocs (the documentation inside Python), a text file, documents as
-    records of a .jsonl, .parquet or .array_record file, a folder of such files, a folder that
-    launch/tokenize.py has made, or a token file. A token file is a .npy, or a .bin: of llm.c, of
-    Megatron-LM with its .idx, or of raw uint16 or uint32 (uint32 where vocab_size is over 65536, or
-    where every other uint16 is 0). Several sources are mixed by weights, as a.bin:0.7,b.bin:0.3.
+    """Where tokens come from. Text: pydocs (the documentation inside Python), a text file, a
+    .jsonl, .parquet or .array_record file of records, or a folder of such files. Tokens: a folder
+    of tpipe tokenize, a .npy file, or a .bin file. A .bin file is llm.c's, Megatron-LM's with its
+    .idx, or raw uint16 or uint32. Raw files are uint32 where vocab_size is over 65536, or where
+    every other uint16 is 0. Several sources are mixed by weights, as a.bin:0.7,b.bin:0.3.
     """
 
     train: str = "pydocs"
@@ -203,8 +208,8 @@ class MemoryConfig:
     """The memory of a device."""
 
     limit_gib: Annotated[float, Range(0)] | None = None
-    """Memory that a step may use; None means what the device reports, and for a CPU its share of
-    the machine's memory."""
+    """Memory that a step may use; None means the memory that the device reports; for a CPU, its
+    share of the machine's memory."""
     remat: str = "auto"
     """What the backward pass computes again: none, dots (all but matrix products), full (all but
     layer inputs, keys and values), or names of what is saved instead, as attn,hidden; auto means
@@ -309,6 +314,19 @@ def resolved(config: Config) -> Config:
     if shard_state is None:
         optim = dataclasses.replace(optim, shard_state=config.mesh.data > 1)
     model = dataclasses.replace(config.model, d_ff=config.model.ff_width)
+    return dataclasses.replace(config, model=model, optim=optim)
+
+
+def unresolved(config: Config) -> Config:
+    """Returns the config with None again where a field is what `resolved` would make of None.
+
+    So settings that follow from others still follow them when these are changed.
+    """
+    optim, model = config.optim, config.model
+    if optim.shard_state == (config.mesh.data > 1):
+        optim = dataclasses.replace(optim, shard_state=None)
+    if model.d_ff == dataclasses.replace(model, d_ff=None).ff_width:
+        model = dataclasses.replace(model, d_ff=None)
     return dataclasses.replace(config, model=model, optim=optim)
 
 

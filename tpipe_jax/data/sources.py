@@ -126,7 +126,7 @@ class TokenSource:
                 raise UserError(
                     f"{self.setting} ({part.format}) has no index of its documents, which "
                     "config.data.packing=whole needs: set it to cut, or make a folder of the text "
-                    "with launch/tokenize.py."
+                    "with tpipe tokenize."
                 )
             starts.append(part.starts + at)
         return np.concatenate(starts)

@@ -123,7 +123,7 @@ def _open_shards(
         names, size = [str(shard["name"]) for shard in about["shards"]], int(about["vocab_size"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{setting} has an {INDEX} that is not of launch/tokenize.py ({error}): make it again."
+            f"{setting} has an {INDEX} that is not of tpipe tokenize ({error}): make it again."
         ) from None
     if size > vocab_size:
         raise UserError(

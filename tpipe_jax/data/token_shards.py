@@ -236,7 +236,7 @@ def _end_with_parent() -> None:
 
 
 def _write_shard(folder: Path, index: int, part: ShardInput, how: dict[str, str]) -> Result:
-    """Writes a shard; last, writes what the shard was made of, which marks it as complete."""
+    """Writes a shard. Its last file describes the input; with this file the shard is complete."""
     assert _tokenizer is not None
     is_short = _tokenizer.vocab_size <= LARGEST
     dtype, code = (np.dtype("<u2"), 8) if is_short else (np.dtype("<i4"), 4)

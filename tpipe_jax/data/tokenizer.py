@@ -1,5 +1,6 @@
 """Text to tokens and back: bytes, or a Hugging Face `tokenizer.json`. No network."""
 
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -49,15 +50,7 @@ def open_tokenizer(name: str, value: str) -> Tokenizer:
     """Opens the tokenizer that a setting names. Raises `UserError` if it cannot be read."""
     if value == BYTES_NAME:
         return Tokenizer(BYTES, None, _to_bytes, _from_bytes, len)
-    try:
-        made = tokenizers.Tokenizer.from_file(value)
-        made.no_truncation()
-        made.no_padding()
-    except Exception as error:  # the library raises plain ones
-        raise UserError(
-            f"{name}={value} cannot be read ({error}): give bytes, or the tokenizer.json of a "
-            "Hugging Face model."
-        ) from None
+    made = hugging_face(name, value)
 
     def encode(text: str) -> np.ndarray:
         return np.array(made.encode(text, add_special_tokens=False).ids, np.int32)
@@ -68,6 +61,48 @@ def open_tokenizer(name: str, value: str) -> Tokenizer:
     vocab_size = max(made.get_vocab().values()) + 1  # there may be gaps
     end = made.token_to_id(END_OF_TEXT)
     return Tokenizer(vocab_size, end, encode, decode, _byte_counter(made, vocab_size))
+
+
+def hugging_face(name: str, value: str) -> tokenizers.Tokenizer:
+    """Returns the tokenizer that a setting names, as Hugging Face's library has it.
+
+    Bytes become a vocabulary of 256 tokens, which are never merged. Raises `UserError` if the file
+    cannot be read.
+    """
+    if value == BYTES_NAME:
+        alphabet = bytes_to_letters()
+        made = tokenizers.Tokenizer(models.BPE({c: n for n, c in enumerate(alphabet)}, []))
+        made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.decoder = decoders.ByteLevel()
+        return made
+    try:
+        made = tokenizers.Tokenizer.from_file(value)
+        made.no_truncation()
+        made.no_padding()
+    except Exception as error:  # the library raises plain ones
+        raise UserError(
+            f"{name}={value} cannot be read ({error}): give bytes, or the tokenizer.json of a "
+            "Hugging Face model."
+        ) from None
+    return made
+
+
+def bytes_to_letters() -> list[str]:
+    """Returns the letter that byte-level vocabularies write for each byte (Radford et al. 2019).
+
+    Printable bytes of Latin-1 stand for themselves, all others for the letters from 256 on.
+    """
+    others = iter(range(BYTES, 2 * BYTES))
+    is_own = [33 <= n <= 126 or 161 <= n <= 172 or 174 <= n <= 255 for n in range(BYTES)]
+    return [chr(n if own else next(others)) for n, own in enumerate(is_own)]
+
+
+def tokenizer_settings(text: str, seq_len: int) -> str:
+    """Returns the tokenizer_config.json that goes with a tokenizer.json, for `transformers`."""
+    has_end = tokenizers.Tokenizer.from_str(text).token_to_id(END_OF_TEXT) is not None
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT) if has_end else {}
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len}
+    return json.dumps(settings | special, indent=2) + "\n"
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:

@@ -21,7 +21,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
     """
     if config.auto:
         raise UserError(
-            "config.mesh.auto=True is for training and launch/plan.py, which measure: set "
+            "config.mesh.auto=True is for training and tpipe plan, which measure: set "
             "config.mesh.data, pipe and model."
         )
     if len(devices) != config.num_devices:

@@ -12,7 +12,9 @@ from tpipe_jax.checkpoint import manifest
 from tpipe_jax.checkpoint.arrays import read_array
 from tpipe_jax.checkpoint.checkpoints import newest_sound, write_checkpoint
 from tpipe_jax.checkpoint.layout import Fragment, arrays
-from tpipe_jax.config.settings import GPT2, Config, MeshConfig, resolved
+from tpipe_jax.config.config_files import RUN_FILE, load_config
+from tpipe_jax.config.settings import BYTES, BYTES_NAME, GPT2, Config, MeshConfig, resolved
+from tpipe_jax.data.tokenizer import hugging_face, tokenizer_settings
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.errors import UserError
 from tpipe_jax.files import writing_to
@@ -25,6 +27,7 @@ from tpipe_jax.training.optimizer import make_optimizer
 from tpipe_jax.training.state import abstract_state
 
 PARAMS = "params/"
+TOKENIZER, TOKENIZER_SETTINGS = "tokenizer.json", "tokenizer_config.json"
 
 
 def import_gpt2(source: Path, workdir: Path) -> Config:
@@ -52,11 +55,13 @@ def import_gpt2(source: Path, workdir: Path) -> Config:
     return config
 
 
-def export_gpt2(workdir: Path, target: Path, step: int | None) -> int:
+def export_gpt2(workdir: Path, target: Path, step: int | None, tokenizer: str | None = None) -> int:
     """Writes the weights of a checkpoint as a folder that
     `transformers.GPT2LMHeadModel.from_pretrained` loads; returns the step.
 
-    Takes the newest sound checkpoint if `step` is None. Raises `UserError` if there is no sound
+    Takes the newest sound checkpoint if `step` is None, and the tokenizer of the run's settings if
+    `tokenizer` is None. Writes the tokenizer too, unless tokens of the run are of one that it does
+    not name. Raises `UserError` if there is no sound
     checkpoint, if its layers are not GPT-2's, or if `target` is not empty or cannot be written.
     """
     checkpoint, model = newest_sound(workdir, step)
@@ -67,6 +72,7 @@ def export_gpt2(workdir: Path, target: Path, step: int | None) -> int:
             f"--workdir={workdir} has layers of config.model.block={model.block}, which "
             "Hugging Face's GPT-2 has not: only runs with its own can be exported."
         )
+    text = _tokenizer_text(workdir, tokenizer, model.vocab_size)
     target = target.absolute()
     saving = target.with_name(target.name + manifest.SAVING)
     try:
@@ -75,6 +81,9 @@ def export_gpt2(workdir: Path, target: Path, step: int | None) -> int:
             gpt2.write_model(
                 saving, model, lambda name: read_array(checkpoint, PARAMS + name), gpt2.SHARD_BYTES
             )
+            if text is not None:
+                (saving / TOKENIZER).write_text(text)
+                (saving / TOKENIZER_SETTINGS).write_text(tokenizer_settings(text, model.seq_len))
             saving.replace(target)
         finally:
             shutil.rmtree(saving, ignore_errors=True)
@@ -89,6 +98,24 @@ def export_gpt2(workdir: Path, target: Path, step: int | None) -> int:
             "choose another folder."
         ) from None
     return int(checkpoint.name)
+
+
+def _tokenizer_text(workdir: Path, name: str | None, vocab_size: int) -> str | None:
+    """Returns the tokenizer.json of this name, or of the run's settings; None if it is unknown."""
+    path, setting = workdir / RUN_FILE, "--tokenizer"
+    if name is None:
+        if not path.exists():
+            return None
+        name, setting = load_config(path).data.tokenizer, "config.data.tokenizer"
+        if name == BYTES_NAME and vocab_size != BYTES:
+            return None  # the run was trained on tokens of a tokenizer that it does not know
+    made = hugging_face(setting, name)
+    if made.get_vocab_size() > vocab_size:
+        raise UserError(
+            f"{setting}={name} has {made.get_vocab_size()} tokens, but the model has {vocab_size}: "
+            "name its own with --tokenizer."
+        )
+    return made.to_str()
 
 
 def _parts(config: Config, read: gpt2.Reader) -> Iterator[Fragment]:

@@ -1,5 +1,5 @@
 """Generation through the pipeline: the program that reads some tokens and returns the logits of the
-next one.
+next ones.
 """
 
 from functools import partial
@@ -30,15 +30,15 @@ from tpipe_jax.planning.schedule import IDLE, Item
 
 
 def make_decode(spec: StageSpec) -> Wrapped:
-    """Makes the program from `(params, caches, tokens [B, L], first, index)` to the logits `[B, V]`
-    of the token after `tokens[:, index]`, on all devices, and the caches with these tokens added.
+    """Makes the program from `(params, caches, tokens [B, L], first)` to the logits `[B, L, V]` of
+    the token after each of these, on all devices, and the caches with these tokens added.
 
     The tokens start at position `first` of their sequences; the caches hold the tokens before it.
     The caches that the program is given are donated.
     """
 
     def local(
-        params: Params, caches: list[KVCache], tokens_BL: Array, first: Array, index: Array
+        params: Params, caches: list[KVCache], tokens_BL: Array, first: Array
     ) -> tuple[Array, list[KVCache]]:
         num_stages, (B, L) = lax.axis_size("pipe"), tokens_BL.shape
         params = for_compute(spec, params)
@@ -60,9 +60,9 @@ def make_decode(spec: StageSpec) -> Wrapped:
             vocab_parallel.embed(embed, tokens_BL, spec.dtype),
             jax.tree.map(lambda a: a[0], caches),
         )
-        y_BD = from_stage(-1, y_BLD[:, index])
-        logits_BV = vocab_parallel.logits(head, y_BD, spec.config.model.vocab_size)
-        return logits_BV, jax.tree.map(lambda a: a[None], caches)
+        y_BLD = from_stage(-1, y_BLD)
+        logits_BLV = vocab_parallel.logits(head, y_BLD, spec.config.model.vocab_size)
+        return logits_BLV, jax.tree.map(lambda a: a[None], caches)
 
     specs = manual_part(param_specs(spec.config.model, spec.layers_per_stage))
     caches = PartitionSpec("pipe", "data")
@@ -70,8 +70,8 @@ def make_decode(spec: StageSpec) -> Wrapped:
         local,
         mesh=spec.mesh,
         axis_names={"data", "pipe"},
-        in_specs=(specs, caches, PartitionSpec("data"), PartitionSpec(), PartitionSpec()),
-        out_specs=(PartitionSpec("data", "pipe"), caches),
+        in_specs=(specs, caches, PartitionSpec("data"), PartitionSpec()),
+        out_specs=(PartitionSpec("data", None, "pipe"), caches),
         check_vma=needs_sums(spec.mesh),
     )
     out_shardings = NamedSharding(spec.mesh, PartitionSpec()), _decode_sharding(spec.mesh)

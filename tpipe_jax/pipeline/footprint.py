@@ -12,8 +12,8 @@ from tpipe_jax.pipeline.spec import StageSpec
 
 
 def activation_bytes_per_token(spec: StageSpec) -> tuple[int, int]:
-    """Returns two numbers, bytes per token on a device: what a sequence takes while it is in the
-    pipeline, and what it takes in addition while it goes backward.
+    """Returns two numbers, bytes per token on a device: the memory of a sequence in the pipeline,
+    and the additional memory while it goes backward.
     """
     saved, gathered = _shapes(spec, saved_of), cache_bytes_per_token(spec)[1]
     left = deferred_bytes_per_token(spec) if spec.weight_grads == "at the end" else 0

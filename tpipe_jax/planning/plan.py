@@ -174,7 +174,7 @@ def load_plan(path: Path, request: PlanRequest) -> Plan:
         is_file = isinstance(error, OSError)
         what = f"it cannot be read ({error.strerror})" if is_file else str(error)
         raise UserError(
-            f"config.plan.file={path} is no plan: {what}. Make one with launch/plan.py, or set "
+            f"config.plan.file={path} is no plan: {what}. Make one with tpipe plan, or set "
             "config.plan.token_slices."
         ) from error
     check_plan(f"config.plan.file={path}", plan, request)
@@ -205,13 +205,13 @@ def check_plan(name: str, plan: Plan, request: PlanRequest) -> None:
         if planned != {wanted}:
             raise UserError(
                 f"{name} is for {what} {', '.join(map(str, sorted(planned)))}, "
-                f"but {setting} is {wanted}: plan anew with launch/plan.py, or change the setting."
+                f"but {setting} is {wanted}: plan anew with tpipe plan, or change the setting."
             )
     most = request.num_layers
     if most is not None and plan.num_chunks * plan.num_stages > max(most, plan.num_stages):
         raise UserError(
             f"{name} is for {plan.num_chunks} chunks of {plan.num_stages} stages each, but "
-            f"config.model.num_layers is {most}: plan anew with launch/plan.py."
+            f"config.model.num_layers is {most}: plan anew with tpipe plan."
         )
 
 

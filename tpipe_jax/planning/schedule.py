@@ -226,11 +226,11 @@ def one_forward_one_backward(plan: Plan) -> Schedule:
 def deferred_weights(plan: Plan) -> Schedule:
     """1F1B whose backward passes leave the gradients of weights for later.
 
-    The first stage, which slices reach last on their way back, computes these gradients at once,
-    for each item in the tick of its backward pass. Every other stage fills its ticks up to the work
-    of the busiest stage; what it computes after the passes of a tick counts for the next tick. So,
-    if there are many items, it computes none until an item has come back to the first stage, then
-    mostly one a tick, and the rest when it has no passes left.
+    Slices reach the first stage last on their way back. It computes these gradients at once, in the
+    tick of the backward pass. Every other stage fills its ticks up to the work of the busiest
+    stage. Gradients that it computes after the passes of a tick count for the next tick. With many
+    items it computes none until an item is back at the first stage. Then it computes about one a
+    tick, and the rest at the end.
     """
     schedule = one_forward_one_backward(plan)
     passes = [table.tolist() for table in (schedule.forward, schedule.backward)]

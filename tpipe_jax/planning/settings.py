@@ -1,4 +1,4 @@
-"""Reads the plan in the settings: a complete one, or what the planner has to keep to."""
+"""Reads the plan in the settings: a complete plan, or the limits of the planner."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -5,11 +5,12 @@ equation 5, once for each direction)
 
     sum_i (f_i + b_i)  +  (P - 1) (max_i f_i + max_i b_i)
 
-over its slices i: the work, and the wait while the pipeline fills and drains. Under two thresholds,
-f_i <= F and b_i <= G, dynamic programming finds the least work (their algorithm 1), first over the
-tokens of a sequence, then over the sequences of the batch. Branch and bound searches the
-thresholds. The least work under wide thresholds is a lower bound of the work under all narrower
-ones, so one solution rules out whole rectangles of thresholds, and no threshold is skipped.
+over its slices i: the work, and the wait while the pipeline fills and drains. Cap the slowest
+forward slice at F and the slowest backward slice at G. Under the caps, dynamic programming finds
+the least work (their algorithm 1), over the tokens of a sequence and then over the sequences of the
+batch. Branch and bound searches the two caps. The least work under wide caps is a lower bound of
+the work under all narrower ones. So one solution rules out whole rectangles of caps, and none is
+skipped.
 """
 
 import heapq
@@ -115,7 +116,7 @@ def least_work(
 
 
 class _Solution(NamedTuple):
-    """The slicing of least work under a pair of thresholds."""
+    """The slicing of least work under a pair of caps."""
 
     work: float
     longest: tuple[float, float]
@@ -142,9 +143,9 @@ class _Times:
         forward, backward = (np.unique(t[np.isfinite(t)]) for t in self._times)
         return forward, backward
 
-    def least_work(self, thresholds: tuple[float, float]) -> _Solution | None:
-        """Returns the slicing of least work among those whose slices keep to both thresholds."""
-        within = (self._times[0] <= thresholds[0]) & (self._times[1] <= thresholds[1])
+    def least_work(self, caps: tuple[float, float]) -> _Solution | None:
+        """Returns the slicing of least work among those whose slices keep to both caps."""
+        within = (self._times[0] <= caps[0]) & (self._times[1] <= caps[1])
         work, starts = _over_tokens(np.where(within, self._work, np.inf), np.add)
         total, batch_slices = self._over_batch(work, np.add)
         if not np.isfinite(total):

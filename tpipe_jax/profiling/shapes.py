@@ -51,7 +51,9 @@ def shapes_to_time(batch_size: int, seq_len: int, unit: int, num_stages: int) ->
 def contexts(
     seq_len: int, num_tokens: int, unit: int, shares: tuple[float, ...]
 ) -> tuple[int, ...]:
-    """Returns contexts in whole units: these fractions of the longest context of such a slice."""
+    """Returns contexts in whole units. Each is one of the shares of the longest context that a
+    slice of this length can have.
+    """
     return tuple(sorted({int((seq_len - num_tokens) * share / unit) * unit for share in shares}))
 
 

@@ -1,15 +1,27 @@
 """What the user sees on the terminal: the run at its start, its progress, and its end. No jax."""
 
 import math
+import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+)
+from rich.table import Column, Table
+from rich.text import Text
 
+from tpipe_jax.config.invocation import command
 from tpipe_jax.config.settings import MeshConfig
 from tpipe_jax.planning.estimator import predicted_timeline
 from tpipe_jax.planning.plan import Plan
@@ -17,6 +29,11 @@ from tpipe_jax.planning.planner import TIE, Alternative, Planning, preferred
 
 if TYPE_CHECKING:
     from tpipe_jax.devices.mesh import HostPart
+
+
+PIPE_COLUMNS = 160  # where there is no terminal, so that lines of a log are whole
+NUMBERS = {2: "two", 3: "three", 4: "four"}  # as words
+WIDE, NARROW = 80, 60  # columns beyond which a bar has tokens per second, and a drawn bar
 
 
 @dataclass(frozen=True)
@@ -40,6 +57,8 @@ class Console:
 
     def __init__(self, is_quiet: bool = False) -> None:
         self._rich = RichConsole(quiet=is_quiet, highlight=False, soft_wrap=True)
+        if not self._rich.is_terminal and "COLUMNS" not in os.environ:
+            self._rich.width = PIPE_COLUMNS
         self._progress = self._make_progress("step")
 
     def say(self, text: str) -> None:
@@ -50,7 +69,7 @@ class Console:
         table = Table(show_header=False, box=None, pad_edge=False)
         for name, text in facts.items():
             table.add_row(name, text)
-        self._rich.print(table)
+        self._print_table(table)
 
     def show_hosts(self, parts: Sequence["HostPart"]) -> None:
         """Prints a line for each host, with its part of the mesh."""
@@ -60,7 +79,7 @@ class Console:
         for part in parts:
             numbers = (_ranges(own) for own in (part.stages, part.data_shards))
             table.add_row(part.host, _ranges(part.processes), str(part.num_devices), *numbers)
-        self._rich.print(table)
+        self._print_table(table)
 
     def show_budget(
         self, parts: dict[str, int], remat: str, total_bytes: int, limit_bytes: float | None
@@ -77,34 +96,37 @@ class Console:
             table.add_row(name, _megabytes(num_bytes))
         of_limit = f" of {_megabytes(limit_bytes)}" if limit_bytes is not None else ""
         table.add_row("all of a step, as XLA plans it", _megabytes(total_bytes) + of_limit)
-        self._rich.print(table)
+        self._print_table(table)
 
     def show_plan(self, plan: Plan, chunk_factors: Sequence[float]) -> None:
-        """Prints a line for each slice; batch slices that are alike are shown once."""
+        """Prints a line for each run of token slices of one length. Batch slices that are alike are
+        shown once.
+        """
         title = f"plan, schedule {_schedule(plan)}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-        names = ["batch slices", "sequences", "slice", "tokens", "context"]
-        for name in names + ["forward", "backward"] * (plan.prediction is not None):
+        is_batch = plan.batch_size > 1
+        names = ["batch slices of sequences"] * is_batch + ["slices of tokens", "context"]
+        for name in names + ["forward ms", "backward ms"] * (plan.prediction is not None):
             table.add_column(name, justify="right")
         kinds = list(zip(plan.batch_slices, plan.token_slices, strict=True))
         for m, kind in enumerate(kinds):
             if kind in kinds[:m]:
                 continue
-            context = 0
-            for n, num_tokens in enumerate(kind[1]):
-                row = [f"{kinds.count(kind)}", f"{kind[0]}"] if n == 0 else ["", ""]
-                row += [str(n), str(num_tokens), str(context)]
+            batch = f"{kinds.count(kind)} x {kind[0]}"
+            for start, stop in _runs(kind[1]):
+                row = [batch if start == 0 else ""] * is_batch
+                row += [f"{stop - start} x {kind[1][start]}"]
+                row += [_span([float(sum(kind[1][:n])) for n in range(start, stop)])]
                 if plan.prediction:
                     row += [
-                        milliseconds(times[m][n])
+                        _span([1e3 * seconds for seconds in times[m][start:stop]])
                         for times in (
                             plan.prediction.slice_forward_seconds,
                             plan.prediction.slice_backward_seconds,
                         )
                     ]
                 table.add_row(*row)
-                context += num_tokens
-        self._rich.print(table)
+        self._print_table(table)
         if plan.prediction:
             bubble = predicted_timeline(plan, chunk_factors).bubble
             self.say(
@@ -135,8 +157,8 @@ class Console:
                 slower = other.step_seconds / (prediction.step_seconds or 1) - 1
                 self.say(
                     f"{name} would take {milliseconds(other.step_seconds)}, {slower:+.1%}: "
-                    f"{_count(other.batch_slices, 'batch slice')} of "
-                    f"{_count(other.token_slices, 'token slice')}"
+                    f"{count(other.batch_slices, 'batch slice')} of "
+                    f"{count(other.token_slices, 'token slice')}"
                 )
 
         compare("unsliced", planning.unsliced)
@@ -159,7 +181,7 @@ class Console:
                 "unknown" if num_bytes is None else _megabytes(num_bytes),
                 _reason(planning) if is_taken else "" if option.fits else "does not fit",
             )
-        self._rich.print(table)
+        self._print_table(table)
 
     def show_ranking(self, ranking: Sequence[Ranked]) -> None:
         """Prints a line for each way to divide the devices."""
@@ -175,10 +197,10 @@ class Console:
                 continue
             plan = ranked.planning.plan
             bubble = predicted_timeline(plan, ranked.planning.chunk_factors).bubble
-            count = sum(map(len, plan.token_slices))
-            slices = f"{_schedule(plan)}, {_count(count, 'slice')}"
+            num_slices = sum(map(len, plan.token_slices))
+            slices = f"{_schedule(plan)}, {count(num_slices, 'slice')}"
             table.add_row(*sizes, milliseconds(ranked.seconds), f"{bubble:.0%}", slices)
-        self._rich.print(table)
+        self._print_table(table)
 
     def show_agreement(self, predicted_seconds: float, measured_seconds: float) -> None:
         """Prints how well the predicted and the measured time of a step agree."""
@@ -186,6 +208,31 @@ class Console:
             f"a step takes {milliseconds(measured_seconds)}, predicted were "
             f"{milliseconds(predicted_seconds)}: {predicted_seconds / measured_seconds - 1:+.0%}"
         )
+
+    def show_comparison(self, num_stages: int, sliced_seconds: float, whole_seconds: float) -> None:
+        """Prints how long a step takes in token slices, and how long with whole sequences."""
+        stages = f"{NUMBERS.get(num_stages, num_stages)} stages"
+        self.say(
+            f"token slices: {milliseconds(sliced_seconds)} a step; whole sequences on the same "
+            f"{stages}: {milliseconds(whole_seconds)}; {whole_seconds / sliced_seconds:.1f} times "
+            "as fast"
+        )
+
+    def show_next_steps(self, workdir: Path, num_steps: int) -> None:
+        """Prints what can be done with a trained model, as commands that work as they stand."""
+        folder, text = shlex.quote(str(workdir)), "docs" if Path("docs").is_dir() else "FILE"
+        commands = {
+            "look at": f"{folder}/loss.png and {folder}/timeline.png",
+            "all numbers": f"tensorboard --logdir={folder}",
+            "continue a text": f'{command("generate")} --workdir={folder} --prompt="The "',
+            "measure the loss": f"{command('evaluate')} --workdir={folder}",
+            "train longer": f"{command('train')} --workdir={folder} "
+            f"--config.train.num-steps={2 * num_steps}",
+            "your own text": f"{command('train')} --workdir=runs/mine --config.data.train={text}",
+        }
+        self.say("what next:")
+        for what, words in commands.items():
+            self.say(f"    {what:17} {words}")
 
     @contextmanager
     def profiling(self) -> Iterator[Callable[[int, int], None]]:
@@ -212,13 +259,13 @@ class Console:
 
     def show_progress(self, step: int, metrics: dict[str, float]) -> None:
         """Moves the bar; where there is no terminal to draw it on, prints a line instead."""
-        numbers = (
-            f"loss {metrics['loss']:.3f}  {metrics['tokens_per_second']:,.0f} tokens/s  "
-            f"{metrics['step_seconds'] * 1e3:.0f} ms/step"
-        )
+        loss, speed = f"loss {metrics['loss']:.3f}", f"{metrics['tokens_per_second']:,.0f} tokens/s"
+        each = f"{metrics['step_seconds'] * 1e3:.0f} ms/step"
+        numbers = loss if self._rich.width <= NARROW else f"{loss}  {each}"
+        numbers = f"{loss}  {speed}  {each}" if self._rich.width > WIDE else numbers
         self._progress.update(self._progress.task_ids[0], completed=step, numbers=numbers)
         if not self._rich.is_terminal:
-            self.say(f"step {step}: {numbers}")
+            self.say(f"step {step}: {loss}  {speed}  {each}")
         if "eval_loss" in metrics:
             self.say(f"step {step}: held-out loss {metrics['eval_loss']:.3f} nats per token")
 
@@ -229,15 +276,29 @@ class Console:
         self._rich.print("[dim]... and how the model continues it[/dim]")
         self.say(continuation)
 
+    def _print_table(self, table: Table) -> None:
+        for column in table.columns:
+            column.overflow = "fold"  # so that nothing is cut off on a narrow terminal
+        if self._rich.is_terminal:
+            self._rich.print(table, soft_wrap=False)  # cells that are too wide are wrapped
+            return
+        with self._rich.capture() as printed:
+            self._rich.print(table)
+        for line in printed.get().splitlines():  # without the spaces that fill up each line
+            self.say(line.rstrip())
+
     def _make_progress(self, what: str) -> Progress:
+        bars = [BarColumn(bar_width=40 if self._rich.width > WIDE else 10)]
         return Progress(
             TextColumn(what),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True)),
+            *(bars if self._rich.width > NARROW else []),
+            TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True)),
+            TimeLeft(table_column=Column(no_wrap=True)),
             console=self._rich,
             refresh_per_second=2,  # not more often, since the cores are busy
+            transient=True,
+            disable=not self._rich.is_terminal,
         )
 
 
@@ -276,5 +337,35 @@ def _ranges(numbers: Sequence[int]) -> str:
     return ", ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in pairs)
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
+def count(number: int, what: str) -> str:
+    """Returns a number of things as text, as 1 layer or 2,000 layers."""
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def _runs(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Returns the start and the stop of each run of equal lengths."""
+    starts = [n for n in range(len(lengths)) if n == 0 or lengths[n] != lengths[n - 1]]
+    return list(zip(starts, [*starts[1:], len(lengths)], strict=True))
+
+
+def _span(values: Sequence[float]) -> str:
+    """Returns the least and the most of some numbers as text, as 0.84-2.1."""
+    ends = [
+        f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in (min(values), max(values))
+    ]
+    return "-".join(dict.fromkeys(ends))
+
+
+class TimeLeft(ProgressColumn):
+    """The time that is left, and says so: it could be taken for the time that has passed."""
+
+    max_refresh = 0.5
+
+    def render(self, task: Task) -> Text:
+        left = task.time_remaining
+        if task.finished or left is None:
+            return Text("")
+        minutes, seconds = divmod(int(left), 60)
+        hours, minutes = divmod(minutes, 60)
+        start = f"{hours}:{minutes:02}" if hours else f"{minutes}"
+        return Text(f"{start}:{seconds:02} left")

@@ -26,6 +26,9 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tpipe_jax.config.settings import Config, to_dict
 from tpipe_jax.errors import UserError
 from tpipe_jax.files import as_user_error
+from tpipe_jax.reporting.loss_plot import FILE, draw_losses
+
+DRAW_SECONDS = 20  # between two pictures of the losses
 
 
 class Metrics:
@@ -39,7 +42,7 @@ class Metrics:
     """
 
     def __init__(self, workdir: Path, first_step: int, config: Config | None = None) -> None:
-        self._path = workdir / "metrics.jsonl"
+        self._path, self._drawn = workdir / "metrics.jsonl", time.monotonic()
         events = workdir / "tensorboard"
         with self._writing():
             events.mkdir(parents=True, exist_ok=True)
@@ -69,6 +72,12 @@ class Metrics:
         if self._tracker:
             with _tracking():
                 self._tracker.log(values, step=step)
+
+    def draw(self, is_last: bool = False) -> None:
+        """Draws loss.png, but not often, since that takes a part of a second."""
+        if is_last or time.monotonic() - self._drawn > DRAW_SECONDS:
+            draw_losses([self._path.parent], self._path.with_name(FILE))
+            self._drawn = time.monotonic()
 
     def close(self) -> None:
         """Closes the files."""

@@ -6,15 +6,16 @@ from pathlib import Path
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import LogLocator, NullLocator
 
 from tpipe_jax.files import writing_to
 from tpipe_jax.planning.estimator import predicted_timeline
 from tpipe_jax.planning.latency import LatencyTable, Profile, Sample
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import make_schedule
-from tpipe_jax.reporting.timeline import draw_boxes
+from tpipe_jax.reporting.timeline import MANY_STAGES, draw_boxes, duration, label_boxes
 
 
 def draw_plan(
@@ -25,8 +26,11 @@ def draw_plan(
     Raises `UserError` if it cannot be written.
     """
     assert plan.prediction is not None
-    figure = Figure(figsize=(13, 9), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(3, 2))[:, 0]
+    schedule, timeline = make_schedule(plan), predicted_timeline(plan, chunk_factors)
+    num_stages = min(plan.num_stages, MANY_STAGES)
+    heights = 6.0, 2.2 + max(2.0, 0.6 * num_stages)
+    figure = Figure(figsize=(14, sum(heights)), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=heights)[:, 0]
     tests = [sample for sample in table.profile.samples if sample.is_test] if table.profile else []
     panels = top.subplots(1, 2 + bool(tests))
     _draw_latencies(panels[0], "forward", table.forward, table, plan)
@@ -34,17 +38,17 @@ def draw_plan(
     if table.profile and tests:
         _draw_errors(panels[2], table.profile, tests)
     axes = bottom.subplots()
-    schedule, timeline = make_schedule(plan), predicted_timeline(plan, chunk_factors)
-    kinds = draw_boxes(axes, schedule, timeline, "s")
+    entries = draw_boxes(axes, schedule, timeline)
     axes.set_title(
-        f"predicted timeline: {timeline.step_seconds:.4g} s in the pipeline, "
-        f"{plan.prediction.outside_seconds:.3g} s outside of it, bubble {timeline.bubble:.0%}",
-        fontsize=10,
+        f"computed from these times: a step of {duration(plan.prediction.step_seconds)}, "
+        f"{duration(plan.prediction.outside_seconds)} of it outside the pipeline; "
+        f"in the pipeline stages are busy {1 - timeline.bubble:.0%} of the time"
     )
-    bottom.legend(handles=kinds, loc="outside lower right", ncols=3, frameon=False, fontsize=8)
+    bottom.legend(handles=entries, loc="outside lower right", ncols=5, frameon=False)
+    label_boxes(axes, schedule, timeline)
     with writing_to(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        figure.savefig(workdir / "plan.png", dpi=110)
+        figure.savefig(workdir / "plan.png", dpi=110, facecolor="white")
 
 
 def _draw_latencies(
@@ -62,7 +66,7 @@ def _draw_latencies(
         for context, colour in zip(contexts, colours, strict=True):
             seconds = times[b - 1, :, context]
             seconds = np.where(np.isfinite(seconds), seconds, np.nan)
-            label = f"{b} x, after {context * table.unit_tokens}"
+            label = f"{f'{b} sequences, ' * (b > 1)}{context * table.unit_tokens} tokens before it"
             axes.plot(tokens, seconds * 1e3, style, color=colour, lw=1.2, label=label)
     if table.profile:
         transfer = table.profile.transfer
@@ -79,9 +83,14 @@ def _draw_latencies(
                 )
     if times.max(where=np.isfinite(times), initial=0) > 0:
         axes.set(xscale="log", yscale="log")
-    axes.set(xlabel="tokens of the slice", ylabel="ms")
-    axes.set_title(f"{name}: sequences x, after tokens of context", fontsize=10)
-    axes.legend(fontsize=7, frameon=False)
+        _plain_ticks(axes.xaxis, 2)
+        _plain_ticks(axes.yaxis)
+    axes.set(xlabel="tokens of the slice", ylabel="time of a stage [ms]")
+    title = f"{name} pass of a slice"
+    if table.profile:
+        title = f"{title}, measured (dots and crosses)\nand fitted (lines; not to crosses)"
+    axes.set_title(title)
+    axes.legend(frameon=False)
     axes.grid(alpha=0.25)
 
 
@@ -99,8 +108,16 @@ def _draw_errors(axes: Axes, profile: Profile, tests: Sequence[Sample]) -> None:
             f"{name}: median {np.median(size):.1f}%, 95th percentile {np.percentile(size, 95):.1f}%"
         )
     axes.axhline(0, color="grey", lw=0.8)
-    axes.set(xscale="log", xlabel="measured [ms]", ylabel="prediction over measurement - 1 [%]")
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_title("\n".join(["error on slices kept out of the fit", *lines]), fontsize=10)
-    axes.legend(fontsize=7, frameon=False)
+    axes.set_xscale("log")
+    _plain_ticks(axes.xaxis)
+    axes.set(xlabel="measured time [ms]", ylabel="predicted too long (+) or too short (-) by [%]")
+    axes.set_title("\n".join(["error of the fit at the crosses", *lines]))
+    axes.legend(frameon=False)
     axes.grid(alpha=0.25)
+
+
+def _plain_ticks(axis: Axis, base: int = 10) -> None:
+    """Gives a logarithmic axis plain numbers: 1, 2, 5, 10 and so on, or powers of two."""
+    axis.set_major_locator(LogLocator(base, subs=(1, 2, 5) if base == 10 else (1,)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())

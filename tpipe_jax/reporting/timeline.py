@@ -1,5 +1,6 @@
 """Draws a schedule, and writes it as a trace: one box for each slice on each stage."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,10 @@ from typing import Any
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.collections import PatchCollection
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.patheffects import withStroke
 
 from tpipe_jax.planning.schedule import Schedule
 from tpipe_jax.planning.simulate import Kind, Timeline
@@ -24,71 +27,151 @@ LABELS: dict[Kind, str] = {
     "backward": "backward",
     "weights": "gradients of weights",
 }
+MANY_STAGES = 24
+LABEL_POINTS = 10  # as matplotlib's ticks
+CHARACTER_POINTS = 0.65 * LABEL_POINTS  # a digit of matplotlib's font
+LINE_POINTS = 0.9 * LABEL_POINTS  # digits have nothing below their line
+
+
+def duration(seconds: float) -> str:
+    """Returns a time as text: in ms, or in s from 10 s on, with three digits."""
+    if seconds >= 9.9995:
+        return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:.0f} s"
+    return f"{1000 * seconds:.3g} ms" if seconds < 0.9995 else f"{1000 * seconds:.0f} ms"
 
 
 def draw_timeline(
     path: Path, schedule: Schedule, timeline: Timeline, title: str, unit: str = "s"
 ) -> None:
-    """Writes a PNG of the timeline of a schedule."""
-    figure = Figure(figsize=(12, 1.8 + 0.55 * min(schedule.num_stages, 24)), layout="constrained")
+    """Writes a PNG of a computed timeline, in seconds or in another unit of work. It is as wide as
+    the labels of its boxes need, up to 20 inches.
+    """
+    shares = [box.stop_seconds - box.start_seconds for box in timeline.boxes]
+    needed = 1.5 + LINE_POINTS / 72 * timeline.step_seconds / max(min(shares), 1e-30)
+    are_many = schedule.num_stages > MANY_STAGES
+    width = 12 if are_many or needed > 20 else max(12, needed)
+    longest = max(map(len, slice_names(schedule)))
+    row = 0.3 if are_many else 0.6
+    if schedule.num_stages <= 8:  # there is room for labels that stand
+        row = max(row, 1.4 * longest * CHARACTER_POINTS / 72)
+    height = 2.2 + row * min(schedule.num_stages, MANY_STAGES)
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots()
-    kinds = draw_boxes(axes, schedule, timeline, unit)
+    entries = draw_boxes(axes, schedule, timeline, unit)
+    step = f"{duration(timeline.step_seconds)} a step in the pipeline, " if unit == "s" else ""
     busy = f"stages are busy {1 - timeline.bubble:.0%} of the time"
-    axes.set_title(f"{title}\n{busy}", fontsize=10)
-    figure.legend(handles=kinds, loc="outside lower right", ncols=3, frameon=False, fontsize=8)
-    figure.savefig(path, dpi=130)
+    axes.set_title(f"{title}\ncomputed, not measured: {step}{busy}")
+    figure.legend(handles=entries, loc="outside lower right", ncols=5, frameon=False)
+    label_boxes(axes, schedule, timeline)
+    figure.savefig(path, dpi=110, facecolor="white")
 
 
 def draw_boxes(
-    axes: Axes, schedule: Schedule, timeline: Timeline, unit: str, end: float | None = None
+    axes: Axes, schedule: Schedule, timeline: Timeline, unit: str = "s", end: float | None = None
 ) -> list[Patch]:
-    """Draws the timeline, on an axis that ends with it or at `end`. Returns the entries of a
-    legend.
+    """Draws the timeline, on an axis that ends with it or at `end`. Seconds are shown in ms below
+    10 s, another unit as a share of a step. Returns the entries of a legend.
     """
     num_stages, num_items = schedule.num_stages, len(schedule.items)
-    is_one_row = all(item.num_rows == 1 for item in schedule.items)
     end = end or timeline.step_seconds or 1.0
-    colours = colormaps["viridis"]
-    are_many = num_stages > 24
+    scale, label = (1.0, "time [s]") if end >= 10 else (1000.0, "time [ms]")
+    if unit != "s":
+        scale, label = 100 / end, "share of a step [%]"
+    are_many = num_stages > MANY_STAGES
     rectangles = []
     for box in timeline.boxes:
-        shade = colours(0.15 + 0.75 * box.item / max(1, num_items - 1))
-        width = box.stop_seconds - box.start_seconds
         style = dict(STYLES[box.kind])
         if are_many:
             style.pop("hatch", None)
-        corner = box.start_seconds, box.stage - 0.4
+        corner = scale * box.start_seconds, box.stage - 0.4
+        width = scale * (box.stop_seconds - box.start_seconds)
         edge = "none" if are_many else "white"
+        shade = _shade(box.item, num_items)
         rectangles.append(
             Rectangle(corner, width, 0.8, facecolor=shade, edgecolor=edge, lw=0.8, **style)
         )
-        if are_many:
-            continue
-        axes.add_patch(rectangles[-1])
-        item = schedule.items[box.item]
-        label = f"{item.num_tokens}" if is_one_row else f"{item.num_rows} x {item.num_tokens}"
-        if width > 0.008 * len(label) * end:
-            axes.text(
-                *(box.start_seconds + width / 2, box.stage),
-                label,
-                ha="center",
-                va="center",
-                fontsize=8,
-                bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none", "alpha": 0.8},
-            )
+        if not are_many:
+            axes.add_patch(rectangles[-1])
     if are_many:  # much faster to draw than many single patches
         axes.add_collection(PatchCollection(rectangles, match_original=True))
-    axes.set(xlim=(0, end), ylim=(num_stages - 0.5, -0.5), xlabel=f"time [{unit}]")
-    step = -(-num_stages // 24)
+    axes.set(xlim=(0, scale * end), ylim=(num_stages - 0.5, -0.5), xlabel=label)
+    step = -(-num_stages // MANY_STAGES)
     axes.set_yticks(range(0, num_stages, step), [f"stage {s}" for s in range(0, num_stages, step)])
+    axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
     grey: dict[str, Any] = {"facecolor": "grey", "edgecolor": "white"}
     shown = {box.kind for box in timeline.boxes}
-    return [
+    entries = [
         Patch(label=LABELS[kind], **style, **grey)
         for kind, style in STYLES.items()
         if kind in shown
     ]
+    if num_items > 1:
+        ends = {"first slice": 0, "last slice": num_items - 1}
+        entries += [Patch(label=name, color=_shade(i, num_items)) for name, i in ends.items()]
+    return entries
+
+
+def label_boxes(axes: Axes, schedule: Schedule, timeline: Timeline) -> None:
+    """Writes its slice into each box of a drawn timeline; if one of them is too small, lists the
+    slices below the axis instead. The layout of the figure must be complete.
+    """
+    figure, names = axes.get_figure(root=True), slice_names(schedule)
+    assert figure
+    figure.draw_without_rendering()  # which gives the axes their size
+    space, (left, right) = axes.get_window_extent(), axes.get_xlim()
+    points = 72 / figure.dpi
+    height = 0.8 * points * space.height / schedule.num_stages
+    labels = []
+    for patch, box in zip(axes.patches, timeline.boxes, strict=bool(axes.patches)):
+        assert isinstance(patch, Rectangle)
+        name, width = names[box.item], points * space.width * patch.get_width() / (right - left)
+        length = CHARACTER_POINTS * (len(name) + 0.5)
+        is_flat = min(width - length, height - LINE_POINTS) >= 0
+        if is_flat or min(height - length, width - LINE_POINTS) >= 0:
+            labels.append((patch, name, 0 if is_flat else 90))
+    what = "sequences x tokens" if " x " in names[0] else "tokens"
+    if are_labelled := len(labels) == len(timeline.boxes):
+        note = f"in each box: {what} of its slice"
+    else:
+        own = [name for name, item in zip(names, schedule.items, strict=True) if not item.chunk]
+        note = f"{what} of the slices, first to last: {_runs(own)}"
+    axes.set_xlabel(f"{axes.get_xlabel()}\n{note}")
+    for patch, name, rotation in labels if are_labelled else []:
+        red, green, blue, alpha = to_rgba(patch.get_facecolor())
+        is_dark = alpha == 1 and 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
+        x, y = patch.get_center()
+        label = axes.text(
+            *(x, y, name),
+            ha="center",
+            va="center",
+            rotation=rotation,
+            fontsize=LABEL_POINTS,
+            color="white" if is_dark else "black",
+        )
+        if alpha < 1:  # apart from what the box is hatched with
+            label.set_path_effects([withStroke(linewidth=2, foreground="white", alpha=0.7)])
+
+
+def slice_names(schedule: Schedule) -> list[str]:
+    """Returns the tokens of each item, behind its sequences where some item has several."""
+    is_one_row = all(item.num_rows == 1 for item in schedule.items)
+    return [
+        f"{item.num_tokens}" if is_one_row else f"{item.num_rows} x {item.num_tokens}"
+        for item in schedule.items
+    ]
+
+
+def _shade(item: int, num_items: int) -> Any:
+    """Returns the colour of an item, from dark to light."""
+    return colormaps["viridis"](0.15 + 0.75 * item / max(1, num_items - 1))
+
+
+def _runs(names: list[str]) -> str:
+    """Returns names in a row as text, equal neighbours once, the middle of many left out."""
+    runs = [(name, len(list(own))) for name, own in itertools.groupby(names)]
+    texts = [name + f" ({count} times)" * (count > 1) for name, count in runs]
+    return ", ".join(texts if len(texts) <= 6 else [*texts[:3], "...", *texts[-2:]])
 
 
 def trace_events(

@@ -62,7 +62,7 @@ def describe_in_files(
     title = f"{slices} on {schedule.num_stages} stages, "
     if plan.prediction:
         timeline, unit, name = predicted_timeline(plan, chunk_factors), "s", "predicted"
-        title += "as wide as the time that they should take"
+        title += "at the predicted times"
     else:
         cost = [
             item.num_rows * forward_flops(config.model, item.num_tokens, item.token) / 1e9
@@ -75,7 +75,7 @@ def describe_in_files(
         timeline = simulate(
             schedule, cost, backward, weight_seconds=later, chunk_factors=chunk_factors
         )
-        unit, title = "GFLOP in a layer", title + "as wide as their floating-point operations"
+        unit, title = "GFLOP in a layer", title + "by floating-point operations"
         name = "operations: a second is a GFLOP in a layer"
     events = trace_events(EXPECTED, name, schedule, timeline)
     measured = read_trace(workdir / "timeline.json", MEASURED)

@@ -14,7 +14,7 @@ from shutil import get_terminal_size
 from typing import IO, Any
 
 from tpipe_jax.config.command_line import without_option
-from tpipe_jax.config.flags import Flags
+from tpipe_jax.config.flags import Flags, PlanFlags
 from tpipe_jax.errors import UserError
 
 GRACE_SECONDS = 10  # for the others to end by themselves after one has failed
@@ -24,7 +24,7 @@ FINAL = (0, 2, 130)  # done, user error, stopped: starting again would not help
 Child = subprocess.Popen[str]
 
 
-def supervise(argv: Sequence[str], flags: Flags) -> int:
+def supervise(argv: Sequence[str], flags: Flags | PlanFlags) -> int:
     """Runs the program in a process of its own, or in as many local processes as are asked for.
     Starts it again when it has failed, as often as restarts are allowed. Returns the last exit
     status.
@@ -52,7 +52,7 @@ def supervise(argv: Sequence[str], flags: Flags) -> int:
                     return status
 
 
-def start_local(argv: Sequence[str], flags: Flags, children: list[Child]) -> int:
+def start_local(argv: Sequence[str], flags: Flags | PlanFlags, children: list[Child]) -> int:
     """Starts the program once for each local process, and relays what the processes print, line by
     line.
 

@@ -25,7 +25,7 @@ import numpy as np
 from jax._src import distributed  # the coordination service's values have no public name yet
 from jax.experimental import multihost_utils
 
-from tpipe_jax.config.flags import Flags, ProcessFlags
+from tpipe_jax.config.flags import Flags, PlanFlags, ProcessFlags
 from tpipe_jax.config.settings import differences, to_dict
 from tpipe_jax.errors import UserError
 from tpipe_jax.runtime.failures import ending_together, print_error
@@ -37,7 +37,7 @@ HEARTBEAT_SECONDS = 15  # of silence, after which a process counts as killed or 
 
 
 @contextmanager
-def joined(flags: Flags) -> Iterator[int]:
+def joined(flags: Flags | PlanFlags) -> Iterator[int]:
     """Joins the other processes of the run, yields their number, and leaves together with them.
 
     Call it before anything else of jax. If one process fails inside, all processes end with the
@@ -240,7 +240,7 @@ def _host_and_port(address: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
-def _agree(flags: Flags) -> None:
+def _agree(flags: Flags | PlanFlags) -> None:
     """Raises `UserError` if this process has other settings or versions than process 0."""
     ours = json.loads(json.dumps(_facts(flags)))
     key, client = "tpipe_jax/facts", _client()
@@ -259,7 +259,7 @@ def _agree(flags: Flags) -> None:
         )
 
 
-def _facts(flags: Flags) -> dict[str, Any]:
+def _facts(flags: Flags | PlanFlags) -> dict[str, Any]:
     """Returns what must be the same in all processes."""
     code = hashlib.sha256()
     for path in sorted(PACKAGE.rglob("*.py")):

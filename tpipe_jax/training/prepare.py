@@ -13,6 +13,7 @@ from jax.stages import Compiled
 from tpipe_jax.config.settings import Config
 from tpipe_jax.data.batches import Batches, open_data
 from tpipe_jax.devices.hlo import compile_checked
+from tpipe_jax.model.local_init import check_local_init
 from tpipe_jax.model.remat import candidates
 from tpipe_jax.pipeline.spec import StageSpec, make_spec, spec_on_devices
 from tpipe_jax.planning.plan import Plan, PlanRequest
@@ -54,6 +55,8 @@ def prepare(config: Config, devices: Sequence[jax.Device]) -> Run:
 
     Raises `UserError` if settings, devices and data don't fit each other.
     """
+    if config.train.init == "local":
+        check_local_init(config.model)
     spec = spec_on_devices(config, devices)
     described = spec.config
     candidates(described.memory)

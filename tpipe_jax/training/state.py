@@ -17,6 +17,7 @@ from tpipe_jax.data.rows import RowLayout
 from tpipe_jax.devices.mesh import over_data, shardings
 from tpipe_jax.model.block import Params
 from tpipe_jax.model.functional import init_block
+from tpipe_jax.model.local_init import local_block, local_positions
 from tpipe_jax.model.sharding import padded_vocab_size, param_specs
 from tpipe_jax.model.transformer import block_keys, init
 from tpipe_jax.pipeline.spec import StageSpec
@@ -83,17 +84,22 @@ def _new_params(spec: StageSpec) -> Params:
     model, key = spec.config.model, jax.random.key(spec.config.train.seed)
     params, keys = init(model, key), block_keys(model, key)
     draw = jax.jit(jax.vmap(partial(init_block, model)))
+    is_local = spec.config.train.init == "local"
 
     def blocks(layer_P: np.ndarray) -> Params:
         is_layer_P, drawn = layer_P >= 0, draw(keys[np.maximum(layer_P, 0)])
+        drawn = local_block(model, drawn) if is_local else drawn
         return jax.tree.map(
             lambda a: jnp.where(is_layer_P.reshape(-1, *[1] * (a.ndim - 1)), a, 0), drawn
         )
 
     table_VD = params["embed"]["tokens"]
     fill = padded_vocab_size(model, spec.mesh) - len(table_VD)
+    embed = params["embed"] | {"tokens": jnp.pad(table_VD, ((0, fill), (0, 0)))}
+    if is_local:
+        embed["positions"] = local_positions(model)
     return params | {
-        "embed": params["embed"] | {"tokens": jnp.pad(table_VD, ((0, fill), (0, 0)))},
+        "embed": embed,
         "blocks": [
             blocks(layer_P)
             for layer_P in stage_layers(model.num_layers, spec.num_stages, spec.num_chunks)

@@ -124,6 +124,8 @@ class StepLog:
             line["eval_loss"] = evaluate()
         if self._metrics:
             self._metrics.write(step, line)
+            if evaluate:
+                self._metrics.draw(is_last=step == self._train.num_steps)
         self._console.show_progress(step, line)
         if has_diverged:
             raise UserError(self._divergence(step, num_bad))

@@ -1,0 +1,90 @@
+"""Writes the tables of docs/settings.md: every setting with type, default, range and meaning.
+
+    python docs/settings.py
+
+All of it comes from the dataclasses in tpipe_jax/config/settings.py. A test fails if the page is
+out of date. jax is not needed.
+"""
+
+import ast
+import dataclasses
+import inspect
+import types
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from tpipe_jax.config import settings
+from tpipe_jax.config.fields import Range
+
+PAGE = Path(__file__).with_suffix(".md")
+BEGIN = "<!-- Written by docs/settings.py: begin -->"
+END = "<!-- Written by docs/settings.py: end -->"
+TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
+
+
+def meanings(kind: type) -> dict[str, str]:
+    """The docstring of each field of a dataclass."""
+    (section,) = ast.parse(inspect.getsource(kind)).body
+    assert isinstance(section, ast.ClassDef)
+    found = {}
+    for field, after in zip(section.body, section.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
+            assert isinstance(field.target, ast.Name)
+            found[field.target.id] = " ".join(ast.literal_eval(after.value).split())
+    return found
+
+
+def described(hint: Any) -> tuple[str, str, str | None]:
+    """The type of a field, the values that it may have, and its name on the command line if that
+    differs.
+    """
+    if get_origin(hint) in (types.UnionType, Union):
+        hint = next(option for option in get_args(hint) if option is not type(None))
+    notes: tuple[Any, ...] = ()
+    if get_origin(hint) is Annotated:
+        hint, *notes = get_args(hint)
+    name = next((note.name for note in notes if getattr(note, "name", None)), None)
+    if get_origin(hint) is Literal:
+        return "choice", ", ".join(f"`{value}`" for value in get_args(hint)), name
+    allowed = next((note for note in notes if isinstance(note, Range)), None)
+    return TYPES[hint], str(allowed or ""), name
+
+
+def spelled(value: Any) -> str:
+    """A default as one would write it on the command line."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def tables() -> str:
+    """The generated part of the page: a table for each section."""
+    parts = []
+    for name, kind in get_type_hints(settings.Config).items():
+        hints, said = get_type_hints(kind, include_extras=True), meanings(kind)
+        about = " ".join((kind.__doc__ or "").split())
+        parts += [f"### config.{name}", "", about, ""]
+        parts += ["| field | type | default | range | meaning |", "|---|---|---|---|---|"]
+        for field in dataclasses.fields(kind):
+            what, allowed, given = described(hints[field.name])
+            cells = (
+                f"`{name}.{given or field.name}`",
+                what,
+                f"`{spelled(field.default)}`",
+                allowed,
+                said[field.name].replace("*", r"\*").replace("|", r"\|"),
+            )
+            parts.append(f"| {' | '.join(cells)} |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def renewed(page: str) -> str:
+    """The page with the tables of today between the two marks."""
+    before, _, rest = page.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{tables()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(renewed(PAGE.read_text()))

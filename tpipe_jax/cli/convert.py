@@ -1,0 +1,32 @@
+"""`tpipe convert`: weights from and to the folders of Hugging Face's GPT-2."""
+
+from tpipe_jax.config.command_line import parse_convert
+from tpipe_jax.config.flags import ImportFlags
+from tpipe_jax.config.invocation import command
+
+
+def main(args: list[str], program: str) -> None:
+    """Runs the command."""
+    flags = parse_convert(args, program)
+    if flags is None:
+        return
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # nothing is computed
+    from tpipe_jax.interop import convert
+
+    if isinstance(flags, ImportFlags):
+        model = convert.import_gpt2(flags.source, flags.workdir).model
+        print(
+            f"{flags.workdir} has a model of {model.num_layers} layers, width {model.d_model}, "
+            f"{model.num_heads} heads, vocabulary {model.vocab_size}, as step 0; train it with\n"
+            f"    {command('train')} --workdir={flags.workdir} --config.data.train=TOKENS"
+        )
+    else:
+        step = convert.export_gpt2(flags.workdir, flags.to, flags.step, flags.tokenizer)
+        has_text = (flags.to / convert.TOKENIZER).exists()
+        tokenizer = "and the tokenizer" if has_text else "and no tokenizer: the run names none"
+        print(f"{flags.to} has the weights of step {step}, {tokenizer}; load it with")
+        print(f"    transformers.GPT2LMHeadModel.from_pretrained({str(flags.to)!r})")
+        if has_text:
+            print(f"    transformers.AutoTokenizer.from_pretrained({str(flags.to)!r})")

@@ -1,0 +1,29 @@
+"""`tpipe train`, and launch/multihost.py: trains in one process or several. No jax."""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tpipe_jax.commands.launch import launch
+from tpipe_jax.config.command_line import parse
+from tpipe_jax.config.flags import Flags
+from tpipe_jax.config.settings import Config
+from tpipe_jax.reporting.console import Console
+
+
+def main(args: list[str], program: str) -> int:
+    """Runs the command; returns the exit status."""
+    flags = parse(args, program)
+    return launch(flags, partial(_work, flags))
+
+
+def _work(
+    flags: Flags, config: Config, workdir: Path, devices: Sequence[Any], console: Console
+) -> None:
+    from tpipe_jax.commands.train import train
+    from tpipe_jax.reporting.step_profile import parse_steps
+
+    profiled = parse_steps(flags.profile, flags.config.train)
+    if train(config, workdir, devices, console, profiled):
+        console.show_next_steps(workdir, config.train.num_steps)

@@ -1,0 +1,57 @@
+"""Texts to continue as tokens of a trained model, and its tokens as text."""
+
+from pathlib import Path
+
+from tpipe_jax.config.config_files import RUN_FILE, load_config
+from tpipe_jax.config.settings import BYTES, BYTES_NAME, ModelConfig
+from tpipe_jax.data.tokenizer import Tokenizer, open_tokenizer
+from tpipe_jax.errors import UserError
+
+
+def tokenizer_of(workdir: Path, name: str | None = None) -> Tokenizer:
+    """Opens the tokenizer of this name, or the one with which the run has read its text."""
+    path = workdir / RUN_FILE
+    if name is None and path.exists():
+        return open_tokenizer("config.data.tokenizer", load_config(path).data.tokenizer)
+    return open_tokenizer("--tokenizer", name or BYTES_NAME)
+
+
+def encode_prompt(text: str, tokenizer: Tokenizer, model: ModelConfig) -> list[int]:
+    """Returns the tokens of a text. Raises `UserError` if the model has none of them."""
+    if not _is_of(tokenizer, model):
+        raise UserError(
+            f"--prompt is text of a tokenizer of {tokenizer.vocab_size} tokens, but the model "
+            f"has {model.vocab_size}: give its own with --tokenizer, or --prompt-ids."
+        )
+    return check_prompt("--prompt", tokenizer.encode(text).tolist(), model)
+
+
+def parse_ids(text: str, model: ModelConfig) -> list[int]:
+    """Returns the tokens of a list of numbers. Raises `UserError` if it is none."""
+    try:
+        tokens = [int(word) for word in text.split(",")]
+    except ValueError:
+        raise UserError(f"--prompt-ids={text} is no list of numbers, as 464,3290.") from None
+    return check_prompt("--prompt-ids", tokens, model)
+
+
+def check_prompt(name: str, tokens: list[int], model: ModelConfig) -> list[int]:
+    """Returns the tokens. Raises `UserError` if they are none, too many, or not of the model."""
+    outside = [token for token in tokens if not 0 <= token < model.vocab_size]
+    if outside or not tokens:
+        what = f"has {outside[0]}, which is no token" if outside else "is empty"
+        raise UserError(
+            f"{name} {what}: give at least one token, from 0 to {model.vocab_size - 1}."
+        )
+    if len(tokens) > model.seq_len:
+        raise UserError(
+            f"{name} has {len(tokens)} tokens, more than config.model.seq_len={model.seq_len}: "
+            "shorten it."
+        )
+    return tokens
+
+
+def _is_of(tokenizer: Tokenizer, model: ModelConfig) -> bool:
+    """Whether tokens of the model are text; a vocabulary may be filled up to a rounder number."""
+    is_shorter = BYTES != tokenizer.vocab_size < model.vocab_size
+    return is_shorter or tokenizer.vocab_size == model.vocab_size

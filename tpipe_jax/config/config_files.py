@@ -1,0 +1,75 @@
+"""Settings from files: shipped configs, Python files, and the config.json of a run. No jax."""
+
+import json
+from pathlib import Path
+
+from tpipe_jax.config.settings import GPT2, Config, from_dict, unresolved
+from tpipe_jax.config.user_code import load_file
+from tpipe_jax.errors import UserError
+
+RUN_FILE = "config.json"  # the settings of a run, in its workdir
+# An installed package has the folder inside, a checkout beside it.
+_PLACES = [Path(__file__).resolve().parents[n] / "configs" for n in (1, 2)]
+CONFIGS = next((place for place in _PLACES if place.is_dir()), _PLACES[0])
+
+
+def find_config(name: str) -> Path:
+    """Returns the file of a config that is named by its path, or by the name of a shipped one.
+
+    Raises `UserError` if there is no such file.
+    """
+    path = Path(name)
+    if path.is_dir() and (path / RUN_FILE).is_file():
+        return path / RUN_FILE
+    shipped = CONFIGS / f"{name}.py"
+    if not path.is_file() and "/" not in name and shipped.is_file():
+        return shipped
+    if not path.is_file():
+        known = ", ".join(sorted(path.stem for path in CONFIGS.glob("[!_]*.py")))
+        raise UserError(
+            f"--config={name} is no file: give a config file, the config.json of a run, or one of "
+            f"{known}."
+        )
+    return path
+
+
+def load_config(path: Path) -> Config:
+    """Returns the settings in a run's config.json, or runs a Python file and returns the settings
+    that its `get_config()` returns.
+
+    Raises `UserError` if the file does not give settings.
+    """
+    if path.suffix == ".json":
+        try:
+            return unresolved(from_dict(json.loads(path.read_text())))
+        except (UserError, ValueError, AttributeError, TypeError, OSError) as error:
+            raise UserError(f"--config={path} is not the config.json of a run ({error}).") from None
+    if path.suffix != ".py":
+        raise UserError(
+            f"--config={path} is not a Python file: its name must end in .py, or .json."
+        )
+    try:
+        config = load_file(path).get_config()
+    except UserError:
+        raise
+    except Exception as error:  # any error of the file's code is for its author to mend
+        raise UserError(
+            f"--config={path} cannot be used ({type(error).__name__}: {error}): "
+            "it must define get_config() -> Config."
+        ) from error
+    if not isinstance(config, Config):
+        raise UserError(f"--config={path}: get_config() must return a tpipe_jax.config.Config.")
+    return config
+
+
+def check_block_is_named(path: Path, config: Config, is_named: bool) -> None:
+    """Raises `UserError` if a run's config.json names a block that the user has not named again.
+
+    A block is code, and a run may come from somebody else.
+    """
+    block = config.model.block
+    if path.suffix == ".json" and block != GPT2 and not is_named:
+        raise UserError(
+            f"{path} has config.model.block={block}, which is code and is only loaded if you name "
+            f"it: read the file, then add --config.model.block={block}."
+        )
