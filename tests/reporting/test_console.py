@@ -173,6 +173,19 @@ def test_nothing_falls_off_a_narrow_terminal(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.usefixtures("narrow")
+def test_words_stay_whole_and_commands_can_be_copied(capsys: pytest.CaptureFixture[str]):
+    console = Console()
+    console.say("a step takes 195 ms, predicted were 214 ms: this is more")
+    console.say("    tpipe train --workdir=runs/mine --config.train.num-steps=600")
+    assert [line.rstrip() for line in shown(capsys.readouterr().out)] == [
+        "a step takes 195 ms, predicted were 214 ms:",
+        "this is more",
+        "    tpipe train --workdir=runs/mine --config.train.num-steps=600",
+        "",
+    ]
+
+
+@pytest.mark.usefixtures("narrow")
 def test_lines_stay_above_the_bar(capsys: pytest.CaptureFixture[str]):
     console = Console()
     with console.progress(0, 20):

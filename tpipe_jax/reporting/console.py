@@ -62,7 +62,11 @@ class Console:
         self._progress = self._make_progress("step")
 
     def say(self, text: str) -> None:
-        self._rich.print(text, markup=False)
+        """Prints a text. On a terminal, words stay whole, but lines that begin with four spaces are
+        commands, which can be copied only if the terminal breaks them itself.
+        """
+        is_whole = not self._rich.is_terminal or text.startswith("    ")
+        self._rich.print(text, markup=False, soft_wrap=is_whole)
 
     def show_facts(self, facts: dict[str, str]) -> None:
         """Prints a line for each fact."""
