@@ -6,15 +6,13 @@ All of it comes from the dataclasses in tpipe_jax/config/settings.py. A test fai
 out of date. jax is not needed.
 """
 
-import ast
 import dataclasses
-import inspect
-import types
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tpipe_jax.config import settings
-from tpipe_jax.config.fields import Range
+from tpipe_jax.config.arguments import field_docs
+from tpipe_jax.config.fields import parts_of
 
 PAGE = Path(__file__).with_suffix(".md")
 BEGIN = "<!-- Written by docs/settings.py: begin -->"
@@ -22,32 +20,16 @@ END = "<!-- Written by docs/settings.py: end -->"
 TYPES = {int: "whole number", float: "number", bool: "true or false", str: "text"}
 
 
-def meanings(kind: type) -> dict[str, str]:
-    """The docstring of each field of a dataclass."""
-    (section,) = ast.parse(inspect.getsource(kind)).body
-    assert isinstance(section, ast.ClassDef)
-    found = {}
-    for field, after in zip(section.body, section.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
-            assert isinstance(field.target, ast.Name)
-            found[field.target.id] = " ".join(ast.literal_eval(after.value).split())
-    return found
-
-
 def described(hint: Any) -> tuple[str, str, str | None]:
     """The type of a field, the values that it may have, and its name on the command line if that
     differs.
     """
-    if get_origin(hint) in (types.UnionType, Union):
-        hint = next(option for option in get_args(hint) if option is not type(None))
-    notes: tuple[Any, ...] = ()
-    if get_origin(hint) is Annotated:
-        hint, *notes = get_args(hint)
+    bare, _, allowed = parts_of(hint)
+    notes = getattr(hint, "__metadata__", ())
     name = next((note.name for note in notes if getattr(note, "name", None)), None)
-    if get_origin(hint) is Literal:
-        return "choice", ", ".join(f"`{value}`" for value in get_args(hint)), name
-    allowed = next((note for note in notes if isinstance(note, Range)), None)
-    return TYPES[hint], str(allowed or ""), name
+    if get_origin(bare) is Literal:
+        return "choice", ", ".join(f"`{value}`" for value in get_args(bare)), name
+    return TYPES[bare], str(allowed or ""), name
 
 
 def spelled(value: Any) -> str:
@@ -61,7 +43,7 @@ def tables() -> str:
     """The generated part of the page: a table for each section."""
     parts = []
     for name, kind in get_type_hints(settings.Config).items():
-        hints, said = get_type_hints(kind, include_extras=True), meanings(kind)
+        hints, said = get_type_hints(kind, include_extras=True), field_docs(kind)
         about = " ".join((kind.__doc__ or "").split())
         parts += [f"### config.{name}", "", about, ""]
         parts += ["| field | type | default | range | meaning |", "|---|---|---|---|---|"]

@@ -24,7 +24,7 @@ def commands(heading: str) -> list[str]:
     """The indented lines below a heading that are commands."""
     [section] = re.findall(rf"^## {heading}\n(.*?)(?=^## )", README, re.MULTILINE | re.DOTALL)
     lines = [line.strip() for line in section.splitlines() if line.startswith("    ")]
-    return [line for line in lines if line.startswith(("python ", "tpipe ", "sbatch "))]
+    return [line for line in lines if line.startswith(("python ", "tpipe ", "sbatch ", "srun "))]
 
 
 START, PLAN, OWN = (
@@ -103,18 +103,14 @@ def test_the_quick_start_shows_what_slices_gain(folder: Path):
     """And the commands that it ends with are commands."""
     _, train = START
     out = run(train, folder)
-    [gain] = re.findall(
-        r"^token slices: [\d.]+ ms a step; whole sequences on the same two stages: [\d.]+ ms; "
-        r"([\d.]+) times as fast$",
-        out,
-        re.MULTILINE,
-    )
-    assert float(gain) > 0  # how much depends on the machine: bench/ measures it
+    # How much slices gain depends on the machine, and on other tests: bench/ measures it.
+    line = r"token slices: [\d.]+ ms a step; whole sequences on the same two stages: [\d.]+ ms; "
+    assert len(re.findall(rf"^{line}[\d.]+ times as fast$", out, re.MULTILINE)) == 1
     losses = [float(loss) for loss in re.findall(r"held-out loss ([\d.]+) nats", out)]
     assert losses[-1] <= 2.6
     assert (folder / "runs" / "quickstart" / "loss.png").exists()
     following = list(next_steps(out))
-    assert len(following) == 5
+    assert len(following) == 6
     for line in following:
         if line.startswith("tensorboard"):
             assert (Path(sys.executable).parent / "tensorboard").exists()
@@ -126,8 +122,10 @@ def test_the_quick_start_shows_what_slices_gain(folder: Path):
 def test_a_plan_without_a_device(folder: Path):
     [line] = PLAN
     out = run(line, folder)
-    shown = re.findall(r"^    ((?:predicted step|unsliced would take).*)", README, re.MULTILINE)
-    assert len(shown) == 2
+    shown = re.findall(
+        r"^    ((?:predicted step|unsliced would take|the best uniform).*)", README, re.MULTILINE
+    )
+    assert len(shown) == 3
     for text in shown:
         assert text in out  # the very figures that the README shows
 

@@ -39,8 +39,7 @@ from tpipe_jax.planning.planner import find_plan
 from tpipe_jax.planning.settings import read_settings, work_factors
 from tpipe_jax.profiling.measured_plan import plan_slices
 from tpipe_jax.reporting.console import Console
-from tpipe_jax.reporting.loss_plot import Line as Metrics
-from tpipe_jax.reporting.loss_plot import read_metrics
+from tpipe_jax.reporting.loss_plot import LoggedLine, read_metrics
 from tpipe_jax.training.memory import fitting_step
 from tpipe_jax.training.optimizer import make_optimizer
 from tpipe_jax.training.state import TrainState, abstract_rows, init_state
@@ -124,7 +123,7 @@ def make_train_step(
     return TrainStep(spec, slices)
 
 
-def train(config: Config, workdir: Path | str, devices: Devices | None = None) -> list[Metrics]:
+def train(config: Config, workdir: Path | str, devices: Devices | None = None) -> list[LoggedLine]:
     """Plans, trains, evaluates and saves, as `tpipe train` does in one process. Goes on where an
     earlier call has stopped.
 
@@ -132,7 +131,8 @@ def train(config: Config, workdir: Path | str, devices: Devices | None = None) -
     others (docs/metrics.md).
     """
     run_training(config, Path(workdir), devices or _devices(config.mesh), Console())
-    return read_metrics(Path(workdir))
+    has_logged = (Path(workdir) / "metrics.jsonl").exists()  # not if it was stopped before a step
+    return read_metrics(Path(workdir)) if has_logged else []
 
 
 class Model:
@@ -166,7 +166,8 @@ class Model:
         `seq_len`, or if the run was trained on tokens of an unknown tokenizer.
         """
         tokenizer = tokenizer_of(self._workdir)
-        tokens = encode_prompt(prompt, tokenizer, self.config.model)
+        remedy = "name its own in data.tokenizer of the run's config.json"
+        tokens = encode_prompt("prompt", prompt, tokenizer, self.config.model, remedy)
         following = self._generator.tokens_after(tokens, chooser(temperature, top_p, seed))
         return "".join(tokenizer.stream(itertools.islice(following, max_tokens)))
 
@@ -177,7 +178,7 @@ class Model:
         """
         tokens_BL, model = np.atleast_2d(np.asarray(tokens)), self.config.model
         is_whole = np.issubdtype(tokens_BL.dtype, np.integer) and tokens_BL.ndim == 2
-        if not is_whole or not 1 <= tokens_BL.shape[1] <= model.seq_len:
+        if not (is_whole and len(tokens_BL) and 1 <= tokens_BL.shape[1] <= model.seq_len):
             raise UserError(
                 f"tokens of shape {tokens_BL.shape} and type {tokens_BL.dtype} must be whole "
                 f"numbers [B, L], with L from 1 to config.model.seq_len={model.seq_len}."

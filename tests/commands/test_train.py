@@ -21,6 +21,7 @@ from tpipe_jax.data.batches import open_data
 from tpipe_jax.errors import Infeasible, UserError
 from tpipe_jax.model import transformer
 from tpipe_jax.planning.plan import Plan, Prediction
+from tpipe_jax.reporting import metrics as reporting_metrics
 from tpipe_jax.training import comparison
 from tpipe_jax.training.optimizer import learning_rate
 
@@ -75,6 +76,19 @@ def test_whole_sequences_are_not_compared_with_themselves(config: Config, tmp_pa
     assert said[-2] == "the plan has whole sequences, so there is nothing to compare them with"
 
 
+def test_a_picture_that_fails_ends_no_run(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: Any) -> None:
+        raise ValueError("no fonts")
+
+    monkeypatch.setattr(reporting_metrics, "draw_losses", fail)
+    said = run(config, tmp_path / "run")
+    assert said.count("loss.png could not be drawn: no fonts") == 1
+    assert said[-1].startswith("Trained 6 steps;")
+    assert len(metrics(tmp_path / "run")) == 6
+
+
 def test_whole_sequences_that_do_not_fit_are_not_compared(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -84,7 +98,7 @@ def test_whole_sequences_that_do_not_fit_are_not_compared(
     monkeypatch.setattr(comparison, "fitting_step", refuse)
     said = run(changed(config, train={"num_steps": 1, "compare_steps": 2}), tmp_path / "run")
     assert said[-2:-1] == ["whole sequences cannot be compared: they do not fit."]
-    assert said[-1].startswith("Trained 1 steps")
+    assert said[-1].startswith("Trained 1 step;")
 
 
 def test_the_other_plan_has_whole_sequences_one_by_one():

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tpipe_jax.cli.main import COMMANDS, main, run
+from tpipe_jax.cli.next_steps import next_steps
 from tpipe_jax.config import command_line
 from tpipe_jax.config.command_line import exit_status, parse
 from tpipe_jax.config.config_files import CONFIGS, load_config
@@ -116,6 +117,9 @@ def test_a_field_named_by_a_word_of_python():
         (["--batch-size", "8"], "the setting is --config.train.batch-size;"),
         (["--train.num-steps=8"], "the setting is --config.train.num-steps;"),
         (["--resume"], "--workdir=RUN goes on with the run in that folder;"),
+        (["--gpus=4"], "the number of devices is the product of --config.mesh.data"),
+        (["--epochs=4"], "length is counted in steps, by --config.train.num-steps;"),
+        (["--micro-batch-size=4"], "=uniform:N cuts the batch of a data shard into N;"),
         (["--bf16"], "the setting is --config.precision.compute;"),
         (["--every=3"], "--config.train.eval-every or --config.checkpoint.every;"),
         (["--loss=3"], "it is not a setting of this command;"),
@@ -224,6 +228,21 @@ def test_numbers_and_formats_as_people_write_them():
     assert config.precision.compute == "bfloat16"
 
 
+@pytest.mark.parametrize("words", ["--config.mesh=auto", "--config.mesh auto"])
+def test_the_mesh_may_be_searched_for(words: str):
+    assert parse(words.split(), "program").config.mesh.auto
+
+
+def test_a_folder_does_not_hide_a_shipped_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As where somebody works in runs/."""
+    a_run(tmp_path / "quickstart")
+    monkeypatch.chdir(tmp_path)
+    shipped = load_config(CONFIGS / "quickstart.py")
+    for args in ([], ["--config=quickstart"], ["--workdir=new"]):
+        assert parse(args, "program").config == shipped
+    assert parse(["--config=./quickstart"], "program").config.model.d_model == 32
+
+
 def test_shipped_configs_are_known_by_name():
     flags = parse(["--config=gpt3_1b"], "program")
     assert flags.config == load_config(CONFIGS / "gpt3_1b.py")
@@ -318,6 +337,51 @@ def test_errors_are_red_on_a_terminal_only(
     monkeypatch.setenv("NO_COLOR", "1")
     assert exit_status(fail) == 2
     assert capsys.readouterr().err == "error: this is wrong.\n"
+
+
+def test_a_run_may_be_named_as_elsewhere():
+    args = ["--workdir=runs/mine"]
+    assert command_line.parse_plot(args, "program").workdirs == (Path("runs/mine"),)
+    assert command_line.parse_checkpoints(args, "program").workdir == Path("runs/mine")
+
+
+OWN = Config(ModelConfig(block="my block.py:B"))
+TOKENS = Config(ModelConfig(vocab_size=500), data=DataConfig("tokens.bin"))
+TEXT = Config(ModelConfig(vocab_size=500), data=DataConfig("text", tokenizer="tokenizer.json"))
+
+
+@pytest.mark.parametrize("config", [Config(), OWN, TOKENS, TEXT])
+def test_next_steps_can_be_read_and_name_what_the_run_needs(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "argv", ["tpipe", "train"])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    workdir = Path("runs") / "a run"
+    steps = next_steps(config, workdir, 300)
+    assert ("export it" in steps) == (config is not OWN)
+    assert (
+        "--prompt-ids" in steps["continue a text"]
+        if config is TOKENS
+        else "--prompt=" in str(steps)
+    )
+    assert steps["your own text"].endswith("--workdir=runs/mine-2 --config.data.train=FILE")
+    for line in steps.values():
+        program, *args = shlex.split(line)
+        if program != "tpipe":
+            continue
+        name, *args = args
+        if name == "train":
+            flags = parse(args, "program")
+        else:
+            flags = getattr(command_line, f"parse_{name}")(args, "program")
+        if "mine-2" not in line:
+            assert flags.workdir == workdir
+            named = flags.config.model.block if name == "train" else getattr(flags, "block", None)
+            assert named == config.model.block or name == "convert"
+    assert parse(shlex.split(steps["train longer"])[2:], "p").config.train.num_steps == 600
+    (tmp_path / "docs").mkdir()
+    assert next_steps(config, workdir, 3)["your own text"].endswith("--config.data.train=docs")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

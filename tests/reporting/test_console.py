@@ -3,7 +3,6 @@
 import re
 import time
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -230,19 +229,13 @@ def test_the_comparison_is_one_line(capsys: pytest.CaptureFixture[str]):
         )
 
 
-def test_next_steps_name_the_run(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-):
-    monkeypatch.setattr("sys.argv", ["tpipe", "train"])
-    monkeypatch.chdir(tmp_path)
-    Console().show_next_steps(Path("runs/a b"), 300)
-    out = capsys.readouterr().out
-    assert "  tpipe train --workdir='runs/a b' --config.train.num-steps=600\n" in out
-    assert "  tpipe evaluate --workdir='runs/a b'\n" in out
-    assert out.endswith("--config.data.train=FILE\n")
-    (tmp_path / "docs").mkdir()
-    Console().show_next_steps(Path("run"), 300)
-    assert capsys.readouterr().out.endswith("--config.data.train=docs\n")
+def test_commands_are_below_each_other(capsys: pytest.CaptureFixture[str]):
+    Console().show_commands("what next:", {"look": "at this", "look again": "at that"})
+    assert capsys.readouterr().out.splitlines() == [
+        "what next:",
+        "    look              at this",
+        "    look again        at that",
+    ]
 
 
 def test_counts():

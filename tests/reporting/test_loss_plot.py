@@ -88,7 +88,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert "name the workdir of a run" in capsys.readouterr().err
     assert run("plot", [str(workdir), f"--out={tmp_path / 'missing' / 'a.png'}"]) == 2
     assert "cannot write to --out=" in capsys.readouterr().err
-    assert not list(tmp_path.rglob("*.new"))
+    assert run("plot", [str(workdir), f"--out={tmp_path / 'a.xyz'}"]) == 2
+    assert "ends in .xyz: use .png, .svg or .pdf" in capsys.readouterr().err
+    assert run("plot", [str(workdir), f"--out={tmp_path / 'a.svg'}"]) == 0
+    assert "<svg" in (tmp_path / "a.svg").read_text()
+    plan = tmp_path / "plan"
+    plan.mkdir()
+    assert run("plot", [str(workdir), str(plan), f"--out={tmp_path / 'one.png'}"]) == 0
+    assert f"{plan} is left out" in capsys.readouterr().out
+    assert {path.name for path in workdir.iterdir()} == {"metrics.jsonl", "loss.png"}
 
 
 def test_a_torn_line_is_left_out(tmp_path: Path):

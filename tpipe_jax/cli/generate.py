@@ -5,6 +5,8 @@ import itertools
 from tpipe_jax.config.command_line import parse_generate
 from tpipe_jax.config.settings import Config, ModelConfig
 
+REMEDY = "give its own with --tokenizer, or --prompt-ids"
+
 
 def main(args: list[str], program: str) -> None:
     """Runs the command."""
@@ -20,7 +22,7 @@ def main(args: list[str], program: str) -> None:
     spec, params, _ = load(flags.workdir, flags.step, config, find_devices(mesh))
     model = spec.config.model
     if tokenizer is not None:
-        prompt = encode_prompt(flags.prompt or "", tokenizer, model)
+        prompt = encode_prompt("--prompt", flags.prompt or "", tokenizer, model, REMEDY)
     else:
         prompt = parse_ids(flags.prompt_ids or "", model)
     choose = chooser(flags.temperature, flags.top_p, flags.seed)

@@ -24,8 +24,12 @@ COMMANDS = {
 
 def run(name: str, args: list[str]) -> int:
     """Runs a command on its arguments; returns the exit status."""
-    module = importlib.import_module(f"tpipe_jax.cli.{name}")
-    return exit_status(lambda: module.main(args, command(name)))
+
+    def program() -> int | None:
+        module = importlib.import_module(f"tpipe_jax.cli.{name}")
+        return module.main(args, command(name))
+
+    return exit_status(program)
 
 
 def main() -> int:

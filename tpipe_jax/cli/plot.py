@@ -10,7 +10,12 @@ def main(args: list[str], program: str) -> None:
     flags = parse_plot(args, program)
     from tpipe_jax.reporting.loss_plot import FILE, draw_losses
 
-    is_one = len(flags.workdirs) == 1
-    path = flags.out or (flags.workdirs[0] / FILE if is_one else Path(FILE))
-    draw_losses(flags.workdirs, path, "--out")
+    workdirs = list(flags.workdirs)
+    if len(workdirs) > 1:  # as runs/*, which may have a folder of a plan
+        for workdir in flags.workdirs:
+            if not (workdir / "metrics.jsonl").exists():
+                print(f"{workdir} is left out: it has no metrics.jsonl")
+                workdirs.remove(workdir)
+    path = flags.out or (workdirs[0] / FILE if len(workdirs) == 1 else Path(FILE))
+    draw_losses(workdirs, path, "--out")
     print(f"the picture is {path}")

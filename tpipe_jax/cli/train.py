@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tpipe_jax.cli.next_steps import next_steps
 from tpipe_jax.commands.launch import launch
 from tpipe_jax.config.command_line import parse
 from tpipe_jax.config.flags import Flags
@@ -25,5 +26,6 @@ def _work(
     from tpipe_jax.reporting.step_profile import parse_steps
 
     profiled = parse_steps(flags.profile, flags.config.train)
-    if train(config, workdir, devices, console, profiled):
-        console.show_next_steps(workdir, config.train.num_steps)
+    num_steps = train(config, workdir, devices, console, profiled)
+    if num_steps is not None:
+        console.show_commands("what next:", next_steps(config, workdir, num_steps))

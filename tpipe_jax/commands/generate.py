@@ -50,7 +50,7 @@ class Generator:
         self._config, self._mesh = spec.config, spec.mesh
         self._caches = empty_decode_caches(spec)
         self._part = min(PART, spec.config.model.seq_len)
-        self._programs = {size: self._compile(size) for size in {1, self._part}}
+        self._programs: dict[tuple[int, bool], Compiled] = {}
 
     def tokens_after(self, prompt: Sequence[int] | np.ndarray, choose: Choose) -> Iterator[int]:
         """Yields the tokens that follow the prompt, without end.
@@ -65,8 +65,7 @@ class Generator:
             tokens.append(choose(logits_V))
             yield tokens[-1]
             if len(tokens) <= seq_len:
-                last = np.full((self._mesh.shape["data"], 1), tokens[-1])
-                logits_V = self._next(last, len(tokens) - 1)[0, 0]
+                logits_V = self._next(self._same(tokens[-1:]), len(tokens) - 1, 0)[0, 0]
             else:
                 tokens = tokens[-max(seq_len // 2, 1) :]
                 logits_V = self._read(tokens)
@@ -74,21 +73,26 @@ class Generator:
     def logits(self, tokens_BT: np.ndarray) -> np.ndarray:
         """Returns the logits `[B, T, V]` after each token, float32. T is at most `seq_len`."""
         num_rows = self._mesh.shape["data"]
-        parts = []
+        groups = []
         for start in range(0, len(tokens_BT), num_rows):
             rows = tokens_BT[start : start + num_rows]
             padded = np.resize(rows, (num_rows, rows.shape[1]))  # repeats rows if they are too few
-            parts.append(self._logits(padded)[: len(rows)])
-        return np.concatenate(parts)
+            parts = list(self._parts(padded, is_for_all=True))
+            groups.append(np.concatenate(parts, axis=1)[: len(rows)])
+        return np.concatenate(groups)
 
     def _read(self, tokens: list[int]) -> np.ndarray:
         """Fills the caches with tokens, from position 0 on; returns the logits after the last."""
-        rows = np.tile(np.array(tokens, np.int32), (self._mesh.shape["data"], 1))
-        return self._logits(rows)[0, -1]
+        last_V = np.empty(0)
+        for logits_B1V in self._parts(self._same(tokens), is_for_all=False):
+            last_V = logits_B1V[0, -1]
+        return last_V
 
-    def _logits(self, tokens_BT: np.ndarray) -> np.ndarray:
-        """Fills the caches with tokens, from position 0 on; returns the logits after each."""
-        size, num_tokens, parts = self._part, tokens_BT.shape[1], []
+    def _parts(self, tokens_BT: np.ndarray, is_for_all: bool) -> Iterator[np.ndarray]:
+        """Fills the caches with tokens, from position 0 on. Yields, part by part, the logits after
+        the part's last token, or after each of its tokens.
+        """
+        size, num_tokens = self._part, tokens_BT.shape[1]
         for start in range(0, num_tokens, size):
             # The last part may reach beyond the tokens: these places are written again before they
             # are read. It may not reach beyond the caches: then it begins earlier, and some tokens
@@ -96,27 +100,40 @@ class Generator:
             first = min(start, self._config.model.seq_len - size)
             part = tokens_BT[:, first : first + size]
             padding = ((0, 0), (0, size - part.shape[1]))
-            logits = self._next(np.pad(part, padding), first)
-            parts.append(logits[:, start - first : min(num_tokens - first, size)])
-        return np.concatenate(parts, axis=1)
+            last = min(num_tokens - first, size) - 1
+            logits = self._next(np.pad(part, padding), first, last, is_for_all)
+            yield logits[:, start - first : last + 1] if is_for_all else logits
 
-    def _next(self, tokens_BL: np.ndarray, first: int) -> np.ndarray:
-        """Adds tokens to the caches, from position `first` on; returns the logits after each."""
-        logits_BLV, self._caches = self._programs[tokens_BL.shape[1]](
+    def _next(
+        self, tokens_BL: np.ndarray, first: int, index: int, is_for_all: bool = False
+    ) -> np.ndarray:
+        """Adds tokens to the caches, from position `first` on; returns the logits after one of
+        them, or after each.
+        """
+        program = self._compiled(tokens_BL.shape[1], is_for_all)
+        logits_BLV, self._caches = program(
             self._params,
             self._caches,
             put_rows(self._mesh, tokens_BL.astype(np.int32)),
             np.int32(first),
+            np.int32(index),
         )
         return np.asarray(jax.device_get(logits_BLV))[..., : self._config.model.vocab_size]
 
-    def _compile(self, num_tokens: int) -> Compiled:
-        rows = np.zeros((self._mesh.shape["data"], num_tokens), np.int32)
-        return compile_checked(
-            make_decode(self._spec),
-            self._mesh,
-            self._params,
-            self._caches,
-            put_rows(self._mesh, rows),
-            np.int32(0),
-        )
+    def _same(self, tokens: list[int]) -> np.ndarray:
+        """The tokens as a row for each data shard."""
+        return np.tile(np.array(tokens, np.int32), (self._mesh.shape["data"], 1))
+
+    def _compiled(self, num_tokens: int, is_for_all: bool) -> Compiled:
+        key = num_tokens, is_for_all
+        if key not in self._programs:
+            self._programs[key] = compile_checked(
+                make_decode(self._spec, is_for_all),
+                self._mesh,
+                self._params,
+                self._caches,
+                put_rows(self._mesh, self._same([0] * num_tokens)),
+                np.int32(0),
+                np.int32(0),
+            )
+        return self._programs[key]

@@ -16,14 +16,20 @@ def tokenizer_of(workdir: Path, name: str | None = None) -> Tokenizer:
     return open_tokenizer("--tokenizer", name or BYTES_NAME)
 
 
-def encode_prompt(text: str, tokenizer: Tokenizer, model: ModelConfig) -> list[int]:
-    """Returns the tokens of a text. Raises `UserError` if the model has none of them."""
+def encode_prompt(
+    name: str, text: str, tokenizer: Tokenizer, model: ModelConfig, remedy: str
+) -> list[int]:
+    """Returns the tokens of a text, which errors call `name`.
+
+    Raises `UserError` if the model has none of them; `remedy` says what to do about a tokenizer
+    that is not the model's.
+    """
     if not _is_of(tokenizer, model):
         raise UserError(
-            f"--prompt is text of a tokenizer of {tokenizer.vocab_size} tokens, but the model "
-            f"has {model.vocab_size}: give its own with --tokenizer, or --prompt-ids."
+            f"{name} is text of a tokenizer of {tokenizer.vocab_size} tokens, but the model "
+            f"has {model.vocab_size}: {remedy}."
         )
-    return check_prompt("--prompt", tokenizer.encode(text).tolist(), model)
+    return check_prompt(name, tokenizer.encode(text).tolist(), model)
 
 
 def parse_ids(text: str, model: ModelConfig) -> list[int]:

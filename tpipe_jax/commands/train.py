@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -14,12 +15,12 @@ from jax.sharding import Mesh
 from tpipe_jax.checkpoint.checkpoints import Checkpoints
 from tpipe_jax.commands.generate import Generator, chooser
 from tpipe_jax.config.invocation import command
-from tpipe_jax.config.settings import BYTES, BYTES_NAME, Config
+from tpipe_jax.config.settings import BYTES, BYTES_NAME, GPT2, Config
 from tpipe_jax.data.rows import RowLayout
 from tpipe_jax.data.tokenizer import open_tokenizer
 from tpipe_jax.devices.mesh import host_parts, operators_span_hosts
 from tpipe_jax.devices.precision import is_slow
-from tpipe_jax.errors import Infeasible
+from tpipe_jax.errors import Infeasible, brief
 from tpipe_jax.model.block import Params
 from tpipe_jax.model.transformer import num_params
 from tpipe_jax.pipeline.spec import make_spec
@@ -44,7 +45,14 @@ from tpipe_jax.training.state import TrainState, abstract_state, init_state
 from tpipe_jax.training.step_log import StepLog
 
 TEMPERATURE = 0.7  # of the sample at the end
-INTERRUPTED = "Interrupted"  # how a run begins to say that steps are left
+
+
+class Ending(NamedTuple):
+    """How a run has ended."""
+
+    sentence: str
+    num_steps: int | None = None
+    """Steps that are done, if all are."""
 
 
 def train(
@@ -53,14 +61,14 @@ def train(
     devices: Sequence[jax.Device],
     console: Console,
     profiled: range | None = None,
-) -> bool:
+) -> int | None:
     """Trains from the last checkpoint in the workdir to the last step, or until interrupted, and
     takes a profile of the `profiled` steps.
 
     First checks that settings, data and checkpoint fit each other; until then it writes no results
     except the measurements that choose a mesh. Then plans the slices, which may take a minute of
-    measuring, and trains. Returns whether all steps are done. Raises `UserError` if something does
-    not fit.
+    measuring, and trains. Returns the number of steps, or None if some are left. Raises `UserError`
+    if something does not fit.
     """
     with out_of_memory(), watched() as expect, Stop(console.say) as stop:
         services = Services(console, stop, expect, config.train.step_timeout_seconds)
@@ -75,12 +83,12 @@ def train(
                 config = choose_mesh(config, devices, workdir, console, check)
             except Stopped:
                 console.say("Interrupted before a mesh was chosen: the same command goes on.")
-                return False
+                return None
             take_latencies(config.mesh, workdir)
             expect("", math.inf)  # no time limit until the run says what it does next
         ending = _run(config, workdir, devices, services, profiled)
-        console.say(ending)
-        return not ending.startswith(INTERRUPTED)
+        console.say(ending.sentence)
+        return ending.num_steps
 
 
 def _run(
@@ -89,8 +97,8 @@ def _run(
     devices: Sequence[jax.Device],
     services: Services,
     profiled: range | None,
-) -> str:
-    """Trains on a given mesh; returns a sentence on how the run has ended."""
+) -> Ending:
+    """Trains on a given mesh."""
     run, console = prepare(config, devices), services.console
     config = run.config
     is_first = jax.process_index() == 0  # only process 0 writes, except checkpoints
@@ -119,10 +127,8 @@ def _train(
     checkpoints: Checkpoints,
     services: Services,
     profiled: range | None,
-) -> str:
-    """Plans, compiles and runs the steps that are left; returns a sentence on how the run has
-    ended.
-    """
+) -> Ending:
+    """Plans, compiles and runs the steps that are left."""
     console, stop, within = services.console, services.stop, services.within
     config, num_steps, first_step = run.config, run.config.train.num_steps, 0
     try:
@@ -130,10 +136,11 @@ def _train(
         saved_step = checkpoints.newest_step()
         first_step = saved_step or 0
         if first_step >= num_steps:
-            return (
+            sentence = (
                 f"The run in {workdir} has finished its {first_step} steps: go further with "
                 f"--config.train.num-steps={2 * first_step}, or start another with --workdir."
             )
+            return Ending(sentence, first_step)
         stop.check()
         within("planning slices", is_step=False)
         plan = _planned(run, workdir, console, stop.check)
@@ -143,7 +150,7 @@ def _train(
         programs = compile_programs(run, plan, console)
         stop.check()
     except Stopped:
-        return f"{INTERRUPTED} after step {first_step}: the same command goes on."
+        return Ending(f"Interrupted after step {first_step}: the same command goes on.")
     if profiled and first_step >= profiled[-1]:
         console.say(f"no profile is taken, since steps {profiled[0]} to {profiled[-1]} are done")
     within("preparing the state", is_step=False)
@@ -162,17 +169,20 @@ def _train(
         with console.progress(first_step, num_steps):
             step, state = loop.steps(state, first_step, held_out)
     if step < num_steps:
-        return (
-            f"{INTERRUPTED} after step {step}: the same command continues from here, and so does\n"
-            f"    {command('train')} --workdir={shlex.quote(str(workdir))}"
+        block = config.model.block
+        named = "" if block == GPT2 else f" --config.model.block={shlex.quote(block)}"
+        return Ending(
+            f"Interrupted after step {step}: the same command continues from here, and so does\n"
+            f"    {command('train')} --workdir={shlex.quote(str(workdir))}{named}"
         )
     if config.train.sample_tokens:
         within("sampling", is_step=False)
         _show_sample(run, state.params, stop, console)
     if config.train.compare_steps and not stop.is_due():
         within("comparing with whole sequences", is_step=False)
-        _show_comparison(run, plan, programs, state, console)
-    return f"Trained {num_steps} steps; everything is in {workdir}."
+        _show_comparison(run, plan, programs, state, services)
+    steps = count(num_steps, "step")
+    return Ending(f"Trained {steps}; everything is in {workdir}.", num_steps)
 
 
 def _facts(run: Run) -> dict[str, str]:
@@ -250,19 +260,25 @@ def _show_sample(run: Run, params: Params, stop: Stop, console: Console) -> None
 
 
 def _show_comparison(
-    run: Run, plan: Plan, programs: Programs, state: TrainState, console: Console
+    run: Run, plan: Plan, programs: Programs, state: TrainState, services: Services
 ) -> None:
     """Shows what token slices gain. The state cannot be used any more."""
-    if plan.num_stages == 1 or all(len(slices) == 1 for slices in plan.token_slices):
+    console = services.console
+    if plan.num_stages == 1:
+        console.say("there is one stage, which whole sequences do not keep waiting")
+        return
+    if all(len(slices) == 1 for slices in plan.token_slices):
         console.say("the plan has whole sequences, so there is nothing to compare them with")
         return
     console.say("timing the same model with whole sequences ...")
+    rows = put_batch(run, run.held_out, 0)
     try:
-        found = compare(run, plan, programs.train_step, state, put_batch(run, run.held_out, 0))
-    except Infeasible as error:
-        console.say(f"whole sequences cannot be compared: {error}")
+        found = compare(run, plan, programs.train_step, state, rows, services.stop.is_due)
+    except (Infeasible, jax.errors.JaxRuntimeError) as error:  # the latter if memory runs out
+        console.say(f"whole sequences cannot be compared: {brief(error)}")
         return
-    console.show_comparison(plan.num_stages, found.sliced_seconds, found.whole_seconds)
+    if found:
+        console.show_comparison(plan.num_stages, found.sliced_seconds, found.whole_seconds)
 
 
 def _as_text(config: Config, tokens: np.ndarray) -> str:

@@ -15,7 +15,6 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
-from unittest import mock
 
 import tyro
 from tyro.constructors import (
@@ -70,7 +69,7 @@ def read_flags(
     _check_names(args, list(flag_names(kind)), program)
     told = io.StringIO()
     try:
-        with contextlib.redirect_stderr(told), mock.patch.dict(os.environ, {"COLUMNS": _WIDE}):
+        with contextlib.redirect_stderr(told), _columns(_WIDE):
             flags = read()
     except SystemExit as exit_:
         if exit_.code != 2:
@@ -78,6 +77,19 @@ def read_flags(
         raise UserError(f"{_sentence(told.getvalue())}; {program} --help tells more.") from None
     _check_ranges(flags)
     return flags
+
+
+@contextlib.contextmanager
+def _columns(number: str) -> Iterator[None]:
+    """Lets the terminal seem to have so many columns."""
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = number
+    try:
+        yield
+    finally:
+        del os.environ["COLUMNS"]
+        if before is not None:
+            os.environ["COLUMNS"] = before
 
 
 def _check_ranges(values: Any, prefix: str = "--") -> None:

@@ -49,9 +49,6 @@ def exit_status(program: Callable[[], int | None]) -> int:
         print("stopped", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(130)  # sys.exit would wait for a thread that still saves a checkpoint
-    except BrokenPipeError:  # as in `tpipe checkpoints RUN | head -1`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def show_error(text: str) -> None:
@@ -83,7 +80,7 @@ def parse_plan(args: Sequence[str], program: str) -> PlanFlags | FilePlanFlags:
     """
     examples = (
         "--config=quickstart",
-        "--latency=examples/latency.json --num-stages=4 --batch-size=1 --seq-len=1024",
+        "--latency=runs/quickstart/latency.json --num-stages=4 --batch-size=1 --seq-len=1024",
         "--latency --help",
     )
     if not any(word.partition("=")[0] == "--latency" for word in args):
@@ -184,13 +181,13 @@ def parse_tokenize(args: Sequence[str], program: str) -> TokenizeFlags:
 def parse_checkpoints(args: Sequence[str], program: str) -> CheckpointsFlags:
     """Reads the command line of the list of checkpoints."""
     examples = ("runs/quickstart", "runs/mine", "runs/mine | grep damaged")
-    return read_flags(CheckpointsFlags, args, program, examples)
+    return read_flags(CheckpointsFlags, _positional(args), program, examples)
 
 
 def parse_plot(args: Sequence[str], program: str) -> PlotFlags:
     """Reads the command line of the picture of losses. Raises `UserError` if no run is named."""
     examples = ("runs/quickstart", "runs/quickstart runs/mine", "runs/* --out=losses.png")
-    flags = read_flags(PlotFlags, args, program, examples)
+    flags = read_flags(PlotFlags, _positional(args), program, examples)
     if not flags.workdirs:
         raise UserError("there is nothing to draw: name the workdir of a run, or several.")
     return flags
@@ -265,8 +262,19 @@ def _take_config(args: Sequence[str]) -> tuple[str | None, list[str]]:
 
     Among these, --config.mesh=auto is replaced by --config.mesh.auto=True.
     """
-    rest = ["--config.mesh.auto=True" if word == "--config.mesh=auto" else word for word in args]
+    rest = list(args)
+    for n, word in enumerate(rest):
+        if word == "--config.mesh=auto":
+            rest[n] = "--config.mesh.auto=True"
+        elif word == "--config.mesh" and rest[n + 1 : n + 2] == ["auto"]:
+            rest[n : n + 2] = ["--config.mesh.auto=True"]
     return _last_value(rest, "--config"), without_option(rest, "config")
+
+
+def _positional(args: Sequence[str]) -> list[str]:
+    """Returns the arguments with RUN for --workdir=RUN, which other commands take."""
+    workdir = _last_value(args, "--workdir")
+    return without_option(args, "workdir") + ([] if workdir is None else [workdir])
 
 
 def _last_value(args: Sequence[str], flag: str) -> str | None:

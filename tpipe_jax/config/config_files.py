@@ -18,12 +18,11 @@ def find_config(name: str) -> Path:
 
     Raises `UserError` if there is no such file.
     """
-    path = Path(name)
+    path, shipped = Path(name), CONFIGS / f"{name}.py"
+    if "/" not in name and shipped.is_file():
+        return shipped
     if path.is_dir() and (path / RUN_FILE).is_file():
         return path / RUN_FILE
-    shipped = CONFIGS / f"{name}.py"
-    if not path.is_file() and "/" not in name and shipped.is_file():
-        return shipped
     if not path.is_file():
         known = ", ".join(sorted(path.stem for path in CONFIGS.glob("[!_]*.py")))
         raise UserError(

@@ -171,7 +171,7 @@ class ExportFlags:
 class GenerateFlags:
     """Continues a text with the model of a run.
 
-    A text longer than the model's seq_len is continued from its second half.
+    A text that grows beyond the model's seq_len is continued from its second half.
     """
 
     workdir: Path

@@ -24,10 +24,8 @@ _USUAL = {
     "config.mesh.model": "tp tensor-parallel tensor-model-parallel-size tensor-parallel-size "
     "tp-size",
     "config.plan.token-slices": "slices num-slices",
-    "config.plan.batch-slices": "microbatches num-microbatches micro-batch-size microbatch-size "
-    "gradient-accumulation-steps grad-accum accum",
     "config.train.num-steps": "steps max-steps num-iterations iterations iters max-iters "
-    "train-iters epochs num-epochs num-train-epochs",
+    "train-iters",
     "config.train.batch-size": "bs batch global-batch-size per-device-train-batch-size",
     "config.train.eval-every": "eval-interval eval-steps val-every",
     "config.train.log-every": "log-interval logging-steps log-freq",
@@ -45,17 +43,38 @@ _USUAL = {
     "config.memory.remat": "remat recompute activation-checkpointing gradient-checkpointing",
     "config.metrics.wandb": "wandb wandb-project",
     "workdir": "output-dir out-dir output out save save-dir run-dir logdir log-dir checkpoint-dir",
-    "local-processes": "nproc-per-node nproc num-gpus gpus devices",
+    "local-processes": "nproc-per-node nproc",
 }
 _RIGHT = {habit: f"--{name}" for name, habits in _USUAL.items() for habit in habits.split()}
-_RESUME = {"resume", "resume-from-checkpoint", "resume-from", "continue", "load", "restore"}
+_SENTENCES = {
+    "workdir": {
+        "resume resume-from-checkpoint resume-from continue load restore": "--workdir=RUN goes on "
+        "with the run in that folder",
+    },
+    "config.mesh.pipe": {
+        "num-gpus gpus devices num-devices": "the number of devices is the product of "
+        "--config.mesh.data, --config.mesh.pipe and --config.mesh.model",
+    },
+    "config.plan.batch-slices": {
+        "micro-batch-size microbatch-size": "--config.plan.batch-slices=uniform:N cuts the batch "
+        "of a data shard into N",
+        "microbatches num-microbatches gradient-accumulation-steps grad-accum accum": "the setting "
+        "is --config.plan.batch-slices=uniform:N",
+    },
+    "config.train.num-steps": {
+        "epochs num-epochs num-train-epochs": "length is counted in steps, by "
+        "--config.train.num-steps",
+    },
+}
 
 
 def advice(flag: str, names: Sequence[str]) -> str:
     """Returns what to type instead of a flag that does not exist, where `names` do."""
     word = flag.removeprefix("--")
-    if word in _RESUME and "--workdir" in names:
-        return "--workdir=RUN goes on with the run in that folder"
+    for name, sentences in _SENTENCES.items():
+        for habits, sentence in sentences.items():
+            if word in habits.split() and f"--{name}" in names:
+                return sentence
     last = word.rpartition(".")[2]
     if _RIGHT.get(last) in names:
         return f"the setting is {_RIGHT[last]}"

@@ -60,8 +60,8 @@ def export_gpt2(workdir: Path, target: Path, step: int | None, tokenizer: str | 
     `transformers.GPT2LMHeadModel.from_pretrained` loads; returns the step.
 
     Takes the newest sound checkpoint if `step` is None, and the tokenizer of the run's settings if
-    `tokenizer` is None. Writes the tokenizer too, unless tokens of the run are of one that it does
-    not name. Raises `UserError` if there is no sound
+    `tokenizer` is None. Writes no tokenizer if the run was trained on tokens of an unknown one.
+    Raises `UserError` if there is no sound
     checkpoint, if its layers are not GPT-2's, or if `target` is not empty or cannot be written.
     """
     checkpoint, model = newest_sound(workdir, step)
@@ -110,9 +110,10 @@ def _tokenizer_text(workdir: Path, name: str | None, vocab_size: int) -> str | N
         if name == BYTES_NAME and vocab_size != BYTES:
             return None  # the run was trained on tokens of a tokenizer that it does not know
     made = hugging_face(setting, name)
-    if made.get_vocab_size() > vocab_size:
+    size = max(made.get_vocab().values()) + 1  # there may be gaps
+    if size > vocab_size:
         raise UserError(
-            f"{setting}={name} has {made.get_vocab_size()} tokens, but the model has {vocab_size}: "
+            f"{setting}={name} has {size} tokens, but the model has {vocab_size}: "
             "name its own with --tokenizer."
         )
     return made.to_str()

@@ -29,16 +29,18 @@ from tpipe_jax.pipeline.spec import StageSpec
 from tpipe_jax.planning.schedule import IDLE, Item
 
 
-def make_decode(spec: StageSpec) -> Wrapped:
-    """Makes the program from `(params, caches, tokens [B, L], first)` to the logits `[B, L, V]` of
-    the token after each of these, on all devices, and the caches with these tokens added.
+def make_decode(spec: StageSpec, is_for_all: bool = False) -> Wrapped:
+    """Makes the program from `(params, caches, tokens [B, L], first, index)` to the logits after
+    `tokens[:, index]`, `[B, 1, V]`, on all devices, and the caches with these tokens added.
+
+    With `is_for_all` it returns the logits after each of the tokens, `[B, L, V]`.
 
     The tokens start at position `first` of their sequences; the caches hold the tokens before it.
     The caches that the program is given are donated.
     """
 
     def local(
-        params: Params, caches: list[KVCache], tokens_BL: Array, first: Array
+        params: Params, caches: list[KVCache], tokens_BL: Array, first: Array, index: Array
     ) -> tuple[Array, list[KVCache]]:
         num_stages, (B, L) = lax.axis_size("pipe"), tokens_BL.shape
         params = for_compute(spec, params)
@@ -60,6 +62,8 @@ def make_decode(spec: StageSpec) -> Wrapped:
             vocab_parallel.embed(embed, tokens_BL, spec.dtype),
             jax.tree.map(lambda a: a[0], caches),
         )
+        if not is_for_all:
+            y_BLD = lax.dynamic_slice_in_dim(y_BLD, index, 1, axis=1)
         y_BLD = from_stage(-1, y_BLD)
         logits_BLV = vocab_parallel.logits(head, y_BLD, spec.config.model.vocab_size)
         return logits_BLV, jax.tree.map(lambda a: a[None], caches)
@@ -70,7 +74,7 @@ def make_decode(spec: StageSpec) -> Wrapped:
         local,
         mesh=spec.mesh,
         axis_names={"data", "pipe"},
-        in_specs=(specs, caches, PartitionSpec("data"), PartitionSpec()),
+        in_specs=(specs, caches, PartitionSpec("data"), PartitionSpec(), PartitionSpec()),
         out_specs=(PartitionSpec("data", None, "pipe"), caches),
         check_vma=needs_sums(spec.mesh),
     )

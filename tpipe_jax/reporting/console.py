@@ -2,11 +2,9 @@
 
 import math
 import os
-import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console as RichConsole
@@ -21,7 +19,6 @@ from rich.progress import (
 from rich.table import Column, Table
 from rich.text import Text
 
-from tpipe_jax.config.invocation import command
 from tpipe_jax.config.settings import MeshConfig
 from tpipe_jax.planning.estimator import predicted_timeline
 from tpipe_jax.planning.plan import Plan
@@ -222,19 +219,9 @@ class Console:
             "as fast"
         )
 
-    def show_next_steps(self, workdir: Path, num_steps: int) -> None:
-        """Prints what can be done with a trained model, as commands that work as they stand."""
-        folder, text = shlex.quote(str(workdir)), "docs" if Path("docs").is_dir() else "FILE"
-        commands = {
-            "look at": f"{folder}/loss.png and {folder}/timeline.png",
-            "all numbers": f"tensorboard --logdir={folder}",
-            "continue a text": f'{command("generate")} --workdir={folder} --prompt="The "',
-            "measure the loss": f"{command('evaluate')} --workdir={folder}",
-            "train longer": f"{command('train')} --workdir={folder} "
-            f"--config.train.num-steps={2 * num_steps}",
-            "your own text": f"{command('train')} --workdir=runs/mine --config.data.train={text}",
-        }
-        self.say("what next:")
+    def show_commands(self, title: str, commands: dict[str, str]) -> None:
+        """Prints commands to copy, a line each, with what each is for."""
+        self.say(title)
         for what, words in commands.items():
             self.say(f"    {what:17} {words}")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,10 +18,10 @@ FILE = "loss.png"
 SMOOTHED = 0.8  # share of the mean so far in an exponential mean over logged steps
 COLOURS = 10  # of matplotlib's standard cycle
 
-Line = dict[str, float | None]
+LoggedLine = dict[str, float | None]
 
 
-def read_metrics(workdir: Path) -> list[Line]:
+def read_metrics(workdir: Path) -> list[LoggedLine]:
     """Returns the lines of metrics.jsonl, as dictionaries. Raises `UserError` if there are none.
 
     A torn last line, which a kill leaves, is left out.
@@ -67,9 +68,12 @@ def draw_losses(workdirs: Sequence[Path], path: Path, option: str = "--workdir")
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     # Replaced in one step, so that whoever looks at the picture never sees a part of it.
-    new = path.with_name(f".{path.name}.new")
-    with writing_to(path.parent, option):
-        figure.savefig(new, dpi=110, format="png")
+    kind = path.suffix.removeprefix(".").lower() or "png"
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise UserError(f"{option}={path} ends in .{kind}: use .png, .svg or .pdf.")
+    with writing_to(path.parent, option), tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        new = Path(folder) / path.name
+        figure.savefig(new, dpi=110, format=kind)
         os.replace(new, path)
 
 
@@ -83,7 +87,9 @@ def smoothed(values: Sequence[float]) -> np.ndarray:
     return np.array(means)
 
 
-def _draw_run(losses: Axes, rates: Axes, lines: Sequence[Line], colour: str, label: str) -> None:
+def _draw_run(
+    losses: Axes, rates: Axes, lines: Sequence[LoggedLine], colour: str, label: str
+) -> None:
     steps, values = _series(lines, "loss")
     losses.plot(steps, values, color=colour, alpha=0.25, lw=1)
     losses.plot(steps, smoothed(values), color=colour, lw=1.8, label=f"{label}training, smoothed")
@@ -94,7 +100,7 @@ def _draw_run(losses: Axes, rates: Axes, lines: Sequence[Line], colour: str, lab
     rates.plot(*_series(lines, "learning_rate"), color=colour, lw=1.5)
 
 
-def _series(lines: Sequence[Line], name: str) -> tuple[list[float], list[float]]:
+def _series(lines: Sequence[LoggedLine], name: str) -> tuple[list[float], list[float]]:
     """Returns the steps and values of a metric, where it was logged and finite."""
     pairs = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     return [float(step or 0) for step, _ in pairs], [float(value or 0) for _, value in pairs]

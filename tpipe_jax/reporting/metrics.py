@@ -24,7 +24,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # pyrefly: ignore[miss
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from tpipe_jax.config.settings import Config, to_dict
-from tpipe_jax.errors import UserError
+from tpipe_jax.errors import UserError, brief
 from tpipe_jax.files import as_user_error
 from tpipe_jax.reporting.loss_plot import FILE, draw_losses
 
@@ -73,11 +73,18 @@ class Metrics:
             with _tracking():
                 self._tracker.log(values, step=step)
 
-    def draw(self, is_last: bool = False) -> None:
-        """Draws loss.png, but not often, since that takes a part of a second."""
+    def draw(self, is_last: bool = False) -> str:
+        """Draws loss.png, but not often, since that takes a part of a second.
+
+        Returns what went wrong, if something did: a picture is no reason to end a run.
+        """
         if is_last or time.monotonic() - self._drawn > DRAW_SECONDS:
-            draw_losses([self._path.parent], self._path.with_name(FILE))
             self._drawn = time.monotonic()
+            try:
+                draw_losses([self._path.parent], self._path.with_name(FILE))
+            except Exception as error:
+                return f"{FILE} could not be drawn: {brief(error)}"
+        return ""
 
     def close(self) -> None:
         """Closes the files."""

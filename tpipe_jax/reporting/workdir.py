@@ -90,8 +90,10 @@ def describe_in_files(
 
 
 def write_config(config: Config, workdir: Path) -> None:
-    """Writes config.json. Raises OSError."""
-    (workdir / "config.json").write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    """Writes config.json, in one step, since others may read it. Raises OSError."""
+    new = workdir / "config.json.new"
+    new.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    os.replace(new, workdir / "config.json")
 
 
 def add_measured_ticks(workdir: Path, plan: Plan, step: int, timeline: Timeline) -> None:

@@ -1,6 +1,7 @@
 """Times a step in token slices beside the same step with whole sequences, on the same stages."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -38,16 +39,24 @@ def whole_sequences(plan: Plan) -> Plan:
 
 
 def compare(
-    run: Run, plan: Plan, train_step: Compiled, state: TrainState, rows: Array
-) -> Comparison:
+    run: Run,
+    plan: Plan,
+    train_step: Compiled,
+    state: TrainState,
+    rows: Array,
+    is_stopped: Callable[[], bool],
+) -> Comparison | None:
     """Times `config.train.compare_steps` steps of each kind, in turns.
 
     `train_step` is the compiled step of the plan. The state goes on through both kinds, and cannot
-    be used any more. Raises `Infeasible` if whole sequences do not fit in memory.
+    be used any more. All processes must agree on `is_stopped()`; then returns None. Raises
+    `Infeasible` if whole sequences do not fit in memory.
     """
     _, whole_step = fitting_step(run.spec, whole_sequences(plan), run.optimizer)
     seconds: dict[str, list[float]] = {"sliced": [], "whole": []}
     for _ in range(WARM_UP + run.config.train.compare_steps):
+        if is_stopped():
+            return None
         for name, step in (("sliced", train_step), ("whole", whole_step)):
             start = time.monotonic()
             state, metrics = step(state, rows)

@@ -17,7 +17,7 @@ from tpipe_jax.data.rows import RowLayout
 from tpipe_jax.devices.mesh import over_data, shardings
 from tpipe_jax.model.block import Params
 from tpipe_jax.model.functional import init_block
-from tpipe_jax.model.local_init import local_block, local_positions
+from tpipe_jax.model.local_init import check_local_init, local_block, local_positions
 from tpipe_jax.model.sharding import padded_vocab_size, param_specs
 from tpipe_jax.model.transformer import block_keys, init
 from tpipe_jax.pipeline.spec import StageSpec
@@ -85,6 +85,8 @@ def _new_params(spec: StageSpec) -> Params:
     params, keys = init(model, key), block_keys(model, key)
     draw = jax.jit(jax.vmap(partial(init_block, model)))
     is_local = spec.config.train.init == "local"
+    if is_local:
+        check_local_init(model)
 
     def blocks(layer_P: np.ndarray) -> Params:
         is_layer_P, drawn = layer_P >= 0, draw(keys[np.maximum(layer_P, 0)])

@@ -49,6 +49,7 @@ class StepLog:
         self._flops, self._num_devices = step_flops(config), spec.mesh.size
         self._device = spec.mesh.local_devices[0]
         self._peak_flops = peak_flops(config, self._device)
+        self._has_trouble = False  # with the picture of the losses, which is told once
         self._bubble = None
         if plan.prediction:
             self._bubble = predicted_timeline(plan, work_factors(config, plan)).bubble
@@ -125,7 +126,10 @@ class StepLog:
         if self._metrics:
             self._metrics.write(step, line)
             if evaluate:
-                self._metrics.draw(is_last=step == self._train.num_steps)
+                trouble = self._metrics.draw(is_last=step == self._train.num_steps)
+                if trouble and not self._has_trouble:
+                    self._console.say(trouble)
+                self._has_trouble = bool(trouble)
         self._console.show_progress(step, line)
         if has_diverged:
             raise UserError(self._divergence(step, num_bad))
