@@ -1,10 +1,7 @@
 """The pipeline around a block of your own: rotary positions, grouped queries, RMSNorm and SwiGLU.
 
-    python examples/own_block.py
-
-The same class on the command line:
-
-    tpipe train --config.model.block=examples/own_block.py:LlamaBlock --config.train.init=normal
+python examples/own_block.py
+tpipe train --config.model.block=examples/own_block.py:LlamaBlock --config.train.init=normal
 """
 
 from functools import partial

@@ -314,6 +314,7 @@ def test_ctrl_c_saves_and_says_how_to_continue(tmp_path: Path):
     args = [f"--workdir={tmp_path}", "--config.train.num-steps=30", "--config.train.log-every=1"]
     args += ["--config.train.eval-batches=1", "--config.train.sample-tokens=4"]
     args += ["--config.plan.token-slices=uniform:4", "--config.plan.batch-slices=uniform:4"]
+    args += ["--config.train.batch-size=4", "--config.model.seq-len=256"]
     process = launch(*args)
     deadline = time.monotonic() + 400
     while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import io
 import json
 import shlex
 import sys
@@ -125,7 +126,12 @@ def test_a_field_named_by_a_word_of_python():
         (["--loss=3"], "it is not a setting of this command;"),
     ],
 )
-def test_mistakes_in_flags_name_the_real_ones(args: list[str], expected: str):
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_mistakes_in_flags_name_the_real_ones(
+    args: list[str], expected: str, encoding: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Also where the terminal cannot draw tyro's boxes."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
     with pytest.raises(UserError) as error:
         parse(args, "program")
     assert expected in str(error.value)
@@ -444,3 +450,22 @@ def test_version_and_the_list_of_commands(
     assert main() == 0
     text = capsys.readouterr().out
     assert all(f"    tpipe {name} " in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("generate", "--workdir is missing; "),
+        ("checkpoints", "RUN is missing; "),
+        ("convert import", "--from and --workdir are missing; "),
+    ],
+)
+def test_what_is_missing_is_named(
+    name: str, expected: str, encoding: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    name, *args = name.split()
+    with pytest.raises(UserError) as error:
+        getattr(command_line, f"parse_{name}")(args, "program")
+    assert str(error.value).startswith(expected)

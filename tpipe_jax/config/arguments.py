@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import inspect
 import io
+import itertools
 import os
 import re
 import textwrap
@@ -254,18 +255,19 @@ def _check_names(args: Sequence[str], names: Sequence[str], program: str) -> Non
 
 
 def _sentence(text: str) -> str:
-    """Returns what tyro says in a box, without the box and without what follows the first rule."""
-    required = re.findall(
-        r"^│ +(--[\w.-]+|[A-Z]+) .*\n│ +.*\(required\)|^│ +([A-Z]+) +.*\(required\)", text, re.M
-    )
-    if required:
-        names = [name or other for name, other in required]
+    """Returns what tyro says in a box, without the box and without what follows the first rule.
+
+    The box is of lines or, where the terminal has none, of dashes and spaces.
+    """
+    rows = [re.sub("[│╭╮╰╯─]", "", line).strip() for line in text.splitlines()]
+    title, *rows = itertools.dropwhile(lambda row: not row, rows)
+    said = itertools.dropwhile(lambda row: not row.strip("-"), rows)
+    said = list(itertools.takewhile(lambda row: row.strip("-"), said))
+    if title.startswith("Required"):
+        found = [re.match(r"--[\w.-]+|[A-Z]{2,}\b", row) for row in said]
+        names = [name[0] for name in found if name]
         return f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} missing"
-    lines = [line.strip("│╭╮╰╯─ \t") for line in text.splitlines()]
-    start = next(i for i, line in enumerate(text.splitlines()) if line.startswith("╭")) + 1
-    stop = next(i for i, line in enumerate(lines) if i >= start and not line)
-    told = " ".join(lines[start:stop])
-    told = told.removeprefix("Error parsing ").replace(": =", "=", 1).rstrip(".")
+    told = " ".join(said).removeprefix("Error parsing ").replace(": =", "=", 1).rstrip(".")
     told = re.sub(r"^Missing value for argument '(\S+)'.*", r"\1 has no value", told)
     return re.sub(
         r"^Unrecognized options: (.*)",
