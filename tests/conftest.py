@@ -43,6 +43,11 @@ def pytest_configure(config: pytest.Config) -> None:
             shutil.rmtree(PROGRAMS)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests come first, so that no worker waits for them in the end."""
+    items.sort(key=lambda item: item.path.name != "test_readme.py")
+
+
 settings.register_profile("tests", deadline=None, derandomize=True, database=None)
 settings.register_profile("thorough", deadline=None, database=None, max_examples=5000)
 settings.load_profile("tests")

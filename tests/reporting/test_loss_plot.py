@@ -11,7 +11,6 @@ from PIL import Image
 
 from tpipe_jax.cli.main import run
 from tpipe_jax.errors import UserError
-from tpipe_jax.reporting import loss_plot
 from tpipe_jax.reporting.loss_plot import draw_losses, read_metrics, smoothed
 
 
@@ -25,19 +24,6 @@ LINES: list[dict[str, Any]] = [
     {"step": 10 * n, "loss": 3 - 0.1 * n, "learning_rate": 1e-3 / n} for n in range(1, 11)
 ]
 LINES[4]["eval_loss"], LINES[9]["eval_loss"], LINES[6]["loss"] = 2.75, 2.25, None
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """The figures that are made."""
-    made: list[Figure] = []
-
-    def make(**settings: Any) -> Figure:
-        made.append(Figure(**settings))
-        return made[-1]
-
-    monkeypatch.setattr(loss_plot, "Figure", make)
-    return made
 
 
 def test_one_run(tmp_path: Path, figures: list[Figure]):
