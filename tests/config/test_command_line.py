@@ -5,7 +5,11 @@ import dataclasses
 import inspect
 import io
 import json
+import os
+import pty
+import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -362,7 +366,7 @@ def test_next_steps_can_be_read_and_name_what_the_run_needs(
 ):
     monkeypatch.setattr(sys, "argv", ["tpipe", "train"])
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "own").mkdir(parents=True)
     workdir = Path("runs") / "a run"
     steps = next_steps(config, workdir, 300)
     assert ("export it" in steps) == (config is not OWN)
@@ -371,7 +375,7 @@ def test_next_steps_can_be_read_and_name_what_the_run_needs(
         if config is TOKENS
         else "--prompt=" in str(steps)
     )
-    assert steps["your own text"].endswith("--workdir=runs/mine-2 --config.data.train=FILE")
+    assert steps["your own text"].endswith("--workdir=runs/own-2 --config.data.train=FILE")
     for line in steps.values():
         program, *args = shlex.split(line)
         if program != "tpipe":
@@ -381,7 +385,7 @@ def test_next_steps_can_be_read_and_name_what_the_run_needs(
             flags = parse(args, "program")
         else:
             flags = getattr(command_line, f"parse_{name}")(args, "program")
-        if "mine-2" not in line:
+        if "own-2" not in line:
             assert flags.workdir == workdir
             named = flags.config.model.block if name == "train" else getattr(flags, "block", None)
             assert named == config.model.block or name == "convert"
@@ -469,3 +473,39 @@ def test_what_is_missing_is_named(
     with pytest.raises(UserError) as error:
         getattr(command_line, f"parse_{name}")(args, "program")
     assert str(error.value).startswith(expected)
+
+
+def test_flags_of_planning_from_a_file_need_the_file():
+    with pytest.raises(UserError, match=r"^--batch-size goes with --latency=FILE"):
+        command_line.parse_plan(["--num_stages=4", "--batch-size=1"][::-1], "program")
+
+
+def on_a_terminal(*args: str) -> str:
+    """What a person sees of a command, without colours."""
+    ours, theirs = pty.openpty()
+    env = os.environ | {"TERM": "xterm-256color", "COLUMNS": "200"}
+    command = [sys.executable, "-m", "tpipe_jax", *args]
+    done = subprocess.run(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env, check=False)
+    os.close(theirs)
+    assert done.returncode == 2
+    seen = b""
+    with contextlib.suppress(OSError):  # Linux raises it at the end
+        while part := os.read(ours, 2**16):
+            seen += part
+    os.close(ours)
+    assert seen.startswith(b"\x1b[31merror: ")
+    return re.sub(r"\x1b\[[0-9;]*m", "", seen.decode()).strip()
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["generate", "--prompt=x"], "--workdir is missing; "),
+        (["evaluate", "--workdir=run", "run"], "there is nothing that run could mean: "),
+        (["train", "--config.train.num-steps"], "--config.train.num-steps has no value; "),
+        (["train", "--config.plan.schedule=x"], "--config.plan.schedule=x must be one of auto, "),
+        (["plan", "--latency=x", "--num-stages=4"], "--batch-size and --seq-len are missing; "),
+    ],
+)
+def test_mistakes_are_told_on_a_terminal_too(args: list[str], expected: str):
+    assert on_a_terminal(*args).startswith(f"error: {expected}")

@@ -26,11 +26,11 @@ def next_steps(config: Config, workdir: Path, num_steps: int) -> dict[str, str]:
         folder = shlex.quote(str(workdir / "transformers"))
         steps["export it"] = f"{command('convert')} export {run} --to={folder}"
     text = "docs" if Path("docs").is_dir() else "FILE"
-    new = f"{command('train')} --workdir={_new_workdir()} --config.data.train={text}"
+    new = f"{command('train')} --workdir={new_workdir('own')} --config.data.train={text}"
     return steps | {"your own text": new}
 
 
-def _new_workdir() -> Path:
-    """Returns a folder for a run that does not exist yet."""
-    names = itertools.chain(["mine"], (f"mine-{n}" for n in itertools.count(2)))
+def new_workdir(name: str) -> Path:
+    """Returns a folder for a run that does not exist yet: runs/NAME, runs/NAME-2 and so on."""
+    names = itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2)))
     return next(path for path in (Path("runs") / name for name in names) if not path.exists())

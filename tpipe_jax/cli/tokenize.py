@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tpipe_jax.cli.next_steps import new_workdir
 from tpipe_jax.config.command_line import parse_tokenize
 from tpipe_jax.config.invocation import command
 from tpipe_jax.config.settings import BYTES, BYTES_NAME
@@ -39,7 +40,7 @@ def main(args: list[str], program: str) -> None:
     if tokenizer != BYTES_NAME:
         vocab_size = open_tokenizer("--tokenizer", tokenizer).vocab_size
         settings += [f"--config.data.tokenizer={flags.out / TOKENIZER}"]
-    settings += [f"--config.model.vocab-size={vocab_size}", "--workdir=runs/mine"]
+    settings += [f"--config.model.vocab-size={vocab_size}", f"--workdir={new_workdir('mine')}"]
     console.say(
         f"{flags.out} has {num_tokens:,} tokens of {count(num_documents, 'document')} in "
         f"{count(len(results), 'shard')}; train on it with"

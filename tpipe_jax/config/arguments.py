@@ -259,6 +259,7 @@ def _sentence(text: str) -> str:
 
     The box is of lines or, where the terminal has none, of dashes and spaces.
     """
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)  # colours, where there is a terminal
     rows = [re.sub("[│╭╮╰╯─]", "", line).strip() for line in text.splitlines()]
     title, *rows = itertools.dropwhile(lambda row: not row, rows)
     said = itertools.dropwhile(lambda row: not row.strip("-"), rows)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from tpipe_jax.config.arguments import read_flags
+from tpipe_jax.config.arguments import flag_names, read_flags
 from tpipe_jax.config.config_files import (
     RUN_FILE,
     check_block_is_named,
@@ -84,6 +84,13 @@ def parse_plan(args: Sequence[str], program: str) -> PlanFlags | FilePlanFlags:
         "--latency --help",
     )
     if not any(word.partition("=")[0] == "--latency" for word in args):
+        for word in args:
+            flag = word.partition("=")[0].replace("_", "-")
+            if flag in set(flag_names(FilePlanFlags)) - set(flag_names(PlanFlags)):
+                raise UserError(
+                    f"{flag} goes with --latency=FILE, which plans without devices: add that, or "
+                    f"set config.*, as {program} --help lists."
+                )
         measured = _parse_run(PlanFlags, args, program, examples)
         _check_processes(measured.processes)
         return measured

@@ -230,7 +230,7 @@ def _in_tokens(part: Segment, tokenizer: Tokenizer, vocab_size: int, data: DataC
         texts = np.split(part[:], part.starts[1:])
         encoded = [tokenizer.encode(t.tobytes().decode(errors="replace")) for t in texts]
         starts = np.cumsum([0, *map(len, encoded)])[:-1]
-        return Documents(np.concatenate(encoded), starts, TEXT, part.path)
+        return Documents(np.concatenate(encoded), starts, "text by its tokenizer", part.path)
     assert part.path is not None
     return _encoded(part.path, part.format, tokenizer, data.field)
 
