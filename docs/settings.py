@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tpipe_jax.config import settings
-from tpipe_jax.config.arguments import field_docs
+from tpipe_jax.config.arguments import field_docs, spelled
 from tpipe_jax.config.fields import parts_of
 
 PAGE = Path(__file__).with_suffix(".md")
@@ -30,13 +30,6 @@ def described(hint: Any) -> tuple[str, str, str | None]:
     if get_origin(bare) is Literal:
         return "choice", ", ".join(f"`{value}`" for value in get_args(bare)), name
     return TYPES[bare], str(allowed or ""), name
-
-
-def spelled(value: Any) -> str:
-    """A default as one would write it on the command line."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def tables() -> str:

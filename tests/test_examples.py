@@ -194,6 +194,12 @@ def test_a_loaded_model_continues_text(imported: tuple[Any, Path]):
         model.generate("")
 
 
+def test_a_block_that_would_not_be_used_is_refused(imported: tuple[Any, Path]):
+    named = Config(ModelConfig(block="block.py:B"))
+    with pytest.raises(UserError, match=r"block=block.py:B would not be used, since the model in"):
+        tpipe_jax.load(imported[1], config=named, devices=jax.devices()[:1])
+
+
 def test_a_loaded_model_is_saved_for_transformers(imported: tuple[Any, Path], tmp_path: Path):
     """With its tokenizer, here of bytes; both give what the model here gives."""
     reason = 'needs torch and transformers: pip install -e ".[interop]"'

@@ -1,5 +1,7 @@
 """`tpipe convert`: weights from and to the folders of Hugging Face's GPT-2."""
 
+import shlex
+
 from tpipe_jax.config.command_line import parse_convert
 from tpipe_jax.config.flags import ImportFlags
 from tpipe_jax.config.invocation import command
@@ -20,7 +22,8 @@ def main(args: list[str], program: str) -> None:
         print(
             f"{flags.workdir} has a model of {model.num_layers} layers, width {model.d_model}, "
             f"{model.num_heads} heads, vocabulary {model.vocab_size}, as step 0; train it with\n"
-            f"    {command('train')} --workdir={flags.workdir} --config.data.train=TOKENS"
+            f"    {command('train')} --workdir={shlex.quote(str(flags.workdir))} "
+            "--config.data.train=TOKENS"
         )
     else:
         step = convert.export_gpt2(flags.workdir, flags.to, flags.step, flags.tokenizer)

@@ -1,5 +1,6 @@
 """`tpipe tokenize`: turns text into token shards to train on, in parallel. No jax."""
 
+import shlex
 from pathlib import Path
 
 from tpipe_jax.cli.next_steps import new_workdir
@@ -45,4 +46,4 @@ def main(args: list[str], program: str) -> None:
         f"{flags.out} has {num_tokens:,} tokens of {count(num_documents, 'document')} in "
         f"{count(len(results), 'shard')}; train on it with"
     )
-    console.say(f"    {command('train')} {' '.join(settings)}")
+    console.say(f"    {command('train')} {shlex.join(settings)}")

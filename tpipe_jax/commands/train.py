@@ -168,6 +168,23 @@ def _train(
         gathered("training", "", lambda _: "")  # so that no first step waits for another process
         with console.progress(first_step, num_steps):
             step, state = loop.steps(state, first_step, held_out)
+    return _ending(run, plan, programs, workdir, step, state, services)
+
+
+def _ending(
+    run: Run,
+    plan: Plan,
+    programs: Programs,
+    workdir: Path,
+    step: int,
+    state: TrainState,
+    services: Services,
+) -> Ending:
+    """Shows what the model has learnt and what token slices gain, if all steps are done. The state
+    cannot be used any more.
+    """
+    config, num_steps = run.config, run.config.train.num_steps
+    console, stop, within = services.console, services.stop, services.within
     if step < num_steps:
         block = config.model.block
         named = "" if block == GPT2 else f" --config.model.block={shlex.quote(block)}"

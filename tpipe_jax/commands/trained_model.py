@@ -56,6 +56,11 @@ def load(workdir: Path, step: int | None, config: Config, devices: Sequence[jax.
                 f"--config.model.block={model.block}."
             )
         model = replace(model, block=named)
+    elif named != GPT2:
+        raise UserError(
+            f"config.model.block={named} would not be used, since the model in {workdir} has "
+            "GPT-2's blocks: leave it out."
+        )
     config = replace(config, model=model, plan=PlanConfig())  # one chunk for each stage
     spec = spec_on_devices(config, devices[: config.mesh.num_devices])
     like = abstract_state(spec, make_optimizer(spec.config))

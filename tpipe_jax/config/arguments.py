@@ -178,7 +178,7 @@ def _with_reader(hint: Any) -> Any:
         metavar=metavar,
         instance_from_str=from_words,
         is_instance=lambda value: True,
-        str_from_instance=lambda value: [_shown(value)],
+        str_from_instance=lambda value: [spelled(value)],
     )
     name = next((note.name for note in notes if getattr(note, "name", None)), None)
     others = [note for note in notes if getattr(note, "name", None) is None]
@@ -203,7 +203,8 @@ def _reader(bare: Any) -> tuple[Callable[[str], Any], str] | None:
     }.get(bare)
 
 
-def _shown(value: Any) -> str:
+def spelled(value: Any) -> str:
+    """Returns a value as one would write it on the command line."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Path):
