@@ -48,6 +48,7 @@ from tpipe_jax.config.settings import (
     TrainConfig,
     resolved,
 )
+from tpipe_jax.devices.hardware import facts_of
 from tpipe_jax.devices.hlo import compile_checked
 from tpipe_jax.devices.mesh import make_mesh, put_rows
 from tpipe_jax.devices.precision import resolve_precision
@@ -106,7 +107,7 @@ def main() -> None:
     peers = {} if args.no_torch else {n: run_torch(args, n) for n in args.seq_len}
     device = jax.devices()[0]
     mesh = make_mesh(Config().mesh, [device])
-    config = resolve_precision(make_config(args, args.seq_len[0]), mesh)
+    config = make_spec(make_config(args, args.seq_len[0]), mesh).config
     rate = product_rate(args.product, jnp.dtype(config.precision.compute))
     limit = limit_bytes(make_spec(config, mesh))
     print(
@@ -121,7 +122,7 @@ def main() -> None:
         flush=True,
     )
     for seq_len in args.seq_len:
-        base = resolve_precision(make_config(args, seq_len), mesh)
+        base = resolve_precision(make_config(args, seq_len), facts_of(mesh))
         programs = compile_programs(args, base, mesh)
         take_turns(args, base, mesh, programs)
         report(base, programs, rate, peers.get(seq_len))

@@ -1,41 +1,22 @@
 """Which attention runs where, and what is said where it cannot."""
 
-from types import SimpleNamespace
 from typing import Any
 
-import jax
-import numpy as np
 import pytest
 
 from tpipe_jax.attention import backends
 from tpipe_jax.attention.base import Attention
 from tpipe_jax.config.settings import AttentionConfig, Config, ModelConfig, PrecisionConfig
-from tpipe_jax.devices.mesh import make_mesh
+from tpipe_jax.devices.hardware import DeviceFacts
 from tpipe_jax.errors import UserError
 from tpipe_jax.model.functional import heads
 
 
-def devices(platform: str, *capabilities: str | None) -> Any:
-    """A mesh of such devices."""
-    kinds = [
-        SimpleNamespace(platform=platform, device_kind=f"{platform} {c}", compute_capability=c)
-        for c in capabilities
-    ]
-    return SimpleNamespace(devices=np.array(kinds, object), shape={"model": 1})
+def gpu(major: int, minor: int, cudnn: int | None = 91002) -> DeviceFacts:
+    return DeviceFacts("gpu", f"gpu {major}.{minor}", (major, minor), cudnn)
 
 
-CPU, V100, A100, H100 = (
-    devices("cpu", None),
-    devices("gpu", "7.0"),
-    devices("gpu", "8.0", "8.0"),
-    devices("gpu", "9.0"),
-)
-BFLOAT16 = PrecisionConfig("bfloat16")
-
-
-@pytest.fixture(autouse=True)
-def cudnn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "cudnn_version", lambda: 91002)
+CPU, V100, A100, H100 = DeviceFacts("cpu", "cpu"), gpu(7, 0), gpu(8, 0), gpu(9, 0)
 
 
 def config(
@@ -48,20 +29,20 @@ def config(
     )
 
 
-def resolve(asked: Config, mesh: Any) -> Config:
-    return backends.resolve_attention(asked, mesh, heads(asked.model))
+def resolve(asked: Config, device: DeviceFacts) -> Config:
+    return backends.resolve_attention(asked, device, heads(asked.model))
 
 
-def make(asked: Config, mesh: Any) -> Attention:
-    return backends.make_attention(resolve(asked, mesh), mesh)
+def make(asked: Config, device: DeviceFacts) -> Attention:
+    return backends.make_attention(resolve(asked, device), device, False)
 
 
 @pytest.mark.parametrize(
-    ("mesh", "compute", "head_width", "expected"),
+    ("device", "compute", "head_width", "expected"),
     [
         (CPU, "auto", 64, "xla"),
-        (devices("tpu", None), "auto", 64, "xla"),
-        (devices("gpu", "gfx942"), "auto", 64, "xla"),  # no NVIDIA GPU
+        (DeviceFacts("tpu", "tpu"), "auto", 64, "xla"),
+        (DeviceFacts("gpu", "gfx942"), "auto", 64, "xla"),  # no NVIDIA GPU
         (V100, "auto", 64, "xla"),
         (A100, "auto", 64, "cudnn"),
         (A100, "float16", 128, "cudnn"),
@@ -70,24 +51,24 @@ def make(asked: Config, mesh: Any) -> Attention:
         (A100, "auto", 60, "xla"),
         (H100, "auto", 136, "cudnn"),
         (H100, "auto", 264, "xla"),
-        (devices("gpu", "10.0"), "auto", 128, "cudnn"),
-        (devices("gpu", "10.0"), "auto", 136, "xla"),
-        (devices("gpu", "12.0"), "auto", 136, "xla"),
-        (devices("gpu", "9.0", "7.0"), "bfloat16", 64, "xla"),
+        (gpu(10, 0), "auto", 128, "cudnn"),
+        (gpu(10, 0), "auto", 136, "xla"),
+        (gpu(12, 0), "auto", 136, "xla"),
     ],
 )
-def test_auto_is_cudnn_where_it_runs(mesh: Any, compute: Any, head_width: int, expected: str):
-    resolved = resolve(config("auto", compute, head_width), mesh)
+def test_auto_is_cudnn_where_it_runs(
+    device: DeviceFacts, compute: Any, head_width: int, expected: str
+):
+    resolved = resolve(config("auto", compute, head_width), device)
     assert resolved.attention.backend == expected
-    assert resolve(resolved, mesh) == resolved
+    assert resolve(resolved, device) == resolved
 
 
 @pytest.mark.parametrize(
-    ("mesh", "asked", "sentence"),
+    ("device", "asked", "sentence"),
     [
         (CPU, config("cudnn", "bfloat16"), "needs GPUs of compute capability 8.0"),
         (V100, config("cudnn"), "(Ampere) or newer, which gpu 7.0 is not: set auto, or one that"),
-        (devices("gpu", "9.0", "7.0"), config("cudnn", "bfloat16"), "which gpu 7.0 is not"),
         (A100, config("cudnn", "float32"), "not in config.precision.compute=float32, which may be"),
         (A100, config("cudnn", block=63), "at least 64 tokens, not config.attention.block=63: set"),
         (A100, config("cudnn", head_width=136), "at most 128, not config.model.d_model / num_head"),
@@ -95,9 +76,9 @@ def test_auto_is_cudnn_where_it_runs(mesh: Any, compute: Any, head_width: int, e
         (CPU, config("tokamax"), "cannot be installed, since tokamax (0.0.12) needs typeguard"),
     ],
 )
-def test_what_devices_cannot_run_is_refused(mesh: Any, asked: Config, sentence: str):
+def test_what_devices_cannot_run_is_refused(device: DeviceFacts, asked: Config, sentence: str):
     with pytest.raises(UserError) as error:
-        resolve(asked, mesh)
+        resolve(asked, device)
     assert str(error.value).startswith(f"config.attention.backend={asked.attention.backend} ")
     assert sentence in str(error.value)
     assert str(error.value).endswith("can run here, xla.")
@@ -111,36 +92,27 @@ def test_what_can_run_is_said():
 @pytest.mark.parametrize(
     ("version", "capability", "sentence"),
     [
-        (None, "8.0", "finds no cuDNN"),
-        (91001, "8.0", r"needs cuDNN 9\.10\.2 or newer, which 9\.10\.1 is not"),
-        (91002, "10.3", r"needs cuDNN 9\.11\.0 or newer, which 9\.10\.2 is not"),
-        (91100, "10.3", None),
+        (None, (8, 0), "finds no cuDNN"),
+        (91001, (8, 0), r"needs cuDNN 9\.10\.2 or newer, which 9\.10\.1 is not"),
+        (91002, (10, 3), r"needs cuDNN 9\.11\.0 or newer, which 9\.10\.2 is not"),
+        (91100, (10, 3), None),
     ],
 )
-def test_versions_of_cudnn(
-    version: int | None, capability: str, sentence: str | None, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(backends, "cudnn_version", lambda: version)
-    mesh = devices("gpu", capability)
+def test_versions_of_cudnn(version: int | None, capability: tuple[int, int], sentence: str | None):
+    device = gpu(*capability, cudnn=version)
     expected = "xla" if sentence else "cudnn"
-    assert resolve(config("auto"), mesh).attention.backend == expected
+    assert resolve(config("auto"), device).attention.backend == expected
     if sentence:
         with pytest.raises(UserError, match=sentence):
-            resolve(config("cudnn"), mesh)
+            resolve(config("cudnn"), device)
 
 
 def test_blocks_are_as_set():
     sizes = {
-        make(config("xla", block=block), mesh).key_block
+        make(config("xla", block=block), device).key_block
         for block in (None, 96)
-        for mesh in (CPU, V100)
+        for device in (CPU, V100)
     }
     assert sizes == {128, 1024, 96}
     assert make(config("auto"), A100).key_block == 1024
     assert make(config("auto", block=100), A100).key_block == 100
-
-
-def test_real_devices():
-    run = Config()
-    mesh = make_mesh(run.mesh, jax.devices()[:1])
-    assert resolve(run, mesh).attention.backend == "xla"

@@ -21,6 +21,7 @@ from tpipe_jax.config.settings import (
     PlanConfig,
     TrainConfig,
 )
+from tpipe_jax.devices.hardware import DeviceFacts
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.errors import UserError
 from tpipe_jax.pipeline.spec import make_spec
@@ -52,9 +53,9 @@ def with_memory(**changes: Any) -> Config:
     return dataclasses.replace(CONFIG, memory=MemoryConfig(**changes))
 
 
-def of(config: Config, mesh: Any) -> Any:
+def of(config: Config, device: DeviceFacts, mesh: Any = None) -> Any:
     """What is asked of a spec, on a mesh of devices that do not exist."""
-    return SimpleNamespace(config=config, mesh=mesh)
+    return SimpleNamespace(config=config, device=device, mesh=mesh)
 
 
 @cache
@@ -219,22 +220,14 @@ def test_a_plan_to_come_is_judged_by_its_smallest_slices():
 
 
 def test_the_least_of_what_devices_report_is_the_limit(monkeypatch: pytest.MonkeyPatch):
-    class Device:
-        platform = "gpu"
-
-        def memory_stats(self) -> dict[str, int]:
-            return {"bytes_limit": 5 * GIB}
-
-    class Mesh:
-        local_devices = (Device(),)
-
-    mesh: Any = Mesh()
-    assert limit_bytes(of(CONFIG, mesh)) == 5 * GIB
-    assert limit_bytes(of(with_memory(limit_gib=3), mesh)) == 3 * GIB
+    gpu = DeviceFacts("gpu", "gpu", memory_bytes=5 * GIB)
+    assert limit_bytes(of(CONFIG, gpu)) == 5 * GIB
+    assert limit_bytes(of(with_memory(limit_gib=3), gpu)) == 3 * GIB
+    assert limit_bytes(of(CONFIG, DeviceFacts("gpu", "gpu"))) is None
     monkeypatch.setattr(memory.jax, "process_count", lambda: 2)
     gather = lambda own: own - [0, 2 * GIB]  # noqa: E731
     monkeypatch.setattr(memory.multihost_utils, "process_allgather", gather)
-    assert limit_bytes(of(CONFIG, mesh)) == 3 * GIB
+    assert limit_bytes(of(CONFIG, gpu)) == 3 * GIB
 
 
 def test_a_cpu_has_its_share_of_the_machine():
@@ -244,22 +237,16 @@ def test_a_cpu_has_its_share_of_the_machine():
 
 def test_processes_of_one_host_share_its_memory(monkeypatch: pytest.MonkeyPatch):
     class Device:
-        platform = "cpu"
-
         def __init__(self, process_index: int) -> None:
             self.process_index = process_index
 
-        def memory_stats(self) -> None:
-            return None
-
     class Mesh:
         devices = np.array([Device(0), Device(0), Device(1), Device(2)])
-        local_devices = (Device(0),)
 
     mesh: Any = Mesh()
     monkeypatch.setattr(memory, "host_names", lambda: ["here", "here", "there"])
     share = memory.os.sysconf("SC_PAGE_SIZE") * memory.os.sysconf("SC_PHYS_PAGES") / 3
-    assert limit_bytes(of(CONFIG, mesh)) == pytest.approx(share)
+    assert limit_bytes(of(CONFIG, DeviceFacts("cpu", "cpu"), mesh)) == pytest.approx(share)
 
 
 def test_what_can_never_fit_is_not_compiled(monkeypatch: pytest.MonkeyPatch):

@@ -2,7 +2,6 @@
 
 from contextlib import closing
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -80,7 +79,7 @@ def test_peaks_of_known_devices():
         config = Config(
             precision=PrecisionConfig(compute=compute), metrics=MetricsConfig(**metrics)
         )
-        return peak_flops(config, SimpleNamespace(device_kind=kind))
+        return peak_flops(config, kind)
 
     assert peak("Tesla V100-SXM2-16GB", "float16") == 125e12
     assert peak("NVIDIA H100 80GB HBM3") == peak("NVIDIA H200") == 989e12

@@ -3,14 +3,12 @@
 from dataclasses import replace
 from typing import get_args
 
-from jax.sharding import Mesh
-
 from tpipe_jax.attention.base import Attention, Heads
 from tpipe_jax.attention.blockwise import blockwise
-from tpipe_jax.attention.cudnn import cudnn_kernel, cudnn_version
+from tpipe_jax.attention.cudnn import cudnn_kernel
 from tpipe_jax.attention.fused import grouped, over_heads
 from tpipe_jax.config.settings import Backend, Config
-from tpipe_jax.devices.hardware import compute_capability, oldest_device
+from tpipe_jax.devices.hardware import DeviceFacts
 from tpipe_jax.devices.precision import compute_format
 from tpipe_jax.errors import UserError
 from tpipe_jax.planning.context_blocks import BLOCK
@@ -21,16 +19,16 @@ XLA_BLOCK = 1024
 CUDNN_GROUP = 1024
 
 
-def resolve_attention(config: Config, mesh: Mesh, heads: Heads) -> Config:
+def resolve_attention(config: Config, device: DeviceFacts, heads: Heads) -> Config:
     """Returns the config with `attention.backend` resolved for these devices.
 
     Raises `UserError` if the devices cannot run the backend.
     """
-    backend = attention_backend(config, mesh, heads)
-    if obstacle := _obstacle(backend, config, mesh, heads):
+    backend = attention_backend(config, device, heads)
+    if obstacle := _obstacle(backend, config, device, heads):
         names: tuple[Backend, ...] = get_args(Backend)
         usable = [
-            name for name in names if name != "auto" and not _obstacle(name, config, mesh, heads)
+            name for name in names if name != "auto" and not _obstacle(name, config, device, heads)
         ]
         raise UserError(
             f"config.attention.backend={backend} {obstacle}: set auto, or one that can run here, "
@@ -39,24 +37,26 @@ def resolve_attention(config: Config, mesh: Mesh, heads: Heads) -> Config:
     return replace(config, attention=replace(config.attention, backend=backend))
 
 
-def attention_backend(config: Config, mesh: Mesh, heads: Heads) -> Backend:
+def attention_backend(config: Config, device: DeviceFacts, heads: Heads) -> Backend:
     """Returns the name of the backend; `auto` becomes cuDNN if the devices run it, else XLA."""
     if config.attention.backend != "auto":
         return config.attention.backend
-    return "xla" if _obstacle("cudnn", config, mesh, heads) else "cudnn"
+    return "xla" if _obstacle("cudnn", config, device, heads) else "cudnn"
 
 
-def make_attention(config: Config, mesh: Mesh) -> Attention:
-    """Makes the attention that the config names, for code of one device."""
+def make_attention(config: Config, device: DeviceFacts, are_heads_divided: bool) -> Attention:
+    """Makes the attention that the config names, for code of one device. `are_heads_divided` says
+    whether devices share the heads of a stage.
+    """
     block = config.attention.block
     if config.attention.backend == "cudnn":
         attention = grouped(cudnn_kernel(), block or CUDNN_GROUP)
-        return over_heads(attention) if mesh.shape["model"] > 1 else attention
-    default = BLOCK if oldest_device(mesh).platform == "cpu" else XLA_BLOCK
+        return over_heads(attention) if are_heads_divided else attention
+    default = BLOCK if device.platform == "cpu" else XLA_BLOCK
     return blockwise(block or default)
 
 
-def _obstacle(backend: Backend, config: Config, mesh: Mesh, heads: Heads) -> str | None:
+def _obstacle(backend: Backend, config: Config, device: DeviceFacts, heads: Heads) -> str | None:
     """Returns why these devices cannot run the backend for this model; None if they can."""
     if backend == "xla":
         return None
@@ -65,14 +65,10 @@ def _obstacle(backend: Backend, config: Config, mesh: Mesh, heads: Heads) -> str
             "cannot be installed, since tokamax (0.0.12) needs typeguard 2.13.3 and the command "
             "line (tyro) 4 or newer"
         )
-    device = oldest_device(mesh)
-    capability = compute_capability(device)
+    capability = device.capability
     if capability is None or capability < (8, 0):
-        return (
-            f"needs GPUs of compute capability 8.0 (Ampere) or newer, which {device.device_kind} "
-            "is not"
-        )
-    if compute_format(config.precision, mesh) == "float32":
+        return f"needs GPUs of compute capability 8.0 (Ampere) or newer, which {device.kind} is not"
+    if compute_format(config.precision, device) == "float32":
         return (
             "computes in float16 and bfloat16, not in config.precision.compute=float32, which may "
             "be changed"
@@ -89,13 +85,12 @@ def _obstacle(backend: Backend, config: Config, mesh: Mesh, heads: Heads) -> str
             f"needs heads whose width is a multiple of 8 and at most {widest}, not "
             f"config.model.d_model / num_heads = {width}"
         )
-    version = cudnn_version()
-    if version is None:
+    if device.cudnn is None:
         return "finds no cuDNN, which comes with jax[cuda12] and jax[cuda13]"
     # jax refuses older versions for capability 10.3; for others, cuDNN's own front end does.
     least = 91100 if capability == (10, 3) else 91002
-    if version < least:
-        return f"needs cuDNN {_text(least)} or newer, which {_text(version)} is not"
+    if device.cudnn < least:
+        return f"needs cuDNN {_text(least)} or newer, which {_text(device.cudnn)} is not"
     block, fewest = config.attention.block, cudnn_kernel().min_tokens
     if block and block < fewest:
         return f"needs at least {fewest} tokens, not config.attention.block={block}"

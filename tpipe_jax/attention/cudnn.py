@@ -1,22 +1,11 @@
 """cuDNN's flash attention as a fused kernel."""
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
 from tpipe_jax.attention.base import KVCache
 from tpipe_jax.attention.fused import Kernel
-
-
-def cudnn_version() -> int | None:
-    """Returns the version of cuDNN, such as 91002 for 9.10.2. None if jax finds no cuDNN, or has
-    another interface to it.
-    """
-    try:
-        from jax._src.cudnn.fused_attention_stablehlo import check_cudnn_version
-
-        return check_cudnn_version()
-    except (ImportError, RuntimeError):
-        return None
 
 
 def cudnn_kernel() -> Kernel:
@@ -27,6 +16,9 @@ def cudnn_kernel() -> Kernel:
     backward pass does. Tests check their parameters for each jax release.
     """
     from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    has_score_mod = jax.__version_info__ >= (0, 12)
+    no_score_mod = {"score_mod_name": None, "score_mod_jaxpr": None} if has_score_mod else {}
 
     def call(primitive, q: Array, kv: KVCache, num_visible: Array | None, *results: Array, **more):
         B, _, L, K = q.shape
@@ -45,6 +37,7 @@ def cudnn_kernel() -> Kernel:
             mask_type=mask,
             layout=cudnn.AttentionLayout.BNTH.value,
             sliding_window_length=None,
+            **no_score_mod,
             **more,
         )
 

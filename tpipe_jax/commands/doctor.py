@@ -94,7 +94,7 @@ def _run(config: Config, devices: list[jax.Device]) -> str:
         spec = spec_on_devices(config, devices)
     except UserError as error:
         return f"cannot work: {error}"
-    limit, peak = limit_bytes(spec), peak_flops(spec.config, devices[0])
+    limit, peak = limit_bytes(spec), peak_flops(spec.config, spec.device.kind)
     memory = "memory without a known limit" if limit is None else f"at most {limit / GIB:.1f} GiB"
     speed = "" if peak is None else f", peak {peak / 1e12:g} TFLOP/s each"
     attention = spec.config.attention.backend

@@ -17,7 +17,6 @@ from tpipe_jax.data.tokenizer import open_tokenizer
 from tpipe_jax.devices.hlo import compile_checked
 from tpipe_jax.devices.mesh import put_rows
 from tpipe_jax.errors import UserError
-from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.planning.settings import read_settings
@@ -61,7 +60,7 @@ def evaluate(
     `UserError` if there is no target.
     """
     config, batch_size = with_packing(trained.config, shares), trained.config.train.batch_size
-    spec, layout = make_spec(config, trained.mesh), RowLayout.of(config)
+    spec, layout = trained.spec.with_config(config), RowLayout.of(config)
     sequences = [make_sequences(config, share, is_whole=False) for share in shares]
     rows_of_all = itertools.chain.from_iterable(map(iter, sequences))
     num_sequences = sum(map(len, sequences))

@@ -23,7 +23,6 @@ from tpipe_jax.devices.precision import is_slow
 from tpipe_jax.errors import Infeasible, brief
 from tpipe_jax.model.block import Params
 from tpipe_jax.model.transformer import num_params
-from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.placement import layer_counts
 from tpipe_jax.planning.plan import Plan, PlanRequest
 from tpipe_jax.planning.settings import settled, work_factors
@@ -103,7 +102,7 @@ def _run(
     config = run.config
     is_first = jax.process_index() == 0  # only process 0 writes, except checkpoints
     console.show_facts(_facts(run))
-    if is_slow(config.precision, run.mesh):
+    if is_slow(config.precision, run.spec.device):
         console.say(
             "CPUs compute float16 in float32 and convert it back and forth, which is slow: "
             "config.precision.compute=float32 is faster here."
@@ -144,7 +143,7 @@ def _train(
         stop.check()
         within("planning slices", is_step=False)
         plan = _planned(run, workdir, console, stop.check)
-        run = replace(run, spec=make_spec(settled(config, plan), run.mesh))
+        run = replace(run, spec=run.spec.with_config(settled(config, plan)))
         config, checkpoints.num_chunks = run.config, plan.num_chunks
         within("compiling", is_step=False)
         programs = compile_programs(run, plan, console)
@@ -212,7 +211,7 @@ def _facts(run: Run) -> dict[str, str]:
         f"{model.d_model}, {count(model.num_heads, 'head')}, vocabulary {model.vocab_size}, "
         f"{config.precision.compute}",
         "mesh": f"data {mesh.data} x pipe {mesh.pipe} x model {mesh.model} = "
-        f"{count(mesh.num_devices, 'device')} ({run.mesh.devices.flat[0].device_kind}), "
+        f"{count(mesh.num_devices, 'device')} ({run.spec.device.kind}), "
         f"{per_stage} layer{'s' * (max(counts) != 1)} a stage",
         "data": f"{run.train_data.num_tokens:,} tokens to train on, "
         f"{run.held_out.num_tokens:,} held out ({', '.join(run.train_data.formats)})",

@@ -13,7 +13,7 @@ from tpipe_jax.checkpoint.checkpoints import newest_sound
 from tpipe_jax.config.settings import GPT2, Config, PlanConfig
 from tpipe_jax.errors import UserError
 from tpipe_jax.model.block import Params
-from tpipe_jax.pipeline.spec import StageSpec, make_spec, spec_on_devices
+from tpipe_jax.pipeline.spec import StageSpec, spec_on_devices
 from tpipe_jax.training.optimizer import make_optimizer
 from tpipe_jax.training.state import abstract_state
 
@@ -35,7 +35,7 @@ class Trained(NamedTuple):
 
     def with_config(self, config: Config) -> "Trained":
         """Returns the same model with a config that differs only in data or batch."""
-        return self._replace(spec=make_spec(config, self.mesh))
+        return self._replace(spec=self.spec.with_config(config))
 
 
 def load(workdir: Path, step: int | None, config: Config, devices: Sequence[jax.Device]) -> Trained:

@@ -1,5 +1,6 @@
-"""Facts about a device from its maker: its generation and its peak speed."""
+"""The facts about a device that programs depend on: its generation, memory, libraries and speed."""
 
+from dataclasses import dataclass
 from typing import Any
 
 from jax.sharding import Mesh
@@ -7,15 +8,55 @@ from jax.sharding import Mesh
 from tpipe_jax.config.settings import Config
 
 
-def compute_capability(device: Any) -> tuple[int, int] | None:
-    """Returns the CUDA compute capability, such as (8, 0); None for devices without one."""
+@dataclass(frozen=True)
+class DeviceFacts:
+    """The devices of a run, as far as its programs depend on them.
+
+    `facts_of` asks devices that are here. `targets` has the facts about devices that are not.
+    """
+
+    platform: str
+    """cpu, gpu or tpu."""
+    kind: str
+    """Name of the device, as jax has it."""
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability, such as (8, 0); None for devices without one."""
+    cudnn: int | None = None
+    """Version of cuDNN, such as 91002 for 9.10.2; None without it."""
+    memory_bytes: float | None = None
+    """Bytes that programs may use on a device of this process; None where that is not known."""
+
+
+def facts_of(mesh: Mesh) -> DeviceFacts:
+    """Returns the facts about the devices of a mesh. If there are several kinds, these are the
+    facts about the oldest: all others can do as much.
+    """
+    device = min(mesh.devices.flat, key=lambda device: _capability(device) or (0, 0))
+    capability = _capability(device)
+    return DeviceFacts(
+        device.platform,
+        device.device_kind,
+        capability,
+        cudnn_version() if capability else None,
+        (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit"),
+    )
+
+
+def cudnn_version() -> int | None:
+    """Returns the version of cuDNN here, such as 91002 for 9.10.2. None if jax finds no cuDNN, or
+    has another interface to it.
+    """
+    try:
+        from jax._src.cudnn.fused_attention_stablehlo import check_cudnn_version
+
+        return check_cudnn_version()
+    except (ImportError, RuntimeError):
+        return None
+
+
+def _capability(device: Any) -> tuple[int, int] | None:
     major, _, minor = str(getattr(device, "compute_capability", "")).partition(".")
     return (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None
-
-
-def oldest_device(mesh: Mesh) -> Any:
-    """Returns the device with the least compute capability: all others can do as much."""
-    return min(mesh.devices.flat, key=lambda device: compute_capability(device) or (0, 0))
 
 
 # Peak TFLOP/s of dense products in float16 or bfloat16, from the makers' data sheets. The first of
@@ -34,14 +75,13 @@ _PEAK_TFLOPS = {
 }
 
 
-def peak_flops(config: Config, device: Any) -> float | None:
-    """Returns the peak FLOP/s of a device in the config's format, from the settings or from the
-    maker's data sheet; None where that is not known.
+def peak_flops(config: Config, kind: str) -> float | None:
+    """Returns the peak FLOP/s of a kind of device in the config's format, from the settings or from
+    the maker's data sheet; None where that is not known.
     """
     if config.metrics.peak_tflops is not None:
         return config.metrics.peak_tflops * 1e12
     if config.precision.compute == "float32":
         return None
-    known = (peak for name, peak in _PEAK_TFLOPS.items() if name in device.device_kind)
-    peak = next(known, None)
+    peak = next((peak for name, peak in _PEAK_TFLOPS.items() if name in kind), None)
     return None if peak is None else peak * 1e12

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from tpipe_jax.attention.backends import make_attention, resolve_attention
 from tpipe_jax.attention.base import Attention, Heads
 from tpipe_jax.config.settings import Config, resolved
+from tpipe_jax.devices.hardware import DeviceFacts, facts_of
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.devices.precision import resolve_precision
 from tpipe_jax.model.functional import heads
@@ -29,6 +30,7 @@ class StageSpec:
     config: Config
     """The settings, with everything filled in that depends on other settings or on the devices."""
     mesh: Mesh
+    device: DeviceFacts
     dtype: jnp.dtype
     """Format of matrix products and activations."""
     heads: Heads
@@ -36,6 +38,10 @@ class StageSpec:
     weight_grads: WeightGrads
     saved_names: tuple[str, ...]
     """Names of the values of a layer that are saved, and so not computed again."""
+
+    def with_config(self, config: Config) -> "StageSpec":
+        """Returns the spec of another config on the same devices."""
+        return make_spec(config, self.mesh, self.device)
 
     @property
     def num_stages(self) -> int:
@@ -58,31 +64,35 @@ class StageSpec:
         return sum(map(max, self.chunk_layers))
 
 
-def make_spec(config: Config, mesh: Mesh) -> StageSpec:
-    """Makes the spec of a run on a mesh. Raises `UserError` if the devices cannot run the attention
-    that the config asks for.
+def make_spec(config: Config, mesh: Mesh, device: DeviceFacts | None = None) -> StageSpec:
+    """Makes the spec of a run on a mesh. The devices are asked for their facts, unless these are
+    given. Raises `UserError` if the devices cannot run the attention that the config asks for.
     """
-    config = resolve_precision(resolved(config), mesh)
+    device = device or facts_of(mesh)
+    config = resolve_precision(resolved(config), device)
     of_block = heads(config.model)
-    config = resolve_attention(config, mesh, of_block)
+    config = resolve_attention(config, device, of_block)
     return StageSpec(
         config,
         mesh,
+        device,
         jnp.dtype(config.precision.compute),
         of_block,
-        make_attention(config, mesh),
+        make_attention(config, device, mesh.shape["model"] > 1),
         _weight_grads(config),
         saved_names(config.memory.remat),
     )
 
 
-def spec_on_devices(config: Config, devices: Sequence[jax.Device]) -> StageSpec:
+def spec_on_devices(
+    config: Config, devices: Sequence[jax.Device], device: DeviceFacts | None = None
+) -> StageSpec:
     """Makes the spec of a run on these devices. Raises `UserError` if the devices do not fit the
     mesh, or the mesh does not fit the model.
     """
     mesh = make_mesh(config.mesh, devices)
     check_model(config.model, config.mesh)
-    return make_spec(config, mesh)
+    return make_spec(config, mesh, device)
 
 
 def _weight_grads(config: Config) -> WeightGrads:

@@ -33,7 +33,7 @@ from tpipe_jax.pipeline.footprint import (
     deferred_bytes_per_token,
     trunk_bytes_per_token,
 )
-from tpipe_jax.pipeline.spec import StageSpec, make_spec
+from tpipe_jax.pipeline.spec import StageSpec
 from tpipe_jax.planning.latency import Deferral, Memory, Profile, Sample
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import IDLE, Item, Schedule, idle_schedule, make_schedule, terapipe
@@ -291,7 +291,7 @@ class Profiler:
 
 def _with_schedule(spec: StageSpec, schedule: Literal["auto", ScheduleName]) -> StageSpec:
     plan = dataclasses.replace(spec.config.plan, schedule=schedule, chunks=None)
-    return make_spec(dataclasses.replace(spec.config, plan=plan), spec.mesh)
+    return spec.with_config(dataclasses.replace(spec.config, plan=plan))
 
 
 def _line(shapes: Sequence[TimedShape], seconds: np.ndarray, power: int = 0) -> tuple[float, float]:

@@ -24,7 +24,7 @@ from tpipe_jax.pipeline.footprint import (
     deferred_bytes_per_token,
     trunk_bytes_per_token,
 )
-from tpipe_jax.pipeline.spec import StageSpec, make_spec
+from tpipe_jax.pipeline.spec import StageSpec
 from tpipe_jax.pipeline.vocab_parallel import tile_tokens
 from tpipe_jax.planning.plan import Plan, PlanRequest
 from tpipe_jax.planning.schedule import Schedule, make_schedule
@@ -86,9 +86,8 @@ def limit_bytes(spec: StageSpec) -> float | None:
     limit_gib, mesh = spec.config.memory.limit_gib, spec.mesh
     if limit_gib is not None:
         return limit_gib * GIB
-    device = mesh.local_devices[0]
-    reported = (device.memory_stats() or {}).get("bytes_limit", math.inf)
-    if device.platform == "cpu":
+    reported = math.inf if spec.device.memory_bytes is None else spec.device.memory_bytes
+    if spec.device.platform == "cpu":
         machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         reported = machine_bytes / _num_on_this_host(mesh)
     if jax.process_count() > 1:
@@ -132,7 +131,7 @@ def fitting_step(
     Returns the spec with this policy and with the schedule of the plan, and the compiled step.
     Raises `Infeasible` if no policy fits.
     """
-    spec = make_spec(settled(spec.config, plan), spec.mesh)
+    spec = spec.with_config(settled(spec.config, plan))
     limit, needed, trial = limit_bytes(spec), 0, spec
     schedule = make_schedule(plan)
     check(schedule)
@@ -178,7 +177,7 @@ def fitting_policy(
     ]
 
     def needed(plan: Plan) -> int:
-        settled_spec = make_spec(settled(first.config, plan), first.mesh)
+        settled_spec = first.with_config(settled(first.config, plan))
         return sum(budget(settled_spec, make_schedule(plan), optimizer).values())
 
     smallest = min(plans, key=needed)
@@ -190,7 +189,7 @@ def fitting_policy(
 
 def _with_policy(spec: StageSpec, remat: str) -> StageSpec:
     memory = replace(spec.config.memory, remat=remat)
-    return make_spec(replace(spec.config, memory=memory), spec.mesh)
+    return spec.with_config(replace(spec.config, memory=memory))
 
 
 def _too_little(

@@ -15,7 +15,7 @@ from tpipe_jax.data.batches import Batches, open_data
 from tpipe_jax.devices.hlo import compile_checked
 from tpipe_jax.model.local_init import check_local_init
 from tpipe_jax.model.remat import candidates
-from tpipe_jax.pipeline.spec import StageSpec, make_spec, spec_on_devices
+from tpipe_jax.pipeline.spec import StageSpec, spec_on_devices
 from tpipe_jax.planning.plan import Plan, PlanRequest
 from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.planning.settings import read_settings
@@ -62,7 +62,7 @@ def prepare(config: Config, devices: Sequence[jax.Device]) -> Run:
     candidates(described.memory)
     plan = read_settings(described)
     train_data, held_out = check_inputs(described)
-    spec = make_spec(train_data.config, spec.mesh)
+    spec = spec.with_config(train_data.config)
     return Run(spec, described, plan, train_data, held_out, make_optimizer(spec.config))
 
 

@@ -48,7 +48,7 @@ class StepLog:
         self._measured_bubble: float | None = None
         self._flops, self._num_devices = step_flops(config), spec.mesh.size
         self._device = spec.mesh.local_devices[0]
-        self._peak_flops = peak_flops(config, self._device)
+        self._peak_flops = peak_flops(config, spec.device.kind)
         self._has_trouble = False  # with the picture of the losses, which is told once
         self._bubble = None
         if plan.prediction:
