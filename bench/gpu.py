@@ -48,8 +48,8 @@ from tpipe_jax.config.settings import (
     TrainConfig,
     resolved,
 )
+from tpipe_jax.devices.exchanges import compile_checked
 from tpipe_jax.devices.hardware import facts_of
-from tpipe_jax.devices.hlo import compile_checked
 from tpipe_jax.devices.mesh import make_mesh, put_rows
 from tpipe_jax.devices.precision import resolve_precision
 from tpipe_jax.errors import UserError

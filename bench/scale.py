@@ -26,7 +26,7 @@ import jax
 from tpipe_jax.config.command_line import exit_status
 from tpipe_jax.config.config_files import CONFIGS, load_config
 from tpipe_jax.config.settings import PlanConfig, resolved
-from tpipe_jax.devices.hlo import find_collectives
+from tpipe_jax.devices.exchanges import find_collectives
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.model.transformer import num_params
 from tpipe_jax.pipeline.footprint import activation_bytes_per_token, cache_bytes_per_token

@@ -25,7 +25,7 @@ from tpipe_jax.config.settings import (
     resolved,
 )
 from tpipe_jax.devices import mesh
-from tpipe_jax.devices.hlo import check_branches, find_collectives
+from tpipe_jax.devices.exchanges import check_branches, find_collectives
 from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.training.health import new_health

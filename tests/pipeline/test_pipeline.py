@@ -32,7 +32,7 @@ from tpipe_jax.config.settings import (
     TrainConfig,
 )
 from tpipe_jax.devices import mesh
-from tpipe_jax.devices.hlo import check_branches, find_collectives
+from tpipe_jax.devices.exchanges import check_branches, find_collectives
 from tpipe_jax.model import sharding, transformer
 from tpipe_jax.pipeline import stage as stage_module
 from tpipe_jax.pipeline.footprint import activation_bytes_per_token

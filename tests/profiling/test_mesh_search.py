@@ -15,7 +15,7 @@ from tpipe_jax.commands.plan import plan_run
 from tpipe_jax.commands.train import train
 from tpipe_jax.config.command_line import parse
 from tpipe_jax.config.settings import Config, MeshConfig
-from tpipe_jax.devices.hlo import Collective, check_branches
+from tpipe_jax.devices.exchanges import Collective, check_branches
 from tpipe_jax.errors import UserError
 from tpipe_jax.pipeline.spec import StageSpec
 from tpipe_jax.profiling import measured_plan

@@ -107,6 +107,10 @@ TEXT = """\
   ROOT %r = f32[1]{0} collective-permute(%x), channel_id=1, metadata={op_name="jit/reshard"}
 }
 
+%nothing (p: f32[]) -> f32[] {
+  ROOT %r = f32[] parameter(0)
+}
+
 ENTRY %main (p: f32[]) -> f32[] {
   %cond.3 = (f32[]) conditional(%p, %a, %b), branch_computations={%other, %nothing}
   %cond.4 = (f32[]) conditional(%p, %a, %b), branch_computations={%nothing, %body.1}

@@ -18,11 +18,13 @@ from functools import partial
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
 from tpipe_jax.attention.base import MASKED, Attention, KVCache, Slice, add_to_cache
 from tpipe_jax.devices.inplace import Position, in_shared_rows, read, write
+from tpipe_jax.devices.scopes import CONTEXT
 from tpipe_jax.planning.context_blocks import BLOCK, query_block
 
 _dot = partial(jnp.einsum, preferred_element_type=jnp.float32)
@@ -143,7 +145,8 @@ def over_context(
         first = jnp.maximum(stop - block, 0)
         return fold(state, first, stop - first)
 
-    return lax.fori_loop(0, (context - lowest + block - 1) // block, one_block, state)
+    with jax.named_scope(CONTEXT):
+        return lax.fori_loop(0, (context - lowest + block - 1) // block, one_block, state)
 
 
 def _masked(fold: Callable[..., Any], block: int) -> Callable[[Any, Array, Array], Any]:

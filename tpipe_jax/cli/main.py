@@ -12,6 +12,7 @@ from tpipe_jax.version import __version__
 COMMANDS = {
     "train": "train a GPT, or go on with a run",
     "plan": "find the fastest slices, from measurements here or from a file",
+    "compile": "see whether a step fits GPUs or TPUs that are not here",
     "generate": "continue a text with a trained model",
     "evaluate": "measure the loss of a trained model on data",
     "convert": "exchange weights with Hugging Face",

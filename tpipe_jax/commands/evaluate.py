@@ -14,7 +14,7 @@ from tpipe_jax.data.batches import make_sequences, with_packing
 from tpipe_jax.data.rows import RowLayout
 from tpipe_jax.data.sources import Share
 from tpipe_jax.data.tokenizer import open_tokenizer
-from tpipe_jax.devices.hlo import compile_checked
+from tpipe_jax.devices.exchanges import compile_checked
 from tpipe_jax.devices.mesh import put_rows
 from tpipe_jax.errors import UserError
 from tpipe_jax.planning.plan import Plan

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.stages import Compiled
 
-from tpipe_jax.devices.hlo import compile_checked
+from tpipe_jax.devices.exchanges import compile_checked
 from tpipe_jax.devices.mesh import put_rows
 from tpipe_jax.model.block import Params
 from tpipe_jax.pipeline.decode import empty_decode_caches, make_decode

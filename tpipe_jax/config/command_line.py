@@ -16,6 +16,7 @@ from tpipe_jax.config.config_files import (
 )
 from tpipe_jax.config.flags import (
     CheckpointsFlags,
+    CompileFlags,
     DoctorFlags,
     EvaluateFlags,
     ExportFlags,
@@ -32,7 +33,7 @@ from tpipe_jax.errors import UserError
 
 DEFAULT_CONFIG = "quickstart"
 
-AnyRunFlags = TypeVar("AnyRunFlags", Flags, PlanFlags, DoctorFlags)
+AnyRunFlags = TypeVar("AnyRunFlags", Flags, PlanFlags, DoctorFlags, CompileFlags)
 
 
 def exit_status(program: Callable[[], int | None]) -> int:
@@ -197,6 +198,25 @@ def parse_plot(args: Sequence[str], program: str) -> PlotFlags:
     flags = read_flags(PlotFlags, _positional(args), program, examples)
     if not flags.workdirs:
         raise UserError("there is nothing to draw: name the workdir of a run, or several.")
+    return flags
+
+
+def parse_compile(args: Sequence[str], program: str) -> CompileFlags:
+    """Reads the command line of compiling. Raises `UserError` if the devices are not named."""
+    slices = "--config.plan.token-slices=uniform:16"
+    examples = (
+        f"--config=gpt3_175b --gpu=v100 --hosts=48 {slices}",
+        "--config=gpt3_13b --gpu=a100 --config.plan.token-slices=704,688,656 --json=program.json",
+        f"--tpu=v5e:2x2 --config.mesh.pipe=2 --config.mesh.model=2 {slices}",
+    )
+    flags = _parse_run(CompileFlags, args, program, examples)
+    if (flags.gpu is None) == (flags.tpu is None):
+        raise UserError("say what to compile for, with either --gpu=h100 or --tpu=v5e:2x2.")
+    if flags.tpu is not None and flags.hosts is not None:
+        raise UserError(
+            f"--hosts={flags.hosts} is for GPUs, and the topology --tpu={flags.tpu} has its hosts: "
+            "leave --hosts out."
+        )
     return flags
 
 

@@ -10,6 +10,8 @@ import tyro
 from tpipe_jax.config.fields import Count, CountOrZero, NonNegative, Range
 from tpipe_jax.config.settings import GPT2, Config, MeshConfig, ScheduleName
 
+Gpu = Literal["v100", "v100-32", "a100", "a100-40", "h100", "h200", "b200"]
+
 
 @dataclass(frozen=True)
 class ProcessFlags:
@@ -72,6 +74,24 @@ class DoctorFlags(_RunFlags):
 
     Changes nothing. Put its output into a bug report.
     """
+
+
+@dataclass(frozen=True)
+class CompileFlags(_RunFlags):
+    """Compiles the training step for GPUs or TPUs that are not here: does it fit, what does it do?
+
+    Runs nothing and writes nothing but --json. The exit status is 0 if the step fits into the
+    memory of the devices, else 2.
+    """
+
+    gpu: Gpu | None = None
+    """The GPUs: 16 GB for v100, 80 GB for a100, unless the name says another size."""
+    tpu: str | None = None
+    """A topology of TPUs that libtpu knows, such as v5e:2x2."""
+    hosts: Count | None = None
+    """Hosts that share the GPUs of the mesh evenly; if left out, one for each 8."""
+    json: Path | None = None
+    """A file for the figures."""
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,16 @@
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from tpipe_jax.config.settings import Config
+from tpipe_jax.errors import UserError
+
+GIB = 2**30
+FRACTION_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
+"""The environment variable for the share of a GPU's memory that jax takes."""
+OLDEST_JAX_FOR_GPUS = (0, 11, 1)
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,18 @@ def facts_of(mesh: Mesh) -> DeviceFacts:
         cudnn_version() if capability else None,
         (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit"),
     )
+
+
+def check_jax_for_gpus() -> None:
+    """Raises `UserError` if this version of jax compiles slow programs for GPUs: XLA before 0.11.1
+    copies whole buffers in each tick.
+    """
+    if jax.__version_info__ < OLDEST_JAX_FOR_GPUS:
+        oldest = ".".join(map(str, OLDEST_JAX_FOR_GPUS))
+        raise UserError(
+            f"GPUs need jax {oldest} or newer, and this is jax {jax.__version__}, whose programs "
+            "for GPUs copy gigabytes in each tick: install tpipe_jax under Python 3.12 or newer."
+        )
 
 
 def cudnn_version() -> int | None:

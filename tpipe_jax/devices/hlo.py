@@ -1,178 +1,151 @@
-"""Finds the collectives of a compiled program in its text, and those that would make it hang.
-
-Stages take different branches, but within a stage all devices of 'model' take the same branch. So a
-collective inside a branch must stay within one stage: any other would wait for devices that never
-come. Branches that all devices take together (`inplace.run_on_all_if`) may have any collective.
-GSPMD inserts collectives where operators are divided in ways that don't fit together, so every
-program is checked before it runs.
-"""
+"""Reads the text of a compiled program, XLA's HLO: its computations and their operations."""
 
 import math
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-from jax.sharding import Mesh
-from jax.stages import Compiled, Wrapped
-
-from tpipe_jax.devices.inplace import ON_ALL
-from tpipe_jax.errors import Infeasible
-
-_KINDS = (
-    "all-reduce",
-    "all-gather",
-    "all-to-all",
-    "ragged-all-to-all",
-    "reduce-scatter",
-    "collective-permute",
-    "collective-broadcast",
-    "send",
-    "recv",
-)
-_OPERATION = re.compile(rf" ({'|'.join(_KINDS)})(?:-start)?\(")
-_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
+_OPERATION = re.compile(r"^ +(ROOT )?%?([\w.-]+) = ")
+_OPCODE = re.compile(r" ?([\w-]+)\(")
+_NAME = re.compile(r"%([\w.-]+)")
+_ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _BRANCHES = re.compile(r"\b(?:branch|true|false)_computations?=(?:\{([^}]*)\}|%?([\w.-]+))")
-_CONDITIONAL = re.compile(r"^ *(?:ROOT )?%?([\w.-]+) = .* conditional\(")
-_TAKEN_BY_ALL = re.compile(rf'op_name="[^"]*/{ON_ALL}/cond"')
 _CALLED = re.compile(
     r"\b(?:branch_computations|called_computations|calls|to_apply|body|condition"
     r"|(?:true|false)_computation)=(?:\{([^}]*)\}|%?([\w.-]+))"
 )
-_LISTED_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
-_IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_AXIS_GROUPS = re.compile(
-    r"replica_groups=mesh\[([^]]*)\]"
-    r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? \{([^}]*)\}"
-)
+_BITS = re.compile(r"[a-z]+(\d+)")
 
 
-class Collective(NamedTuple):
-    """An exchange between devices in a compiled program."""
+class Operation(NamedTuple):
+    """One operation of a computation."""
 
-    kind: str
-    """XLA's name for it: all-reduce, collective-permute and so on."""
     name: str
-    """The operation of the program that it comes from, as far as XLA knows."""
-    groups: tuple[tuple[int, ...], ...]
-    """Groups of devices that exchange with each other, as positions in the mesh, counted along its
-    axes; for a collective-permute, pairs of sender and receiver. Empty if XLA does not say, or
-    means all devices."""
-    in_branch: bool
-    """Whether it is in a branch that only some devices may take."""
+    shape: str
+    """Format and size of the result with its layout; of all results, in parentheses, if there are
+    several."""
+    opcode: str
+    """Kind of the operation, such as fusion, copy or while."""
+    operands: tuple[str, ...]
+    """Names of the operations whose results it reads."""
+    attributes: str
+    """The rest of the line."""
+    is_root: bool
 
-    def stays_within(self, group_size: int) -> bool:
-        """Whether devices exchange only within blocks of `group_size` neighbouring devices."""
-        return bool(self.groups) and all(
-            len({position // group_size for position in group}) == 1 for group in self.groups
-        )
+    @property
+    def source(self) -> str:
+        """What it comes from in the traced function, as far as XLA knows: names and scopes."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found[1] if found else ""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all results."""
+        return sum(array_bytes(self.shape))
+
+    @property
+    def branches(self) -> list[str]:
+        """The computations of which a conditional runs one; empty for other operations."""
+        return list(_names(_BRANCHES, self.attributes)) if self.opcode == "conditional" else []
+
+    @property
+    def called(self) -> list[str]:
+        """All computations that it runs, or that describe it, as those of a fusion do."""
+        return list(_names(_CALLED, self.attributes))
+
+    @property
+    def body(self) -> str:
+        """The computation that a loop repeats."""
+        found = re.search(r"\bbody=%?([\w.-]+)", self.attributes)
+        assert found, f"{self.name} is no loop"
+        return found[1]
+
+    @property
+    def parts(self) -> list[str]:
+        """The computations that a conditional or loop runs; empty for other operations."""
+        return [self.body] if self.opcode == "while" else self.branches
+
+    @property
+    def num_turns(self) -> int | None:
+        """Turns of a loop; None where they are known only when it runs."""
+        found = re.search(r'known_trip_count"?:\{"n":"?(\d+)', self.attributes)
+        return int(found[1]) if found else None
 
 
-def find_collectives(text: str) -> list[Collective]:
-    """Returns all collectives in the text of a compiled program, `compiled.as_text()`, in order."""
-    computations = dict(split_computations(text))
-    assert computations, "this is not the text of a compiled program"
-    called = {name: set(_names(_CALLED, body)) for name, body in computations.items()}
-    reached: set[str] = set()
-    new = {
-        branch
-        for body in computations.values()
-        for line in body.splitlines()
-        if not _TAKEN_BY_ALL.search(line)
-        for branch in _names(_BRANCHES, line)
-    }
-    while new:
-        reached |= new
-        new = set().union(*(called.get(name, set()) for name in new)) - reached
+class Program(NamedTuple):
+    """A compiled program."""
+
+    computations: dict[str, list[Operation]]
+    """The operations of each computation, by its name."""
+    entry: str
+    """The computation that is run."""
+
+    def operations(self) -> Iterator[Operation]:
+        """Yields the operations of all computations."""
+        for body in self.computations.values():
+            yield from body
+
+
+def read(text: str) -> Program:
+    """Reads the text of a compiled program, `compiled.as_text()`."""
+    computations: dict[str, list[Operation]] = {}
+    entry, own = "", None
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            own = computations[header[2]] = []
+            entry = header[2] if header[1] else entry
+        elif line.startswith("}"):
+            own = None
+        elif own is not None and (operation := _operation(line)):
+            own.append(operation)
+    assert entry, "this is not the text of a compiled program"
+    return Program(computations, entry)
+
+
+def array_bytes(shape: str) -> list[int]:
+    """Returns the bytes of each array in the text of a shape. Tokens have none."""
     return [
-        Collective(found[1], _name(line), _groups(line), name in reached)
-        for name, body in computations.items()
-        for line in body.splitlines()
-        if (found := _OPERATION.search(line))
+        math.prod(map(int, filter(None, dims.split(",")))) * _bits(dtype) // 8
+        for dtype, dims in _ARRAY.findall(shape)
     ]
 
 
-def compile_checked(function: Wrapped, mesh: Mesh, *args: Any) -> Compiled:
-    """Compiles a function for these arguments. Raises `Infeasible` as `check_branches` does."""
-    compiled = function.lower(*args).compile()
-    check_branches(find_collectives(compiled.as_text() or ""), mesh)
-    return compiled
+def _operation(line: str) -> Operation | None:
+    start = _OPERATION.match(line)
+    if not start:
+        return None
+    end = start.end()
+    end = _after_parentheses(line, end) if line.startswith("(", end) else line.find(" ", end)
+    opcode = _OPCODE.match(line, end)
+    if end < 0 or not opcode:
+        return None
+    stop = _after_parentheses(line, opcode.end() - 1)
+    operands = tuple(_NAME.findall(line[opcode.end() : stop]))
+    shape = line[start.end() : end]
+    return Operation(start[2], shape, opcode[1], operands, line[stop:], bool(start[1]))
 
 
-def check_branches(collectives: list[Collective], mesh: Mesh) -> None:
-    """Raises `Infeasible` if a branch has a collective that some of its devices may not reach. Only
-    an all-reduce within a stage is accepted in a branch.
-    """
-    size = mesh.shape["model"]
-    for collective in collectives:
-        is_sum = collective.kind == "all-reduce"
-        if collective.in_branch and not (is_sum and collective.stays_within(size)):
-            raise Infeasible(
-                f"with config.mesh.model={size}, XLA has put a collective ({collective.kind} for "
-                f"{collective.name}) where not all devices come to it, and the step would hang: "
-                "choose another config.mesh.model or another version of jax."
-            )
+def _after_parentheses(line: str, start: int) -> int:
+    """Returns the position after the parenthesis that closes the one at `start`."""
+    depth = 0
+    for match in re.compile(r"[()]").finditer(line, start):
+        depth += 1 if match[0] == "(" else -1
+        if not depth:
+            return match.end()
+    return len(line)
 
 
-def split_computations(text: str) -> Iterator[tuple[str, str]]:
-    """Yields each computation of a compiled program: its name and the lines of its operations."""
-    name, lines = "", []
-    for line in text.splitlines():
-        if header := _HEADER.match(line):
-            name, lines = header[1], []
-        elif line.startswith("}"):
-            yield name, "\n".join(lines)
-        else:
-            lines.append(line)
+def _bits(dtype: str) -> int:
+    if dtype == "pred":
+        return 8
+    if dtype in ("token", "opaque"):
+        return 0
+    found = _BITS.match(dtype)
+    assert found, f"unknown format {dtype}"
+    return int(found[1]) * (2 if dtype.startswith("c") else 1)
 
 
-def conditionals(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Yields each conditional of a compiled program: its name, and its branches as computations."""
-    for line in text.splitlines():
-        if (found := _CONDITIONAL.match(line)) and (branches := list(_names(_BRANCHES, line))):
-            yield found[1], branches
-
-
-def _names(pattern: re.Pattern[str], body: str) -> Iterator[str]:
-    for several, one in pattern.findall(body):
+def _names(pattern: re.Pattern[str], text: str) -> Iterator[str]:
+    for several, one in pattern.findall(text):
         yield from (name.strip().lstrip("%") for name in (several or one).split(","))
-
-
-def _name(line: str) -> str:
-    found = re.search(r'op_name="([^"]*)"', line)
-    return found[1] if found else line.split("=")[0].strip()
-
-
-def _groups(line: str) -> tuple[tuple[int, ...], ...]:
-    """Reads the groups of a collective. XLA writes them as lists, as rows of a transposed range, or
-    as axes of its own mesh.
-    """
-    if listed := _LISTED_GROUPS.search(line):
-        groups = re.findall(r"\{([\d,]+)\}", listed[1])
-        return tuple(tuple(map(int, group.split(","))) for group in groups)
-    if iota := _IOTA_GROUPS.search(line):
-        shape, dims, order = map(_numbers, iota.groups())
-        return _rows(_transposed_range(dims, order).reshape(shape))
-    if found := _AXIS_GROUPS.search(line):
-        axes, dims, order, chosen = found.groups()
-        sizes = dict(re.findall(r"('\w+')=(\d+)", axes))
-        shape = [int(size) for size in sizes.values()]
-        numbers = _transposed_range(_numbers(dims) or shape, _numbers(order)).reshape(shape)
-        grouped = [list(sizes).index(name) for name in chosen.split(",") if name in sizes]
-        if len(grouped) != len(chosen.split(",")):
-            return ()  # parts of axes
-        numbers = np.moveaxis(numbers, grouped, range(-len(grouped), 0))
-        return _rows(numbers.reshape(-1, math.prod(shape[n] for n in grouped)))
-    return ()
-
-
-def _numbers(text: str | None) -> list[int]:
-    return [int(n) for n in text.split(",")] if text else []
-
-
-def _transposed_range(dims: list[int], order: list[int]) -> np.ndarray:
-    return np.arange(math.prod(dims)).reshape(dims).transpose(order or range(len(dims)))
-
-
-def _rows(groups: np.ndarray) -> tuple[tuple[int, ...], ...]:
-    return tuple(map(tuple, groups.tolist()))

@@ -4,14 +4,9 @@ Every buffer has sequences on its first axis and tokens on its last but one, as 
 `[B, H, T, K]`. A slice reads and writes the part of a buffer that starts at its `Position`.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
-import jax
 from jax import Array, lax
-
-Carry = TypeVar("Carry")
-ON_ALL = "on_all_devices"  # part of the name of each conditional that all devices take together
 
 
 class Position(NamedTuple):
@@ -44,27 +39,6 @@ def read(buffer: Array, at: Position, num_rows: int, num_tokens: int) -> Array:
 def write(buffer: Array, value: Array, at: Position) -> Array:
     """Returns the buffer with one slice replaced, cast to the buffer's dtype."""
     return lax.dynamic_update_slice(buffer, value.astype(buffer.dtype), _start(buffer, at))
-
-
-def run_on_all_if(
-    condition: Array | bool, function: Callable[[Carry], Carry], carry: Carry
-) -> Carry:
-    """As `run_if`, for a condition that is the same on all devices.
-
-    Either all devices call the function or none does, so they may exchange values in it.
-    `hlo.find_collectives` recognises such a conditional by its name.
-    """
-    with jax.named_scope(ON_ALL):
-        return lax.cond(condition, function, lambda carry: carry, carry)
-
-
-def run_if(condition: Array | bool, function: Callable[[Carry], Carry], carry: Carry) -> Carry:
-    """Returns `function(carry)` if the condition holds, otherwise the carry unchanged.
-
-    XLA updates the operands of a conditional with a predicate in place. It copies the operands of a
-    conditional with an index, which `lax.switch` makes (measured in docs/design.md).
-    """
-    return lax.cond(condition, function, lambda carry: carry, carry)
 
 
 def _start(buffer: Array, at: Position) -> tuple[Array | int, ...]:

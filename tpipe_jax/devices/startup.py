@@ -7,6 +7,7 @@ import platform
 import jax
 
 from tpipe_jax.config.settings import MeshConfig
+from tpipe_jax.devices.hardware import check_jax_for_gpus
 from tpipe_jax.devices.mesh import asked_product
 from tpipe_jax.errors import UserError
 
@@ -17,12 +18,14 @@ def find_devices(config: MeshConfig, num_processes: int = 1) -> list[jax.Device]
     """Returns the devices of all processes; on CPUs, as many as the mesh asks for.
 
     Call it before any other use of jax, which counts its devices only once. Raises `UserError` if
-    the processes cannot have equally many CPU devices.
+    the processes cannot have equally many CPU devices, or if jax is too old for GPUs.
     """
     num_local, rest = divmod(config.num_devices, num_processes)
     prepare_cpu(num_local)
     jax.config.update("jax_num_cpu_devices", min(max(num_local, 1), MAX_CPU_DEVICES))
     devices = jax.devices()
+    if devices[0].platform == "gpu":
+        check_jax_for_gpus()
     if rest and devices[0].platform == "cpu":
         raise UserError(
             f"{asked_product(config)} CPU devices cannot be shared out evenly among "

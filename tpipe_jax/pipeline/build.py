@@ -61,6 +61,7 @@ def make_stage(spec: StageSpec, params: Params, starts_BT1: Array | None = None)
             for own, counts in zip(places, spec.chunk_layers, strict=True)
         ),
         starts_BT1,
+        skips=spec.skips,
     )
 
 

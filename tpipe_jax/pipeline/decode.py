@@ -61,6 +61,7 @@ def make_decode(spec: StageSpec, is_for_all: bool = False) -> Wrapped:
             work,
             vocab_parallel.embed(embed, tokens_BL, spec.dtype),
             jax.tree.map(lambda a: a[0], caches),
+            skips=spec.skips,
         )
         if not is_for_all:
             y_BLD = lax.dynamic_slice_in_dim(y_BLD, index, 1, axis=1)

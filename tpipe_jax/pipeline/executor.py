@@ -25,7 +25,9 @@ import numpy as np
 from jax import Array, lax
 
 from tpipe_jax.devices.collectives import varying
-from tpipe_jax.devices.inplace import Position, read, run_on_all_if, write
+from tpipe_jax.devices.inplace import Position, read, write
+from tpipe_jax.devices.scopes import BACKWARD, FORWARD
+from tpipe_jax.devices.skips import CONDITIONALS, Skips
 from tpipe_jax.pipeline.lane import Carry, ItemShape, ItemWork, Lane, State
 from tpipe_jax.planning.schedule import IDLE, Item, Part, Schedule
 
@@ -65,6 +67,7 @@ def execute(
     saved: SavedT,
     gradients: GradientsT,
     sums: SumsT,
+    skips: Skips = CONDITIONALS,
 ) -> tuple[SavedT, GradientsT, SumsT]:
     """Follows a schedule that `schedule_check.check` accepts. Returns the new `saved`, `gradients`
     and `sums`.
@@ -77,32 +80,35 @@ def execute(
         saved: buffers that the forward passes fill and the backward passes read.
         gradients: buffers that the backward passes fill.
         sums: sums that all stages compute together.
+        skips: how work is skipped in ticks in which it is not due.
     """
     slot_rows = None if schedule.slots is None else schedule.longest_shape[0] * schedule.slots
     forward, backward = (
-        Lane(schedule.items, schedule.buffer_rows, schedule.num_stages, reverse, slot_rows)
+        Lane(schedule.items, schedule.buffer_rows, schedule.num_stages, reverse, slot_rows, skips)
         for reverse in (False, True)
     )
 
+    on_part = partial(_on_part, skips, schedule.parts)
+
     def tick(carry, row):
         trunk, ahead, back, saved, gradients, sums = carry
-        trunk = _on_part(schedule.parts, row["embed"], partial(_embed, work), trunk)
-        saved, trunk, ahead = run_on_all_if(
-            row["any_forward"],
-            partial(forward.tick, work.forward, row["forward"]),
-            (saved, trunk, ahead),
-        )
-        trunk, sums = _on_part(schedule.parts, row["losses"], partial(_losses, work), (trunk, sums))
+        trunk = on_part(row["embed"], partial(_embed, work), trunk)
+        with jax.named_scope(FORWARD):
+            saved, trunk, ahead = skips.run_on_all_if(
+                row["any_forward"],
+                partial(forward.tick, work.forward, row["forward"]),
+                (saved, trunk, ahead),
+            )
+        trunk, sums = on_part(row["losses"], partial(_losses, work), (trunk, sums))
         if work.backward:
-            gradients, trunk, back = run_on_all_if(
-                row["any_backward"],
-                partial(backward.tick, partial(work.backward, saved), row["backward"]),
-                (gradients, trunk, back),
-            )
+            with jax.named_scope(BACKWARD):
+                gradients, trunk, back = skips.run_on_all_if(
+                    row["any_backward"],
+                    partial(backward.tick, partial(work.backward, saved), row["backward"]),
+                    (gradients, trunk, back),
+                )
         if work.embed_grads:
-            sums = _on_part(
-                schedule.parts, row["embed_grads"], partial(_embed_grads, work, trunk), sums
-            )
+            sums = on_part(row["embed_grads"], partial(_embed_grads, work, trunk), sums)
         if "weights" in row:  # last, since the next tick overwrites the values that they need
             assert work.weights
             gradients = work.weights(partial(backward.each_alone, row["weights"]), saved, gradients)
@@ -140,11 +146,12 @@ def each_alone(
     items: Sequence[Item],
     function: Callable[[int, ItemShape, Position, State], State],
     state: State,
+    skips: Skips = CONDITIONALS,
 ) -> State:
     """Calls `function(chunk, (B, L), position, state)` for each item of a table `[tick, stage, n]`,
     as `execute` does for gradients of weights. Returns the state.
     """
-    lane = Lane(items, [item.row for item in items], table.shape[1])
+    lane = Lane(items, [item.row for item in items], table.shape[1], skips=skips)
 
     def tick(state: State, row: Array) -> tuple[State, None]:
         return lane.each_alone(row, function, state), None
@@ -160,6 +167,7 @@ def sweep(
     state: State,
     *,
     reverse: bool = False,
+    skips: Skips = CONDITIONALS,
 ) -> tuple[Array, State]:
     """Sends all items of a batch through all stages in one direction.
 
@@ -171,13 +179,14 @@ def sweep(
         trunk_BTD: the input of the sweep; the stage where items enter reads each item from it.
         state: the state of this stage between items, a tree of arrays.
         reverse: whether items enter at the last stage and leave at the first.
+        skips: how stages that idle skip the work.
 
     Returns:
         The outputs of `work` on this stage, `[B, T, D]`, which replace the trunk, and the state. On
         the stage where items leave, these outputs are the result of the sweep.
     """
     chex.assert_rank([table, trunk_BTD], [2, 3])
-    lane = Lane(items, [item.row for item in items], table.shape[1], reverse)
+    lane = Lane(items, [item.row for item in items], table.shape[1], reverse, skips=skips)
 
     def tick(carry: Carry, row: Array) -> tuple[Carry, None]:
         return lane.tick(work, row, carry), None
@@ -214,7 +223,11 @@ def _embed_grads(work: StepWork, trunk: Array, part: _Rows, sums: SumsT) -> Sums
 
 
 def _on_part(
-    parts: Sequence[Part], index: Array, function: Callable[[_Rows, State], State], state: State
+    skips: Skips,
+    parts: Sequence[Part],
+    index: Array,
+    function: Callable[[_Rows, State], State],
+    state: State,
 ) -> State:
     """Calls `function(part, state)` on all devices for the part with this index. Returns the state,
     unchanged for IDLE.
@@ -222,13 +235,13 @@ def _on_part(
     if len(parts) == 1:  # known rows: XLA need not copy the buffer to read all of it
         [part] = parts
         rows = _Rows(part.row, part.num_rows, Position(part.buffer_row, 0))
-        return run_on_all_if(index != IDLE, partial(function, rows), state)
+        return skips.run_on_all_if(index != IDLE, partial(function, rows), state)
     places = jnp.array([(part.row, part.buffer_row, part.num_rows) for part in parts])
     row, buffer_row, num_rows = places[index]
     for size in sorted({part.num_rows for part in parts}):
         rows = _Rows(row, size, Position(buffer_row, 0))
         is_due = (index != IDLE) & (num_rows == size)
-        state = run_on_all_if(is_due, partial(function, rows), state)
+        state = skips.run_on_all_if(is_due, partial(function, rows), state)
     return state
 
 

@@ -8,11 +8,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from tpipe_jax.devices.inplace import Position, read, run_if, write
+from tpipe_jax.devices.inplace import Position, read, write
+from tpipe_jax.devices.scopes import SLICE
+from tpipe_jax.devices.skips import CONDITIONALS, Skips
 from tpipe_jax.planning.schedule import IDLE, Item
 
 State = TypeVar("State")
@@ -31,6 +34,7 @@ class Lane:
         num_stages: int,
         reverse: bool = False,
         slot_rows: np.ndarray | None = None,
+        skips: Skips = CONDITIONALS,
     ) -> None:
         """`buffer_rows[item]` is the first row of an item in the buffers. `slot_rows[item, stage]`
         is the first row of its slot, if gradients of weights are deferred.
@@ -40,7 +44,7 @@ class Lane:
         self._is_ring = any(item.chunk for item in items)
         pairs = [(s, s + step) for s in range(num_stages) if s != self._exit]
         self._neighbours = pairs + [(self._exit, self._entry)] * self._is_ring
-        self._items = items
+        self._items, self._skips = items, skips
         self._places = jnp.array(
             [(first, item.token, item.row) for first, item in zip(buffer_rows, items, strict=True)]
         )
@@ -110,5 +114,7 @@ class Lane:
         kind_of = jnp.array([distinct.index(kind) for kind in kinds])
         for n, kind in enumerate(distinct):
             is_due = (index != IDLE) & (kind_of[index] == n)
-            state = run_if(is_due, partial(function, kind, at), state)
+            with jax.named_scope(SLICE):
+                run = partial(function, kind, at)
+                state = self._skips.run_if(is_due, run, state, num_pieces=len(distinct))
         return state

@@ -16,6 +16,7 @@ from tpipe_jax.config.settings import Config, resolved
 from tpipe_jax.devices.hardware import DeviceFacts, facts_of
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.devices.precision import resolve_precision
+from tpipe_jax.devices.skips import Skips, skips_on
 from tpipe_jax.model.functional import heads
 from tpipe_jax.model.remat import saved_names
 from tpipe_jax.model.sharding import check_model
@@ -42,6 +43,11 @@ class StageSpec:
     def with_config(self, config: Config) -> "StageSpec":
         """Returns the spec of another config on the same devices."""
         return make_spec(config, self.mesh, self.device)
+
+    @property
+    def skips(self) -> Skips:
+        """How its programs skip work."""
+        return skips_on(self.device.platform)
 
     @property
     def num_stages(self) -> int:

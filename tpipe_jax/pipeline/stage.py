@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from tpipe_jax.attention.base import Attention, KVCache, Slice
-from tpipe_jax.devices.inplace import Position, in_shared_rows, read, run_if, write
+from tpipe_jax.devices.inplace import Position, in_shared_rows, read, write
+from tpipe_jax.devices.skips import CONDITIONALS, Skips
 from tpipe_jax.model.block import Params, merge_heads, split_heads
 from tpipe_jax.model.functional import BlockFunctions
 from tpipe_jax.pipeline.buffers import Gradients, Saved
@@ -59,6 +60,7 @@ class Stage(NamedTuple):
     `Gradients.cache`."""
     has_slots: bool = False
     """Whether slices wait in slots of `Gradients.d_outputs`."""
+    skips: Skips = CONDITIONALS
 
     def infer(
         self, chunk: int, x_BLD: Array, at: Position, caches: list[KVCache]
@@ -99,7 +101,8 @@ class Stage(NamedTuple):
         if self.shares_gradient_rows:  # the rows may still hold another sequence's gradients
             is_first = at.token + L == cache.k.shape[-2]
             d_at = in_shared_rows(at._replace(token=0), cache.k, len(saved[0].cache.k))
-            gradients = run_if(is_first, partial(_with_zeroed_cache, d_at, B), gradients)
+            zeroed = partial(_with_zeroed_cache, d_at, B)
+            gradients = self.skips.run_if(is_first, zeroed, gradients)
 
         def layer(n: int, carry: tuple[Array, Gradients]) -> tuple[Array, Gradients]:
             return self._layer_backward(n, saved[n], *carry, at)
@@ -302,7 +305,8 @@ class Stage(NamedTuple):
             if place < chunk.min_active:
                 value, states[n] = run(carry)
             else:
-                value, states[n] = run_if(place < chunk.num_active, run, carry)
+                is_own = place < chunk.num_active
+                value, states[n] = self.skips.run_if(is_own, run, carry)
         return value, states
 
 

@@ -25,7 +25,7 @@ from jax.stages import Compiled
 
 from tpipe_jax.config.settings import ScheduleName
 from tpipe_jax.data.rows import RowLayout
-from tpipe_jax.devices.hlo import compile_checked
+from tpipe_jax.devices.exchanges import compile_checked
 from tpipe_jax.devices.mesh import put_rows
 from tpipe_jax.model.block import Params
 from tpipe_jax.pipeline.footprint import (

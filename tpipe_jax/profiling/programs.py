@@ -35,7 +35,7 @@ def make_stage_work(spec: StageSpec, items: Sequence[Item]) -> Wrapped:
         stage = make_stage(spec, for_compute(spec, params))
         x_BTD = x_BTD.astype(spec.dtype)
         saved = saved_of(spec, num_rows)
-        y_BTD, saved = sweep(forward, items, stage.forward, x_BTD, saved)
+        y_BTD, saved = sweep(forward, items, stage.forward, x_BTD, saved, skips=spec.skips)
         d_x_BTD, gradients = sweep(
             backward,
             items,
@@ -43,6 +43,7 @@ def make_stage_work(spec: StageSpec, items: Sequence[Item]) -> Wrapped:
             x_BTD,
             gradients_of(spec, num_rows),
             reverse=True,
+            skips=spec.skips,
         )
         total = sum(
             a.astype(jnp.float32).sum() for a in jax.tree.leaves((y_BTD, d_x_BTD, gradients))
@@ -70,7 +71,9 @@ def make_weights_work(spec: StageSpec, item: Item) -> Wrapped:
                 )
             )
         )
-        gradients = stage.weight_gradients(partial(each_alone, table, [item]), saved, gradients)
+        gradients = stage.weight_gradients(
+            partial(each_alone, table, [item], skips=spec.skips), saved, gradients
+        )
         total = sum(a.sum() for a in jax.tree.leaves([d.params for d in gradients]))
         return psum(jnp.asarray(total), ("data", "pipe"))
 

@@ -72,6 +72,17 @@ class Console:
             table.add_row(name, text)
         self._print_table(table)
 
+    def show_table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], num_names: int = 1
+    ) -> None:
+        """Prints a table. Its first `num_names` columns are words, the others numbers."""
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for n, name in enumerate(columns):
+            table.add_column(name, justify="left" if n < num_names else "right")
+        for row in rows:
+            table.add_row(*row)
+        self._print_table(table)
+
     def show_hosts(self, parts: Sequence["HostPart"]) -> None:
         """Prints a line for each host, with its part of the mesh."""
         table = Table(title="hosts", title_justify="left", box=None, pad_edge=False)

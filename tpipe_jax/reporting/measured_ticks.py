@@ -8,7 +8,6 @@ the trace.
 """
 
 import json
-import re
 import tempfile
 import time
 from bisect import bisect_right
@@ -23,7 +22,8 @@ from jax.profiler import ProfileData
 from jax.sharding import Mesh
 
 from tpipe_jax.config.settings import Config
-from tpipe_jax.devices.hlo import conditionals, split_computations
+from tpipe_jax.devices.exchanges import collective_kind
+from tpipe_jax.devices.hlo import read
 from tpipe_jax.errors import UserError
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import IDLE, Schedule, make_schedule
@@ -32,10 +32,6 @@ from tpipe_jax.reporting.workdir import add_measured_ticks
 from tpipe_jax.runtime.processes import gathered
 
 Result = TypeVar("Result")
-
-_TRANSFER = re.compile(
-    r'^ *(?:ROOT )?%?([\w.-]+) = .* collective-permute(?:-start)?\(.*op_name="[^"]*ppermute', re.M
-)
 
 
 class Event(NamedTuple):
@@ -147,12 +143,21 @@ def find_tick_conditionals(text: str) -> list[TickConditional]:
     """Returns the conditionals of a compiled program, `compiled.as_text()`, that hand on their
     result.
     """
-    transfers = {name: _TRANSFER.findall(body) for name, body in split_computations(text)}
+    program = read(text)
+
+    def transfers(branch: str) -> list[str]:
+        return [
+            operation.name
+            for operation in program.computations[branch]
+            if collective_kind(operation) == "collective-permute" and "ppermute" in operation.source
+        ]
+
     lanes = [
         TickConditional(
-            name, frozenset(t for branch in branches for t in transfers.get(branch, []))
+            operation.name, frozenset(t for branch in operation.branches for t in transfers(branch))
         )
-        for name, branches in conditionals(text)
+        for operation in program.operations()
+        if operation.branches
     ]
     return [lane for lane in lanes if lane.transfers]
 

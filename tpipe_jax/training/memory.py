@@ -14,7 +14,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from jax.stages import Compiled
 
-from tpipe_jax.devices.hlo import compile_checked
+from tpipe_jax.devices.exchanges import compile_checked
+from tpipe_jax.devices.hardware import FRACTION_VARIABLE, GIB
 from tpipe_jax.errors import Infeasible, UserError
 from tpipe_jax.model.remat import candidates
 from tpipe_jax.model.sharding import padded_vocab_size
@@ -33,8 +34,6 @@ from tpipe_jax.planning.settings import settled, uniform, unit_tokens
 from tpipe_jax.runtime.processes import host_names
 from tpipe_jax.training.state import abstract_rows, abstract_state, state_bytes
 from tpipe_jax.training.step import make_train_step
-
-GIB = 2**30
 
 
 def budget(
@@ -122,6 +121,17 @@ def out_of_memory() -> Iterator[None]:
         ) from error
 
 
+class TooLarge(Infeasible):
+    """No training step fits into the memory of a device."""
+
+    def __init__(self, sentence: str, spec: StageSpec, step: Compiled | None) -> None:
+        super().__init__(sentence)
+        self.spec = spec
+        """The spec of the step that needs least."""
+        self.step = step
+        """The step, if it was compiled to find out."""
+
+
 def fitting_step(
     spec: StageSpec, plan: Plan, optimizer: optax.GradientTransformation
 ) -> tuple[StageSpec, Compiled]:
@@ -129,28 +139,35 @@ def fitting_step(
     memory.
 
     Returns the spec with this policy and with the schedule of the plan, and the compiled step.
-    Raises `Infeasible` if no policy fits.
+    Raises `TooLarge` if no policy fits.
     """
     spec = spec.with_config(settled(spec.config, plan))
-    limit, needed, trial = limit_bytes(spec), 0, spec
+    limit, needed, trial, step = limit_bytes(spec), 0, spec, None
     schedule = make_schedule(plan)
     check(schedule)
     for remat in candidates(spec.config.memory):
-        trial = _with_policy(spec, remat)
+        trial, step = _with_policy(spec, remat), None
         needed = max(budget(trial, schedule, optimizer).values())
         if limit is not None and needed > limit:
             continue  # too much already, so that a long compilation is spared
-        step = compile_checked(
-            make_train_step(trial, schedule, optimizer),
-            trial.mesh,
-            abstract_state(trial, optimizer),
-            abstract_rows(trial),
-        )
+        step = compile_step(trial, schedule, optimizer)
         needed = program_bytes(step)
         if limit is None or needed <= limit:
             return trial, step
     assert limit is not None
-    raise Infeasible(_too_little(trial, schedule, optimizer, limit, needed))
+    raise TooLarge(_too_little(trial, schedule, optimizer, limit, needed), trial, step)
+
+
+def compile_step(
+    spec: StageSpec, schedule: Schedule, optimizer: optax.GradientTransformation
+) -> Compiled:
+    """Compiles the training step of a spec. Raises `Infeasible` as `check_branches` does."""
+    return compile_checked(
+        make_train_step(spec, schedule, optimizer),
+        spec.mesh,
+        abstract_state(spec, optimizer),
+        abstract_rows(spec),
+    )
 
 
 def fitting_policy(
@@ -220,6 +237,11 @@ def _too_little(
         "a smaller config.train.batch_size or config.model.seq_len": True,
         "more devices in config.mesh.pipe or config.mesh.model": True,
         "config.optim.shard_state with more data shards": not config.optim.shard_state,
+        "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment (jax takes 0.75 of a GPU)": (
+            spec.device.platform == "gpu"
+            and config.memory.limit_gib is None
+            and FRACTION_VARIABLE not in os.environ
+        ),
     }
     return (
         f"{name} is {(needed - limit) / GIB:.3g} GiB less than a step takes with "

@@ -12,7 +12,7 @@ from jax.stages import Compiled
 
 from tpipe_jax.config.settings import Config
 from tpipe_jax.data.batches import Batches, open_data
-from tpipe_jax.devices.hlo import compile_checked
+from tpipe_jax.devices.exchanges import compile_checked
 from tpipe_jax.model.local_init import check_local_init
 from tpipe_jax.model.remat import candidates
 from tpipe_jax.pipeline.spec import StageSpec, spec_on_devices

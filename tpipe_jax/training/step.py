@@ -129,6 +129,7 @@ def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
             saved_of(spec, schedule.num_rows),
             gradients_of(spec, schedule.num_gradient_rows, _slot_buffer_shape(schedule)),
             vocab_parallel.no_sums(params["embed"], head.norm),
+            spec.skips,
         )
         d_blocks = stage.param_gradients(saved, gradients)
         grads = {
@@ -175,6 +176,7 @@ def make_loss(spec: StageSpec, schedule: Schedule) -> Wrapped:
             caches_of(spec, spec.dtype, schedule.num_rows),
             (),
             varying(jnp.float32(0), ("data",)),
+            spec.skips,
         )
         return psum(total, "data") / _count(batch.targets_BT)
 

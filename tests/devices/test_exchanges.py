@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpipe_jax.config.settings import MeshConfig
 from tpipe_jax.devices.collectives import varying
-from tpipe_jax.devices.hlo import check_branches, compile_checked, find_collectives
+from tpipe_jax.devices.exchanges import check_branches, compile_checked, find_collectives
 from tpipe_jax.devices.inplace import run_on_all_if
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.errors import UserError

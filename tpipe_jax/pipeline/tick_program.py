@@ -1,0 +1,128 @@
+"""What a tick of a compiled step does: kernels of a layer, copies, and exchanges between devices.
+
+A program that follows a schedule has one loop over ticks (`executor.execute`). Its parts have names
+in the compiled text (`devices.scopes`).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tpipe_jax.devices.hlo import Operation, Program, read
+from tpipe_jax.devices.scopes import BACKWARD, CONTEXT, FORWARD, ON_ALL, SLICE
+from tpipe_jax.devices.work import Work, work_of
+
+Exchanges = dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Kernels that one layer starts for one slice: of several lengths, for the one that needs most.
+    Attention's loops over the context of the slice are apart: they turn as often as the context is
+    long.
+    """
+
+    forward: int
+    backward: int
+    forward_context: int
+    """In each turn of these loops; 0 if there are none."""
+    backward_context: int
+
+
+@dataclass(frozen=True)
+class TickProgram:
+    """What a device does in a tick, and in a step outside of its ticks."""
+
+    kernels: Kernels
+    copied_bytes: int
+    """Bytes that a tick copies at most."""
+    exchanges: Exchanges
+    """Number and bytes of the collectives of each kind that a tick has, if the stage works on one
+    slice forward and on one backward."""
+    part_exchanges: Exchanges
+    """The same for a tick with embedding and losses, beyond those of slices."""
+    step_exchanges: Exchanges
+    """The same for a step outside of its ticks: of gradients and of the optimiser."""
+
+
+def read_tick(text: str, num_layers: int) -> TickProgram | None:
+    """Reads a tick off the text of a compiled training step; None if it has no loop over ticks.
+
+    `num_layers` is the most layers that a slice goes through in a tick.
+    """
+    program = read(text)
+    loop = next(
+        (
+            operation
+            for operation in program.operations()
+            if operation.opcode == "while"
+            and any(_is_skip(inner, ON_ALL) for inner in program.computations[operation.body])
+        ),
+        None,
+    )
+    if loop is None:
+        return None
+    lanes = {
+        name: [
+            operation
+            for operation in program.computations[loop.body]
+            if _is_skip(operation, ON_ALL) and f"/{name}/" in operation.source
+        ]
+        for name in (FORWARD, BACKWARD)
+    }
+    of_lanes = lanes[FORWARD] + lanes[BACKWARD]
+    moving = sum((work_of(program, part) for lane in of_lanes for part in lane.parts), Work())
+    rest = _work(program, loop.body, but=of_lanes)
+    counts = [_kernels(program, lanes[name], num_layers) for name in (FORWARD, BACKWARD)]
+    return TickProgram(
+        Kernels(*(n for n, _ in counts), *(n for _, n in counts)),
+        work_of(program, loop.body).copied_bytes,
+        _exchanges(moving),
+        _exchanges(rest),
+        _exchanges(_work(program, program.entry, but=[loop])),
+    )
+
+
+def _kernels(program: Program, lanes: list[Operation], num_layers: int) -> tuple[int, int]:
+    """Returns the kernels of a layer outside of loops over context, and in a turn of these."""
+    bodies = [
+        part
+        for lane in lanes
+        for name in lane.parts
+        for operation in program.computations[name]
+        if _is_skip(operation, SLICE)
+        for part in operation.parts
+    ]
+    found = [(0, 0)]
+    for body in bodies:
+        loops = [loop for loop in _loops(program, body) if f"/{CONTEXT}/" in loop.source]
+        outside = _work(program, body, but=loops).kernels
+        turns = sum(work_of(program, loop.body).kernels for loop in loops)
+        found.append((round(outside / num_layers), round(turns / num_layers)))
+    return max(found)
+
+
+def _work(program: Program, computation: str, but: list[Operation]) -> Work:
+    left_out = {operation.name for operation in but}
+    return work_of(program, computation, lambda operation: operation.name not in left_out)
+
+
+def _loops(program: Program, name: str) -> Iterator[Operation]:
+    """Yields the loops of a computation and of all that it runs."""
+    for operation in program.computations[name]:
+        if operation.opcode == "while":
+            yield operation
+            yield from _loops(program, operation.body)
+        elif operation.opcode in ("conditional", "call"):
+            for called in operation.called:
+                yield from _loops(program, called)
+
+
+def _is_skip(operation: Operation, scope: str) -> bool:
+    """Whether this is the conditional or the loop by which work of this name is skipped."""
+    return bool(operation.parts) and operation.source.endswith(
+        (f"/{scope}/cond", f"/{scope}/while")
+    )
+
+
+def _exchanges(work: Work) -> Exchanges:
+    return {kind: (n, work.exchanged_bytes[kind]) for kind, n in sorted(work.exchanges.items())}
