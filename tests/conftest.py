@@ -16,7 +16,7 @@ jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 os.environ["XLA_FLAGS"] = (
     "--xla_cpu_multi_thread_eigen=false --xla_cpu_experimental_ynn_fusion_type=-reduce "
     "--xla_cpu_copy_insertion_use_region_analysis=true "
-    "--xla_backend_optimization_level=0 "
+    "--xla_backend_optimization_level=0 --xla_gpu_autotune_level=0 "
     f"{os.environ.get('XLA_FLAGS', '')}".strip()
 )
 jax.config.update("jax_num_cpu_devices", 8)

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -14,9 +15,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from tpipe_jax.config.settings import MeshConfig
 from tpipe_jax.devices.collectives import varying
-from tpipe_jax.devices.exchanges import check_branches, compile_checked, find_collectives
-from tpipe_jax.devices.inplace import run_on_all_if
+from tpipe_jax.devices.exchanges import (
+    Collective,
+    check_branches,
+    compile_checked,
+    find_collectives,
+)
 from tpipe_jax.devices.mesh import make_mesh
+from tpipe_jax.devices.scopes import SLICE
+from tpipe_jax.devices.skips import CONDITIONALS, Skips, skips_on
 from tpipe_jax.errors import UserError
 
 CONFIG = MeshConfig(data=2, pipe=2, model=2)
@@ -150,14 +157,15 @@ def test_all_ways_to_write_groups_are_read(groups: str, expected: tuple):
     assert collective.stays_within(8) == bool(expected)
 
 
-def test_branches_that_all_devices_take_may_exchange(mesh: Mesh):
+@pytest.mark.parametrize("skips", [CONDITIONALS, Skips(0)], ids=["conditionals", "loops"])
+def test_branches_that_all_devices_take_may_exchange(skips: Skips, mesh: Mesh):
     """And what is in a branch of theirs that only some take may not."""
 
     def summed(x: Array) -> Array:
         return varying(lax.psum(x, "pipe"))
 
     def local(function: Callable[[Array], Array], x: Array, w: Array) -> Array:
-        return run_on_all_if(w.sum() > 0, function, varying(x))
+        return skips.run_on_all_if(w.sum() > 0, function, varying(x))
 
     run, x, w = staged(mesh, partial(local, summed))
     compiled = compile_checked(run, mesh, x, w)
@@ -167,3 +175,49 @@ def test_branches_that_all_devices_take_may_exchange(mesh: Mesh):
     run, x, w = staged(mesh, partial(local, partial(on_first_stage, summed)))
     with pytest.raises(UserError, match="would hang"):
         compile_checked(run, mesh, x, w)
+
+
+def test_a_loop_that_only_some_stages_take_is_a_branch(mesh: Mesh):
+    def local(x: Array, w: Array) -> Array:
+        with jax.named_scope(SLICE):
+            is_first = lax.axis_index("pipe") == 0
+            return Skips(0).run_if(is_first, lambda x: varying(lax.psum(x, "pipe")), varying(x))
+
+    run, x, w = staged(mesh, local)
+    with pytest.raises(UserError, match="would hang"):
+        compile_checked(run, mesh, x, w)
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "groups", "is_allowed"),
+    [
+        ("gpu", "all-reduce", ((0, 1), (2, 3)), True),
+        ("gpu", "all-gather", ((0, 1), (2, 3)), False),
+        ("tpu", "all-gather", ((0, 1), (2, 3)), True),
+        ("tpu", "reduce-scatter", ((0, 1), (2, 3)), True),
+        ("tpu", "all-gather", ((0, 2), (1, 3)), False),  # of several stages
+        ("tpu", "all-gather", (), False),  # of all devices
+        ("tpu", "all-to-all", ((0, 1), (2, 3)), False),
+    ],
+)
+def test_tpus_may_divide_an_all_reduce(
+    platform: str, kind: str, groups: tuple[tuple[int, ...], ...], is_allowed: bool
+):
+    device: Any = SimpleNamespace(platform=platform)
+    of_devices: Any = SimpleNamespace(shape={"model": 2}, devices=np.array([device]))
+    collective = Collective(kind, "x", groups, in_branch=True)
+    if is_allowed:
+        check_branches([collective], of_devices)
+    else:
+        with pytest.raises(UserError, match=kind):
+            check_branches([collective], of_devices)
+
+
+def test_skips_change_nothing_but_the_program():
+    """Results are equal, and each platform has its own way."""
+    assert [skips_on(p).most_conditionals for p in ("tpu", "gpu", "cpu")] == [0, 1, np.inf]
+    for skips in (Skips(0), CONDITIONALS):
+        run = jax.jit(partial(skips.run_if, function=lambda x: x + 1, num_pieces=3))
+        assert [int(run(c, carry=jnp.int32(4))) for c in (True, False)] == [5, 4]
+        text = str(jax.make_jaxpr(partial(skips.run_if, function=lambda x: x + 1))(True, carry=4))
+        assert ("cond[" in text) == (skips is CONDITIONALS)

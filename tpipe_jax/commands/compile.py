@@ -18,7 +18,7 @@ from tpipe_jax.errors import UserError, brief
 from tpipe_jax.files import as_user_error
 from tpipe_jax.model.transformer import num_params
 from tpipe_jax.pipeline.spec import StageSpec, spec_on_devices
-from tpipe_jax.pipeline.tick_program import Exchanges, TickProgram, read_tick
+from tpipe_jax.pipeline.tick_program import Exchanges, TickProgram, layers_in_a_tick, read_tick
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import Schedule, make_schedule
 from tpipe_jax.planning.settings import read_settings
@@ -116,8 +116,7 @@ def compile_for(flags: CompileFlags) -> CompiledFor:
             "config.train.batch_size or config.model smaller."
         ) from error
     seconds = time.monotonic() - start
-    num_layers = max(max(chunk) for chunk in spec.chunk_layers)
-    tick = read_tick(step.as_text() or "", num_layers)
+    tick = read_tick(step.as_text() or "", layers_in_a_tick(spec))
     assert tick, "a training step has a loop over ticks"
     return CompiledFor(
         flags, target, spec, plan, schedule, step, seconds, tick, limit_bytes(spec), shortage

@@ -101,6 +101,12 @@ def collective_kind(operation: Operation) -> str | None:
     return kind if kind in KINDS else None
 
 
+def exchanges_nothing(operation: Operation) -> bool:
+    """Whether each device is alone in its group of a collective, along an axis of one device."""
+    groups = _groups(operation.attributes)
+    return bool(groups) and all(len(group) == 1 for group in groups)
+
+
 def compile_checked(function: Wrapped, mesh: Mesh, *args: Any) -> Compiled:
     """Compiles a function for these arguments. Raises `Infeasible` as `check_branches` does."""
     compiled = function.lower(*args).compile()

@@ -143,7 +143,7 @@ def _bits(dtype: str) -> int:
         return 0
     found = _BITS.match(dtype)
     assert found, f"unknown format {dtype}"
-    return int(found[1]) * (2 if dtype.startswith("c") else 1)
+    return int(found[1])
 
 
 def _names(pattern: re.Pattern[str], text: str) -> Iterator[str]:

@@ -4,7 +4,6 @@ XLA compiles programs for a GPU or TPU on any machine, if it is told what the de
 devices run nothing.
 """
 
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -101,8 +100,8 @@ class Target:
 
 
 def prepare_compiler() -> None:
-    """Makes XLA's compilers work without their devices. Call it before any use of jax, which then has
-    only CPUs.
+    """Makes XLA's compilers work without their devices. Call it before any use of jax, which then
+    has only CPUs.
 
     Variables that the user has set stay as they are, and so do the user's flags of XLA.
     """
@@ -127,8 +126,8 @@ def gpu_target(name: str, mesh: MeshConfig, num_hosts: int | None) -> Target:
     """
     check_jax_for_gpus()
     total = mesh.num_devices
-    hosts = num_hosts or (1 if total <= 8 else math.ceil(total / 8))
-    if total % hosts:
+    hosts = num_hosts or max(1, total // 8)
+    if total % hosts or (not num_hosts and total > 8 and total % 8):
         asked = f"--hosts={num_hosts}" if num_hosts else "hosts of 8 GPUs"
         raise UserError(
             f"{asked} cannot share the {total} devices of config.mesh evenly: set --hosts to a "

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from tpipe_jax.devices.exchanges import collective_kind
+from tpipe_jax.devices.exchanges import collective_kind, exchanges_nothing
 from tpipe_jax.devices.hlo import Operation, Program, array_bytes
 from tpipe_jax.devices.scopes import SLICE
 
@@ -119,7 +119,7 @@ def _larger(choices: list[Work]) -> Work:
 def _own_work(program: Program, computation: str, operation: Operation) -> Work:
     if operation.opcode in _FREE or operation.opcode.endswith(("-done", "-update")):
         return Work()
-    if kind := collective_kind(operation):
+    if (kind := collective_kind(operation)) and not exchanges_nothing(operation):
         num_bytes = sum(_results(operation))
         return Work(1, exchanges=Counter({kind: 1}), exchanged_bytes=Counter({kind: num_bytes}))
     if operation.opcode in ("copy", "copy-start"):
@@ -140,7 +140,8 @@ def _own_work(program: Program, computation: str, operation: Operation) -> Work:
 def _is_fill(program: Program, operation: Operation) -> bool:
     """Whether an operation only writes a constant everywhere, as zeros into several buffers."""
     own = _fused(program, operation) if operation.opcode == "fusion" else [operation]
-    return bool(own) and all(inner.opcode in ("broadcast", "copy") for inner in own)
+    opcodes = {inner.opcode for inner in own}
+    return "broadcast" in opcodes and opcodes <= {"broadcast", "copy"}
 
 
 def _fused(program: Program, fusion: Operation) -> list[Operation]:

@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from tpipe_jax.devices.hlo import Operation, Program, read
 from tpipe_jax.devices.scopes import BACKWARD, CONTEXT, FORWARD, ON_ALL, SLICE
 from tpipe_jax.devices.work import Work, work_of
+from tpipe_jax.pipeline.spec import StageSpec
+from tpipe_jax.planning.schedule import Schedule
 
 Exchanges = dict[str, tuple[int, int]]
+SMALL_BYTES = 4e6  # of copies in a tick, which take a GPU some microseconds
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,22 @@ def read_tick(text: str, num_layers: int) -> TickProgram | None:
         _exchanges(rest),
         _exchanges(_work(program, program.entry, but=[loop])),
     )
+
+
+def large_copies(text: str, spec: StageSpec, schedule: Schedule) -> int:
+    """Returns the bytes that a tick of a compiled training step copies, if they are more than they
+    should be; else 0. Packets may be copied on their way to the next stage, in each direction.
+    """
+    tick = read_tick(text, layers_in_a_tick(spec))
+    num_rows, num_tokens = schedule.longest_shape
+    packet = num_rows * num_tokens * spec.config.model.d_model * spec.dtype.itemsize
+    is_large = tick is not None and tick.copied_bytes > SMALL_BYTES + 4 * packet
+    return tick.copied_bytes if tick and is_large else 0
+
+
+def layers_in_a_tick(spec: StageSpec) -> int:
+    """Returns the most layers that a slice goes through in a tick."""
+    return max(max(chunk) for chunk in spec.chunk_layers)
 
 
 def _kernels(program: Program, lanes: list[Operation], num_layers: int) -> tuple[int, int]:

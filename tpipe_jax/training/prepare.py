@@ -16,8 +16,9 @@ from tpipe_jax.devices.exchanges import compile_checked
 from tpipe_jax.model.local_init import check_local_init
 from tpipe_jax.model.remat import candidates
 from tpipe_jax.pipeline.spec import StageSpec, spec_on_devices
+from tpipe_jax.pipeline.tick_program import large_copies
 from tpipe_jax.planning.plan import Plan, PlanRequest
-from tpipe_jax.planning.schedule import make_schedule
+from tpipe_jax.planning.schedule import Schedule, make_schedule
 from tpipe_jax.planning.settings import read_settings
 from tpipe_jax.reporting.console import Console
 from tpipe_jax.reporting.measured_ticks import check_trace
@@ -98,6 +99,8 @@ def compile_programs(run: Run, plan: Plan, console: Console) -> Programs:
     params = abstract_state(spec, run.optimizer).params
     loss = compile_checked(make_loss(spec, schedule), spec.mesh, params, abstract_rows(spec))
     console.say(f"compiled in {time.monotonic() - start:.0f} s")
+    if spec.device.platform == "gpu":
+        _warn_of_copies(spec, schedule, train_step, console)
     console.show_budget(
         budget(spec, schedule, run.optimizer),
         spec.config.memory.remat,
@@ -105,3 +108,16 @@ def compile_programs(run: Run, plan: Plan, console: Console) -> Programs:
         limit_bytes(spec),
     )
     return Programs(train_step, loss)
+
+
+def _warn_of_copies(
+    spec: StageSpec, schedule: Schedule, train_step: Compiled, console: Console
+) -> None:
+    """Says so if the program copies buffers in each tick, which may take longer than its work."""
+    copied = large_copies(train_step.as_text() or "", spec, schedule)
+    if copied:
+        console.say(
+            f"warning: each tick copies up to {copied / 1e6:.0f} MB, which slows the step down: "
+            "install a newer jax, remove flags from XLA_FLAGS, or try slices of one length, such "
+            "as config.plan.token_slices=uniform:16."
+        )

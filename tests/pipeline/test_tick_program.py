@@ -1,0 +1,100 @@
+"""What a tick does, read off training steps of which it is known."""
+
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tpipe_jax.config.settings import (
+    Config,
+    MemoryConfig,
+    MeshConfig,
+    ModelConfig,
+    PlanConfig,
+    TrainConfig,
+)
+from tpipe_jax.pipeline.spec import spec_on_devices
+from tpipe_jax.pipeline.tick_program import TickProgram, read_tick
+from tpipe_jax.planning.schedule import make_schedule
+from tpipe_jax.planning.settings import read_settings
+from tpipe_jax.training.memory import compile_step
+from tpipe_jax.training.optimizer import make_optimizer
+
+T, D = 256, 64
+ITEM_BYTES = 4 * D  # of a token, in float32
+
+
+@cache
+def text(data: int, pipe: int, model: int, token_slices: str, remat: str = "dots") -> str:
+    """A training step of two layers a stage, in CPU's code."""
+    config = Config(
+        model=ModelConfig(2 * pipe, D, 4, vocab_size=128, seq_len=T),
+        mesh=MeshConfig(data, pipe, model),
+        plan=PlanConfig(token_slices, "1,1", schedule="terapipe"),
+        train=TrainConfig(batch_size=2 * data),
+        memory=MemoryConfig(remat=remat),
+    )
+    spec = spec_on_devices(config, jax.devices()[: config.mesh.num_devices])
+    plan, optimizer = read_settings(spec.config), make_optimizer(spec.config)
+    return compile_step(spec, make_schedule(plan), optimizer).as_text()
+
+
+def tick(*args: object, **kw: object) -> TickProgram:
+    found = read_tick(text(*args, **kw), num_layers=2)
+    assert found
+    return found
+
+
+def test_stages_hand_on_slices_and_share_operators():
+    """A layer has two sums in each direction. Each direction has one transfer."""
+    alone, divided = tick(1, 2, 1, "128,128"), tick(1, 2, 2, "128,128")
+    handed_on = {"collective-permute": (2, 2 * 128 * ITEM_BYTES)}
+    assert alone.exchanges == handed_on
+    number, num_bytes = divided.exchanges["all-reduce"]
+    assert divided.exchanges == handed_on | {"all-reduce": (number, num_bytes)}
+    assert number in (8, 9)  # XLA may sum a bias apart
+    assert num_bytes >= 8 * 128 * ITEM_BYTES
+    assert tick(1, 1, 1, "128,128").exchanges == {}
+
+
+def test_losses_and_gradients_are_apart():
+    found = tick(2, 2, 1, "128,128")
+    assert set(found.part_exchanges) == {"all-reduce"}  # of embedding, logits and hidden states
+    # Gradients are summed over data, and parameters gathered, since their update is divided.
+    assert set(found.step_exchanges) == {"all-gather", "all-reduce"}
+    assert (
+        found.step_exchanges["all-reduce"][1]
+        > tick(1, 2, 1, "128,128").step_exchanges["all-reduce"][1]
+    )
+
+
+def test_of_several_lengths_one_slice_is_in_a_tick():
+    found = tick(1, 2, 2, "128,64,64").exchanges
+    assert found["collective-permute"] == (2, 2 * 128 * ITEM_BYTES)
+    assert found["all-reduce"][0] == tick(1, 2, 2, "128,128").exchanges["all-reduce"][0]
+
+
+def test_kernels_of_a_layer():
+    """Recomputation adds to the backward pass only, with another loop over the context."""
+    dots, full = tick(1, 2, 1, "128,128"), tick(1, 2, 1, "128,128", remat="full")
+    for found in (dots.kernels, full.kernels):
+        assert 10 < found.forward < found.backward < 300
+        assert 0 < found.forward_context < found.backward_context
+    assert full.kernels.forward <= dots.kernels.forward
+    assert full.kernels.backward > dots.kernels.backward
+    assert full.kernels.backward_context > dots.kernels.backward_context
+    assert read_tick(text(1, 2, 1, "128,128"), num_layers=1).kernels.forward == pytest.approx(
+        2 * dots.kernels.forward, abs=1
+    )
+
+
+def test_no_buffer_is_copied_in_a_tick():
+    """But for packets: the buffers of a stage are 256 times as large."""
+    for slices in ("128,128", "128,64,64"):
+        assert tick(1, 2, 1, slices).copied_bytes <= 6 * 128 * ITEM_BYTES
+
+
+def test_a_program_without_ticks_has_none():
+    compiled = jax.jit(lambda x: x @ x).lower(jnp.ones((4, 4))).compile()
+    assert read_tick(compiled.as_text(), num_layers=1) is None

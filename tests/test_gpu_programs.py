@@ -1,0 +1,121 @@
+"""The training step as XLA compiles it for GPUs that are not here.
+
+Every schedule, with slices of one length and of several: no tick copies a buffer, no stage waits in
+a branch for a device of another, and the memory is what the budget says. It needs a compiler, but
+no GPU: pip install -e ".[compile]".
+"""
+
+import itertools
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, get_args
+
+import jax
+import pytest
+
+from tpipe_jax.commands.compile import CompiledFor, compile_for
+from tpipe_jax.config.flags import CompileFlags
+from tpipe_jax.config.settings import (
+    AttentionConfig,
+    Config,
+    MeshConfig,
+    ModelConfig,
+    PlanConfig,
+    PrecisionConfig,
+    ScheduleName,
+    TrainConfig,
+)
+from tpipe_jax.devices.exchanges import find_collectives
+from tpipe_jax.devices.hardware import OLDEST_JAX_FOR_GPUS
+from tpipe_jax.training.memory import budget, program_bytes
+from tpipe_jax.training.optimizer import make_optimizer
+
+ROWS, T, D = 2, 1024, 256
+EQUAL, UNEQUAL = "uniform:4", "384,320,320"
+BUFFER_BYTES = T * D * 4  # the least of a stage: sums of a weight's gradients
+TOLERANCE = 1.25  # of XLA's plan beyond the budget, for values of a slice that is worked on
+
+
+def has_compiler(package: str) -> bool:
+    names = {name.lower() for d in metadata.distributions() if (name := d.metadata["Name"])}
+    return package in names and jax.__version_info__ >= OLDEST_JAX_FOR_GPUS
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not has_compiler("jax-cuda12-plugin"), reason='needs pip install -e ".[compile]"'
+    ),
+]
+
+
+def config(schedule: ScheduleName, slices: str, mesh: MeshConfig, backend: Any) -> Config:
+    num_layers = 2 * mesh.pipe if schedule == "interleaved" else mesh.pipe
+    return Config(
+        model=ModelConfig(num_layers, D, 4, vocab_size=512, seq_len=T),
+        mesh=mesh,
+        plan=PlanConfig(slices, "1,1", schedule=schedule),
+        train=TrainConfig(batch_size=ROWS * mesh.data),
+        attention=AttentionConfig(backend),
+    )
+
+
+def cases() -> Iterator[tuple[str, ScheduleName, str, MeshConfig, str]]:
+    schedules: list[ScheduleName] = [s for s in get_args(ScheduleName) if s != "auto"]
+    meshes = MeshConfig(1, 2, 1), MeshConfig(2, 2, 2)
+    for gpu, *case in itertools.product(
+        ("v100", "a100", "h100"), schedules, (EQUAL, UNEQUAL), meshes, ("xla", "cudnn")
+    ):
+        if (gpu, case[-1]) != ("v100", "cudnn"):
+            yield gpu, *case
+
+
+def check(compiled: CompiledFor) -> None:
+    assert compiled.tick.copied_bytes < BUFFER_BYTES
+    in_branches = {c.kind for c in find_collectives(compiled.step.as_text()) if c.in_branch}
+    assert in_branches <= {"all-reduce"}  # compiling has checked that it is of one stage
+    known = sum(
+        budget(compiled.spec, compiled.schedule, make_optimizer(compiled.spec.config)).values()
+    )
+    assert program_bytes(compiled.step) < TOLERANCE * known
+    kernels = compiled.tick.kernels
+    assert 15 < kernels.forward < 50
+    assert kernels.forward < kernels.backward < 120
+    assert 3 < kernels.forward_context < 20
+    assert 3 < kernels.backward_context < 30
+    assert compiled.tick.exchanges["collective-permute"][0] == 2
+
+
+@pytest.mark.parametrize(("gpu", "schedule", "slices", "mesh", "backend"), cases())
+def test_no_copies_and_no_foreign_exchanges(
+    gpu: Any, schedule: ScheduleName, slices: str, mesh: MeshConfig, backend: str
+) -> None:
+    flags = CompileFlags(config(schedule, slices, mesh, backend), Path("run"), gpu=gpu)
+    check(compile_for(flags))
+
+
+@pytest.mark.parametrize(
+    ("gpu", "format", "backend"), [("v100", "float16", "xla"), ("b200", "bfloat16", "cudnn")]
+)
+def test_what_a_gpu_chooses(gpu: Any, format: str, backend: str) -> None:
+    asked = config("terapipe", EQUAL, MeshConfig(1, 2, 1), "auto")
+    chosen = compile_for(CompileFlags(asked, Path("run"), gpu=gpu)).spec.config
+    assert (chosen.precision, chosen.attention.backend) == (PrecisionConfig(format), backend)
+
+
+def test_stages_of_unequal_depth_skip_layers_without_copies() -> None:
+    asked = config("terapipe", UNEQUAL, MeshConfig(1, 2, 1), "auto")
+    model = ModelConfig(3, D, 4, vocab_size=512, seq_len=T)
+    flags = CompileFlags(Config(**(vars(asked) | {"model": model})), Path("run"), gpu="h100")
+    assert compile_for(flags).tick.copied_bytes < BUFFER_BYTES
+
+
+@pytest.mark.skipif(not has_compiler("libtpu"), reason="needs libtpu")
+@pytest.mark.parametrize("slices", [EQUAL, UNEQUAL])
+def test_tpus_copy_nothing_and_exchange_within_stages(slices: str) -> None:
+    asked = config("terapipe", slices, MeshConfig(1, 2, 2), "auto")
+    compiled = compile_for(CompileFlags(asked, Path("run"), tpu="v5e:2x2"))
+    assert compiled.tick.copied_bytes < BUFFER_BYTES
+    in_branches = {c.kind for c in find_collectives(compiled.step.as_text()) if c.in_branch}
+    assert in_branches <= {"all-reduce", "all-gather", "reduce-scatter"}
