@@ -10,17 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.profiler import ProfileData
 
 from support import reference, runs
 from support.drawn_slices import TOLERANCE, draw, expect, rounded, run
 from tpipe_jax.attention.blockwise import blockwise
 from tpipe_jax.attention.cudnn import cudnn_kernel
 from tpipe_jax.attention.fused import grouped
+from tpipe_jax.commands.compile import compile_for
+from tpipe_jax.config.flags import CompileFlags
 from tpipe_jax.config.settings import (
     AttentionConfig,
     Backend,
     Config,
     Format,
+    MemoryConfig,
     ModelConfig,
     PlanConfig,
     PrecisionConfig,
@@ -28,10 +32,15 @@ from tpipe_jax.config.settings import (
     TrainConfig,
 )
 from tpipe_jax.devices.inplace import Position
-from tpipe_jax.devices.mesh import make_mesh
+from tpipe_jax.devices.mesh import make_mesh, put_rows
+from tpipe_jax.devices.targets import ALLOWANCE_BYTES, GPUS
 from tpipe_jax.model import transformer
 from tpipe_jax.pipeline.spec import make_spec
+from tpipe_jax.pipeline.tick_program import read_tick
 from tpipe_jax.planning.schedule import make_schedule
+from tpipe_jax.training.memory import compile_step, program_bytes
+from tpipe_jax.training.optimizer import make_optimizer
+from tpipe_jax.training.state import init_state
 from tpipe_jax.training.step import make_loss_and_grads
 
 if os.environ.get("JAX_PLATFORMS", "").startswith("cuda"):
@@ -152,3 +161,67 @@ def test_a_run_learns(tmp_path: Path) -> None:
     assert child.returncode == 0, err
     assert json.loads((tmp_path / "config.json").read_text())["attention"]["backend"] == "cudnn"
     assert runs.metrics(tmp_path)[-1]["eval_loss"] < 3, out  # guessing costs 5.5
+
+
+def target_of_this_gpu() -> str:
+    """The name of this GPU for `tpipe compile`; skips the test if it has none."""
+    kind, stats = jax.devices()[0].device_kind, jax.devices()[0].memory_stats()
+    for name, gpu in GPUS.items():
+        if gpu.kind.split("-")[0] in kind or kind in gpu.kind:
+            size = stats["bytes_limit"] / gpu.memory_bytes
+            if 0.5 < size <= 1:  # jax takes three quarters
+                return name
+    pytest.skip(f"{kind} is not among {', '.join(GPUS)}")
+
+
+@cache
+def layers_of_gpt3() -> tuple[Config, Any]:
+    """Two layers of GPT3-1B in 8 slices, compiled on this GPU."""
+    config = Config(
+        model=ModelConfig(2, 2048, 16, vocab_size=50257, seq_len=2048),
+        plan=PlanConfig("uniform:8", "2", schedule="terapipe"),
+        train=TrainConfig(batch_size=2),
+        memory=MemoryConfig(remat="dots"),
+    )
+    spec = make_spec(config, make_mesh(config.mesh, jax.devices()[:1]))
+    schedule = make_schedule(reference.plan_of(spec.config))
+    return config, compile_step(spec, schedule, make_optimizer(spec.config))
+
+
+def test_memory_is_as_compiled_elsewhere() -> None:
+    """But for what `ALLOWANCE_BYTES` is for."""
+    config, here = layers_of_gpt3()
+    flags = CompileFlags(config, Path("run"), gpu=target_of_this_gpu())
+    elsewhere = program_bytes(compile_for(flags).step)
+    assert elsewhere * 0.9 < program_bytes(here) < elsewhere + ALLOWANCE_BYTES
+
+
+def test_kernels_are_as_read_off_the_text(tmp_path: Path) -> None:
+    """A traced step, against kernels of a layer for a slice and of its loops over context. The rest
+    are kernels of embedding, loss and optimiser, and those of cuDNN beyond one a call.
+    """
+    config, step = layers_of_gpt3()
+    spec = make_spec(config, make_mesh(config.mesh, jax.devices()[:1]))
+    state = init_state(spec, make_optimizer(spec.config))
+    rows = np.random.default_rng(0).integers(0, 50257, (2, 2049), np.int32)
+    rows = put_rows(spec.mesh, rows)
+    state, _ = jax.block_until_ready(step(state, rows))
+    with jax.profiler.trace(str(tmp_path)):
+        jax.block_until_ready(step(state, rows))
+    [path] = tmp_path.rglob("*.xplane.pb")
+    kernels = sum(
+        "memcpy" not in event.name.lower() and "memset" not in event.name.lower()
+        for plane in ProfileData.from_file(str(path)).planes
+        if plane.name.startswith("/device:GPU")
+        for line in plane.lines
+        if "Stream" in line.name
+        for event in line.events
+    )
+    counted = read_tick(step.as_text(), num_layers=2)
+    assert counted
+    of = counted.kernels
+    turns = sum(-(-context // 1024) for context in range(0, 2048, 256))
+    expected = 2 * (
+        8 * (of.forward + of.backward) + turns * (of.forward_context + of.backward_context)
+    )
+    assert expected < kernels < 2 * expected

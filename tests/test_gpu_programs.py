@@ -6,14 +6,17 @@ no GPU: pip install -e ".[compile]".
 """
 
 import itertools
+import os
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Any, get_args
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
+from support.compilers import WITHOUT_COMPILER, has_gpu_compiler, has_tpu_compiler
+from tpipe_jax.attention.backends import XLA_BLOCK
 from tpipe_jax.commands.compile import CompiledFor, compile_for
 from tpipe_jax.config.flags import CompileFlags
 from tpipe_jax.config.settings import (
@@ -22,32 +25,35 @@ from tpipe_jax.config.settings import (
     MeshConfig,
     ModelConfig,
     PlanConfig,
-    PrecisionConfig,
     ScheduleName,
     TrainConfig,
 )
 from tpipe_jax.devices.exchanges import find_collectives
-from tpipe_jax.devices.hardware import OLDEST_JAX_FOR_GPUS
 from tpipe_jax.training.memory import budget, program_bytes
 from tpipe_jax.training.optimizer import make_optimizer
 
 ROWS, T, D = 2, 1024, 256
 EQUAL, UNEQUAL = "uniform:4", "384,320,320"
 BUFFER_BYTES = T * D * 4  # the least of a stage: sums of a weight's gradients
-TOLERANCE = 1.25  # of XLA's plan beyond the budget, for values of a slice that is worked on
-
-
-def has_compiler(package: str) -> bool:
-    names = {name.lower() for d in metadata.distributions() if (name := d.metadata["Name"])}
-    return package in names and jax.__version_info__ >= OLDEST_JAX_FOR_GPUS
+# XLA's plan may exceed the budget, which leaves out what a stage needs while it works on a slice:
+TOLERANCE = 1.4  # by so much, with a model as small as this one,
+SCORE_BLOCKS = 4  # and by a few blocks of scores, where attention computes in blocks.
 
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(
-        not has_compiler("jax-cuda12-plugin"), reason='needs pip install -e ".[compile]"'
-    ),
+    pytest.mark.skipif(not has_gpu_compiler(), reason=WITHOUT_COMPILER),
 ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def uncached() -> Iterator[None]:
+    """Programs for other devices cannot be read from a cache of compiled programs."""
+    for is_cached in (False, True):
+        jax.config.update("jax_enable_compilation_cache", is_cached)
+        compilation_cache.reset_cache()
+        if not is_cached:
+            yield
 
 
 def config(schedule: ScheduleName, slices: str, mesh: MeshConfig, backend: Any) -> Config:
@@ -61,14 +67,33 @@ def config(schedule: ScheduleName, slices: str, mesh: MeshConfig, backend: Any) 
     )
 
 
-def cases() -> Iterator[tuple[str, ScheduleName, str, MeshConfig, str]]:
+Case = tuple[str, ScheduleName, str, MeshConfig, str]
+
+
+def cases() -> Iterator[Case]:
+    """Every GPU with every schedule and both kinds of slices. In turn these have each pair of mesh
+    and backend: each schedule has all pairs, and so has each kind of slices. ALL_PROGRAMS=1 has
+    every combination.
+    """
     schedules: list[ScheduleName] = [s for s in get_args(ScheduleName) if s != "auto"]
     meshes = MeshConfig(1, 2, 1), MeshConfig(2, 2, 2)
-    for gpu, *case in itertools.product(
-        ("v100", "a100", "h100"), schedules, (EQUAL, UNEQUAL), meshes, ("xla", "cudnn")
+    for gpu, (s, schedule), (n, slices) in itertools.product(
+        ("v100", "a100", "h100"), enumerate(schedules), enumerate((EQUAL, UNEQUAL))
     ):
-        if (gpu, case[-1]) != ("v100", "cudnn"):
-            yield gpu, *case
+        backends = ("xla",) if gpu == "v100" else ("xla", "cudnn")
+        pairs = list(itertools.product(meshes, backends))
+        if "ALL_PROGRAMS" not in os.environ:
+            pairs = [pairs[(s + n + 2 * (gpu == "h100")) % len(pairs)]]
+        for mesh, backend in pairs:
+            yield gpu, schedule, slices, mesh, backend
+
+
+def working_bytes(compiled: CompiledFor) -> int:
+    config, (num_rows, num_tokens) = compiled.spec.config, compiled.schedule.longest_shape
+    num_heads = config.model.num_heads // config.mesh.model
+    if config.attention.backend == "cudnn":
+        return 0
+    return SCORE_BLOCKS * num_rows * num_heads * num_tokens * min(XLA_BLOCK, T) * 4
 
 
 def check(compiled: CompiledFor) -> None:
@@ -78,7 +103,7 @@ def check(compiled: CompiledFor) -> None:
     known = sum(
         budget(compiled.spec, compiled.schedule, make_optimizer(compiled.spec.config)).values()
     )
-    assert program_bytes(compiled.step) < TOLERANCE * known
+    assert program_bytes(compiled.step) < TOLERANCE * known + working_bytes(compiled)
     kernels = compiled.tick.kernels
     assert 15 < kernels.forward < 50
     assert kernels.forward < kernels.backward < 120
@@ -87,7 +112,7 @@ def check(compiled: CompiledFor) -> None:
     assert compiled.tick.exchanges["collective-permute"][0] == 2
 
 
-@pytest.mark.parametrize(("gpu", "schedule", "slices", "mesh", "backend"), cases())
+@pytest.mark.parametrize(("gpu", "schedule", "slices", "mesh", "backend"), list(cases()))
 def test_no_copies_and_no_foreign_exchanges(
     gpu: Any, schedule: ScheduleName, slices: str, mesh: MeshConfig, backend: str
 ) -> None:
@@ -96,12 +121,12 @@ def test_no_copies_and_no_foreign_exchanges(
 
 
 @pytest.mark.parametrize(
-    ("gpu", "format", "backend"), [("v100", "float16", "xla"), ("b200", "bfloat16", "cudnn")]
+    ("gpu", "compute", "backend"), [("v100", "float16", "xla"), ("b200", "bfloat16", "cudnn")]
 )
-def test_what_a_gpu_chooses(gpu: Any, format: str, backend: str) -> None:
+def test_what_a_gpu_chooses(gpu: Any, compute: str, backend: str) -> None:
     asked = config("terapipe", EQUAL, MeshConfig(1, 2, 1), "auto")
     chosen = compile_for(CompileFlags(asked, Path("run"), gpu=gpu)).spec.config
-    assert (chosen.precision, chosen.attention.backend) == (PrecisionConfig(format), backend)
+    assert (chosen.precision.compute, chosen.attention.backend) == (compute, backend)
 
 
 def test_stages_of_unequal_depth_skip_layers_without_copies() -> None:
@@ -111,7 +136,7 @@ def test_stages_of_unequal_depth_skip_layers_without_copies() -> None:
     assert compile_for(flags).tick.copied_bytes < BUFFER_BYTES
 
 
-@pytest.mark.skipif(not has_compiler("libtpu"), reason="needs libtpu")
+@pytest.mark.skipif(not has_tpu_compiler(), reason="needs libtpu")
 @pytest.mark.parametrize("slices", [EQUAL, UNEQUAL])
 def test_tpus_copy_nothing_and_exchange_within_stages(slices: str) -> None:
     asked = config("terapipe", slices, MeshConfig(1, 2, 2), "auto")

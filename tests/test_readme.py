@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from support.compilers import WITHOUT_COMPILER, has_gpu_compiler
 from support.runs import ROOT
 
 README = (ROOT / "README.md").read_text()
@@ -27,8 +28,14 @@ def commands(heading: str) -> list[str]:
     return [line for line in lines if line.startswith(("python ", "tpipe ", "sbatch ", "srun "))]
 
 
-START, PLAN, OWN = (
-    commands(name) for name in ("Quick start", "Plan without a device", "Your own text")
+START, PLAN, FIT, OWN = (
+    commands(name)
+    for name in (
+        "Quick start",
+        "Plan without a device",
+        r"Will it fit the GPUs\?",
+        "Your own text",
+    )
 )
 
 
@@ -38,7 +45,7 @@ def test_there_are_few():
 
 
 def test_each_names_what_there_is():
-    for line in START + PLAN + OWN + commands("On a cluster"):
+    for line in START + PLAN + FIT + OWN + commands("On a cluster"):
         words = shlex.split(line)
         if words[0] == "tpipe":
             assert (ROOT / "tpipe_jax" / "cli" / f"{words[1]}.py").exists(), line
@@ -128,6 +135,15 @@ def test_a_plan_without_a_device(folder: Path):
     assert len(shown) == 3
     for text in shown:
         assert text in out  # the very figures that the README shows
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_gpu_compiler(), reason=WITHOUT_COMPILER)
+def test_a_step_is_compiled_for_gpus_that_are_not_here(folder: Path):
+    _, line = FIT
+    out = run(line, folder)
+    assert "384 x Tesla V100-SXM2-16GB on 48 hosts" in out
+    assert "It fits" in out
 
 
 @pytest.mark.slow

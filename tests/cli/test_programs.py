@@ -148,7 +148,7 @@ def test_the_examples_of_help_can_be_read(name: str, monkeypatch: pytest.MonkeyP
     ("args", "said"),
     [
         (["trian"], "there is no command trian: did you mean train;"),
-        (["dance"], "there is no command dance: it is one of train, plan, generate,"),
+        (["dance"], "there is no command dance: it is one of train, plan, compile,"),
     ],
 )
 def test_a_command_that_does_not_exist(

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax
 import pytest
 
 from support import runs
+from support.compilers import WITHOUT_COMPILER, has_gpu_compiler
 from tpipe_jax.commands import compile as compile_module
 from tpipe_jax.commands.compile import compile_for, compile_run
 from tpipe_jax.config.command_line import parse_compile
@@ -27,6 +27,7 @@ from tpipe_jax.config.settings import (
 from tpipe_jax.devices.hardware import GIB, DeviceFacts
 from tpipe_jax.devices.targets import Target
 from tpipe_jax.errors import UserError
+from tpipe_jax.training import memory
 
 CONFIG = Config(
     model=ModelConfig(4, 64, 2, vocab_size=256, seq_len=128),
@@ -174,13 +175,8 @@ def test_a_plan_from_a_file(tmp_path: Path):
     assert compile_for(flags(config)).plan.token_slices == ((64, 32, 32),) * 2
 
 
-def has_compiler() -> bool:
-    names = {name.lower() for d in metadata.distributions() if (name := d.metadata["Name"])}
-    return jax.__version_info__ >= (0, 11, 1) and "jax-cuda12-plugin" in names
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(not has_compiler(), reason='needs pip install -e ".[compile]"')
+@pytest.mark.skipif(not has_gpu_compiler(), reason=WITHOUT_COMPILER)
 def test_the_command(tmp_path: Path):
     """The paper's largest setting, for 384 GPUs: it fits, and libraries print nothing."""
     slices = ",".join(map(str, [120] * 4 + [112] * 6 + [104] * 8 + [64]))
@@ -198,3 +194,31 @@ def test_the_command(tmp_path: Path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: config.memory.limit_gib=5 is ")
     assert done.stderr.count("\n") == 1
+
+
+def refused(*_: Any) -> None:
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: CompileTimeHbmOom: 200.00G of 15.75G")
+
+
+@pytest.mark.usefixtures("here")
+def test_a_compiler_that_refuses_what_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As that of TPUs. All policies are tried, and the figures say what is known."""
+    monkeypatch.setattr(memory, "compile_step", refused)
+    monkeypatch.setattr(compile_module, "compile_step", refused)
+    console, path = Shown(), tmp_path / "program.json"
+    with pytest.raises(UserError, match=r"less than a step takes with config\.memory\.remat=full"):
+        compile_run(flags(with_limit(1), json=path), console)
+    figures = json.loads(path.read_text())
+    assert (figures["fits"], figures["peak_bytes"], figures["kernels"]) == (False, None, None)
+    assert figures["limit_bytes"] == GIB
+    assert "memory of a device with config.memory.remat=full" in console.tables
+
+
+@pytest.mark.usefixtures("here")
+def test_a_compiler_that_fails_otherwise(monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: Any) -> None:
+        raise jax.errors.JaxRuntimeError("NOT_FOUND: no ptxas")
+
+    monkeypatch.setattr(memory, "compile_step", fail)
+    with pytest.raises(UserError, match=r"^XLA cannot compile for a GPU here \(NOT_FOUND: no p"):
+        compile_for(flags())

@@ -33,7 +33,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.setattr(targets.topologies, "get_topology_desc", describe)
     monkeypatch.setattr(targets, "_is_installed", lambda name: True)
     monkeypatch.setattr(hardware.jax, "__version_info__", (0, 11, 2))
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+    for variable in hardware.FRACTION_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
     return found
 
 
@@ -91,8 +92,15 @@ def test_memory_is_what_jax_takes_less_the_allowance(monkeypatch: pytest.MonkeyP
     total = GPUS["v100"].memory_bytes
     assert usable() == 0.75 * total - GIB / 2
     assert GPUS["v100-32"].memory_bytes == 2 * total
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
-    assert usable() == 0.9 * total - GIB / 2
+    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"):
+        with monkeypatch.context() as patch:
+            patch.setenv(name, "0.9")
+            assert usable() == 0.9 * total - GIB / 2
+            for text in ("90%", "", "1.5", "0"):
+                patch.setenv(name, text)
+                sentence = f"^{name}={text} must be a number above 0 and at most 1, such as 0.9"
+                with pytest.raises(UserError, match=sentence):
+                    usable()
 
 
 def test_a_topology_of_tpus(asked: dict[str, str]):
@@ -108,15 +116,24 @@ def test_a_topology_that_libtpu_does_not_know(monkeypatch: pytest.MonkeyPatch):
         raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no such\ntopology")
 
     monkeypatch.setattr(targets.topologies, "get_topology_desc", fail)
-    with pytest.raises(UserError, match=r"knows no v9:1x1 \(INVALID_ARGUMENT: no such\): name"):
+    with pytest.raises(UserError, match=r"knows no v9:1x1 \(INVALID_ARGUMENT: no such top"):
         tpu_target("v9:1x1", MeshConfig())
+
+
+def test_a_compiler_that_does_not_work(monkeypatch: pytest.MonkeyPatch):
+    def fail(**_: str) -> None:
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(targets.topologies, "get_topology_desc", fail)
+    with pytest.raises(UserError, match=r"^the compiler for GPUs does not work here \(topology n"):
+        gpu_target("h100", MeshConfig(), None)
 
 
 def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(targets, "_is_installed", lambda name: False)
     with pytest.raises(UserError, match=r"^there is no compiler for GPUs here: pip install \"tpip"):
         gpu_target("h100", MeshConfig(), None)
-    with pytest.raises(UserError, match=r"^there is no compiler for TPUs here: pip install libtpu"):
+    with pytest.raises(UserError, match=r"^there is no compiler for TPUs here: pip install \"tpi"):
         tpu_target("v5e:2x2", MeshConfig(pipe=4))
 
 

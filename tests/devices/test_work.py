@@ -32,6 +32,10 @@ FUSED = """
   %f = f32[4] fusion(%t), kind=kLoop, calls=%add
   ROOT %c = f32[4] copy(%f)
 }
+%computes (t: f32[4]) -> f32[4] {
+  %t = f32[4] parameter(0)
+  ROOT %f = f32[4] fusion(%t), kind=kLoop, calls=%add
+}
 %nothing (t: f32[4]) -> f32[4] {
   ROOT %t = f32[4] parameter(0)
 }
@@ -107,6 +111,8 @@ def test_of_slices_of_several_lengths_one_is_due():
     both = conditional("c", "slice_body") + "\n" + conditional("d", "slice_body")
     assert work(both, FUSED) == Work(kernels=1, copies=1, copied_bytes=16)
     # But what those copy that are not due counts as well.
+    alone = work(conditional("c", "slice_body", "%computes, %copies"), FUSED)
+    assert (alone.kernels, alone.copies) == (1, 1)  # the copy where none is due
     idle = "%turn, %copies"
     both = conditional("c", "slice_body", idle) + "\n" + conditional("d", "slice_body", idle)
     assert work(both, FUSED) == Work(kernels=1, copies=2, copied_bytes=32)
@@ -126,13 +132,15 @@ def test_exchanges():
         %d = f32[8] all-gather-done(%s)
         %t = (f32[4], f32[4], u32[]) collective-permute-start(%p), source_target_pairs={{0,1}}
         %u = f32[4] all-reduce-start(%p), replica_groups={}, to_apply=%add
+        %v = ((f32[4], f32[4]), (f32[2], f32[2])) reduce-scatter-start(%p, %q), dimensions={0}
         ROOT %e = f32[4] collective-permute-done(%t)
     """
     found = work(body, FUSED)
-    assert found.exchanges == {"all-reduce": 2, "all-gather": 1, "collective-permute": 1}
-    expected = {"all-reduce": 24 + 16, "all-gather": 32, "collective-permute": 16}
-    assert found.exchanged_bytes == expected
-    assert (found.kernels, found.copied_bytes) == (5, 0)  # one of them on each device alone
+    one = {"all-gather": 1, "collective-permute": 1, "reduce-scatter": 1}
+    assert found.exchanges == {"all-reduce": 2} | one
+    expected = {"all-gather": 32, "collective-permute": 16, "reduce-scatter": 16}
+    assert found.exchanged_bytes == {"all-reduce": 24 + 16} | expected
+    assert (found.kernels, found.copied_bytes) == (6, 0)  # one of them on each device alone
 
 
 def test_works_are_added():

@@ -29,8 +29,10 @@ from tpipe_jax.training.memory import (
     budget,
     compile_step,
     fitting_step,
+    is_out_of_memory,
     limit_bytes,
     program_bytes,
+    too_little,
 )
 from tpipe_jax.training.optimizer import make_optimizer
 
@@ -46,30 +48,31 @@ class CompiledFor:
     spec: StageSpec
     plan: Plan
     schedule: Schedule
-    step: Compiled
+    step: Compiled | None
+    """None if the compiler refuses a step that does not fit, as that of TPUs does."""
     seconds: float
     """Time to trace and compile it."""
-    tick: TickProgram
+    tick: TickProgram | None
     limit_bytes: float | None
     shortage: str | None
     """Why it does not fit, if it does not."""
 
     def figures(self) -> dict[str, object]:
         """Returns what --json writes."""
-        memory = self.step.memory_analysis()
-        assert memory is not None
+        memory = self.step.memory_analysis() if self.step else None
+        tick = self.tick
         return {
             "gpu": self.flags.gpu,
             "tpu": self.flags.tpu,
             "num_devices": len(self.target.devices),
-            "peak_bytes": program_bytes(self.step),
-            "argument_bytes": memory.argument_size_in_bytes,
-            "temporary_bytes": memory.temp_size_in_bytes,
+            "peak_bytes": program_bytes(self.step) if self.step else None,
+            "argument_bytes": memory.argument_size_in_bytes if memory else None,
+            "temporary_bytes": memory.temp_size_in_bytes if memory else None,
             "limit_bytes": None if self.limit_bytes is None else int(self.limit_bytes),
             "fits": self.shortage is None,
-            "copied_bytes_per_tick": self.tick.copied_bytes,
-            "kernels": asdict(self.tick.kernels),
-            "collectives": {kind: number for kind, (number, _) in self.tick.exchanges.items()},
+            "copied_bytes_per_tick": tick.copied_bytes if tick else None,
+            "kernels": asdict(tick.kernels) if tick else None,
+            "collectives": {kind: n for kind, (n, _) in tick.exchanges.items()} if tick else None,
             "compile_seconds": round(self.seconds, 2),
             "jax": jax.__version__,
         }
@@ -82,9 +85,9 @@ def compile_run(flags: CompileFlags, console: Console) -> None:
     needs more memory than a device has.
     """
     compiled = compile_for(flags)
+    show(compiled, console)
     if flags.json is not None:
         _write(flags.json, compiled.figures())
-    show(compiled, console)
     if compiled.shortage is not None:
         raise UserError(compiled.shortage)
 
@@ -108,16 +111,14 @@ def compile_for(flags: CompileFlags) -> CompiledFor:
         with without_noise():
             spec, step, shortage = _fitting_or_last(spec, plan, optimizer)
     except JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
         raise UserError(
-            f"a step does not fit into the memory of a {target.facts.kind} ({brief(error)}): give "
-            "config.mesh more devices, set config.memory.remat=full, or make "
-            "config.train.batch_size or config.model smaller."
+            f"XLA cannot compile for a {target.facts.kind} here ({brief(error)}): install the "
+            'compiler with all that belongs to it, by pip install "tpipe_jax[compile]" for GPUs.'
         ) from error
-    seconds = time.monotonic() - start
-    tick = read_tick(step.as_text() or "", layers_in_a_tick(spec))
-    assert tick, "a training step has a loop over ticks"
+    seconds, tick = time.monotonic() - start, None
+    if step is not None:
+        tick = read_tick(step.as_text() or "", layers_in_a_tick(spec))
+        assert tick, "a training step has a loop over ticks"
     return CompiledFor(
         flags, target, spec, plan, schedule, step, seconds, tick, limit_bytes(spec), shortage
     )
@@ -133,15 +134,23 @@ def _target(flags: CompileFlags) -> Target:
 
 def _fitting_or_last(
     spec: StageSpec, plan: Plan, optimizer: optax.GradientTransformation
-) -> tuple[StageSpec, Compiled, str | None]:
+) -> tuple[StageSpec, Compiled | None, str | None]:
     """Returns the spec and the step with the first policy that fits. If there is none: those of the
-    last policy, and why it does not fit.
+    last policy, and why it does not fit. There is no step where the compiler refuses it.
     """
     try:
         return *fitting_step(spec, plan, optimizer), None
     except TooLarge as error:
-        step = error.step or compile_step(error.spec, make_schedule(plan), optimizer)
-        return error.spec, step, str(error)
+        spec, step, schedule = error.spec, error.step, make_schedule(plan)
+        if step is None:
+            try:
+                step = compile_step(spec, schedule, optimizer)
+            except JaxRuntimeError as refusal:
+                if is_out_of_memory(refusal):
+                    return spec, None, str(error)
+                raise
+        needed = program_bytes(step)
+        return spec, step, too_little(spec, schedule, optimizer, limit_bytes(spec), needed)
 
 
 def _given_plan(config: Config) -> Plan:
@@ -163,7 +172,7 @@ def _given_plan(config: Config) -> Plan:
 
 def show(compiled: CompiledFor, console: Console) -> None:
     """Prints what is compiled, the memory of a device, and what a tick does."""
-    spec, tick = compiled.spec, compiled.tick
+    spec = compiled.spec
     console.show_facts(_facts(compiled))
     parts = budget(spec, compiled.schedule, make_optimizer(spec.config))
     rows = [(name, f"{num_bytes / GIB:.2f}") for name, num_bytes in parts.items()]
@@ -171,6 +180,16 @@ def show(compiled: CompiledFor, console: Console) -> None:
     rows += [(name, f"{num_bytes / GIB:.2f}") for name, num_bytes in _memory(compiled).items()]
     remat = spec.config.memory.remat
     console.show_table(f"memory of a device with config.memory.remat={remat}", ["", "GiB"], rows)
+    if compiled.tick:
+        _show_tick(compiled.tick, console)
+    console.say(_unknown(compiled))
+    if compiled.shortage is None and compiled.limit_bytes is None:
+        console.say(f"XLA compiles it; the memory of a {spec.device.kind} is not known here.")
+    elif compiled.shortage is None:
+        console.say(f"It fits, with {_spare(compiled):.2f} GiB to spare.")
+
+
+def _show_tick(tick: TickProgram, console: Console) -> None:
     kernels = tick.kernels
     console.show_table(
         "kernels of one layer for one slice",
@@ -182,12 +201,6 @@ def show(compiled: CompiledFor, console: Console) -> None:
     )
     console.show_table("copies in a tick", ["", "MB"], [("at most", _megabytes(tick.copied_bytes))])
     _show_exchanges(tick, console)
-    console.say(_unknown(compiled))
-    if compiled.shortage is None:
-        spare = (
-            "" if compiled.limit_bytes is None else f", with {_spare(compiled):.2f} GiB to spare"
-        )
-        console.say(f"It fits{spare}.")
 
 
 def _facts(compiled: CompiledFor) -> dict[str, str]:
@@ -213,13 +226,13 @@ def _facts(compiled: CompiledFor) -> dict[str, str]:
 
 def _memory(compiled: CompiledFor) -> dict[str, int | float]:
     """Returns XLA's figures and the limit, in bytes by name."""
-    analysis = compiled.step.memory_analysis()
-    assert analysis is not None
-    found: dict[str, int | float] = {
-        "XLA's plan: state and batch": analysis.argument_size_in_bytes,
-        "XLA's plan: all else": analysis.temp_size_in_bytes,
-        "XLA's plan: peak": program_bytes(compiled.step),
-    }
+    found: dict[str, int | float] = {}
+    if compiled.step and (analysis := compiled.step.memory_analysis()):
+        found = {
+            "XLA's plan: state and batch": analysis.argument_size_in_bytes,
+            "XLA's plan: all else": analysis.temp_size_in_bytes,
+            "XLA's plan: peak": program_bytes(compiled.step),
+        }
     if compiled.limit_bytes is not None:
         found["limit"] = compiled.limit_bytes
     return found
@@ -227,13 +240,14 @@ def _memory(compiled: CompiledFor) -> dict[str, int | float]:
 
 def _spare(compiled: CompiledFor) -> float:
     assert compiled.limit_bytes is not None
+    assert compiled.step
     return (compiled.limit_bytes - program_bytes(compiled.step)) / GIB
 
 
 def _show_exchanges(tick: TickProgram, console: Console) -> None:
     places: dict[str, Exchanges] = {
         "a tick, for its slices": tick.exchanges,
-        "a tick with embedding and losses, besides": tick.part_exchanges,
+        "embedding, losses and their gradients": tick.part_exchanges,
         "a step, besides its ticks": tick.step_exchanges,
     }
     rows = [
@@ -254,17 +268,17 @@ def _unknown(compiled: CompiledFor) -> str:
             "Only a run can tell its speed, and whether devices that take different branches wait "
             "for each other there."
         )
-    set_limit = compiled.spec.config.memory.limit_gib is not None
-    limit = (
-        "The limit is config.memory.limit_gib."
-        if set_limit
-        else f"The limit is the share of {compiled.target.device_bytes / GIB:.2f} GiB that jax "
-        f"takes, less {ALLOWANCE_BYTES / GIB:g} GiB for the first two; the rest of the GPU is for "
-        "the last."
-    )
+    if compiled.spec.config.memory.limit_gib is not None:
+        limit = "The limit is config.memory.limit_gib."
+    else:
+        limit = (
+            f"The limit is the part of {compiled.target.device_bytes / GIB:.2f} GiB that jax "
+            f"takes, less {ALLOWANCE_BYTES / GIB:g} GiB for that scratch memory; CUDA and NCCL "
+            "have the rest of the GPU."
+        )
     return (
-        "Only a run can tell: kernels that XLA chooses by timing them, cuDNN's scratch memory, and "
-        f"the buffers of CUDA and NCCL. {limit}"
+        "Only a run can tell which kernels XLA chooses by timing them, how much scratch memory "
+        f"these and cuDNN need, and how much CUDA and NCCL need. {limit}"
     )
 
 

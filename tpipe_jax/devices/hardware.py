@@ -1,5 +1,7 @@
 """The facts about a device that programs depend on: its generation, memory, libraries and speed."""
 
+import math
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +12,9 @@ from tpipe_jax.config.settings import Config
 from tpipe_jax.errors import UserError
 
 GIB = 2**30
-FRACTION_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
-"""The environment variable for the share of a GPU's memory that jax takes."""
+FRACTION_VARIABLES = "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"
+"""Environment variables for the share of a GPU's memory that jax takes; the second since 0.12."""
+DEFAULT_FRACTION = 0.75
 OLDEST_JAX_FOR_GPUS = (0, 11, 1)
 
 
@@ -47,6 +50,20 @@ def facts_of(mesh: Mesh) -> DeviceFacts:
         cudnn_version() if capability else None,
         (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit"),
     )
+
+
+def memory_fraction() -> float:
+    """Returns the share of a GPU's memory that jax takes. Raises `UserError` if it is no share."""
+    given = [(name, os.environ[name]) for name in FRACTION_VARIABLES if name in os.environ]
+    for name, text in given:
+        try:
+            fraction = float(text)
+        except ValueError:
+            fraction = math.nan
+        if not 0 < fraction <= 1:
+            raise UserError(f"{name}={text} must be a number above 0 and at most 1, such as 0.9.")
+        return fraction
+    return DEFAULT_FRACTION
 
 
 def check_jax_for_gpus() -> None:

@@ -23,6 +23,16 @@ class Skips(NamedTuple):
     most_conditionals: float
     """The most conditionals in a row; where more pieces of work follow each other, each is a loop
     of one turn or none."""
+    reads_first: bool = True
+    """Whether values that work overwrites are read once, at its beginning."""
+
+    def read_first(self, value: Array) -> Array:
+        """Returns a value that work reads from a buffer and then overwrites.
+
+        XLA may read it once more where it is used again, from a copy of the buffer (seen in
+        programs for V100s). A barrier prevents that.
+        """
+        return lax.optimization_barrier(value) if self.reads_first else value
 
     def run_if(
         self,
@@ -54,7 +64,7 @@ class Skips(NamedTuple):
             return self.run_if(condition, function, carry)
 
 
-CONDITIONALS = Skips(float("inf"))
+CONDITIONALS = Skips(float("inf"), reads_first=False)
 _OF_PLATFORM = {"cpu": CONDITIONALS, "gpu": Skips(1), "tpu": Skips(0)}
 
 

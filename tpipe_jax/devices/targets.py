@@ -15,20 +15,17 @@ from jax.experimental import topologies
 
 from tpipe_jax.config.settings import MeshConfig
 from tpipe_jax.devices.hardware import (
-    FRACTION_VARIABLE,
     GIB,
     DeviceFacts,
     check_jax_for_gpus,
+    memory_fraction,
 )
-from tpipe_jax.errors import UserError
+from tpipe_jax.errors import UserError, brief
 
 # What XLA cannot know without the device: kernels that are chosen by timing them and their scratch
-# memory, as that of cuDNN's backward pass. On an H100 and an H200 six steps of 6 to 35 GiB needed
-# at most 0.5 GiB more, by XLA's own figures there, than when compiled elsewhere (docs/compile.md).
+# memory, as that of cuDNN's backward pass. On an H100 and an H200, steps of 6 to 35 GiB needed at
+# most 0.5 GiB more by XLA's own figures there than when compiled elsewhere (docs/compile.md).
 ALLOWANCE_BYTES = GIB // 2
-# The share of a GPU's memory that jax takes for programs. CUDA, NCCL and the libraries of the
-# process get theirs from the rest.
-DEFAULT_FRACTION = 0.75
 
 
 @dataclass(frozen=True)
@@ -106,6 +103,7 @@ def prepare_compiler() -> None:
     Variables that the user has set stay as they are, and so do the user's flags of XLA.
     """
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # it cannot be read without devices
     flags = "--xla_gpu_autotune_level=0"  # kernels cannot be timed
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
     for name, value in {
@@ -141,8 +139,8 @@ def gpu_target(name: str, mesh: MeshConfig, num_hosts: int | None) -> Target:
         target_config=_target_config(gpu),
         topology=f"1x{hosts}x{total // hosts}",
     )
-    fraction = float(os.environ.get(FRACTION_VARIABLE, DEFAULT_FRACTION))
-    usable = fraction * gpu.memory_bytes - ALLOWANCE_BYTES
+    # CUDA, NCCL and the libraries of the process get their memory from the rest.
+    usable = memory_fraction() * gpu.memory_bytes - ALLOWANCE_BYTES
     facts = DeviceFacts("gpu", gpu.kind, gpu.capability, gpu.cudnn, usable)
     return Target(topology.devices, facts, gpu.memory_bytes, hosts)
 
@@ -152,7 +150,7 @@ def tpu_target(name: str, mesh: MeshConfig) -> Target:
 
     Raises `UserError` if it knows none of this name, or there is no compiler for TPUs.
     """
-    topology = _topology("tpu", "TPUs", "pip install libtpu", topology_name=name)
+    topology = _topology("tpu", "TPUs", 'pip install "tpipe_jax[tpu]"', topology_name=name)
     devices = topology.devices
     if len(devices) != mesh.num_devices:
         raise UserError(
@@ -167,16 +165,18 @@ def tpu_target(name: str, mesh: MeshConfig) -> Target:
 
 def _topology(platform: str, devices: str, remedy: str, **options: str) -> Any:
     """Returns jax's description of devices. Raises `UserError` where it cannot be had."""
-    package = {"cuda": ("jax-cuda12-plugin", "jax-cuda13-plugin"), "tpu": ("libtpu",)}[platform]
-    if not any(map(_is_installed, package)):
+    if not _is_installed({"cuda": "jax-cuda12-plugin", "tpu": "libtpu"}[platform]):
         raise UserError(f"there is no compiler for {devices} here: {remedy}.")
     try:
         return topologies.get_topology_desc(platform=platform, **options)
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-        asked = options.get("topology_name", options.get("topology"))
+        if platform == "cuda":
+            raise UserError(
+                f"the compiler for {devices} does not work here ({brief(error)}): {remedy}."
+            ) from error
         raise UserError(
-            f"XLA's compiler for {devices} knows no {asked} ({str(error).splitlines()[0]}): name "
-            "another, such as v5e:2x2."
+            f"the compiler for {devices} knows no {options['topology_name']} ({brief(error)}): "
+            "name another, such as v5e:2x2."
         ) from error
 
 

@@ -103,10 +103,13 @@ def work_of(
 
 
 def _one_due(bodies: list[list[Work]]) -> Work:
-    """Returns the most work of conditionals, for slices of different kinds, of which one is due."""
+    """Returns the most work of conditionals, for slices of different kinds, of which one or none is
+    due.
+    """
     idle = [min(choices, key=lambda work: work.kernels) for choices in bodies]
     due = [max(choices, key=lambda work: work.kernels) for choices in bodies]
-    return _larger([sum([*idle[:n], own, *idle[n + 1 :]], Work()) for n, own in enumerate(due)])
+    with_one = [sum([*idle[:n], own, *idle[n + 1 :]], Work()) for n, own in enumerate(due)]
+    return _larger([*with_one, sum(idle, Work())])
 
 
 def _larger(choices: list[Work]) -> Work:
@@ -153,6 +156,6 @@ def _fused(program: Program, fusion: Operation) -> list[Operation]:
 def _results(operation: Operation) -> list[int]:
     """Returns the bytes of each result of a collective."""
     sizes = array_bytes(operation.shape)
-    if operation.opcode in ("all-gather-start", "collective-permute-start"):
+    if operation.opcode.endswith("-start") and operation.opcode != "all-reduce-start":
         return sizes[len(operation.operands) : 2 * len(operation.operands)]  # after the operands
     return sizes

@@ -63,6 +63,7 @@ class Lane:
         def run(kind: tuple[int, ItemShape], at: Position, carry: Carry) -> Carry:
             (chunk, (B, L)), (state, trunk, packet_BLD) = kind, carry
             x_BLD = jnp.where(stage == self._entry, read(trunk, at, B, L), packet_BLD[:B, :L])
+            x_BLD = self._skips.read_first(x_BLD)
             y_BLD, state = work(chunk, x_BLD, at, state)
             return state, write(trunk, y_BLD, at), write(packet_BLD, y_BLD, Position(0, 0))
 
@@ -77,7 +78,8 @@ class Lane:
                 return write(trunk, packet_BLD[:B, :L], at)
 
             index = jnp.where(stage == self._entry, row[self._exit], IDLE)
-            trunk = self._by_kind([item.shape for item in self._items], index, put, trunk)
+            with jax.named_scope("put"):  # its skips are not those of the work
+                trunk = self._by_kind([item.shape for item in self._items], index, put, trunk, "")
         return state, trunk, packet_BLD
 
     def each_alone(
@@ -103,10 +105,11 @@ class Lane:
         index: Array,
         function: Callable[[Any, Position, State], State],
         state: State,
+        scope: str = SLICE,
     ) -> State:
         """Calls `function(kind, position, state)` for the item with this index. Returns the state,
         unchanged for IDLE. `kinds` are the kinds of all items, known when the program is compiled;
-        the function is compiled once for each distinct kind.
+        the function is compiled once for each distinct kind, and has the name `scope` in it.
         """
         distinct, at = sorted(set(kinds)), Position(*self._places[index])
         if self._slot_rows is not None:
@@ -114,7 +117,7 @@ class Lane:
         kind_of = jnp.array([distinct.index(kind) for kind in kinds])
         for n, kind in enumerate(distinct):
             is_due = (index != IDLE) & (kind_of[index] == n)
-            with jax.named_scope(SLICE):
+            with jax.named_scope(scope):
                 run = partial(function, kind, at)
                 state = self._skips.run_if(is_due, run, state, num_pieces=len(distinct))
         return state

@@ -88,7 +88,14 @@ def make_transfer(spec: StageSpec, item: Item) -> Wrapped:
     def local(params: Params, x_BTD: Array, table: Array) -> Array:
         x_BTD = jnp.where(lax.axis_index("pipe") == 0, x_BTD, 0)
         x_BTD = x_BTD.astype(spec.dtype)
-        y_BTD, _ = sweep(table, [item], lambda chunk, x_BLD, at, state: (x_BLD, state), x_BTD, ())
+        y_BTD, _ = sweep(
+            table,
+            [item],
+            lambda chunk, x_BLD, at, state: (x_BLD, state),
+            x_BTD,
+            (),
+            skips=spec.skips,
+        )
         return psum(y_BTD.astype(jnp.float32).sum(), ("data", "pipe"))
 
     return over_mesh(spec, local, lambda _: PartitionSpec(), num_scalars=1)

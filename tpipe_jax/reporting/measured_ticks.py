@@ -1,7 +1,7 @@
 """When the stages worked in a step that was run, read from a trace of what their devices did.
 
 In each tick in which a direction has any work, each stage works or idles, and then hands its result
-on to its neighbour. Both happen in a conditional of the program (`inplace.run_on_all_if`). So the
+on to its neighbour. Both happen in a conditional of the program (`Skips.run_on_all_if`). So the
 work of a tick lies between the start of the conditional and the start of its transfer. These
 conditionals and their transfers are found in the text of the program, and then by their names in
 the trace.
@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from tpipe_jax.config.settings import Config
 from tpipe_jax.devices.exchanges import collective_kind
 from tpipe_jax.devices.hlo import read
+from tpipe_jax.devices.scopes import ON_ALL
 from tpipe_jax.errors import UserError
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import IDLE, Schedule, make_schedule
@@ -154,10 +155,10 @@ def find_tick_conditionals(text: str) -> list[TickConditional]:
 
     lanes = [
         TickConditional(
-            operation.name, frozenset(t for branch in operation.branches for t in transfers(branch))
+            operation.name, frozenset(t for part in operation.parts for t in transfers(part))
         )
         for operation in program.operations()
-        if operation.branches
+        if operation.opcode == "conditional" or operation.source.endswith(f"/{ON_ALL}/while")
     ]
     return [lane for lane in lanes if lane.transfers]
 

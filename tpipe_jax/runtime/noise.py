@@ -16,7 +16,7 @@ def without_noise() -> Iterator[None]:
     """
     sys.stderr.flush()
     kept = os.dup(2)
-    with tempfile.TemporaryFile() as noise:
+    with tempfile.NamedTemporaryFile(prefix="tpipe_stderr_") as noise:  # left if XLA aborts
         os.dup2(noise.fileno(), 2)
         try:
             yield

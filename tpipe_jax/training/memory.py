@@ -15,7 +15,12 @@ from jax.sharding import Mesh
 from jax.stages import Compiled
 
 from tpipe_jax.devices.exchanges import compile_checked
-from tpipe_jax.devices.hardware import FRACTION_VARIABLE, GIB
+from tpipe_jax.devices.hardware import (
+    DEFAULT_FRACTION,
+    FRACTION_VARIABLES,
+    GIB,
+    memory_fraction,
+)
 from tpipe_jax.errors import Infeasible, UserError
 from tpipe_jax.model.remat import candidates
 from tpipe_jax.model.sharding import padded_vocab_size
@@ -101,6 +106,11 @@ def _num_on_this_host(mesh: Mesh) -> int:
     return sum(hosts[device.process_index] == own for device in mesh.devices.flat)
 
 
+def is_out_of_memory(error: JaxRuntimeError) -> bool:
+    """Whether jax failed since a device has too little memory, when it ran or compiled."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
 @contextmanager
 def out_of_memory() -> Iterator[None]:
     """Turns an out-of-memory error of a device into a `UserError`.
@@ -110,7 +120,7 @@ def out_of_memory() -> Iterator[None]:
     try:
         yield
     except JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         brief = str(error).splitlines()[0]
         kind = Infeasible if jax.process_count() == 1 else UserError
@@ -150,12 +160,17 @@ def fitting_step(
         needed = max(budget(trial, schedule, optimizer).values())
         if limit is not None and needed > limit:
             continue  # too much already, so that a long compilation is spared
-        step = compile_step(trial, schedule, optimizer)
+        try:
+            step = compile_step(trial, schedule, optimizer)
+        except JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            needed = sum(budget(trial, schedule, optimizer).values())
+            continue  # TPUs' compiler refuses what does not fit
         needed = program_bytes(step)
         if limit is None or needed <= limit:
             return trial, step
-    assert limit is not None
-    raise TooLarge(_too_little(trial, schedule, optimizer, limit, needed), trial, step)
+    raise TooLarge(too_little(trial, schedule, optimizer, limit, needed), trial, step)
 
 
 def compile_step(
@@ -209,20 +224,26 @@ def _with_policy(spec: StageSpec, remat: str) -> StageSpec:
     return spec.with_config(replace(spec.config, memory=memory))
 
 
-def _too_little(
+def too_little(
     spec: StageSpec,
     schedule: Schedule,
     optimizer: optax.GradientTransformation,
-    limit: float,
+    limit: float | None,
     needed: int,
 ) -> str:
     """Says by how much the last policy exceeds the limit, what takes most, and what would help."""
     config = spec.config
-    name = (
-        f"config.memory.limit_gib={config.memory.limit_gib:g}"
-        if config.memory.limit_gib is not None
-        else f"the memory of a device, {limit / GIB:.3g} GiB,"
-    )
+    if limit is None:
+        shortage = "the memory of a device is"
+    elif config.memory.limit_gib is not None:
+        shortage = (
+            f"config.memory.limit_gib={config.memory.limit_gib:g} is "
+            f"{(needed - limit) / GIB:.3g} GiB"
+        )
+    else:
+        shortage = (
+            f"the memory of a device, {limit / GIB:.3g} GiB, is {(needed - limit) / GIB:.3g} GiB"
+        )
     parts = budget(spec, schedule, optimizer)
     of_state = sum(parts[name] for name in ("parameters", "gradients", "optimiser state"))
     saved = parts["attention caches and their gradients"] + parts["other activations"]
@@ -237,16 +258,19 @@ def _too_little(
         "a smaller config.train.batch_size or config.model.seq_len": True,
         "more devices in config.mesh.pipe or config.mesh.model": True,
         "config.optim.shard_state with more data shards": not config.optim.shard_state,
-        "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 in the environment (jax takes 0.75 of a GPU)": (
-            spec.device.platform == "gpu"
-            and config.memory.limit_gib is None
-            and FRACTION_VARIABLE not in os.environ
-        ),
     }
     return (
-        f"{name} is {(needed - limit) / GIB:.3g} GiB less than a step takes with "
+        f"{shortage} less than a step takes with "
         f"config.memory.remat={config.memory.remat}: about {of_state / GIB:.3g} GiB are "
         f"parameters, gradients and optimiser state, and {saved / GIB:.3g} GiB are saved for the "
         f"backward pass; {', '.join(text for text, helps in remedies.items() if helps)} would "
-        "bring it down."
+        f"bring it down{_larger_share(spec)}."
     )
+
+
+def _larger_share(spec: StageSpec) -> str:
+    """Says how jax takes more of a GPU than it does by default."""
+    is_default = spec.config.memory.limit_gib is None and memory_fraction() == DEFAULT_FRACTION
+    if spec.device.platform != "gpu" or not is_default:
+        return ""
+    return f", and {FRACTION_VARIABLES[0]}=0.9 in the environment gives a step more"
