@@ -29,6 +29,7 @@ from tpipe_jax.config.settings import (
     TrainConfig,
 )
 from tpipe_jax.devices.exchanges import find_collectives
+from tpipe_jax.devices.targets import VARIABLES
 from tpipe_jax.training.memory import budget, program_bytes
 from tpipe_jax.training.optimizer import make_optimizer
 
@@ -47,13 +48,17 @@ pytestmark = [
 
 
 @pytest.fixture(autouse=True, scope="module")
-def uncached() -> Iterator[None]:
-    """Programs for other devices cannot be read from a cache of compiled programs."""
-    for is_cached in (False, True):
-        jax.config.update("jax_enable_compilation_cache", is_cached)
-        compilation_cache.reset_cache()
-        if not is_cached:
-            yield
+def compilers() -> Iterator[None]:
+    """Compilers as `prepare_compiler` sets them. Programs for other devices cannot be read from a
+    cache of compiled programs.
+    """
+    os.environ.update(VARIABLES)
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
 
 
 def config(schedule: ScheduleName, slices: str, mesh: MeshConfig, backend: Any) -> Config:

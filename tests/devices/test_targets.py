@@ -116,7 +116,7 @@ def test_a_topology_that_libtpu_does_not_know(monkeypatch: pytest.MonkeyPatch):
         raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no such\ntopology")
 
     monkeypatch.setattr(targets.topologies, "get_topology_desc", fail)
-    with pytest.raises(UserError, match=r"knows no v9:1x1 \(INVALID_ARGUMENT: no such top"):
+    with pytest.raises(UserError, match=r"take --tpu=v9:1x1 \(INVALID_ARGUMENT: no such top"):
         tpu_target("v9:1x1", MeshConfig())
 
 

@@ -81,6 +81,16 @@ GPUS = {
     ),
 }
 
+# libtpu would look for TPUs of this machine, write logs, and run in one process only.
+VARIABLES = {
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_LOG_DIR": "disabled",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
 # Memory of a device that programs may use, in GiB, as libtpu 0.0.52 states it when they do not fit.
 _TPU_GIB = {"TPU v4": 15.25, "TPU v5 lite": 15.75, "TPU v5": 95.73, "TPU v6 lite": 31.24}
 
@@ -106,14 +116,7 @@ def prepare_compiler() -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # it cannot be read without devices
     flags = "--xla_gpu_autotune_level=0"  # kernels cannot be timed
     os.environ["XLA_FLAGS"] = f"{flags} {os.environ.get('XLA_FLAGS', '')}".strip()
-    for name, value in {
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-        # libtpu would look for TPUs of this machine, and write logs.
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-        "TPU_LOG_DIR": "disabled",
-    }.items():
+    for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
 
 
@@ -175,8 +178,8 @@ def _topology(platform: str, devices: str, remedy: str, **options: str) -> Any:
                 f"the compiler for {devices} does not work here ({brief(error)}): {remedy}."
             ) from error
         raise UserError(
-            f"the compiler for {devices} knows no {options['topology_name']} ({brief(error)}): "
-            "name another, such as v5e:2x2."
+            f"the compiler for {devices} does not take --tpu={options['topology_name']} "
+            f"({brief(error)}): name another topology, such as v5e:2x2."
         ) from error
 
 
