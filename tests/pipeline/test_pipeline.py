@@ -33,7 +33,9 @@ from tpipe_jax.config.settings import (
 )
 from tpipe_jax.devices import mesh
 from tpipe_jax.devices.exchanges import check_branches, find_collectives
+from tpipe_jax.devices.skips import skips_on
 from tpipe_jax.model import sharding, transformer
+from tpipe_jax.pipeline import spec as spec_module
 from tpipe_jax.pipeline import stage as stage_module
 from tpipe_jax.pipeline.footprint import activation_bytes_per_token
 from tpipe_jax.pipeline.spec import make_spec
@@ -184,6 +186,29 @@ def test_gradients_equal_those_of_the_unpipelined_model(case: Case) -> None:
     ids=str,
 )
 def test_gradients_on_chosen_meshes(case: Case) -> None:
+    check_gradients(case.config)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(MeshConfig(1, 2, 2), 3, "5,4,3", "1,2", 3),
+        slow(Case(MeshConfig(1, 3, 1), 7, "7,5", "2", 2, "interleaved")),
+        slow(Case(MeshConfig(2, 2, 2), 3, "7,5", "uniform:4", 4, "1f1b")),
+        slow(Case(MeshConfig(1, 2, 1), 3, "5,4,3", "uniform:5", 5, "1f1b-deferred")),
+    ],
+    ids=str,
+)
+def test_gradients_where_work_is_skipped_otherwise(
+    case: Case, platform: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the loops that programs for other platforms have, here on CPUs."""
+    skips = skips_on(platform)
+    monkeypatch.setattr(spec_module, "skips_on", lambda _: skips)
+    text = compile_step(case.config).as_text()
+    assert "slice_body/while" in text
+    assert ("on_all_devices/while" in text) == (platform == "tpu")
     check_gradients(case.config)
 
 
