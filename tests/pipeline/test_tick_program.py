@@ -1,11 +1,14 @@
 """What a tick does, read off training steps of which it is known."""
 
 from functools import cache
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from support import runs
 from tpipe_jax.config.settings import (
     Config,
     MemoryConfig,
@@ -14,10 +17,13 @@ from tpipe_jax.config.settings import (
     PlanConfig,
     TrainConfig,
 )
+from tpipe_jax.devices.hlo import read
+from tpipe_jax.devices.scopes import ON_ALL
 from tpipe_jax.pipeline.spec import spec_on_devices
-from tpipe_jax.pipeline.tick_program import TickProgram, read_tick
+from tpipe_jax.pipeline.tick_program import TickProgram, large_copies, read_tick
 from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.planning.settings import read_settings
+from tpipe_jax.training import prepare
 from tpipe_jax.training.memory import compile_step
 from tpipe_jax.training.optimizer import make_optimizer
 
@@ -25,9 +31,8 @@ T, D = 256, 64
 ITEM_BYTES = 4 * D  # of a token, in float32
 
 
-@cache
-def text(data: int, pipe: int, model: int, token_slices: str, remat: str = "dots") -> str:
-    """A training step of two layers a stage, in CPU's code."""
+def make(data: int, pipe: int, model: int, token_slices: str, remat: str = "dots") -> Any:
+    """The spec and schedule of two layers a stage."""
     config = Config(
         model=ModelConfig(2 * pipe, D, 4, vocab_size=128, seq_len=T),
         mesh=MeshConfig(data, pipe, model),
@@ -36,8 +41,14 @@ def text(data: int, pipe: int, model: int, token_slices: str, remat: str = "dots
         memory=MemoryConfig(remat=remat),
     )
     spec = spec_on_devices(config, jax.devices()[: config.mesh.num_devices])
-    plan, optimizer = read_settings(spec.config), make_optimizer(spec.config)
-    return compile_step(spec, make_schedule(plan), optimizer).as_text()
+    return spec, make_schedule(read_settings(spec.config))
+
+
+@cache
+def text(data: int, pipe: int, model: int, token_slices: str, remat: str = "dots") -> str:
+    """Its training step, in CPU's code."""
+    spec, schedule = make(data, pipe, model, token_slices, remat)
+    return compile_step(spec, schedule, make_optimizer(spec.config)).as_text()
 
 
 def tick(*args: object, **kw: object) -> TickProgram:
@@ -99,3 +110,24 @@ def test_no_buffer_is_copied_in_a_tick():
 def test_a_program_without_ticks_has_none():
     compiled = jax.jit(lambda x: x @ x).lower(jnp.ones((4, 4))).compile()
     assert read_tick(compiled.as_text(), num_layers=1) is None
+
+
+def test_large_copies_are_told():
+    """A copy is planted into the tick: a small one, and one as large as a buffer."""
+    own, (spec, schedule) = text(1, 2, 1, "128,128"), make(1, 2, 1, "128,128")
+    bodies = read(own).computations.values()
+    [tick] = [body for body in bodies if any(o.source.endswith(f"/{ON_ALL}/cond") for o in body)]
+    first = tick[0].name
+    [line] = [line for line in own.splitlines() if line.strip().startswith(f"%{first} = ")]
+    assert large_copies(own, spec, schedule) == 0
+    for size, expected in ((1000, 0), (1 << 21, 8 << 20)):
+        planted = own.replace(line, f"{line}\n  %planted = f32[{size}] copy(%{first})")
+        found = large_copies(planted, spec, schedule)
+        assert found == pytest.approx(expected, abs=200_000)
+        console = runs.Lines()
+        step: Any = SimpleNamespace(as_text=lambda planted=planted: planted)
+        prepare._warn_of_copies(spec, schedule, step, console)
+        assert len(console.said) == bool(expected)
+        if expected:
+            assert console.said[0].startswith("warning: each tick copies up to 9 MB, which slows")
+            assert "install a newer jax" in console.said[0]

@@ -119,6 +119,7 @@ def compile_for(flags: CompileFlags) -> CompiledFor:
     if step is not None:
         tick = read_tick(step.as_text() or "", layers_in_a_tick(spec))
         assert tick, "a training step has a loop over ticks"
+        assert 0 not in (tick.kernels.forward, tick.kernels.backward), "a stage works on slices"
     return CompiledFor(
         flags, target, spec, plan, schedule, step, seconds, tick, limit_bytes(spec), shortage
     )
