@@ -35,7 +35,7 @@ from tpipe_jax.training.optimizer import make_optimizer
 
 ROWS, T, D = 2, 1024, 256
 EQUAL, UNEQUAL = "uniform:4", "384,320,320"
-BUFFER_BYTES = T * D * 4  # the least of a stage: sums of a weight's gradients
+BUFFER_BYTES = ROWS * T * D * 2  # a stage's inputs; saved values and sums of gradients are larger
 # XLA's plan may exceed the budget, which leaves out what a stage needs while it works on a slice:
 TOLERANCE = 1.4  # by so much, with a model as small as this one,
 SCORE_BLOCKS = 4  # and by a few blocks of scores, where attention computes in blocks.
@@ -101,8 +101,15 @@ def working_bytes(compiled: CompiledFor) -> int:
     return SCORE_BLOCKS * num_rows * num_heads * num_tokens * min(XLA_BLOCK, T) * 4
 
 
+def most_copied_bytes(compiled: CompiledFor) -> int:
+    """Two packets in each direction, and half a buffer for all that is small."""
+    num_rows, num_tokens = compiled.schedule.longest_shape
+    return 4 * num_rows * num_tokens * D * 2 + BUFFER_BYTES // 2
+
+
 def check(compiled: CompiledFor) -> None:
-    assert compiled.tick.copied_bytes < BUFFER_BYTES
+    assert compiled.tick
+    assert compiled.tick.copied_bytes < most_copied_bytes(compiled)
     in_branches = {c.kind for c in find_collectives(compiled.step.as_text()) if c.in_branch}
     assert in_branches <= {"all-reduce"}  # compiling has checked that it is of one stage
     known = sum(
@@ -138,7 +145,8 @@ def test_stages_of_unequal_depth_skip_layers_without_copies() -> None:
     asked = config("terapipe", UNEQUAL, MeshConfig(1, 2, 1), "auto")
     model = ModelConfig(3, D, 4, vocab_size=512, seq_len=T)
     flags = CompileFlags(Config(**(vars(asked) | {"model": model})), Path("run"), gpu="h100")
-    assert compile_for(flags).tick.copied_bytes < BUFFER_BYTES
+    compiled = compile_for(flags)
+    assert compiled.tick.copied_bytes < most_copied_bytes(compiled)
 
 
 @pytest.mark.skipif(not has_tpu_compiler(), reason="needs libtpu")
@@ -146,6 +154,6 @@ def test_stages_of_unequal_depth_skip_layers_without_copies() -> None:
 def test_tpus_copy_nothing_and_exchange_within_stages(slices: str) -> None:
     asked = config("terapipe", slices, MeshConfig(1, 2, 2), "auto")
     compiled = compile_for(CompileFlags(asked, Path("run"), tpu="v5e:2x2"))
-    assert compiled.tick.copied_bytes < BUFFER_BYTES
+    assert compiled.tick.copied_bytes < most_copied_bytes(compiled)
     in_branches = {c.kind for c in find_collectives(compiled.step.as_text()) if c.in_branch}
     assert in_branches <= {"all-reduce", "all-gather", "reduce-scatter"}
