@@ -22,7 +22,7 @@ from tpipe_jax.devices.exchanges import (
     find_collectives,
 )
 from tpipe_jax.devices.mesh import make_mesh
-from tpipe_jax.devices.scopes import SLICE
+from tpipe_jax.devices.scopes import PUT, SLICE
 from tpipe_jax.devices.skips import CONDITIONALS, Skips, skips_on
 from tpipe_jax.errors import UserError
 
@@ -177,9 +177,10 @@ def test_branches_that_all_devices_take_may_exchange(skips: Skips, mesh: Mesh):
         compile_checked(run, mesh, x, w)
 
 
-def test_a_loop_that_only_some_stages_take_is_a_branch(mesh: Mesh):
+@pytest.mark.parametrize("scope", [SLICE, PUT])
+def test_a_loop_that_only_some_stages_take_is_a_branch(scope: str, mesh: Mesh):
     def local(x: Array, w: Array) -> Array:
-        with jax.named_scope(SLICE):
+        with jax.named_scope(scope):
             is_first = lax.axis_index("pipe") == 0
             return Skips(0).run_if(is_first, lambda x: varying(lax.psum(x, "pipe")), varying(x))
 

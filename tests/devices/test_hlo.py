@@ -38,7 +38,6 @@ def test_operations_with_all_kinds_of_layouts():
     assert (start.opcode, start.operands) == ("copy-start", ("c.1",))
     assert array_bytes(start.shape) == [16, 16, 4]
     assert (copy.opcode, copy.operands, copy.num_bytes) == ("copy", ("start.1",), 64)
-    assert (copy.is_root, start.is_root) == (True, False)
     assert (copy.source, start.source) == ("f/while/x", "")
     loop = program.computations["main"][-1]
     assert (loop.opcode, loop.operands) == ("while", ("p", "n"))

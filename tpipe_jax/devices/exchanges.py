@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.stages import Compiled, Wrapped
 
 from tpipe_jax.devices.hlo import Operation, read
-from tpipe_jax.devices.scopes import ON_ALL, SLICE
+from tpipe_jax.devices.scopes import ON_ALL, PUT, SLICE
 from tpipe_jax.errors import Infeasible
 
 KINDS = (
@@ -34,6 +34,7 @@ KINDS = (
 _IN_BRANCHES = ("all-reduce",)
 # XLA divides an all-reduce on TPUs, and sums of norms with it: the same devices take part.
 _IN_BRANCHES_ON_TPUS = ("all-reduce", "reduce-scatter", "all-gather")
+_TAKEN_BY_SOME = f"/{SLICE}/while", f"/{PUT}/while"
 _TAKEN_BY_ALL = re.compile(rf"/{ON_ALL}/cond$")
 _LISTED_GROUPS = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
 _IOTA_GROUPS = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
@@ -80,7 +81,7 @@ def find_collectives(text: str) -> list[Collective]:
     } | {
         operation.body
         for operation in program.operations()
-        if operation.opcode == "while" and operation.source.endswith(f"/{SLICE}/while")
+        if operation.opcode == "while" and operation.source.endswith(_TAKEN_BY_SOME)
     }
     while new:
         reached |= new

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
-_OPERATION = re.compile(r"^ +(ROOT )?%?([\w.-]+) = ")
+_OPERATION = re.compile(r"^ +(?:ROOT )?%?([\w.-]+) = ")
 _OPCODE = re.compile(r" ?([\w-]+)\(")
 _NAME = re.compile(r"%([\w.-]+)")
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
@@ -31,7 +31,6 @@ class Operation(NamedTuple):
     """Names of the operations whose results it reads."""
     attributes: str
     """The rest of the line."""
-    is_root: bool
 
     @property
     def source(self) -> str:
@@ -123,7 +122,7 @@ def _operation(line: str) -> Operation | None:
     stop = _after_parentheses(line, opcode.end() - 1)
     operands = tuple(_NAME.findall(line[opcode.end() : stop]))
     shape = line[start.end() : end]
-    return Operation(start[2], shape, opcode[1], operands, line[stop:], bool(start[1]))
+    return Operation(start[1], shape, opcode[1], operands, line[stop:])
 
 
 def _after_parentheses(line: str, start: int) -> int:

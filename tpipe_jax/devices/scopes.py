@@ -9,5 +9,7 @@ BACKWARD = "backward_lane"
 SLICE = "slice_body"
 """The work of a stage on a slice: a conditional, or a loop of one turn or none, that only stages
 with such a slice take."""
+PUT = "put_packet"
+"""Where the first stage puts a packet that waits for the next chunk: skipped as SLICE is."""
 CONTEXT = "over_context"
 """A loop of attention over the context of a slice."""

@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array, lax
 
 from tpipe_jax.devices.inplace import Position, read, write
-from tpipe_jax.devices.scopes import SLICE
+from tpipe_jax.devices.scopes import PUT, SLICE
 from tpipe_jax.devices.skips import CONDITIONALS, Skips
 from tpipe_jax.planning.schedule import IDLE, Item
 
@@ -78,8 +78,7 @@ class Lane:
                 return write(trunk, packet_BLD[:B, :L], at)
 
             index = jnp.where(stage == self._entry, row[self._exit], IDLE)
-            with jax.named_scope("put"):  # its skips are not those of the work
-                trunk = self._by_kind([item.shape for item in self._items], index, put, trunk, "")
+            trunk = self._by_kind([item.shape for item in self._items], index, put, trunk, PUT)
         return state, trunk, packet_BLD
 
     def each_alone(
