@@ -1,12 +1,12 @@
-"""Attention of one slice over its context: in blocks, by cuDNN, dense, and the products alone.
+"""Attention of one slice over its context: in blocks, by kernels, dense, and the products alone.
 
     python bench/attention.py
     python bench/attention.py --gpu
 
 On one core in float32, or on a GPU in bfloat16. For each slice length and context it prints medians
 in milliseconds, forward and backward, of what the pipeline uses, for several sizes of blocks or
-groups, of the dense form under autodiff, and of the matrix products that attention cannot do
-without (half of the diagonal, since the other half is masked).
+groups, of FlashAttention if it is installed, of the dense form under autodiff, and of the matrix
+products that attention cannot do without (half of the diagonal, since the other half is masked).
 """
 
 import os
@@ -26,8 +26,12 @@ from jax import Array
 from tpipe_jax.attention.base import Attention, KVCache, Slice
 from tpipe_jax.attention.blockwise import blockwise
 from tpipe_jax.attention.cudnn import cudnn_kernel
+from tpipe_jax.attention.flash import flash, flash_kernels, obstacle
 from tpipe_jax.attention.fused import grouped
+from tpipe_jax.config.settings import MeshConfig
+from tpipe_jax.devices.hardware import facts_of
 from tpipe_jax.devices.inplace import Position
+from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.devices.startup import prepare_cpu
 
 K = 128
@@ -48,16 +52,19 @@ def attentions() -> dict[str, Attention]:
     if IS_GPU:
         kernel = cudnn_kernel()
         found |= {f"cudnn {size}": grouped(kernel, size) for size in (512, 1024, 2048, 4096)}
+        capability = facts_of(make_mesh(MeshConfig(), jax.devices()[:1])).capability
+        if capability and not obstacle(capability):
+            found["flash"] = flash(flash_kernels(capability))
     return found
 
 
 def dense(q: Array, k: Array, v: Array) -> Array:
     """Causal attention of the last tokens, with all scores in memory."""
-    num_queries, num_keys = q.shape[2], k.shape[2]
+    num_queries, num_keys = q.shape[1], k.shape[1]
     visible = jnp.arange(num_queries)[:, None] + num_keys - num_queries >= jnp.arange(num_keys)
-    score = jnp.einsum("bhqe,bhke->bhqk", q, k, preferred_element_type=jnp.float32) * K**-0.5
+    score = jnp.einsum("bqhe,bkhe->bhqk", q, k, preferred_element_type=jnp.float32) * K**-0.5
     weight = jax.nn.softmax(jnp.where(visible, score, -1e30), -1).astype(v.dtype)
-    return jnp.einsum("bhqk,bhke->bhqe", weight, v)
+    return jnp.einsum("bhqk,bkhe->bqhe", weight, v)
 
 
 def medians(programs: Programs, repeats: int) -> dict[str, float]:
@@ -74,7 +81,8 @@ def medians(programs: Programs, repeats: int) -> dict[str, float]:
 
 def products(num_products: int, q: Array, num_keys: int) -> Callable[[], Array]:
     """As many operations as attention's products, in one large product per head."""
-    a, b = q[0], jax.random.normal(jax.random.key(1), (q.shape[1], K, num_keys), q.dtype)
+    a = q[0].swapaxes(0, 1)
+    b = jax.random.normal(jax.random.key(1), (len(a), K, num_keys), q.dtype)
     run = jax.jit(
         lambda a, b: sum(jnp.einsum("hqe,hek->hqk", a + i, b) for i in range(num_products))
     )
@@ -85,9 +93,8 @@ def measure(num_queries: int, context: int) -> None:
     H, dtype, repeats = (16, jnp.bfloat16, 10) if IS_GPU else (4, jnp.float32, 1)
     num_keys = context + num_queries
     keys = jax.random.split(jax.random.key(0), 4)
-    q, d_out = (jax.random.normal(k, (1, H, num_queries, K), dtype) for k in keys[:2])
-    k, v = (jax.random.normal(k, (1, H, num_keys, K), dtype) for k in keys[2:])
-    own = Slice(q, KVCache(k, v), Position(0, jnp.int32(context)))
+    q, d_out = (jax.random.normal(k, (1, num_queries, H, K), dtype) for k in keys[:2])
+    k, v = (jax.random.normal(k, (1, num_keys, H, K), dtype) for k in keys[2:])
     visible_keys = context + num_queries // 2
     forward: Programs = {"products": products(2, q, visible_keys)}
     backward: Programs = {"products": products(5, q, visible_keys)}
@@ -99,13 +106,15 @@ def measure(num_queries: int, context: int) -> None:
     for name, attention in attentions().items():
         run = jax.jit(attention.forward)
         run_backward = jax.jit(attention.backward, donate_argnums=4)
+        cache = KVCache(*map(attention.layout.arranged, (k, v)))
+        own = Slice(q, cache, Position(0, jnp.int32(context)))
         out, lse = run(own)
 
-        def step(run_backward=run_backward, out=out, lse=lse) -> object:
-            zeros = KVCache(*jnp.zeros((2, *k.shape)))
+        def step(run_backward=run_backward, own=own, out=out, lse=lse) -> object:
+            zeros = KVCache(*jnp.zeros((2, *own.cache.k.shape)))
             return run_backward(own, out, lse, d_out, zeros)
 
-        forward[name], backward[name] = lambda run=run: run(own), step
+        forward[name], backward[name] = lambda run=run, own=own: run(own), step
     row = f"{num_queries:5} {context:5}"
     for direction, programs in (("forward", forward), ("backward", backward)):
         figures = medians(programs, repeats)

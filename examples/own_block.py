@@ -29,9 +29,9 @@ class LlamaBlock(Block):
         self.gate, self.up = linear(D, F), linear(D, F)
         self.frequencies = tuple(10000.0 ** (-np.arange(0, K, 2) / K))
 
-    def rotated(self, a_BHLK: jax.Array, positions_BL: jax.Array) -> jax.Array:
-        angles = positions_BL[:, None, :, None] * jnp.array(self.frequencies)
-        a, b = jnp.split(a_BHLK.astype(jnp.float32), 2, -1)
+    def rotated(self, a_BLHK: jax.Array, positions_BL: jax.Array) -> jax.Array:
+        angles = positions_BL[..., None, None] * jnp.array(self.frequencies)
+        a, b = jnp.split(a_BLHK.astype(jnp.float32), 2, -1)
         cos, sin = jnp.cos(angles), jnp.sin(angles)
         return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(self.dtype)
 
@@ -41,8 +41,8 @@ class LlamaBlock(Block):
         q = split_heads(self.q(normed), self.num_heads)
         return self.rotated(q, positions_BL), self.rotated(k, positions_BL), v
 
-    def finish(self, x_BLD, attn_BHLK, tape):
-        middle = tape("middle", x_BLD + self.o(merge_heads(attn_BHLK)))
+    def finish(self, x_BLD, attn_BLHK, tape):
+        middle = tape("middle", x_BLD + self.o(merge_heads(attn_BLHK)))
         normed = tape("norm_2", self.norm_2(middle).astype(self.dtype))
         return middle + self.down(tape("hidden", nnx.silu(self.gate(normed)) * self.up(normed)))
 

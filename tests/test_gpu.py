@@ -14,6 +14,8 @@ from jax.profiler import ProfileData
 
 from support import reference, runs
 from support.drawn_slices import TOLERANCE, draw, expect, rounded, run
+from tpipe_jax.attention import flash
+from tpipe_jax.attention.base import Attention
 from tpipe_jax.attention.blockwise import blockwise
 from tpipe_jax.attention.cudnn import cudnn_kernel
 from tpipe_jax.attention.fused import grouped
@@ -25,12 +27,14 @@ from tpipe_jax.config.settings import (
     Config,
     Format,
     MemoryConfig,
+    MeshConfig,
     ModelConfig,
     PlanConfig,
     PrecisionConfig,
     ScheduleName,
     TrainConfig,
 )
+from tpipe_jax.devices.hardware import facts_of
 from tpipe_jax.devices.inplace import Position
 from tpipe_jax.devices.mesh import make_mesh, put_rows
 from tpipe_jax.devices.targets import ALLOWANCE_BYTES, GPUS
@@ -70,10 +74,65 @@ def test_cudnn_reads_nothing_that_comes_later(dtype: Any) -> None:
     s = rounded(draw(Position(1, 200), L=130), dtype)
     poisoned = jax.tree.map(lambda a: np.full_like(a, np.nan), s.cache)
     for clean, other in zip(s.cache, poisoned, strict=True):
-        s.own(other)[...] = s.own(clean)
+        s.seen(other)[...] = s.seen(clean)
     for a, b in zip(
         jax.tree.leaves(run(s, IN_GROUPS[100], dtype)),
         jax.tree.leaves(run(s._replace(cache=poisoned), IN_GROUPS[100], dtype)),
+        strict=True,
+    ):
+        reference.assert_close(b, a, float(jnp.finfo(dtype).eps))
+
+
+def capability() -> tuple[int, int] | None:
+    return facts_of(make_mesh(MeshConfig(), jax.devices()[:1])).capability
+
+
+def flash_obstacle() -> str | None:
+    """Why this GPU cannot run FlashAttention; None if it can."""
+    found = capability()
+    return flash.obstacle(found) if found else "needs a GPU of NVIDIA"
+
+
+@cache
+def flash_here() -> Attention:
+    """Skips the test if this GPU cannot run it."""
+    if why := flash_obstacle():
+        pytest.skip(why)
+    return flash.flash(flash.flash_kernels(capability()))
+
+
+@SHORT
+@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize("L", [1, 7, 64, 130, 300])
+def test_flash_equals_float64_wherever_the_slice_lies(L: int, group: int, dtype: Any) -> None:
+    """It rounds as cuDNN does."""
+    for i, context in enumerate([0, 1, 127, 128, 129, 640 - L]):
+        s = draw(Position(i % 3, context), L, seed=i, num_heads=3, group=group)
+        s = rounded(s, dtype)
+        got, want = run(s, flash_here(), dtype), expect(s)
+        reference.assert_close(got.lse, want.lse, 10 * TOLERANCE)
+        reference.assert_close(got._replace(lse=want.lse), want, 2 * float(jnp.finfo(dtype).eps))
+
+
+@SHORT
+@pytest.mark.parametrize("num_rows", [1, 2])
+def test_flash_equals_float64_on_whole_sequences(num_rows: int, dtype: Any) -> None:
+    s = rounded(draw(Position(1, 0), 300, 300, num_rows=num_rows), dtype)
+    got, want = run(s, flash_here(), dtype), expect(s)
+    reference.assert_close(got.lse, want.lse, 10 * TOLERANCE)
+    reference.assert_close(got._replace(lse=want.lse), want, 2 * float(jnp.finfo(dtype).eps))
+
+
+@SHORT
+def test_what_comes_later_changes_nothing_in_flash(dtype: Any) -> None:
+    """It is finite in a cache, since the last tile of keys is read in full."""
+    s = rounded(draw(Position(1, 200), L=130), dtype)
+    poisoned = jax.tree.map(lambda a: np.full_like(a, 1e3), s.cache)
+    for clean, other in zip(s.cache, poisoned, strict=True):
+        s.seen(other)[...] = s.seen(clean)
+    for a, b in zip(
+        jax.tree.leaves(run(s, flash_here(), dtype)),
+        jax.tree.leaves(run(s._replace(cache=poisoned), flash_here(), dtype)),
         strict=True,
     ):
         reference.assert_close(b, a, float(jnp.finfo(dtype).eps))
@@ -86,6 +145,8 @@ def test_blocks_equal_float64(L: int) -> None:
         for i, context in enumerate([0, 1, 127, 128, 300]):
             s = draw(Position(i % 3, context), L, seed=i)
             reference.assert_close(run(s, blockwise(128)), expect(s), TOLERANCE)
+            whole = blockwise(128, reads_whole=True)
+            reference.assert_close(run(s, whole), expect(s), TOLERANCE)
 
 
 def config_of(
@@ -96,7 +157,7 @@ def config_of(
         plan=PlanConfig(token_slices, "1,1,1", schedule=schedule),
         train=TrainConfig(batch_size=3),
         precision=PrecisionConfig(compute=compute),
-        attention=AttentionConfig(backend, 128),
+        attention=AttentionConfig(backend, None if backend == "flash" else 128),
     )
 
 
@@ -127,6 +188,8 @@ def expected() -> Any:
         ("bfloat16", "xla", 2**-5),  # of the largest of each array; errors of 2^-9 add up
         ("bfloat16", "cudnn", 2**-5),
         ("float16", "cudnn", 2**-8),
+        ("bfloat16", "flash", 2**-5),
+        ("float16", "flash", 2**-8),
     ],
 )
 def test_loss_and_gradients_equal_the_unpipelined_models(
@@ -136,6 +199,8 @@ def test_loss_and_gradients_equal_the_unpipelined_models(
     backend: Backend,
     tolerance: float,
 ) -> None:
+    if backend == "flash" and (why := flash_obstacle()):
+        pytest.skip(why)
     config, (params, rows) = config_of(token_slices, compute, backend, schedule), inputs()
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     step = make_loss_and_grads(make_spec(config, mesh), make_schedule(reference.plan_of(config)))
@@ -159,7 +224,8 @@ def test_a_run_learns(tmp_path: Path) -> None:
     child = runs.launch(*args, f"--workdir={tmp_path}")
     out, err = child.communicate(timeout=300)
     assert child.returncode == 0, err
-    assert json.loads((tmp_path / "config.json").read_text())["attention"]["backend"] == "cudnn"
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["attention"]["backend"] == ("cudnn" if flash_obstacle() else "flash")
     assert runs.metrics(tmp_path)[-1]["eval_loss"] < 3, out  # guessing costs 5.5
 
 

@@ -1,6 +1,7 @@
 """Attention in blocks, against float64."""
 
 from functools import cache
+from typing import Any
 
 import chex
 import jax
@@ -11,8 +12,18 @@ from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 
 from support import reference
-from support.drawn_slices import ROWS, TOLERANCE, B, DrawnSlice, draw, expect, rounded, run
-from tpipe_jax.attention.base import KVCache
+from support.drawn_slices import (
+    ROWS,
+    TOLERANCE,
+    B,
+    DrawnSlice,
+    arguments,
+    draw,
+    expect,
+    rounded,
+    run,
+)
+from tpipe_jax.attention.base import Attention, KVCache
 from tpipe_jax.attention.blockwise import blockwise
 from tpipe_jax.devices.inplace import Position
 from tpipe_jax.planning.context_blocks import BLOCK
@@ -22,6 +33,7 @@ CONTEXTS = [0, 1, 5, 127, 128, 129, 300]
 
 BLOCKS_OF = cache(blockwise)
 BLOCKS = BLOCKS_OF(BLOCK)
+WHOLE = BLOCKS_OF(BLOCK, reads_whole=True)
 
 
 @pytest.mark.parametrize("L", LENGTHS)
@@ -29,6 +41,41 @@ def test_equals_float64_wherever_the_slice_lies(L: int) -> None:
     for i, context in enumerate(CONTEXTS):
         s = draw(Position(i % (ROWS - B + 1), context), L, seed=i, num_heads=3)
         reference.assert_close(run(s, BLOCKS), expect(s), TOLERANCE)
+
+
+@pytest.mark.parametrize("L", [1, 7, 128, 200, 300])  # one block of queries, and several
+def test_equals_float64_if_sequences_are_read_whole(L: int) -> None:
+    for i, context in enumerate([0, 1, 129, 640 - L]):
+        s = draw(Position(i % 3, context), L, seed=i, num_heads=3, group=2)
+        reference.assert_close(run(s, WHOLE), expect(s), TOLERANCE)
+
+
+def test_loops_over_nothing_if_sequences_are_read_whole() -> None:
+    own, d_out, d_cache = arguments(draw(Position(1, 5), L=7), WHOLE.layout)
+    results = jax.eval_shape(WHOLE.forward, own)
+    for program in (
+        jax.make_jaxpr(WHOLE.forward)(own),
+        jax.make_jaxpr(WHOLE.backward)(own, *results, d_out, d_cache),
+    ):
+        assert "while" not in str(program)
+
+
+@pytest.mark.parametrize("L", [7, 200])
+def test_documents_are_apart_if_sequences_are_read_whole(L: int) -> None:
+    """As they are in blocks."""
+    own, d_out, d_cache = arguments(draw(Position(1, 150), L), WHOLE.layout)
+    tokens = np.arange(150, 150 + L)
+    starts = [np.where(tokens < 153, 40, 153), np.maximum(tokens // 10 * 10, 150)]
+
+    def both(attention: Attention) -> Any:
+        of_documents = own._replace(starts_BL1=jnp.array(starts, jnp.int32)[..., None])
+        results = jax.jit(attention.forward)(of_documents)
+        d_q, d_kv, d_sums = jax.jit(attention.backward)(of_documents, *results, d_out, d_cache)
+        return results, d_q, d_kv, d_sums
+
+    apart, together = both(BLOCKS), run(draw(Position(1, 150), L), BLOCKS)
+    assert reference.relative_error(together.lse[..., 0].swapaxes(1, 2), apart[0][1]) > 0.1
+    reference.assert_close(both(WHOLE), apart, TOLERANCE)
 
 
 @settings(max_examples=12, phases=[Phase.explicit, Phase.generate])  # compiles each: no shrinking
@@ -60,7 +107,7 @@ def test_scores_may_be_large() -> None:
     are the logarithms of the weights.
     """
     s = draw(Position(1, 300), L=130, scale=60)
-    assert np.abs(reference.attention(s.q, *map(s.own, s.cache))[1]).max() > 88
+    assert np.abs(reference.attention(s.q, *map(s.seen, s.cache))[1]).max() > 88
     reference.assert_close(run(s, BLOCKS), expect(s), 1e-4)
 
 
@@ -82,8 +129,8 @@ def test_slices_in_descending_order_sum_to_the_gradient_of_the_sequence(
             difference = np.abs(getattr(got, name) - wanted[:, :, part]).max()
             assert difference <= TOLERANCE * np.abs(wanted).max(), (name, start)
         # Complete for the tokens of this slice: those of earlier slices don't see them.
-        for d, wanted in zip(d_cache, want.d_cache, strict=True):
-            difference = np.abs(d[1 : 1 + B, :, part] - wanted[1 : 1 + B, :, part]).max()
+        for d, wanted in zip(got.d_kv, want.d_kv, strict=True):
+            difference = np.abs(d - wanted[:, :, part]).max()
             assert difference <= TOLERANCE * np.abs(wanted).max(), start
     reference.assert_close(d_cache, want.d_cache, TOLERANCE)
 
@@ -100,23 +147,42 @@ def test_neither_later_tokens_nor_other_sequences_matter(at: Position, L: int) -
     def poison(a: np.ndarray) -> np.ndarray:
         poisoned = np.full_like(a, np.nan)
         poisoned[at.row : at.row + B, :, :BLOCK] = 1e9
-        s.own(poisoned)[...] = s.own(a)
+        s.seen(poisoned)[...] = s.seen(a)
         return poisoned
 
     clean, poisoned = run(s, BLOCKS), run(s._replace(cache=KVCache(*map(poison, s.cache))), BLOCKS)
     chex.assert_trees_all_equal(poisoned, clean)
 
 
+@pytest.mark.parametrize("at", [Position(0, 0), Position(1, 5), Position(1, 300)])
+@pytest.mark.parametrize("L", [7, 200])
+def test_no_other_sequence_matters_if_sequences_are_read_whole(at: Position, L: int) -> None:
+    """Nor do later tokens, which are finite."""
+    s = draw(at, L)
+
+    def poison(a: np.ndarray) -> np.ndarray:
+        poisoned = np.full_like(a, np.nan)
+        poisoned[at.row : at.row + B] = 1e9
+        s.seen(poisoned)[...] = s.seen(a)
+        return poisoned
+
+    clean, poisoned = run(s, WHOLE), run(s._replace(cache=KVCache(*map(poison, s.cache))), WHOLE)
+    chex.assert_trees_all_equal(poisoned, clean)
+
+
 @pytest.mark.parametrize("at", [Position(0, 0), Position(1, 5), Position(2, 129), Position(1, 300)])
 @pytest.mark.parametrize("L", [7, 200])
+@pytest.mark.parametrize("attention", [BLOCKS, WHOLE], ids=["blocks", "whole"])
 def test_adds_to_the_gradients_of_what_the_slice_sees_and_leaves_the_others(
-    at: Position, L: int
+    attention: Attention, at: Position, L: int
 ) -> None:
     s = draw(at, L)
-    for before, after in zip(s.d_cache, run(s, BLOCKS).d_cache, strict=True):
-        assert (s.own(after) != s.own(before)).mean() > 0.99
+    got = run(s, attention)
+    for before, after, own in zip(s.d_cache, got.d_cache, got.d_kv, strict=True):
+        changed = s.context(after) != s.context(before), own != s.itself(before)
+        assert all(part.mean() > 0.99 for part in changed if part.size)
         kept = after.copy()
-        s.own(kept)[...] = s.own(before)
+        s.seen(kept)[...] = s.seen(before)
         np.testing.assert_array_equal(kept, before)
 
 
@@ -126,7 +192,7 @@ def test_bfloat16() -> None:
     """
     s = rounded(draw(Position(1, 300), L=200), jnp.bfloat16)
     got, want = run(s, BLOCKS, jnp.bfloat16), expect(s)
-    assert got.out.dtype == got.d_q.dtype == jnp.bfloat16
+    chex.assert_type([got.out, got.d_q, *got.d_kv], jnp.bfloat16)
     chex.assert_type([got.lse, *got.d_cache], jnp.float32)
     reference.assert_close(got.lse, want.lse, TOLERANCE)
     reference.assert_close(got._replace(lse=want.lse), want, 2**-7)

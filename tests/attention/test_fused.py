@@ -13,9 +13,9 @@ from jax import Array
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
 from support import fake_cudnn, reference
-from support.drawn_slices import ROWS, TOLERANCE, B, draw, expect, rounded, run
+from support.drawn_slices import ROWS, TOLERANCE, B, arguments, draw, expect, rounded, run
 from tpipe_jax.attention import backends
-from tpipe_jax.attention.base import KVCache, Slice
+from tpipe_jax.attention.base import TOKENS_FIRST, KVCache
 from tpipe_jax.attention.cudnn import cudnn_kernel
 from tpipe_jax.attention.fused import Kernel, grouped
 from tpipe_jax.config.settings import (
@@ -76,7 +76,7 @@ def test_short_formats(dtype: Any) -> None:
     """
     s = rounded(draw(Position(1, 300), L=200), dtype)
     got, want = run(s, IN_GROUPS[100], dtype), expect(s)
-    assert got.out.dtype == got.d_q.dtype == dtype
+    assert all(a.dtype == dtype for a in (got.out, got.d_q, *got.d_kv))
     assert all(a.dtype == np.float32 for a in (got.lse, *got.d_cache))
     reference.assert_close(got.lse, want.lse, TOLERANCE)
     epsilon = float(jnp.finfo(dtype).eps)
@@ -91,7 +91,7 @@ def test_neither_later_tokens_nor_other_sequences_matter(at: Position) -> None:
     def poison(a: np.ndarray) -> np.ndarray:
         poisoned = np.full_like(a, np.nan)
         poisoned[at.row : at.row + B, :, :100] = 1e9
-        s.own(poisoned)[...] = s.own(a)
+        s.seen(poisoned)[...] = s.seen(a)
         return poisoned
 
     attention = IN_GROUPS[100]
@@ -100,15 +100,15 @@ def test_neither_later_tokens_nor_other_sequences_matter(at: Position) -> None:
     jax.tree.map(np.testing.assert_array_equal, poisoned, clean)
     for before, after in zip(s.d_cache, clean.d_cache, strict=True):
         kept = after.copy()
-        s.own(kept)[...] = s.own(before)
+        s.seen(kept)[...] = s.seen(before)
         np.testing.assert_array_equal(kept, before)
 
 
 def test_a_whole_sequence_has_no_context_to_loop_over() -> None:
     s = draw(Position(1, 0), L=70, T=70)
     reference.assert_close(run(s, IN_GROUPS[100]), expect(s), TOLERANCE)
-    q, at = jnp.asarray(s.q), Position(jnp.int32(1), jnp.int32(0))
-    assert "while" not in str(jax.make_jaxpr(IN_GROUPS[100].forward)(Slice(q, s.cache, at)))
+    own, _, _ = arguments(s, TOKENS_FIRST)
+    assert "while" not in str(jax.make_jaxpr(IN_GROUPS[100].forward)(own))
 
 
 def test_slices_too_short_for_the_kernel_are_attended_without_it() -> None:
@@ -130,7 +130,7 @@ def test_cudnn_is_called_as_jax_calls_it(
 ) -> None:
     """But for the log-sum-exp and output that the backward pass is given."""
     monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91002)
-    q, d_out = (jnp.full((2, 3, 8, 16), value, jnp.bfloat16) for value in (1, 2))
+    q, d_out = (jnp.full((2, 8, 3, 16), value, jnp.bfloat16) for value in (1, 2))
     visible = None if num_visible is None else jnp.int32(num_visible)
 
     def theirs(q: Array, k: Array, v: Array) -> Array:
@@ -139,7 +139,7 @@ def test_cudnn_is_called_as_jax_calls_it(
             lengths = jnp.full(2, 8, jnp.int32), jnp.full(2, num_visible, jnp.int32)
         mask = cudnn.MaskType.CAUSAL if num_visible is None else cudnn.MaskType.PADDING
         return cudnn.dot_product_attention(
-            q, k, v, None, None, *lengths, scale=0.25, mask_type=mask, qkv_layout="BNTH"
+            q, k, v, None, None, *lengths, scale=0.25, mask_type=mask, qkv_layout="BTNH"
         )
 
     def of_jax(q: Array, d_out: Array) -> Any:
@@ -179,12 +179,10 @@ def test_cudnn_is_in_the_program_for_gpus(L: int) -> None:
     def text(function: Any, *args: Any) -> str:
         return jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
 
-    s = draw(Position(0, 70), L)
-    q, kv = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (s.q, s.cache))
-    forward, backward, _ = grouped(KERNEL, 128)
-    lse, at = jnp.zeros((*q.shape[:-1], 1)), Position(*map(jnp.int32, s.at))
-    own = Slice(q, kv, at)
-    for program in (text(forward, own), text(backward, own, q, lse, q, s.d_cache)):
+    own, d_out, d_cache = arguments(draw(Position(0, 70), L), TOKENS_FIRST, jnp.bfloat16)
+    forward, backward, *_ = grouped(KERNEL, 128)
+    results = jax.eval_shape(forward, own)
+    for program in (text(forward, own), text(backward, own, *results, d_out, d_cache)):
         calls = [line for line in program.splitlines() if "custom_call @__cudnn" in line]
         masks = [("CAUSAL" in call, "PADDING" in call) for call in calls]
         assert masks == ([(True, False), (False, True)] if L == 64 else [])
@@ -210,7 +208,7 @@ def test_the_training_step_for_gpus_divides_sequences_and_heads(
     text = step.trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     calls = re.findall(r"@__cudnn\$(\w+)\(.* : \((.*)\) ->", text)
     assert len(calls) == 4
-    slice_, group = (f"tensor<2x2x{n}x16xbf16>" for n in (128, 256))
+    slice_, group = (f"tensor<2x{n}x2x16xbf16>" for n in (128, 256))
     for name, operands in calls:
         q, *kv = operands.split(", ")[:3]
         assert name.startswith("fmhaSoftmax")
@@ -220,14 +218,14 @@ def test_the_training_step_for_gpus_divides_sequences_and_heads(
 
 def test_the_stand_in_masks_as_cudnn_does() -> None:
     """From the top left, and whole columns."""
-    q = jnp.zeros((1, 1, 2, 8))
-    v = jnp.arange(3.0)[:, None] * jnp.ones(8)
+    q = jnp.zeros((1, 2, 1, 8))
+    v = jnp.arange(3.0)[:, None, None] * jnp.ones(8)
     for mask, num_keys, expected in (("CAUSAL", 2, [0, 0.5]), ("PADDING", 3, [0.5, 0.5])):
         out, _ = fake_cudnn.forward(
             *(
                 q,
-                v[None, None, :num_keys],
-                v[None, None, :num_keys],
+                v[None, :num_keys],
+                v[None, :num_keys],
                 q,
                 q,
                 jnp.array([2]),
@@ -235,8 +233,8 @@ def test_the_stand_in_masks_as_cudnn_does() -> None:
             ),
             scale=1.0,
             mask_type=cudnn.MaskType[mask],
-            layout=1,
+            layout=0,
             dropout_rate=0,
             is_training=True,
         )
-        np.testing.assert_allclose(out[0, 0, :, 0], expected)
+        np.testing.assert_allclose(out[0, :, 0, 0], expected)

@@ -90,7 +90,7 @@ def test_figures_and_what_is_shown(tmp_path: Path):
     assert set(kernels) == {"forward", "backward", "forward_context", "backward_context"}
     assert 0 < kernels["forward_context"] < kernels["forward"] < kernels["backward"]
     assert figures["collectives"] == {"collective-permute": 2}
-    assert figures["copied_bytes_per_tick"] < 100_000
+    assert figures["copied_bytes_per_tick"] < 120_000
     assert figures["jax"] == jax.__version__
     assert "2 x GPU on 1 host: data 1 x pipe 2 x model 1" in console.facts["devices"]
     assert "6 slices of 32 to 64 tokens, of 2 lengths" in console.facts["step"]  # one by one

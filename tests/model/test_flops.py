@@ -21,15 +21,15 @@ def test_flops_of_one_token_are_those_that_xla_counts() -> None:
     context = 900  # its attention then costs more than the matrices of the block
     block = block_functions(config, jnp.float32)
 
-    def layer(params: Params, x_BLD: Array, cache_kvBHCK: Array) -> Array:
+    def layer(params: Params, x_BLD: Array, cache_kvBCHK: Array) -> Array:
         q, *kv = block.qkv(params, x_BLD, jnp.array([[context]]), no_tape)
-        k, v = (jnp.concatenate(pair, axis=2) for pair in zip(cache_kvBHCK, kv, strict=True))
-        weight = jax.nn.softmax(jnp.einsum("bhqe,bhke->bhqk", q, k))
-        return block.finish(params, x_BLD, jnp.einsum("bhqk,bhke->bhqe", weight, v), no_tape)
+        k, v = (jnp.concatenate(pair, axis=1) for pair in zip(cache_kvBCHK, kv, strict=True))
+        weight = jax.nn.softmax(jnp.einsum("bqhe,bkhe->bhqk", q, k))
+        return block.finish(params, x_BLD, jnp.einsum("bhqk,bkhe->bqhe", weight, v), no_tape)
 
     params = jax.eval_shape(partial(transformer.init, config), jax.random.key(0))["blocks"][0]
     x = jax.ShapeDtypeStruct((1, 1, 128), jnp.float32)
-    cache = jax.ShapeDtypeStruct((2, 1, 2, context, 64), jnp.float32)
+    cache = jax.ShapeDtypeStruct((2, 1, context, 2, 64), jnp.float32)
     cost = jax.jit(layer).lower(params, x, cache).compile().cost_analysis()
     assert cost is not None
     expected = forward_flops(config, 1, context)

@@ -33,7 +33,7 @@ def attention(params: Params) -> np.ndarray:
     x = params["embed"]["tokens"][tokens] + params["embed"]["positions"][positions]
     block = jax.tree.map(lambda a: a[0], params["blocks"][0])
     q, k, _ = block_functions(MODEL, jnp.dtype(jnp.float32)).qkv(block, x, positions, no_tape)
-    logits = jnp.einsum("bhqk,bhtk->bhqt", q, k) / np.sqrt(q.shape[-1])
+    logits = jnp.einsum("bqhk,bthk->bhqt", q, k) / np.sqrt(q.shape[-1])
     mask = np.tril(np.ones((MODEL.seq_len, MODEL.seq_len), bool))
     return np.asarray(jax.nn.softmax(jnp.where(mask, logits, -1e9)).mean((0, 1)))
 

@@ -35,19 +35,19 @@ def test_a_token_changes_its_own_and_all_later_logits_but_no_earlier_one() -> No
         assert difference[t:].min() > 1e-4, f"token {t}"
 
 
-def dense_attention(qkv_tBHTK: Array) -> Array:
-    q, k, v = qkv_tBHTK
-    T, K = q.shape[-2:]
-    scores = jnp.einsum("bhqe,bhke->bhqk", q, k) / math.sqrt(K)
+def dense_attention(qkv_tBTHK: Array) -> Array:
+    q, k, v = qkv_tBTHK
+    _, T, _, K = q.shape
+    scores = jnp.einsum("bqhe,bkhe->bhqk", q, k) / math.sqrt(K)
     scores = jnp.where(np.tri(T, dtype=bool), scores, -jnp.inf)
-    return jnp.einsum("bhqk,bhke->bhqe", jax.nn.softmax(scores), v)
+    return jnp.einsum("bhqk,bkhe->bqhe", jax.nn.softmax(scores), v)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 7, 130, 300, 389])
 def test_self_attention_has_the_value_and_gradient_of_dense_attention(num_tokens: int) -> None:
     normal = np.random.default_rng(0).normal
     qkv, d_out = (
-        jnp.asarray(normal(scale=1.5, size=(*n, 2, 3, num_tokens, 5)), jnp.float32)
+        jnp.asarray(normal(scale=1.5, size=(*n, 2, num_tokens, 3, 5)), jnp.float32)
         for n in [(3,), ()]
     )
 

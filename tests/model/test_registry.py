@@ -18,14 +18,16 @@ class Other: pass
 class Empty(Block): pass
 class Good(Block):
     def __init__(self, config, dtype, rngs): pass
-    def qkv(self, x, positions, tape): return (x.reshape(2, 3, 4, 4).swapaxes(1, 2),) * 3
+    def qkv(self, x, positions, tape): return (x.reshape(2, 3, 4, 4),) * 3
     def finish(self, x, attn, tape): return x
 class Wide(Good):
     def finish(self, x, attn, tape): return x[..., :8]
 class Heads(Good):
     def qkv(self, x, positions, tape):
         q, k, v = super().qkv(x, positions, tape)
-        return q, k[:, :3], v[:, :3]
+        return q, k[:, :, :3], v[:, :, :3]
+class HeadsFirst(Good):
+    def qkv(self, x, positions, tape): return (x.reshape(2, 3, 4, 4).swapaxes(1, 2),) * 3
 class Twice(Good):
     def finish(self, x, attn, tape): return tape("hidden", tape("hidden", x))
 class Taken(Good):
@@ -60,7 +62,8 @@ BROKEN = {
     "no value": ("x.py:NoValue", "linears has hidden and out, which the tape must have both"),
     "other value": ("x.py:OtherValue", "linear is not a product from hidden to out"),
     "other specs": ("x.py:Specs", "specs is not a tree like"),
-    "other heads": ("x.py:Heads", "make them .B, G H, L, K. and twice"),
+    "other heads": ("x.py:Heads", "make them .B, L, G H, K. and twice"),
+    "heads first": ("x.py:HeadsFirst", "make them .B, L, G H, K. and twice"),
     "does not load": ("y.py:Block", r"cannot be used \(ZeroDivisionError"),
 }
 

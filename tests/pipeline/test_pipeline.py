@@ -15,10 +15,10 @@ from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 from jax.stages import Compiled
 
-from support import fake_cudnn, reference
+from support import fake_cudnn, fake_flash, reference
 from support.marks import slow
 from support.quick_pipeline import QUICK, TOLERANCE, Params, draw_params
-from tpipe_jax.attention import backends
+from tpipe_jax.attention import backends, flash
 from tpipe_jax.config.settings import (
     IGNORE,
     AttentionConfig,
@@ -35,9 +35,11 @@ from tpipe_jax.devices import mesh
 from tpipe_jax.devices.exchanges import check_branches, find_collectives
 from tpipe_jax.devices.skips import skips_on
 from tpipe_jax.model import sharding, transformer
+from tpipe_jax.pipeline import build
 from tpipe_jax.pipeline import spec as spec_module
 from tpipe_jax.pipeline import stage as stage_module
 from tpipe_jax.pipeline.footprint import activation_bytes_per_token
+from tpipe_jax.pipeline.packing import Packing
 from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.training.step import make_loss, make_loss_and_grads
@@ -239,6 +241,67 @@ def test_gradients_with_a_fused_kernel(
     check_branches(find_collectives(compile_step(config).as_text()), open_mesh(divided))
 
 
+@pytest.mark.parametrize(
+    ("case", "num_heads"),
+    [
+        (Case(MeshConfig(1, 2, 1), 2, "5,4,3", "uniform:5", 5, "1f1b"), 4),
+        slow(Case(MeshConfig(2, 2, 2), 2, "7,5", "1,2", 3), 4),
+        slow(Case(MeshConfig(1, 2, 1), 2, "12", "1,2", 3), 4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("has_lse_of_sequences", [True, False])
+def test_gradients_with_flash_attention(
+    case: Case, num_heads: int, has_lse_of_sequences: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what stands in for its kernels, in programs that have values side by side, too."""
+    monkeypatch.setattr(backends, "_obstacle", lambda *_: None)
+    kernels = fake_flash.kernels(has_lse_of_sequences)
+    monkeypatch.setattr(flash, "flash_kernels", lambda _: kernels)
+    monkeypatch.setattr(spec_module.StageSpec, "has_small_kernels", case.mesh.model == 1)
+    config = case.config
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, num_heads=num_heads),
+        attention=AttentionConfig("flash"),
+    )
+    check_gradients(config)
+    check_branches(find_collectives(compile_step(config).as_text()), open_mesh(case.mesh))
+
+
+@pytest.mark.parametrize(
+    ("case", "memory"),
+    [
+        (Case(MeshConfig(2, 2, 1), 3, "7,5", "1,2", 3), MemoryConfig()),
+        (Case(MeshConfig(1, 2, 1), 3, "5,4,3", "uniform:6", 6, "1f1b"), MemoryConfig(remat="full")),
+        slow(
+            Case(MeshConfig(1, 2, 1), 3, "7,5", "uniform:3", 3, "1f1b-deferred"),
+            MemoryConfig(remat="none"),
+        ),
+        slow(
+            Case(MeshConfig(1, 2, 1), 3, "5,4,3", "1,2", 3), MemoryConfig(defer_weight_grads=True)
+        ),
+        slow(Case(MeshConfig(1, 3, 1), 7, "12", "2", 2, "interleaved"), MemoryConfig()),
+    ],
+    ids=str,
+)
+def test_gradients_with_values_side_by_side(
+    case: Case, memory: MemoryConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As programs for GPUs have them, here on CPUs."""
+    monkeypatch.setattr(spec_module.StageSpec, "has_small_kernels", True)
+    joined = []
+    pack = Packing.pack
+
+    def noted(self: Packing, values: Any) -> dict[str, Array]:
+        joined.append(len(self.groups) < len(self.widths))
+        return pack(self, values)
+
+    monkeypatch.setattr(Packing, "pack", noted)
+    check_gradients(dataclasses.replace(case.config, memory=memory))
+    assert set(joined) == {"," in case.token_slices and memory.remat != "full"}
+
+
 @pytest.mark.slow
 def test_slices_change_nothing() -> None:
     whole, *sliced = (
@@ -301,7 +364,7 @@ def test_deferred_products_go_part_by_part(
         return of_part(*args)
 
     monkeypatch.setattr(stage_module, "_linear_gradients", noted)
-    monkeypatch.setattr(stage_module, "DEFERRED_TOKENS", tokens)
+    monkeypatch.setitem(build.DEFERRED_TOKENS, "cpu", tokens)
     batch_size = sum(map(int, batch_slices.split(",")))
     config = Case(mesh, 3, f"7,{seq_len - 7}", batch_slices, batch_size).config
     config = dataclasses.replace(

@@ -101,10 +101,11 @@ def test_kernels_of_a_layer():
 
 
 def test_no_buffer_is_copied_in_a_tick():
-    """But for packets, which are shorter than any buffer of a stage."""
-    for slices in ("32," * 7 + "32", "32," * 7 + "16,16"):
-        assert 5 * 32 * ITEM_BYTES < 2 * T * ITEM_BYTES // 2
-        assert tick(1, 2, 1, slices).copied_bytes < 5 * 32 * ITEM_BYTES
+    """But for packets, and keys and values of a slice, which are put heads first."""
+    most = (5 + 2 * 4) * 16 * ITEM_BYTES  # of two layers, in both directions
+    assert most < 2 * T * ITEM_BYTES // 2
+    for slices in ("16," * 15 + "16", "16," * 15 + "8,8"):
+        assert tick(1, 2, 1, slices).copied_bytes < most
 
 
 def test_a_program_without_ticks_has_none():
@@ -123,7 +124,7 @@ def test_large_copies_are_told():
     for size, expected in ((1000, 0), (1 << 21, 8 << 20)):
         planted = own.replace(line, f"{line}\n  %planted = f32[{size}] copy(%{first})")
         found = large_copies(planted, spec, schedule)
-        assert found == pytest.approx(expected, abs=200_000)
+        assert found == pytest.approx(expected, abs=400_000)
         console = runs.Lines()
         step: Any = SimpleNamespace(as_text=lambda planted=planted: planted)
         prepare._warn_of_copies(spec, schedule, step, console)

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.stages import Compiled
 
 from support import reference
-from tpipe_jax.attention.base import Attention, KVCache, Slice
+from tpipe_jax.attention.base import Attention, KVCache, Layout, Slice
 from tpipe_jax.devices.inplace import Position
 
 B, K = 2, 16  # of a slice
@@ -21,8 +22,8 @@ TOLERANCE = 5e-6
 
 
 class DrawnSlice(NamedTuple):
-    """A slice, its cache and what comes back to it; all but `at` are arrays of `[B, H, L, K]` or
-    `[ROWS, H, T, K]`.
+    """A slice, its cache and what comes back to it. All but `at` are arrays with heads first:
+    `[B, N, L, K]` of the slice, and `[ROWS, H, T, K]` of the cache. `d_cache` may have fewer rows.
     """
 
     at: Position
@@ -31,65 +32,120 @@ class DrawnSlice(NamedTuple):
     d_out: np.ndarray
     d_cache: KVCache
 
-    def own(self, a: np.ndarray) -> np.ndarray:
-        """What the slice may read of a cache, and of its gradient what it may change."""
-        row, token, *_ = self.at
-        return a[row : row + B, :, : token + self.q.shape[2]]
+    def seen(self, a: np.ndarray) -> np.ndarray:
+        """What the slice may read of a cache: its context and itself."""
+        _, token, *_ = self.at
+        return self._rows(a)[:, :, : token + self.q.shape[2]]
+
+    def context(self, a: np.ndarray) -> np.ndarray:
+        """What the slice changes of the gradients of a cache."""
+        return self.seen(a)[:, :, : self.at.token]
+
+    def itself(self, a: np.ndarray) -> np.ndarray:
+        """The slice's own part of a cache."""
+        return self.seen(a)[:, :, self.at.token :]
+
+    def _rows(self, a: np.ndarray) -> np.ndarray:
+        """Gradients in fewer rows than the cache has are in the first ones."""
+        row = self.at.row if len(a) == len(self.cache.k) else 0
+        return a[row : row + len(self.q)]
 
 
 class Result(NamedTuple):
+    """All with heads first. `d_kv` are the gradients of the slice's own keys and values."""
+
     out: np.ndarray
     lse: np.ndarray
     d_q: np.ndarray
+    d_kv: KVCache
     d_cache: KVCache
 
 
 def draw(
-    at: Position, L: int, T: int = T, scale: float = 1.0, seed: int = 0, num_heads: int = 2
+    at: Position,
+    L: int,
+    T: int = T,
+    scale: float = 1.0,
+    seed: int = 0,
+    num_heads: int = 2,
+    num_rows: int = B,
+    group: int = 1,
+    num_sums: int = ROWS,
 ) -> DrawnSlice:
-    """Normal values; queries are scaled."""
-    random, H = np.random.default_rng(seed), num_heads
+    """Normal values; queries are scaled. Each of the `num_heads` heads of keys serves `group` heads
+    of queries; `d_cache` has `num_sums` rows.
+    """
+    random, H, N = np.random.default_rng(seed), num_heads, num_heads * group
     normal = lambda *shape: random.normal(size=shape).astype(np.float32)  # noqa: E731
-    cache, d_cache = (KVCache(*normal(2, ROWS, H, T, K)) for _ in range(2))
-    return DrawnSlice(at, scale * normal(B, H, L, K), cache, normal(B, H, L, K), d_cache)
+    cache, d_cache = (KVCache(*normal(2, rows, H, T, K)) for rows in (ROWS, num_sums))
+    q, d_out = (normal(num_rows, N, L, K) for _ in range(2))
+    return DrawnSlice(at, scale * q, cache, d_out, d_cache)
 
 
 @cache
-def compiled(
-    attention: Attention, L: int, T: int, num_heads: int, dtype: Any
-) -> tuple[Compiled, Compiled]:
+def compiled(attention: Attention, own: Slice, d_cache: KVCache) -> tuple[Compiled, Compiled]:
     """Both functions ahead of time, so that a position can only be a run-time value."""
-    array, H = jax.ShapeDtypeStruct, num_heads
-    q, lse = array((B, H, L, K), dtype), array((B, H, L, 1), jnp.float32)
-    kv, d_kv = (array((ROWS, H, T, K), d) for d in (dtype, jnp.float32))
-    at = Position(array((), jnp.int32), array((), jnp.int32))
-    own = Slice(q, KVCache(kv, kv), at)
-    forward = jax.jit(attention.forward).lower(own)
-    backward = jax.jit(attention.backward).lower(own, q, lse, q, KVCache(d_kv, d_kv))
-    return forward.compile(), backward.compile()
+    forward, backward = map(jax.jit, attention[:2])
+    out, lse = jax.eval_shape(attention.forward, own)
+    return (
+        forward.lower(own).compile(),
+        backward.lower(own, out, lse, own.q_BLNK, d_cache).compile(),
+    )
+
+
+def arguments(
+    s: DrawnSlice, layout: Layout, dtype: Any = jnp.float32
+) -> tuple[Slice, Array, KVCache]:
+    """The slice, `d_out` and `d_cache` as an attention of this layout takes them."""
+
+    def tokens_first(a: np.ndarray, dtype: Any) -> Array:
+        return jnp.asarray(a, dtype).swapaxes(1, 2)
+
+    def arranged(cache: KVCache, dtype: Any) -> KVCache:
+        return KVCache(*(layout.arranged(tokens_first(a, dtype)) for a in cache))
+
+    at = Position(*map(jnp.int32, s.at))
+    own = Slice(tokens_first(s.q, dtype), arranged(s.cache, dtype), at)
+    return own, tokens_first(s.d_out, dtype), arranged(s.d_cache, jnp.float32)
+
+
+def raw(s: DrawnSlice, attention: Attention, dtype: Any = jnp.float32) -> Result:
+    """What the attention makes of the slice, and what it leaves in all of `d_cache`."""
+    own, d_out, d_cache = arguments(s, attention.layout, dtype)
+    shapes = partial(jax.tree.map, lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype))
+    forward, backward = compiled(attention, shapes(own), shapes(d_cache))
+    out, lse = forward(own)
+    d_q, d_kv, d_cache = backward(own, out, lse, d_out, d_cache)
+    d_cache = KVCache(*(attention.layout.heads_first(d, K) for d in d_cache))
+    swap = partial(jax.tree.map, lambda a: a.swapaxes(1, 2))
+    result = Result(swap(out), swap(lse)[..., None], swap(d_q), swap(d_kv), d_cache)
+    return jax.tree.map(np.array, result)
 
 
 def run(s: DrawnSlice, attention: Attention, dtype: Any = jnp.float32) -> Result:
-    """What the attention makes of the slice."""
-    _, H, L, _ = s.q.shape
-    forward, backward = compiled(attention, L, s.cache.k.shape[2], H, jnp.dtype(dtype))
-    cast = partial(jax.tree.map, lambda a: jnp.asarray(a, dtype))
-    at = Position(jnp.int32(s.at.row), jnp.int32(s.at.token))
-    own = Slice(cast(s.q), cast(s.cache), at)
-    out, lse = forward(own)
-    d_q, d_cache = backward(own, out, lse, cast(s.d_out), s.d_cache)
-    return jax.tree.map(np.asarray, Result(out, lse, d_q, d_cache))
+    """What the attention makes of the slice. The slice's own part of `d_cache`, which nobody may
+    read, is 0.
+    """
+    return _without_itself(s, raw(s, attention, dtype))
 
 
 def expect(s: DrawnSlice) -> Result:
-    """The float64 reference, with gradients added to the part of `d_cache` that the slice sees."""
-    k, v = map(s.own, s.cache)
+    """The float64 reference: gradients are added to what is in `d_cache`."""
+    k, v = (np.repeat(s.seen(a), s.q.shape[1] // a.shape[1], 1) for a in s.cache)
     out, lse = reference.attention(s.q, k, v)
     d_q, *d_kv = reference.attention_gradients(s.q, k, v, s.d_out)
     d_cache = KVCache(*(np.float64(d) for d in s.d_cache))
     for total, d in zip(d_cache, d_kv, strict=True):
-        s.own(total)[...] += d
-    return Result(out, lse, d_q, d_cache)
+        heads, (_, _, tokens, _) = total.shape[1], d.shape
+        s.seen(total)[...] += d.reshape(len(d), heads, -1, tokens, K).sum(2)
+    own = KVCache(*(s.itself(d).copy() for d in d_cache))
+    return _without_itself(s, Result(out, lse, d_q, own, d_cache))
+
+
+def _without_itself(s: DrawnSlice, result: Result) -> Result:
+    for d in result.d_cache:
+        s.itself(d)[...] = 0
+    return result
 
 
 def rounded(s: DrawnSlice, dtype: Any) -> DrawnSlice:

@@ -14,7 +14,7 @@ from jax.interpreters import mlir
 
 def _scores(q: Array, k: Array, lengths: Array, scale: float, mask_type: MaskType) -> Array:
     """Scores in float32; what is masked is -inf."""
-    scores = jnp.einsum("bhqk,bhsk->bhqs", q, k, preferred_element_type=jnp.float32) * scale
+    scores = jnp.einsum("bqhk,bshk->bhqs", q, k, preferred_element_type=jnp.float32) * scale
     num_queries, num_keys = scores.shape[2:]
     query, key = jnp.arange(num_queries)[:, None], jnp.arange(num_keys)
     if mask_type == MaskType.CAUSAL:  # from the top left corner
@@ -27,7 +27,7 @@ def _scores(q: Array, k: Array, lengths: Array, scale: float, mask_type: MaskTyp
 
 def forward(*args: Array, **params: Any) -> tuple[Array, Array]:
     """`_dot_product_attention_fwd_p`."""
-    assert params["layout"] == 1
+    assert params["layout"] == 0
     assert params["dropout_rate"] == 0
     assert params["is_training"]
     assert len(args) == 10
@@ -36,7 +36,7 @@ def forward(*args: Array, **params: Any) -> tuple[Array, Array]:
     top = scores.max(-1, keepdims=True)
     total = jnp.exp(scores - top).sum(-1, keepdims=True)
     weight = jnp.exp(scores - top) / total
-    out = jnp.einsum("bhqs,bhsk->bhqk", weight, v, preferred_element_type=jnp.float32)
+    out = jnp.einsum("bhqs,bshk->bqhk", weight, v, preferred_element_type=jnp.float32)
     return out.astype(q.dtype), (top + jnp.log(total))[..., 0]
 
 
@@ -50,13 +50,13 @@ def backward(*args: Array, **params: Any) -> tuple[Array, Array, Array]:
     scores = _scores(q, k, lengths, params["scale"], params["mask_type"])
     weight = jnp.exp(scores - lse[..., None])
     d_out, out = d_out.astype(jnp.float32), out.astype(jnp.float32)
-    delta = (d_out * out).sum(-1, keepdims=True)
-    d_score = weight * (jnp.einsum("bhqk,bhsk->bhqs", d_out, v) - delta) * params["scale"]
-    d_q = jnp.einsum("bhqs,bhsk->bhqk", d_score, k)
-    d_k = jnp.einsum("bhqs,bhqk->bhsk", d_score, q)
-    d_v = jnp.einsum("bhqs,bhqk->bhsk", weight, d_out)
+    delta = (d_out * out).sum(-1).swapaxes(1, 2)[..., None]
+    d_score = weight * (jnp.einsum("bqhk,bshk->bhqs", d_out, v) - delta) * params["scale"]
+    d_q = jnp.einsum("bhqs,bshk->bqhk", d_score, k)
+    d_k = jnp.einsum("bhqs,bqhk->bshk", d_score, q)
+    d_v = jnp.einsum("bhqs,bqhk->bshk", weight, d_out)
     if params["mask_type"] == MaskType.PADDING:
-        is_padding = (jnp.arange(k.shape[2]) >= lengths[:, None])[:, None, :, None]
+        is_padding = (jnp.arange(k.shape[1]) >= lengths[:, None])[..., None, None]
         d_k, d_v = (jnp.where(is_padding, jnp.nan, d) for d in (d_k, d_v))
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype)
 

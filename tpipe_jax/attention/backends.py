@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import get_args
 
+from tpipe_jax.attention import flash
 from tpipe_jax.attention.base import Attention, Heads
 from tpipe_jax.attention.blockwise import blockwise
 from tpipe_jax.attention.cudnn import cudnn_kernel
@@ -17,6 +18,10 @@ from tpipe_jax.planning.context_blocks import BLOCK
 # whole sequences on an H200; CUDNN_GROUP is a guess (docs/gpu.md).
 XLA_BLOCK = 1024
 CUDNN_GROUP = 1024
+# On GPUs, slices of sequences of at most so many tokens read them whole: a turn over the context
+# starts a dozen kernels, and waits for the host before.
+XLA_WHOLE = 4096
+PREFERRED: tuple[Backend, ...] = ("flash", "cudnn", "xla")
 
 
 def resolve_attention(config: Config, device: DeviceFacts, heads: Heads) -> Config:
@@ -38,22 +43,29 @@ def resolve_attention(config: Config, device: DeviceFacts, heads: Heads) -> Conf
 
 
 def attention_backend(config: Config, device: DeviceFacts, heads: Heads) -> Backend:
-    """Returns the name of the backend; `auto` becomes cuDNN if the devices run it, else XLA."""
+    """Returns the name of the backend; `auto` becomes the first of `PREFERRED` that the devices
+    run.
+    """
     if config.attention.backend != "auto":
         return config.attention.backend
-    return "xla" if _obstacle("cudnn", config, device, heads) else "cudnn"
+    return next(name for name in PREFERRED if not _obstacle(name, config, device, heads))
 
 
 def make_attention(config: Config, device: DeviceFacts, are_heads_divided: bool) -> Attention:
     """Makes the attention that the config names, for code of one device. `are_heads_divided` says
     whether devices share the heads of a stage.
     """
-    block = config.attention.block
-    if config.attention.backend == "cudnn":
+    backend, block = config.attention.backend, config.attention.block
+    if backend == "xla":
+        default, seq_len = BLOCK if device.platform == "cpu" else XLA_BLOCK, config.model.seq_len
+        if device.platform == "gpu" and not block and seq_len <= XLA_WHOLE:
+            return blockwise(default, reads_whole=True)._replace(key_block=seq_len)
+        return blockwise(block or default)
+    if backend == "flash":
+        attention = flash.flash(flash.flash_kernels(device.capability))
+    else:
         attention = grouped(cudnn_kernel(), block or CUDNN_GROUP)
-        return over_heads(attention) if are_heads_divided else attention
-    default = BLOCK if device.platform == "cpu" else XLA_BLOCK
-    return blockwise(block or default)
+    return over_heads(attention) if are_heads_divided else attention
 
 
 def _obstacle(backend: Backend, config: Config, device: DeviceFacts, heads: Heads) -> str | None:
@@ -61,10 +73,7 @@ def _obstacle(backend: Backend, config: Config, device: DeviceFacts, heads: Head
     if backend == "xla":
         return None
     if backend == "tokamax":
-        return (
-            "cannot be installed, since tokamax (0.0.12) needs typeguard 2.13.3 and the command "
-            "line (tyro) 4 or newer"
-        )
+        return "is not used, since its backward pass goes over all keys, whatever a slice sees"
     capability = device.capability
     if capability is None or capability < (8, 0):
         return f"needs GPUs of compute capability 8.0 (Ampere) or newer, which {device.kind} is not"
@@ -73,18 +82,34 @@ def _obstacle(backend: Backend, config: Config, device: DeviceFacts, heads: Head
             "computes in float16 and bfloat16, not in config.precision.compute=float32, which may "
             "be changed"
         )
-    # Limits of the backward pass: "Support Matrix" in docs.nvidia.com/cudnn, "Attention".
     if not config.data.cross_document_attention:
         return "does not know where documents begin, as cross_document_attention=false needs"
+    if backend == "flash":
+        return _obstacle_of_flash(config, capability, heads)
+    return _obstacle_of_cudnn(config, device, capability, heads)
+
+
+def _obstacle_of_flash(config: Config, capability: tuple[int, int], heads: Heads) -> str | None:
+    if heads.width % 8 or heads.width > 256:
+        return _width(heads, 256)
+    if config.attention.block:
+        return (
+            "reads a context whole, so that config.attention.block="
+            f"{config.attention.block} means nothing"
+        )
+    return flash.obstacle(capability)
+
+
+def _obstacle_of_cudnn(
+    config: Config, device: DeviceFacts, capability: tuple[int, int], heads: Heads
+) -> str | None:
     num_queries, num_keys, width = heads
     if num_queries != num_keys:
         return f"is not tried where {num_queries} heads share the keys of {num_keys}"
+    # Limits of the backward pass: "Support Matrix" in docs.nvidia.com/cudnn, "Attention".
     widest = 256 if capability[0] == 9 else 128
     if width % 8 or width > widest:
-        return (
-            f"needs heads whose width is a multiple of 8 and at most {widest}, not "
-            f"config.model.d_model / num_heads = {width}"
-        )
+        return _width(heads, widest)
     if device.cudnn is None:
         return "finds no cuDNN, which comes with jax[cuda12] and jax[cuda13]"
     # jax refuses older versions for capability 10.3; for others, cuDNN's own front end does.
@@ -95,6 +120,13 @@ def _obstacle(backend: Backend, config: Config, device: DeviceFacts, heads: Head
     if block and block < fewest:
         return f"needs at least {fewest} tokens, not config.attention.block={block}"
     return None
+
+
+def _width(heads: Heads, widest: int) -> str:
+    return (
+        f"needs heads whose width is a multiple of 8 and at most {widest}, not "
+        f"config.model.d_model / num_heads = {heads.width}"
+    )
 
 
 def _text(version: int) -> str:

@@ -21,7 +21,7 @@ def cudnn_kernel() -> Kernel:
     no_score_mod = {"score_mod_name": None, "score_mod_jaxpr": None} if has_score_mod else {}
 
     def call(primitive, q: Array, kv: KVCache, num_visible: Array | None, *results: Array, **more):
-        B, _, L, K = q.shape
+        B, L, _, K = q.shape
         none = jnp.zeros(0, q.dtype)  # no bias, packed sequences or paged caches
         if num_visible is None:
             mask, lengths = cudnn.MaskType.CAUSAL, (none, none)
@@ -35,7 +35,7 @@ def cudnn_kernel() -> Kernel:
             dropout_rate=0.0,
             variadic_args=(False, False),  # neither bias nor its gradient
             mask_type=mask,
-            layout=cudnn.AttentionLayout.BNTH.value,
+            layout=cudnn.AttentionLayout.BTNH.value,
             sliding_window_length=None,
             **no_score_mod,
             **more,
@@ -43,12 +43,12 @@ def cudnn_kernel() -> Kernel:
 
     def forward(q: Array, kv: KVCache, num_visible: Array | None) -> tuple[Array, Array]:
         out, lse = call(cudnn._dot_product_attention_fwd_p, q, kv, num_visible, is_training=True)
-        return out, lse[..., None]
+        return out, lse.swapaxes(1, 2)
 
     def backward(
         q: Array, kv: KVCache, num_visible: Array | None, out: Array, lse: Array, d_out: Array
     ) -> tuple[Array, Array, Array]:
-        results = lse[..., 0], out, d_out.astype(q.dtype)
+        results = lse.swapaxes(1, 2), out, d_out.astype(q.dtype)
         return tuple(call(cudnn._dot_product_attention_bwd_p, q, kv, num_visible, *results))
 
     # cuDNN has no backward pass for a single query (pytorch issue 138529), and older releases had

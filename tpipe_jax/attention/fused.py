@@ -16,20 +16,27 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from tpipe_jax.attention.base import Attention, KVCache, Slice, add_to_cache
+from tpipe_jax.attention.base import (
+    BY_HEADS,
+    TOKENS_FIRST,
+    Attention,
+    KVCache,
+    Slice,
+    add_to_cache,
+)
 from tpipe_jax.attention.blockwise import attend, attend_backward, over_context
-from tpipe_jax.devices.inplace import Position, in_shared_rows, read
+from tpipe_jax.devices.inplace import Position, in_shared_rows
 
 
 class Kernel(NamedTuple):
-    """A fused kernel for queries `[B, H, L, K]` and any number of keys and values.
+    """A fused kernel for queries `[B, L, H, K]` and any number of keys and values.
 
     If `num_visible` is None, there are as many keys as queries, and the mask is causal. Otherwise
     all queries see the first `num_visible` keys; it is an int32 scalar of at least 1.
     """
 
     forward: Callable[[Array, KVCache, Array | None], tuple[Array, Array]]
-    """`(q, kv, num_visible)` to the output, and the log-sum-exp `[B, H, L, 1]` in float32."""
+    """`(q, kv, num_visible)` to the output, and the log-sum-exp `[B, L, H]` in float32."""
     backward: Callable[
         [Array, KVCache, Array | None, Array, Array, Array], tuple[Array, Array, Array]
     ]
@@ -47,56 +54,56 @@ class _Grouped(NamedTuple):
 
     def forward(self, slice_: Slice) -> tuple[Array, Array]:
         """As `Attention.forward`, for sequences that are one document each."""
-        q_BHLK, cache, at, starts_BL1 = slice_
+        q_BLHK, _, at, starts_BL1 = slice_
         assert starts_BL1 is None
-        B, _, L, _ = q_BHLK.shape
-        if self.kernel.min_tokens > L:
-            return attend(slice_)
+        if self.kernel.min_tokens > slice_.num_tokens:
+            return attend(slice_, layout=TOKENS_FIRST)
 
         def fold(state: tuple[Array, Array], size: int, first: Array, num_visible: Array):
             out, lse = state
-            keys = _read(cache, Position(at.row, first), B, size)
-            group_out, group_lse = self.kernel.forward(q_BHLK, keys, num_visible)
+            keys = _read(slice_, Position(at.row, first), size)
+            group_out, group_lse = self.kernel.forward(q_BLHK, keys, num_visible)
             merged = jnp.logaddexp(lse, group_lse)
             shares = jnp.exp(lse - merged), jnp.exp(group_lse - merged)
-            return out * shares[0] + group_out * shares[1], merged
+            return out * shares[0][..., None] + group_out * shares[1][..., None], merged
 
-        out, lse = self.kernel.forward(q_BHLK, _read(cache, at, B, L), None)
+        out, lse = self.kernel.forward(q_BLHK, _read(slice_, at, slice_.num_tokens), None)
         out, lse = self._over_groups(slice_, fold, (out.astype(jnp.float32), lse))
-        return out.astype(q_BHLK.dtype), lse
+        return out.astype(q_BLHK.dtype), lse
 
     def backward(
         self,
         slice_: Slice,
-        out_BHLK: Array,
-        lse_BHL1: Array,
-        d_out_BHLK: Array,
+        out_BLHK: Array,
+        lse_BLH: Array,
+        d_out_BLHK: Array,
         d_cache: KVCache,
-    ) -> tuple[Array, KVCache]:
+    ) -> tuple[Array, KVCache, KVCache]:
         """As `Attention.backward`, for sequences that are one document each."""
-        q_BHLK, cache, at, starts_BL1 = slice_
+        q_BLHK, cache, at, starts_BL1 = slice_
         assert starts_BL1 is None
-        B, _, L, _ = q_BHLK.shape
-        results = out_BHLK, lse_BHL1, d_out_BHLK
+        B, L, _, K = q_BLHK.shape
+        results = out_BLHK, lse_BLH, d_out_BLHK
         if self.kernel.min_tokens > L:
-            return attend_backward(slice_, *results, d_cache)
+            return attend_backward(slice_, *results, d_cache, layout=TOKENS_FIRST)
 
         def fold(state: tuple[Array, KVCache], size: int, first: Array, num_visible: Array):
             d_q, d_cache = state
             where = Position(at.row, first)
-            keys = _read(cache, where, B, size)
-            group_d_q, *d_kv = self.kernel.backward(q_BHLK, keys, num_visible, *results)
+            keys = _read(slice_, where, size)
+            group_d_q, *d_kv = self.kernel.backward(q_BLHK, keys, num_visible, *results)
             is_visible = jnp.arange(size)[:, None] < num_visible
-            d_kv = KVCache(*(jnp.where(is_visible, d, 0) for d in d_kv))
-            return d_q + group_d_q, add_to_cache(
-                d_cache, d_kv, in_shared_rows(where, d_cache.k, len(cache.k))
-            )
+            d_kv = KVCache(*(jnp.where(is_visible, TOKENS_FIRST.arranged(d), 0) for d in d_kv))
+            where = in_shared_rows(where, d_cache.k, len(cache.k))
+            return d_q + group_d_q, add_to_cache(d_cache, d_kv, where, size)
 
-        d_q, *d_kv = self.kernel.backward(q_BHLK, _read(cache, at, B, L), None, *results)
+        d_q, *d_kv = self.kernel.backward(q_BLHK, _read(slice_, at, L), None, *results)
+        d_q, d_cache = self._over_groups(slice_, fold, (d_q.astype(jnp.float32), d_cache))
+        # Read now: before the loop, XLA would copy the sums for it.
         d_at = in_shared_rows(at, d_cache.k, len(cache.k))
-        state = d_q.astype(jnp.float32), add_to_cache(d_cache, KVCache(*d_kv), d_at)
-        d_q, d_cache = self._over_groups(slice_, fold, state)
-        return d_q.astype(q_BHLK.dtype), d_cache
+        sums = (TOKENS_FIRST.read(d, d_at, B, L, K) for d in d_cache)
+        own = KVCache(*((a + d).astype(d.dtype) for a, d in zip(sums, d_kv, strict=True)))
+        return d_q.astype(q_BLHK.dtype), own, d_cache
 
     def _over_groups(
         self, slice_: Slice, fold: Callable[[Any, int, Array, Array], Any], state: Any
@@ -104,7 +111,7 @@ class _Grouped(NamedTuple):
         """Calls `state = fold(state, size, first_key, num_visible)` for each group of keys of the
         context. Returns the state.
         """
-        at, seq_len = slice_.at, slice_.cache.k.shape[2]
+        at, seq_len = slice_.at, slice_.cache.k.shape[1]
         if slice_.num_tokens == seq_len:
             return state  # a whole sequence has no context
         size = min(self.group, seq_len)
@@ -117,25 +124,33 @@ def grouped(kernel: Kernel, group: int) -> Attention:
     """
     assert group >= kernel.min_tokens
     own = _Grouped(kernel, group)
-    return Attention(own.forward, own.backward, key_block=group)
+    return Attention(own.forward, own.backward, group, TOKENS_FIRST)
 
 
-def _read(cache: KVCache, at: Position, num_rows: int, num_tokens: int) -> KVCache:
-    return KVCache(*(read(c, at, num_rows, num_tokens) for c in cache))
+def _read(slice_: Slice, at: Position, num_tokens: int) -> KVCache:
+    """Returns keys and values `[B, T, H, K]` from a position on."""
+    B, _, _, K = slice_.q_BLNK.shape
+    return KVCache(*(TOKENS_FIRST.read(c, at, B, num_tokens, K) for c in slice_.cache))
 
 
 def over_heads(attention: Attention) -> Attention:
     """Returns the attention with its heads divided over 'model' by hand, since GSPMD does not look
     into kernels. For code in a `shard_map` that leaves the axis 'model' automatic.
     """
-    heads: Any = PartitionSpec(None, "model")  # in the place of arrays, so of any type
+    heads: Any = BY_HEADS  # in the place of arrays, so of any type
+    spec: Any = attention.layout.spec
+    cache: Any = KVCache(spec, spec)
     whole: Any = PartitionSpec()
-    own = Slice(heads, heads, whole, whole)
+    own = Slice(heads, cache, whole, whole)
 
-    def divided(function: Callable, *other_specs: PartitionSpec) -> Callable:
-        in_specs = own, *other_specs
-        return jax.shard_map(function, axis_names={"model"}, in_specs=in_specs, out_specs=heads)
+    def divided(function: Callable, in_specs: Any, out_specs: Any) -> Callable:
+        return jax.shard_map(function, axis_names={"model"}, in_specs=in_specs, out_specs=out_specs)
 
     return attention._replace(
-        forward=divided(attention.forward), backward=divided(attention.backward, *[heads] * 4)
+        forward=divided(attention.forward, (own,), (heads, heads)),
+        backward=divided(
+            attention.backward,
+            (own, heads, heads, heads, cache),
+            (heads, KVCache(heads, heads), cache),
+        ),
     )

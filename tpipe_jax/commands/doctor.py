@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 
-from tpipe_jax.config.settings import Config
+from tpipe_jax.config.settings import FLASH_PACKAGES, Config
 from tpipe_jax.devices.hardware import peak_flops
 from tpipe_jax.devices.startup import find_devices
 from tpipe_jax.errors import UserError, brief
@@ -23,6 +23,7 @@ PLUGINS = (
     "jax-cuda13-plugin",
     "nvidia-cudnn-cu12",
     "nvidia-cudnn-cu13",
+    *FLASH_PACKAGES,
     "libtpu",
 )
 VARIABLES = "JAX_", "XLA_", "CUDA_VISIBLE", "TPU_", "LIBTPU_", "NCCL_"

@@ -219,7 +219,9 @@ class MemoryConfig:
     rather than one for each slice: this shortens the ticks of deep pipelines and takes memory."""
 
 
-Backend = Literal["auto", "xla", "cudnn", "tokamax"]
+# FlashAttention, for CUDA 12 and 13.
+FLASH_PACKAGES = ("dew-flash-attn-cu12", "dew-flash-attn-cu13")
+Backend = Literal["auto", "xla", "cudnn", "flash", "tokamax"]
 
 
 @dataclass(frozen=True)
@@ -227,11 +229,12 @@ class AttentionConfig:
     """How attention is computed; the results are the same up to rounding."""
 
     backend: Backend = "auto"
-    """xla runs everywhere, cudnn on GPUs from Ampere on, in float16 and bfloat16; auto means cudnn
-    where it can run, else xla."""
+    """xla runs everywhere; flash and cudnn run on GPUs from Ampere on, in float16 and bfloat16, and
+    flash needs an extra, flash12 or flash13. auto means the first of flash, cudnn and xla that can
+    run."""
     block: Count | None = None
-    """Tokens of the context that are read together; None means 128 for xla on CPUs, else
-    1024."""
+    """Tokens of the context that are read together by xla and cudnn; None means 128 for xla on
+    CPUs, else 1024, and for xla on GPUs whole sequences of up to 4096 tokens."""
 
 
 Scale = Annotated[float, Range(2**-24, high=2**64)]

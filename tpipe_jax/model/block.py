@@ -38,6 +38,10 @@ class Block(nnx.Module):
     that is named as the output may have something added to it. The gradients of the weights of
     these layers are summed in float32 and may be deferred. Other parameters are differentiated
     slice by slice, in their own format."""
+    norms: ClassVar[Mapping[str, str]] = {}
+    """For each norm `x * scale`, or `x * scale + bias`, whose result is the input of one linear
+    layer and of nothing else, the name of that layer, which is in `linears`. A step multiplies the
+    scale into the layer's kernel, and the methods get a scale of 1 and a bias of 0 (`folding`)."""
     specs: ClassVar[Params] = None
     """How the axis 'model' divides the parameters, a tree of `PartitionSpec`; None leaves the
     parameters whole."""
@@ -46,7 +50,7 @@ class Block(nnx.Module):
         raise NotImplementedError
 
     def qkv(self, x_BLD: Array, positions_BL: Array, tape: Tape) -> tuple[Array, Array, Array]:
-        """Returns queries `[B, G H, L, K]`, and keys and values `[B, H, L, K]`, of tokens at these
+        """Returns queries `[B, L, G H, K]`, and keys and values `[B, L, H, K]`, of tokens at these
         positions. The first axis of the positions is 1 where all sequences have the same. Each head
         of keys serves G neighbouring heads of queries (grouped-query attention, arXiv 2305.13245).
         """
@@ -56,20 +60,20 @@ class Block(nnx.Module):
         """Returns the queries alone."""
         return self.qkv(x_BLD, positions_BL, tape)[0]
 
-    def finish(self, x_BLD: Array, attn_BHLK: Array, tape: Tape) -> Array:
+    def finish(self, x_BLD: Array, attn_BLHK: Array, tape: Tape) -> Array:
         """Returns the block's output `[B, L, D]` from its input and its attention
-        `[B, G H, L, K]`.
+        `[B, L, G H, K]`.
         """
         raise NotImplementedError
 
 
-def merge_heads(a_BHLK: Array) -> Array:
-    """Reshapes `[B, H, L, K]` to `[B, L, H K]`."""
-    B, _, L, _ = a_BHLK.shape
-    return a_BHLK.transpose(0, 2, 1, 3).reshape(B, L, -1)
+def merge_heads(a_BLHK: Array) -> Array:
+    """Reshapes `[B, L, H, K]` to `[B, L, H K]`."""
+    B, L, _, _ = a_BLHK.shape
+    return a_BLHK.reshape(B, L, -1)
 
 
 def split_heads(a_BLD: Array, num_heads: int) -> Array:
     """The inverse of `merge_heads`."""
     B, L, _ = a_BLD.shape
-    return a_BLD.reshape(B, L, num_heads, -1).transpose(0, 2, 1, 3)
+    return a_BLD.reshape(B, L, num_heads, -1)

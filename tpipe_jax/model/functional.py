@@ -28,6 +28,8 @@ class BlockFunctions(NamedTuple):
     """`(params, x, attention, tape)`, as `Block.finish`."""
     linears: Mapping[str, tuple[str, str]]
     """As `Block.linears`."""
+    norms: Mapping[str, str]
+    """As `Block.norms`."""
 
 
 def block_functions(config: ModelConfig, dtype: jnp.dtype) -> BlockFunctions:
@@ -39,6 +41,7 @@ def block_functions(config: ModelConfig, dtype: jnp.dtype) -> BlockFunctions:
         query=lambda params, x, at, tape: nnx.merge(graph, params).query(x, at, tape),
         finish=lambda params, x, attn, tape: nnx.merge(graph, params).finish(x, attn, tape),
         linears=own.linears,
+        norms=own.norms,
     )
 
 
@@ -66,14 +69,14 @@ def heads(config: ModelConfig) -> Heads:
     queries, keys and values don't fit together.
     """
     (q, k, v), _ = _shapes(config)
-    (*_, width), num_keys = q.shape, k.shape[1]
-    expected = (2, num_keys, 3, width)
-    if k.shape != expected or v.shape != expected or q.shape[1] % num_keys:
+    (_, _, num_queries, width), num_keys = q.shape, k.shape[2]
+    expected = (2, 3, num_keys, width)
+    if k.shape != expected or v.shape != expected or num_queries % num_keys:
         raise UserError(
             f"config.model.block={config.block} makes queries, keys and values of shapes {q.shape},"
-            f" {k.shape} and {v.shape}: make them [B, G H, L, K] and twice [B, H, L, K]."
+            f" {k.shape} and {v.shape}: make them [B, L, G H, K] and twice [B, L, H, K]."
         )
-    return Heads(q.shape[1], num_keys, width)
+    return Heads(num_queries, num_keys, width)
 
 
 @cache
@@ -132,8 +135,8 @@ def _traced(config: ModelConfig, dtype: jnp.dtype) -> tuple[tuple[Any, Any, Any]
 
 
 def _check_declared(config: ModelConfig, values: dict[str, Any]) -> None:
-    """Raises ValueError if `Block.linears` or `Block.specs` don't match the block's parameters and
-    values.
+    """Raises ValueError if `Block.linears`, `Block.norms` or `Block.specs` don't match the block's
+    parameters and values.
     """
     own, params = block_class(config), param_shapes(config)
     for name, (source, target) in own.linears.items():
@@ -144,6 +147,13 @@ def _check_declared(config: ModelConfig, values: dict[str, Any]) -> None:
         ends = values[source].shape[-1], values[target].shape[-1]
         if params[name]["kernel"].shape != ends:
             raise ValueError(f"{name} is not a product from {source} to {target}")
+    for name, layer in own.norms.items():
+        if name not in params or not {"scale"} <= set(params[name]) <= {"scale", "bias"}:
+            raise ValueError(f"norms has {name}, which is no norm of a scale and a bias")
+        if layer not in own.linears or ("bias" in params[name] and "bias" not in params[layer]):
+            raise ValueError(f"norms has {layer}, which is no layer that {name} can be part of")
+        if params[name]["scale"].shape != params[layer]["kernel"].shape[:1]:
+            raise ValueError(f"{name} is not as wide as the input of {layer}")
     if own.specs is not None:
         structure = jax.tree.structure(own.specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
         if structure != jax.tree.structure(params):

@@ -36,6 +36,7 @@ class GPT2Block(Block):
         "ff_in": ("norm_2", "hidden"),
         "ff_out": ("gelu", "out"),
     }
+    norms: ClassVar = {"norm_1": "attn_in", "norm_2": "ff_in"}
     # Divided by attention heads and by feed-forward width (Megatron-LM, Shoeybi et al. 2019).
     specs: ClassVar = {
         "norm_1": NORM_SPECS,
@@ -63,9 +64,9 @@ class GPT2Block(Block):
         normed_BLD = tape("norm_1", self.norm_1(x_BLD).astype(self.dtype))
         qkv_BLE = tape("qkv", self.attn_in(normed_BLD))
         B, L, _ = x_BLD.shape
-        qkv_tBHLK = qkv_BLE.reshape(B, L, self.num_heads, 3, -1).transpose(3, 0, 2, 1, 4)
+        qkv_BLHtK = qkv_BLE.reshape(B, L, self.num_heads, 3, -1)
         # A split rather than three indices, since the gradient of a split is one concatenation.
-        q, k, v = (part[0] for part in lax.split(qkv_tBHLK, (1, 1, 1)))
+        q, k, v = (part.squeeze(3) for part in lax.split(qkv_BLHtK, (1, 1, 1), axis=3))
         return q, k, v
 
     def query(self, x_BLD: Array, positions_BL: Array, tape: Tape) -> Array:
@@ -75,13 +76,13 @@ class GPT2Block(Block):
             return a.reshape(*a.shape[:-1], self.num_heads, 3, -1)[..., 0, :].astype(self.dtype)
 
         linear = jax.tree.map(of_queries, nnx.to_pure_dict(nnx.state(self.attn_in)))
-        product_BHLK = jnp.einsum("bld,dhk->bhlk", normed_BLD, linear["kernel"])
-        return product_BHLK + linear["bias"][:, None]
+        return jnp.einsum("bld,dhk->blhk", normed_BLD, linear["kernel"]) + linear["bias"]
 
-    def finish(self, x_BLD: Array, attn_BHLK: Array, tape: Tape) -> Array:
-        attn_BLD = tape("attn", merge_heads(attn_BHLK))
+    def finish(self, x_BLD: Array, attn_BLHK: Array, tape: Tape) -> Array:
+        attn_BLD = tape("attn", merge_heads(attn_BLHK))
         middle_BLD = tape("middle", x_BLD + self.attn_out(attn_BLD))
         normed_BLD = tape("norm_2", self.norm_2(middle_BLD).astype(self.dtype))
         hidden_BLF = tape("hidden", self.ff_in(normed_BLD))
-        activation_BLF = tape("gelu", nnx.gelu(hidden_BLF, approximate=True))
+        activation_BLF = nnx.gelu(hidden_BLF.astype(jnp.float32), approximate=True)
+        activation_BLF = tape("gelu", activation_BLF.astype(self.dtype))
         return tape("out", middle_BLD + self.ff_out(activation_BLF))

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from tpipe_jax.attention.base import KVCache, Slice
+from tpipe_jax.attention.base import HEADS_FIRST, KVCache, Slice
 from tpipe_jax.attention.blockwise import attend, attend_backward
 from tpipe_jax.config.settings import ModelConfig
 from tpipe_jax.devices.inplace import Position
@@ -15,14 +15,14 @@ from tpipe_jax.model.transformer import final_norm
 
 @jax.custom_vjp
 def self_attention(q: Array, k: Array, v: Array) -> Array:
-    """Computes the attention of whole sequences as a single slice, from queries `[B, G H, T, K]`,
-    and keys and values `[B, H, T, K]`. It is differentiable.
+    """Computes the attention of whole sequences as a single slice, from queries `[B, T, G H, K]`,
+    and keys and values `[B, T, H, K]`. It is differentiable.
     """
-    return attend(Slice(q, KVCache(k, v), Position(0, 0)))[0]
+    return attend(_whole(q, k, v))[0]
 
 
 def _self_attention_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
-    out, lse = attend(Slice(q, KVCache(k, v), Position(0, 0)))
+    out, lse = attend(_whole(q, k, v))
     return out, (q, k, v, out, lse)
 
 
@@ -30,10 +30,14 @@ def _self_attention_backward(
     residuals: tuple[Array, ...], d_out: Array
 ) -> tuple[Array, Array, Array]:
     q, k, v, out, lse = residuals
-    zeros = KVCache(jnp.zeros_like(k, jnp.float32), jnp.zeros_like(v, jnp.float32))
-    own = Slice(q, KVCache(k, v), Position(0, 0))
-    d_q, d_cache = attend_backward(own, out, lse, d_out, zeros)
-    return d_q, d_cache.k.astype(k.dtype), d_cache.v.astype(v.dtype)
+    own = _whole(q, k, v)
+    zeros = jax.tree.map(lambda a: jnp.zeros_like(a, jnp.float32), own.cache)
+    d_q, (d_k, d_v), _ = attend_backward(own, out, lse, d_out, zeros)
+    return d_q, d_k, d_v
+
+
+def _whole(q: Array, k: Array, v: Array) -> Slice:
+    return Slice(q, KVCache(HEADS_FIRST.arranged(k), HEADS_FIRST.arranged(v)), Position(0, 0))
 
 
 self_attention.defvjp(_self_attention_forward, _self_attention_backward)
@@ -47,6 +51,6 @@ def logits(config: ModelConfig, params: Params, tokens_BT: Array) -> Array:
     positions_1T = jnp.arange(tokens_BT.shape[1])[None]
     x_BTD = params["embed"]["tokens"][tokens_BT] + params["embed"]["positions"][positions_1T]
     for block_params in params["blocks"]:
-        attn_BHTK = self_attention(*block.qkv(block_params, x_BTD, positions_1T, no_tape))
-        x_BTD = block.finish(block_params, x_BTD, attn_BHTK, no_tape)
+        attn_BTHK = self_attention(*block.qkv(block_params, x_BTD, positions_1T, no_tape))
+        x_BTD = block.finish(block_params, x_BTD, attn_BTHK, no_tape)
     return jnp.einsum("btd,vd->btv", final_norm(params["norm"], x_BTD), params["embed"]["tokens"])

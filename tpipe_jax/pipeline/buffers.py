@@ -1,14 +1,15 @@
 """The buffers of a stage between slices: attention caches, saved values, gradients."""
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from tpipe_jax.attention.base import KVCache
 from tpipe_jax.model.block import Params
+from tpipe_jax.pipeline.packing import JoinedBiases, Packing, join_biases
 
 # When a stage computes the gradients of weights: how long after the backward pass of a slice.
 WeightGrads = Literal["at once", "some ticks later", "at the end"]
@@ -21,9 +22,9 @@ class Saved(NamedTuple):
 
     cache: KVCache
     values: dict[str, Array]
-    """The input x `[B, T, D]`, and by name the values that are not computed again: q
-    `[B, G H, T, K]`, attn `[B, T, G H K]` with its log-sum-exp lse `[B, G H, T, 1]`, and other
-    values of the block `[B, T, width]`."""
+    """The input x `[B, T, D]`, and the values that are not computed again: q and attn
+    `[B, T, G H K]`, other values of the block `[B, T, width]`, all of these as a `Packing` joins
+    them, and lse `[B, T, G H]`, the log-sum-exp that belongs to attn."""
 
 
 class Gradients(NamedTuple):
@@ -32,7 +33,7 @@ class Gradients(NamedTuple):
     cache: KVCache
     """Gradients with respect to keys and values, float32 sums, for the sequences that go backward
     at the same time."""
-    params: Params
+    params: Params | JoinedBiases
     """Gradients of the parameters, float32 sums; without the linear layers if the gradients of
     their weights are left for the end."""
     d_outputs: dict[str, Array]
@@ -40,31 +41,26 @@ class Gradients(NamedTuple):
     are deferred; otherwise empty. `[B, T, ...]`, or the rows and tokens of slots."""
 
 
-def empty_caches(num_layers: int, shape_BHTK: tuple[int, ...], dtype: jnp.dtype) -> list[KVCache]:
+def empty_caches(num_layers: int, shape: tuple[int, ...], dtype: jnp.dtype) -> list[KVCache]:
     """Returns zeros for the keys and values of every layer, or for their gradients."""
-    return [
-        KVCache(jnp.zeros(shape_BHTK, dtype), jnp.zeros(shape_BHTK, dtype))
-        for _ in range(num_layers)
-    ]
+    return [KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) for _ in range(num_layers)]
 
 
 def empty_saved(
-    caches: list[KVCache], widths: Mapping[str, int], num_queries: int, names: Sequence[str]
+    caches: list[KVCache],
+    packing: Packing,
+    num_queries: int,
+    make: Callable[[tuple[int, ...], Any], Array] = lax.empty,
 ) -> list[Saved]:
-    """Returns zeroed buffers of every layer, for its input and for each value in `names` that the
-    layer has.
-
-    `widths` are the widths of the input x and of the block's own values; `num_queries` is the
-    number of heads of queries.
+    """Returns buffers of every layer, for the values of the packing, made by `make(shape, dtype)`.
+    `num_queries` is the number of heads of queries.
     """
 
     def values(cache: KVCache) -> dict[str, Array]:
-        B, _, T, K = cache.k.shape
-        shapes = {name: (B, T, width) for name, width in widths.items()}
-        shapes |= {"attn": (B, T, num_queries * K), "q": (B, num_queries, T, K)}
-        kept = [name for name in ("x", *names) if name in shapes]
-        own = {name: jnp.zeros(shapes[name], cache.k.dtype) for name in kept}
-        return own | ({"lse": jnp.zeros((B, num_queries, T, 1))} if "attn" in kept else {})
+        B, T = cache.k.shape[0], cache.k.shape[-2]
+        own = {n: make((B, T, w), cache.k.dtype) for n, w in packing.shapes.items()}
+        has_attn = any("attn" in group for group in packing.groups)
+        return own | ({"lse": make((B, T, num_queries), jnp.float32)} if has_attn else {})
 
     return [Saved(cache, values(cache)) for cache in caches]
 
@@ -76,6 +72,7 @@ def empty_gradients(
     weight_grads: WeightGrads,
     outputs: tuple[int, int],
     dtype: jnp.dtype,
+    joins_biases: bool,
 ) -> list[Gradients]:
     """Returns zeroed sums of every layer and, if gradients of weights are deferred, buffers for the
     gradients with respect to the outputs of linear layers.
@@ -84,10 +81,11 @@ def empty_gradients(
     and tokens of those buffers.
     """
 
-    def sums() -> Params:
+    def sums() -> Params | JoinedBiases:
         is_left = {name: weight_grads == "at the end" and name in linears for name in block_shapes}
         summed = {name: shapes for name, shapes in block_shapes.items() if not is_left[name]}
-        return jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), summed)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), summed)
+        return join_biases(linears, zeros) if joins_biases else zeros
 
     def d_outputs() -> dict[str, Array]:
         widths = {name: block_shapes[n]["kernel"].shape[-1] for n, (_, name) in linears.items()}

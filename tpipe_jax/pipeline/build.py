@@ -1,6 +1,7 @@
 """Makes the stage of a device from its spec: layers, buffers, and programs over all devices."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from tpipe_jax.attention.base import KVCache
 from tpipe_jax.devices.collectives import needs_sums, varying
 from tpipe_jax.devices.mesh import manual_part
 from tpipe_jax.model.block import Params
+from tpipe_jax.model.folding import fold, unfold_gradients
 from tpipe_jax.model.functional import block_functions, param_shapes, value_widths
 from tpipe_jax.model.registry import block_class
 from tpipe_jax.model.sharding import param_specs
@@ -24,24 +26,52 @@ from tpipe_jax.pipeline.buffers import (
     empty_gradients,
     empty_saved,
 )
+from tpipe_jax.pipeline.packing import NOTHING, Packing
 from tpipe_jax.pipeline.spec import StageSpec
 from tpipe_jax.pipeline.stage import Chunk, Stage
 from tpipe_jax.planning.placement import chunk_places
 
+# Tokens of each product of deferred gradients of weights, by platform: enough for the product to
+# take longer than adding it to its sum. On a CPU 256 to 1024 are equally fast (docs/design.md).
+DEFERRED_TOKENS = {"gpu": 16384}
+
 
 def for_compute(spec: StageSpec, params: Params) -> Params:
-    """Returns the parameters of this device, with the matrices of blocks in the format of matrix
-    products.
+    """Returns the parameters of this device. Blocks have their norms folded into linear layers
+    (`folding`), and matrices, and what else linear layers have, in the format of matrix products.
 
     The parameters are marked as different on each data shard. So gradients are summed over the data
     shards once, at the end of the step, and not after each product.
     """
+    block_type = block_class(spec.config.model)
 
-    def own(a: Array) -> Array:
-        return a[0].astype(spec.dtype) if a.ndim > 2 else a[0]  # the first axis is 'pipe'
+    def in_format(name: str, a: Array) -> Array:
+        return a.astype(spec.dtype) if a.ndim > 1 or name in block_type.linears else a
 
-    blocks = [jax.tree.map(own, block) for block in params["blocks"]]
+    def prepared(block: Params) -> Params:
+        folded = fold(block_type.norms, _own_block(block))
+        return {
+            name: jax.tree.map(partial(in_format, name), layer) for name, layer in folded.items()
+        }
+
+    blocks = [prepared(block) for block in params["blocks"]]
     return varying(params | {"blocks": blocks}, ("data",))
+
+
+def block_gradients(spec: StageSpec, params: Params, gradients: list[Params]) -> list[Params]:
+    """Returns the gradients of this device's blocks, with their first axis 'pipe', from those of
+    the parameters that `for_compute` has made of them.
+    """
+    norms = block_class(spec.config.model).norms
+    found = [
+        unfold_gradients(norms, varying(_own_block(block), ("data",)), own)
+        for block, own in zip(params["blocks"], gradients, strict=True)
+    ]
+    return [jax.tree.map(lambda a: a[None], block) for block in found]
+
+
+def _own_block(block: Params) -> Params:
+    return jax.tree.map(lambda a: a[0], block)  # the first axis is 'pipe'
 
 
 def make_head(spec: StageSpec, params: Params) -> vocab_parallel.Head:
@@ -49,25 +79,35 @@ def make_head(spec: StageSpec, params: Params) -> vocab_parallel.Head:
     return vocab_parallel.Head(params["norm"], params["embed"]["tokens"].astype(spec.dtype))
 
 
-def make_stage(spec: StageSpec, params: Params, starts_BT1: Array | None = None) -> Stage:
-    """Makes the layers of the stage from the parameters of this device."""
+def make_stage(
+    spec: StageSpec,
+    params: Params,
+    packing: Packing = NOTHING,
+    starts_BT1: Array | None = None,
+) -> Stage:
+    """Makes the layers of the stage from the parameters of this device. `packing` is that of the
+    values that they save.
+    """
     places = chunk_places(spec.chunk_layers)
     return Stage(
         block_functions(spec.config.model, spec.dtype),
+        spec.heads.num_queries,
         spec.attention,
         params["blocks"],
         tuple(
             Chunk(own, jnp.array(counts)[lax.axis_index("pipe")], min(counts))
             for own, counts in zip(places, spec.chunk_layers, strict=True)
         ),
+        packing,
         starts_BT1,
+        deferred_tokens=DEFERRED_TOKENS.get(spec.device.platform, 1024),
         skips=spec.skips,
     )
 
 
-def cache_shape(spec: StageSpec, num_rows: int) -> tuple[int, int, int, int]:
-    """The shape `[B, H, T, K]` of the keys of one layer for `num_rows` sequences."""
-    return num_rows, spec.heads.num_keys, spec.config.model.seq_len, spec.heads.width
+def cache_shape(spec: StageSpec, num_rows: int) -> tuple[int, ...]:
+    """The shape of the keys of one layer for `num_rows` sequences."""
+    return spec.attention.layout.shape(num_rows, spec.config.model.seq_len, spec.heads)
 
 
 def caches_of(spec: StageSpec, dtype: Any, num_rows: int) -> list[KVCache]:
@@ -75,14 +115,27 @@ def caches_of(spec: StageSpec, dtype: Any, num_rows: int) -> list[KVCache]:
     return empty_caches(spec.layers_per_stage, cache_shape(spec, num_rows), dtype)
 
 
-def saved_of(spec: StageSpec, num_rows: int) -> list[Saved]:
-    """Returns zeroed buffers of this device for the forward passes of `num_rows` sequences."""
-    return empty_saved(
-        caches_of(spec, spec.dtype, num_rows),
-        {"x": spec.config.model.d_model} | value_widths(spec.config.model),
-        spec.heads.num_queries,
-        spec.saved_names,
-    )
+def saved_of(spec: StageSpec, packing: Packing, num_rows: int) -> list[Saved]:
+    """Returns buffers of this device for the forward passes of `num_rows` sequences.
+
+    Values are written before they are read, so that nothing need be there before; caches are zeros,
+    since fused kernels also multiply what they mask. Products of the whole batch at the end read
+    the values of places without a layer, too.
+    """
+    caches = caches_of(spec, spec.dtype, num_rows)
+    make = jnp.zeros if spec.weight_grads == "at the end" else lax.empty
+    return empty_saved(caches, packing, spec.heads.num_queries, make)
+
+
+def packing_of(spec: StageSpec, num_tokens: int) -> Packing:
+    """Which values a layer saves, and which of them share a buffer, for slices of at most so many
+    tokens. Whole sequences share none: their values need not be written into buffers.
+    """
+    model, all_heads = spec.config.model, spec.heads.num_queries * spec.heads.width
+    widths = {**value_widths(model), "attn": all_heads, "q": all_heads}
+    kept = {name: widths[name] for name in spec.saved_names if name in widths}
+    is_joined = spec.has_small_kernels and num_tokens < model.seq_len
+    return Packing.of({"x": model.d_model} | kept, is_joined)
 
 
 def gradients_of(
@@ -94,14 +147,16 @@ def gradients_of(
     `outputs` are the rows and tokens of the buffers for gradients with respect to the outputs of
     linear layers; None means `num_rows` and the sequence length.
     """
-    model = spec.config.model
+    model, block_type = spec.config.model, block_class(spec.config.model)
+    shapes = {n: a for n, a in param_shapes(model).items() if n not in block_type.norms}
     return empty_gradients(
         caches_of(spec, jnp.float32, num_rows),
-        param_shapes(model),
-        block_class(model).linears,
+        shapes,
+        block_type.linears,
         spec.weight_grads,
         outputs or (num_rows, model.seq_len),
         spec.dtype,
+        spec.has_small_kernels and spec.weight_grads == "at once",
     )
 
 

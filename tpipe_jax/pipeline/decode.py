@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import numpy as np
 from jax import Array, lax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.stages import Wrapped
 
 from tpipe_jax.attention.base import KVCache
@@ -79,20 +79,21 @@ def make_decode(spec: StageSpec, is_for_all: bool = False) -> Wrapped:
         out_specs=(PartitionSpec("data", None, "pipe"), caches),
         check_vma=needs_sums(spec.mesh),
     )
-    out_shardings = NamedSharding(spec.mesh, PartitionSpec()), _decode_sharding(spec.mesh)
+    out_shardings = NamedSharding(spec.mesh, PartitionSpec()), _decode_sharding(spec)
     return jax.jit(mapped, donate_argnums=1, out_shardings=out_shardings)
 
 
 def empty_decode_caches(spec: StageSpec) -> list[KVCache]:
-    """Returns empty caches `[P, B, H, T, K]` for `make_decode`, with one sequence a data shard."""
+    """Returns empty caches `[P, B, ...]` for `make_decode`, with one sequence a data shard."""
     shape = spec.num_stages, *cache_shape(spec, spec.mesh.shape["data"])
 
-    @partial(jax.jit, out_shardings=_decode_sharding(spec.mesh))
+    @partial(jax.jit, out_shardings=_decode_sharding(spec))
     def empty() -> list[KVCache]:
         return empty_caches(spec.layers_per_stage, shape, spec.dtype)
 
     return empty()
 
 
-def _decode_sharding(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec("pipe", "data", "model"))
+def _decode_sharding(spec: StageSpec) -> NamedSharding:
+    _, *by_heads = spec.attention.layout.spec
+    return NamedSharding(spec.mesh, PartitionSpec("pipe", "data", *by_heads))

@@ -26,7 +26,7 @@ from jax import Array, lax
 
 from tpipe_jax.devices.collectives import varying
 from tpipe_jax.devices.inplace import Position, read, write
-from tpipe_jax.devices.scopes import BACKWARD, FORWARD
+from tpipe_jax.devices.scopes import BACKWARD, FORWARD, ON_ALL
 from tpipe_jax.devices.skips import CONDITIONALS, Skips
 from tpipe_jax.pipeline.lane import Carry, ItemShape, ItemWork, Lane, State
 from tpipe_jax.planning.schedule import IDLE, Item, Part, Schedule
@@ -82,11 +82,20 @@ def execute(
         sums: sums that all stages compute together.
         skips: how work is skipped in ticks in which it is not due.
     """
+    is_alone = schedule.num_stages == len(schedule.parts) == 1 < len(schedule.items)
     slot_rows = None if schedule.slots is None else schedule.longest_shape[0] * schedule.slots
     forward, backward = (
-        Lane(schedule.items, schedule.buffer_rows, schedule.num_stages, reverse, slot_rows, skips)
+        Lane(
+            *(schedule.items, schedule.buffer_rows, schedule.num_stages, reverse, slot_rows),
+            skips,
+            may_idle=not is_alone,
+        )
         for reverse in (False, True)
     )
+    if is_alone:
+        return _execute_alone(
+            schedule, work, (forward, backward), trunk_RTD, saved, gradients, sums
+        )
 
     on_part = partial(_on_part, skips, schedule.parts)
 
@@ -120,6 +129,46 @@ def execute(
     start = *varying((trunk_RTD, ahead, back, saved, gradients)), sums
     rows = _kept(_tick_rows(schedule, is_training=work.backward is not None))
     (_, _, _, saved, gradients, sums), _ = lax.scan(tick, start, rows)
+    return saved, gradients, sums
+
+
+def _execute_alone(
+    schedule: Schedule,
+    work: StepWork,
+    lanes: tuple[Lane, Lane],
+    trunk: Array,
+    saved: SavedT,
+    gradients: GradientsT,
+    sums: SumsT,
+) -> tuple[SavedT, GradientsT, SumsT]:
+    """As `execute`, for one stage that has the whole batch at once: all items forward, the losses,
+    and all items backward. Nothing is skipped, so a GPU need not ask the host in each tick what
+    comes next.
+    """
+    [part] = schedule.parts
+    rows = _Rows(part.row, part.num_rows, Position(part.buffer_row, 0))
+    packets = [lane.empty_packet(trunk.shape[-1], trunk.dtype) for lane in lanes]
+    (saved, trunk, gradients, *packets) = varying((saved, trunk, gradients, *packets))
+
+    def ticks(lane: Lane, item_work: ItemWork, table: np.ndarray, carry: Carry) -> Carry:
+        own = table[(table != IDLE).any(1)]
+        return lax.scan(lambda c, row: (lane.tick(item_work, row, c), None), carry, _kept(own))[0]
+
+    with jax.named_scope(ON_ALL):
+        trunk = _embed(work, rows, trunk)
+    with jax.named_scope(FORWARD):
+        carry = saved, trunk, packets[0]
+        saved, trunk, _ = ticks(lanes[0], work.forward, schedule.forward, carry)
+    with jax.named_scope(ON_ALL):
+        trunk, sums = _losses(work, rows, (trunk, sums))
+    if work.backward:
+        with jax.named_scope(BACKWARD):
+            carry = gradients, trunk, packets[1]
+            item_work = partial(work.backward, saved)
+            gradients, trunk, _ = ticks(lanes[1], item_work, schedule.backward, carry)
+    if work.embed_grads:
+        with jax.named_scope(ON_ALL):
+            sums = _embed_grads(work, trunk, rows, sums)
     return saved, gradients, sums
 
 

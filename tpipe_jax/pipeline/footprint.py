@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from tpipe_jax.pipeline.buffers import UNDIVIDED
-from tpipe_jax.pipeline.build import gradients_of, saved_of
+from tpipe_jax.pipeline.buffers import UNDIVIDED, Saved
+from tpipe_jax.pipeline.build import gradients_of, packing_of, saved_of
 from tpipe_jax.pipeline.spec import StageSpec
 
 
@@ -15,7 +15,7 @@ def activation_bytes_per_token(spec: StageSpec) -> tuple[int, int]:
     """Returns two numbers, bytes per token on a device: the memory of a sequence in the pipeline,
     and the additional memory while it goes backward.
     """
-    saved, gathered = _shapes(spec, saved_of), cache_bytes_per_token(spec)[1]
+    saved, gathered = _shapes(spec, _saved_of), cache_bytes_per_token(spec)[1]
     left = deferred_bytes_per_token(spec) if spec.weight_grads == "at the end" else 0
     return _bytes_per_token(spec, saved) + left, gathered
 
@@ -36,7 +36,7 @@ def cache_bytes_per_token(spec: StageSpec) -> tuple[int, int]:
     """
     saved, gathered = (
         _bytes_per_token(spec, [d.cache for d in _shapes(spec, buffers)])
-        for buffers in (saved_of, gradients_of)
+        for buffers in (_saved_of, gradients_of)
     )
     return saved, gathered
 
@@ -44,6 +44,10 @@ def cache_bytes_per_token(spec: StageSpec) -> tuple[int, int]:
 def _shapes(spec: StageSpec, buffers: Callable[..., list[Any]]) -> list[Any]:
     """The shapes of the buffers for one sequence; no memory is allocated."""
     return jax.eval_shape(partial(buffers, spec, num_rows=1))
+
+
+def _saved_of(spec: StageSpec, num_rows: int) -> list[Saved]:
+    return saved_of(spec, packing_of(spec, spec.config.model.seq_len), num_rows)
 
 
 def _bytes_per_token(spec: StageSpec, buffers: Any) -> int:

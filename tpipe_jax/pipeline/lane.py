@@ -35,16 +35,18 @@ class Lane:
         reverse: bool = False,
         slot_rows: np.ndarray | None = None,
         skips: Skips = CONDITIONALS,
+        may_idle: bool = True,
     ) -> None:
         """`buffer_rows[item]` is the first row of an item in the buffers. `slot_rows[item, stage]`
-        is the first row of its slot, if gradients of weights are deferred.
+        is the first row of its slot, if gradients of weights are deferred. Unless it `may_idle`,
+        each stage has an item in each tick.
         """
         ends, step = ((num_stages - 1, 0), -1) if reverse else ((0, num_stages - 1), 1)
         self._entry, self._exit = ends
         self._is_ring = any(item.chunk for item in items)
         pairs = [(s, s + step) for s in range(num_stages) if s != self._exit]
         self._neighbours = pairs + [(self._exit, self._entry)] * self._is_ring
-        self._items, self._skips = items, skips
+        self._items, self._skips, self._may_idle = items, skips, may_idle
         self._places = jnp.array(
             [(first, item.token, item.row) for first, item in zip(buffer_rows, items, strict=True)]
         )
@@ -118,5 +120,7 @@ class Lane:
             is_due = (index != IDLE) & (kind_of[index] == n)
             with jax.named_scope(scope):
                 run = partial(function, kind, at)
+                if len(distinct) == 1 and not self._may_idle:
+                    return run(state)
                 state = self._skips.run_if(is_due, run, state, num_pieces=len(distinct))
         return state

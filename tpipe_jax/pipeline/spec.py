@@ -50,6 +50,13 @@ class StageSpec:
         return skips_on(self.device.platform)
 
     @property
+    def has_small_kernels(self) -> bool:
+        """Whether a device is slow to begin a kernel, and each has values whole: arrays are joined
+        then, so that there are fewer kernels (`packing`).
+        """
+        return self.device.platform == "gpu" and self.mesh.shape["model"] == 1
+
+    @property
     def num_stages(self) -> int:
         return self.mesh.shape["pipe"]
 

@@ -19,15 +19,13 @@ from tpipe_jax.devices.skips import CONDITIONALS, Skips
 from tpipe_jax.model.block import Params, merge_heads, split_heads
 from tpipe_jax.model.functional import BlockFunctions
 from tpipe_jax.pipeline.buffers import Gradients, Saved
+from tpipe_jax.pipeline.packing import JoinedBiases, Packing, split_biases, sum_of_outputs
 from tpipe_jax.planning.context_blocks import query_block
 
 LayerState = TypeVar("LayerState")
 Value = TypeVar("Value")
 
 OWN = ("x", "q", "attn", "lse")  # values of the stage; the others are the block's
-# About as many tokens go into each product of deferred gradients of weights: enough for the product
-# to take longer than adding it to its sum. On a CPU 256 to 1024 are equally fast (docs/design.md).
-DEFERRED_TOKENS = 1024
 
 
 class Chunk(NamedTuple):
@@ -49,9 +47,13 @@ class Stage(NamedTuple):
     """
 
     block: BlockFunctions
+    num_queries: int
+    """Heads of queries."""
     attention: Attention
     params: list[Params]
     chunks: tuple[Chunk, ...]
+    packing: Packing
+    """How `Saved.values` has the values that are saved."""
     starts_BT1: Array | None = None
     """Where the document of each token begins in its sequence, `[B, T, 1]` int32, if documents do
     not see each other; None if they do."""
@@ -60,6 +62,8 @@ class Stage(NamedTuple):
     `Gradients.cache`."""
     has_slots: bool = False
     """Whether slices wait in slots of `Gradients.d_outputs`."""
+    deferred_tokens: int = 1024
+    """About as many tokens go into each product of deferred gradients of weights."""
     skips: Skips = CONDITIONALS
 
     def infer(
@@ -81,9 +85,9 @@ class Stage(NamedTuple):
         def layer(n: int, carry: tuple[Array, Saved]) -> tuple[Array, Saved]:
             x_BLD, (cache, buffers) = carry
             y_BLD, cache, values = self._layer(n, x_BLD, cache, at)
-            return y_BLD, Saved(
-                cache, {name: write(buffers[name], values[name], at) for name in buffers}
-            )
+            new = self.packing.pack(values)
+            new |= {name: values[name] for name in buffers if name not in new}
+            return y_BLD, Saved(cache, {n: write(buffers[n], new[n], at) for n in buffers})
 
         return self._each_layer(self.chunks[chunk], layer, x_BLD, saved)
 
@@ -102,7 +106,8 @@ class Stage(NamedTuple):
             is_first = at.token + L == cache.k.shape[-2]
             d_at = in_shared_rows(at._replace(token=0), cache.k, len(saved[0].cache.k))
             zeroed = partial(_with_zeroed_cache, d_at, B)
-            gradients = self.skips.run_if(is_first, zeroed, gradients)
+            # As one of two pieces: a conditional alone would copy what it leaves as it is.
+            gradients = self.skips.run_if(is_first, zeroed, gradients, num_pieces=2)
 
         def layer(n: int, carry: tuple[Array, Gradients]) -> tuple[Array, Gradients]:
             return self._layer_backward(n, saved[n], *carry, at)
@@ -132,11 +137,14 @@ class Stage(NamedTuple):
 
     def param_gradients(self, saved: list[Saved], gradients: list[Gradients]) -> list[Params]:
         """Returns the gradients of the parameters of each layer, float32, after the last slice."""
-        return [
-            d.params | (self._deferred(n, saved[n], d.d_outputs) if is_left else {})
-            for n, d in enumerate(gradients)
-            for is_left in [d.d_outputs and d.params.keys().isdisjoint(self.block.linears)]
-        ]
+        return [self._params_of(n, saved[n], d) for n, d in enumerate(gradients)]
+
+    def _params_of(self, n: int, saved: Saved, gradients: Gradients) -> Params:
+        sums, d_outputs, linears = gradients.params, gradients.d_outputs, self.block.linears
+        if isinstance(sums, JoinedBiases):
+            return split_biases(linears, sums, self.params[n])
+        is_left = d_outputs and sums.keys().isdisjoint(linears)
+        return sums | (self._deferred(n, saved, d_outputs) if is_left else {})
 
     def _layer(
         self, n: int, x_BLD: Array, cache: KVCache, at: Position
@@ -150,10 +158,10 @@ class Stage(NamedTuple):
         B, L, _ = x_BLD.shape
         starts_BL1 = self._starts(at, B, L)
         q, k, v = self.block.qkv(self.params[n], x_BLD, _positions(at, L, starts_BL1), record)
-        cache = KVCache(write(cache.k, k, at), write(cache.v, v, at))
+        cache = self.attention.layout.write(cache, k, v, at)
         attn, lse = self.attention.forward(Slice(q, cache, at, starts_BL1))
         y_BLD = self.block.finish(self.params[n], x_BLD, attn, record)
-        own = {"x": x_BLD, "q": q, "attn": merge_heads(attn), "lse": lse}
+        own = {"x": x_BLD, "q": merge_heads(q), "attn": merge_heads(attn), "lse": lse}
         return y_BLD, cache, values | own
 
     def _layer_backward(
@@ -162,9 +170,10 @@ class Stage(NamedTuple):
         B, L, _ = d_y_BLD.shape
         params, cache, (d_cache, d_params, d_outputs) = self.params[n], saved.cache, gradients
         linears, starts_BL1 = self.block.linears, self._starts(at, B, L)
-        values = {name: read(buffer, at, B, L) for name, buffer in saved.values.items()}
+        values = self._values(saved, at, B, L)
         of_block = _of_block(values)
-        x_BLD, others = values["x"], {name: params[name] for name in params if name not in linears}
+        x_BLD, known = values["x"], {**linears, **self.block.norms}
+        others = {name: params[name] for name in params if name not in known}
         taps = {
             name: jnp.broadcast_to(x_BLD[..., :1], (B, L, params[layer]["kernel"].shape[-1]))
             for layer, (_, name) in linears.items()
@@ -191,11 +200,9 @@ class Stage(NamedTuple):
         _, finish_vjp, seen = jax.vjp(
             replay(self.block.finish), others, taps, x_BLD, attn, has_aux=True
         )
-        d_others, d_taps, d_x_BLD, d_attn_BHLK = finish_vjp(d_y_BLD)
+        d_others, d_taps, d_x_BLD, d_attn = finish_vjp(d_y_BLD)
         own = Slice(q, cache, at, starts_BL1)
-        d_q, d_cache = self.attention.backward(own, attn, lse, d_attn_BHLK, d_cache)
-        d_at = in_shared_rows(at, d_cache.k, len(cache.k))
-        d_qkv = d_q, *(read(d, d_at, B, L).astype(d_q.dtype) for d in d_cache)
+        d_q, d_kv, d_cache = self.attention.backward(own, attn, lse, d_attn, d_cache)
         positions = _positions(at, L, starts_BL1)
         _, qkv_vjp, seen_before = jax.vjp(
             replay(lambda params, x, tape: self.block.qkv(params, x, positions, tape)),
@@ -204,14 +211,29 @@ class Stage(NamedTuple):
         )
         # Only one of the two functions uses each tap, so the other adds zero to its gradient.
         d_others, d_taps, d_x_BLD = jax.tree.map(
-            jnp.add, (d_others, d_taps, d_x_BLD), qkv_vjp(d_qkv)
+            jnp.add, (d_others, d_taps, d_x_BLD), qkv_vjp((d_q, *d_kv))
         )
         if d_outputs:
             place = self._outputs_at(at)
             d_outputs = {name: write(d_outputs[name], d_taps[name], place) for name in d_outputs}
+            d_params = _sum(d_params, d_others)
+        elif isinstance(d_params, JoinedBiases):
+            # A barrier, so that sums and products read one array in the short format.
+            d_taps = lax.optimization_barrier(d_taps)
+            more = _linear_gradients(linears, params, seen_before | seen, d_taps, has_biases=False)
+            biases = d_params.biases + sum_of_outputs(linears, params, d_taps)
+            d_params = JoinedBiases(biases, _sum(d_params.params, d_others | more))
         else:
-            d_others |= _linear_gradients(linears, params, seen_before | seen, d_taps)
-        return d_x_BLD, Gradients(d_cache, _sum(d_params, d_others), d_outputs)
+            more = _linear_gradients(linears, params, seen_before | seen, d_taps)
+            d_params = _sum(d_params, d_others | more)
+        return d_x_BLD, Gradients(d_cache, d_params, d_outputs)
+
+    def _values(
+        self, saved: Saved, at: Position, num_rows: int, num_tokens: int
+    ) -> dict[str, Array]:
+        """Returns the saved values of a slice, by name."""
+        found = {n: read(buffer, at, num_rows, num_tokens) for n, buffer in saved.values.items()}
+        return self.packing.unpack(found)
 
     def _attention_again(
         self, n: int, values: dict[str, Array], cache: KVCache, at: Position
@@ -219,14 +241,16 @@ class Stage(NamedTuple):
         """Returns the queries, output and log-sum-exp of a slice's attention, each either saved or
         computed again.
         """
-        x_BLD, q = values["x"], values.get("q")
+        x_BLD, num_queries = values["x"], self.num_queries
         starts_BL1 = self._starts(at, *x_BLD.shape[:2])
-        if q is None:
+        if "q" in values:
+            q = split_heads(values["q"], num_queries)
+        else:
             positions = _positions(at, x_BLD.shape[1], starts_BL1)
             q = self.block.query(self.params[n], x_BLD, positions, _of_block(values).get)
         if "attn" not in values:
             return q, *self.attention.forward(Slice(q, cache, at, starts_BL1))
-        return q, split_heads(values["attn"], q.shape[1]), values["lse"]
+        return q, split_heads(values["attn"], num_queries), values["lse"]
 
     def _deferred(self, n: int, saved: Saved, d_outputs: dict[str, Array]) -> Params:
         """Returns the gradients of the weights of a layer, summed over all slices.
@@ -234,9 +258,9 @@ class Stage(NamedTuple):
         They are computed part by part: all at once, the recomputed values would take as much memory
         as if they had been saved.
         """
-        B, T, _ = saved.values["x"].shape
-        num_tokens = _divisor(T, DEFERRED_TOKENS)
-        num_rows = _divisor(B, max(1, DEFERRED_TOKENS // num_tokens))
+        B, T, _ = next(iter(saved.values.values())).shape
+        num_tokens = _divisor(T, self.deferred_tokens)
+        num_rows = _divisor(B, max(1, self.deferred_tokens // num_tokens))
 
         def add_part(i: Array, sums: Params) -> Params:
             row, token = jnp.divmod(i, T // num_tokens)
@@ -260,11 +284,7 @@ class Stage(NamedTuple):
         """Returns the gradients of the weights of a layer for a slice, computed from the values and
         output gradients that its passes have stored.
         """
-
-        def own(buffers: dict[str, Array], at: Position) -> dict[str, Array]:
-            return {name: read(buffer, at, *shape) for name, buffer in buffers.items()}
-
-        values = own(saved.values, at)
+        values = self._values(saved, at, *shape)
         of_block = _of_block(values)
         seen: dict[str, Array] = {}
 
@@ -274,12 +294,12 @@ class Stage(NamedTuple):
         B, L = shape
         positions = _positions(at, L, self._starts(at, B, L))
         self.block.qkv(self.params[n], values["x"], positions, tape)
-        _, attn_BHLK, _ = self._attention_again(n, values, saved.cache, at)
-        self.block.finish(self.params[n], values["x"], attn_BHLK, tape)
+        _, attn, _ = self._attention_again(n, values, saved.cache, at)
+        self.block.finish(self.params[n], values["x"], attn, tape)
         weights = {name: self.params[n][name] for name in self.block.linears}
-        return _linear_gradients(
-            self.block.linears, weights, seen, own(d_outputs, self._outputs_at(at))
-        )
+        place = self._outputs_at(at)
+        d_own = {name: read(buffer, place, *shape) for name, buffer in d_outputs.items()}
+        return _linear_gradients(self.block.linears, weights, seen, d_own)
 
     def _outputs_at(self, at: Position) -> Position:
         """The position of a slice in the buffers of `Gradients.d_outputs`."""
@@ -349,16 +369,19 @@ def _linear_gradients(
     params: Params,
     inputs: dict[str, Array],
     d_outputs: dict[str, Array],
+    has_biases: bool = True,
 ) -> Params:
     """Returns the gradients of the weights of a block's linear layers, float32, from the inputs of
-    the layers and the gradients with respect to their outputs, `[B, L, ...]`.
+    the layers and the gradients with respect to their outputs, `[B, L, ...]`. Without
+    `has_biases`, those of biases are left out.
     """
 
     def of(layer: Params, source: str, target: str) -> Params:
         x, d_y = inputs[source], d_outputs[target]
         kernel = jnp.einsum("bli,blo->io", x, d_y, preferred_element_type=jnp.float32)
-        bias = {"bias": d_y.astype(jnp.float32).sum((0, 1))} if "bias" in layer else {}
-        return {"kernel": kernel} | bias
+        if has_biases and "bias" in layer:
+            return {"kernel": kernel, "bias": d_y.astype(jnp.float32).sum((0, 1))}
+        return {"kernel": kernel}
 
     return {name: of(params[name], *ends) for name, ends in linears.items()}
 

@@ -53,6 +53,11 @@ def read_tick(text: str, num_layers: int) -> TickProgram | None:
     `num_layers` is the most layers that a slice goes through in a tick.
     """
     program = read(text)
+    return _of_one_loop(program, num_layers) or _of_two_loops(program, num_layers)
+
+
+def _of_one_loop(program: Program, num_layers: int) -> TickProgram | None:
+    """The tick of `executor.execute`, if it has both directions and all that belongs to parts."""
     loop = next(
         (
             operation
@@ -85,6 +90,33 @@ def read_tick(text: str, num_layers: int) -> TickProgram | None:
     )
 
 
+def _of_two_loops(program: Program, num_layers: int) -> TickProgram | None:
+    """The ticks of one stage that has the whole batch at once: a loop forward and one backward."""
+    loops = [operation for operation in program.operations() if operation.opcode == "while"]
+    lanes = {
+        name: [loop for loop in loops if loop.source.endswith(f"/{name}/while")]
+        for name in (FORWARD, BACKWARD)
+    }
+    if not lanes[FORWARD]:
+        return None
+    of_lanes = lanes[FORWARD] + lanes[BACKWARD]
+    of_parts = [
+        operation
+        for operation in program.computations[program.entry]
+        if operation.opcode == "while" and f"/{ON_ALL}/" in operation.source
+    ]
+    moving = sum((work_of(program, loop.body) for loop in of_lanes), Work())
+    rest = sum((work_of(program, loop.body) for loop in of_parts), Work())
+    counts = [_kernels(program, lanes[name], num_layers) for name in (FORWARD, BACKWARD)]
+    return TickProgram(
+        Kernels(*(n for n, _ in counts), *(n for _, n in counts)),
+        (moving + rest).copied_bytes,
+        _exchanges(moving),
+        _exchanges(rest),
+        _exchanges(_work(program, program.entry, but=[*of_lanes, *of_parts])),
+    )
+
+
 def large_copies(text: str, spec: StageSpec, schedule: Schedule) -> int:
     """Returns the bytes that a tick of a compiled training step copies, if they are more than they
     should be; else 0. Packets may be copied on their way to the next stage, in each direction.
@@ -103,14 +135,14 @@ def layers_in_a_tick(spec: StageSpec) -> int:
 
 def _kernels(program: Program, lanes: list[Operation], num_layers: int) -> tuple[int, int]:
     """Returns the kernels of a layer outside of loops over context, and in a turn of these."""
+    outer = [name for lane in lanes for name in lane.parts]
     bodies = [
         part
-        for lane in lanes
-        for name in lane.parts
+        for name in outer
         for operation in program.computations[name]
         if _is_skip(operation, SLICE)
         for part in operation.parts
-    ]
+    ] or outer  # a stage that never idles, on slices of one length, has no skip
     found = [(0, 0)]
     for body in bodies:
         loops = [loop for loop in _loops(program, body) if f"/{CONTEXT}/" in loop.source]

@@ -16,6 +16,7 @@ from tpipe_jax.pipeline.build import (
     gradients_of,
     make_stage,
     over_mesh,
+    packing_of,
     saved_of,
 )
 from tpipe_jax.pipeline.executor import each_alone, sweep
@@ -30,11 +31,12 @@ def make_stage_work(spec: StageSpec, items: Sequence[Item]) -> Wrapped:
     The number depends on all results, so XLA leaves nothing out. The tables are run-time values.
     """
     num_rows = max(item.row + item.num_rows for item in items)
+    packing = packing_of(spec, max(item.num_tokens for item in items))
 
     def local(params: Params, x_BTD: Array, forward: Array, backward: Array) -> Array:
-        stage = make_stage(spec, for_compute(spec, params))
+        stage = make_stage(spec, for_compute(spec, params), packing)
         x_BTD = x_BTD.astype(spec.dtype)
-        saved = saved_of(spec, num_rows)
+        saved = saved_of(spec, packing, num_rows)
         y_BTD, saved = sweep(forward, items, stage.forward, x_BTD, saved, skips=spec.skips)
         d_x_BTD, gradients = sweep(
             backward,
@@ -59,14 +61,15 @@ def make_weights_work(spec: StageSpec, item: Item) -> Wrapped:
     It takes only the gradients of weights of the item. The item's saved values are zeros, and x is
     not read.
     """
+    packing = packing_of(spec, item.num_tokens)
 
     def local(params: Params, x_BTD: Array, table: Array) -> Array:
-        stage = make_stage(spec, for_compute(spec, params))
+        stage = make_stage(spec, for_compute(spec, params), packing)
         rows = item.num_rows
         saved, gradients = lax.optimization_barrier(  # so that XLA keeps products with zeros
             varying(
                 (
-                    saved_of(spec, rows),
+                    saved_of(spec, packing, rows),
                     gradients_of(spec, rows),
                 )
             )

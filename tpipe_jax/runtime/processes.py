@@ -15,7 +15,8 @@ import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from jax._src import distributed  # the coordination service's values have no pu
 from jax.experimental import multihost_utils
 
 from tpipe_jax.config.flags import Flags, PlanFlags, ProcessFlags
-from tpipe_jax.config.settings import differences, to_dict
+from tpipe_jax.config.settings import FLASH_PACKAGES, differences, to_dict
 from tpipe_jax.errors import UserError
 from tpipe_jax.runtime.failures import ending_together, print_error
 from tpipe_jax.version import __version__
@@ -271,8 +272,17 @@ def _facts(flags: Flags | PlanFlags) -> dict[str, Any]:
         "tpipe_jax": f"{__version__} ({code.hexdigest()[:12]})",
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
+        "FlashAttention": _flash_attention(),
         "Python": ".".join(platform.python_version_tuple()[:2]),
     }
+
+
+def _flash_attention() -> str:
+    """The version of FlashAttention; where it is, config.attention.backend=auto takes it."""
+    for package in FLASH_PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            return f"{package} {metadata.version(package)}"
+    return "none"
 
 
 def _client() -> Any:

@@ -18,12 +18,14 @@ from tpipe_jax.errors import UserError
 from tpipe_jax.model.block import Params
 from tpipe_jax.pipeline import vocab_parallel
 from tpipe_jax.pipeline.build import (
+    block_gradients,
     caches_of,
     for_compute,
     gradients_of,
     make_head,
     make_stage,
     over_mesh,
+    packing_of,
     saved_of,
 )
 from tpipe_jax.pipeline.executor import StepWork, execute
@@ -91,13 +93,13 @@ def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
     config.memory.defer_weight_grads.
     """
     _check_weight_grads(spec, schedule)
-    V = spec.config.model.vocab_size
+    V, packing = spec.config.model.vocab_size, packing_of(spec, schedule.longest_shape[1])
 
     def local(params: Params, rows: Array, scale: Array) -> tuple[Array, Params]:
-        batch, params = _Batch.of(spec.config, rows), for_compute(spec, params)
+        batch, given, params = _Batch.of(spec.config, rows), params, for_compute(spec, params)
         count = _count(batch.targets_BT)
         weight, head = scale / count, make_head(spec, params)
-        stage = make_stage(spec, params, batch.starts_BT1)._replace(
+        stage = make_stage(spec, params, packing, batch.starts_BT1)._replace(
             shares_gradient_rows=schedule.num_gradient_rows < len(batch.tokens_BT),
             has_slots=schedule.slots is not None,
         )
@@ -126,7 +128,7 @@ def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
             schedule,
             work,
             _trunk(spec, schedule),
-            saved_of(spec, schedule.num_rows),
+            saved_of(spec, packing, schedule.num_rows),
             gradients_of(spec, schedule.num_gradient_rows, _slot_buffer_shape(schedule)),
             vocab_parallel.no_sums(params["embed"], head.norm),
             spec.skips,
@@ -134,7 +136,7 @@ def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
         d_blocks = stage.param_gradients(saved, gradients)
         grads = {
             "embed": vocab_parallel.embed_gradients(sums, weight),
-            "blocks": [jax.tree.map(lambda g: g[None], layer) for layer in d_blocks],
+            "blocks": block_gradients(spec, given, d_blocks),
             "norm": psum(sums.d_norm, "pipe"),
         }
         total, grads = psum((sums.loss, grads), "data")
@@ -163,7 +165,7 @@ def make_loss(spec: StageSpec, schedule: Schedule) -> Wrapped:
     def local(params: Params, rows: Array) -> Array:
         batch, params = _Batch.of(spec.config, rows), for_compute(spec, params)
         head = make_head(spec, params)
-        stage = make_stage(spec, params, batch.starts_BT1)
+        stage = make_stage(spec, params, starts_BT1=batch.starts_BT1)
 
         def losses(y_BTD: Array, row: Array | int, total: Array) -> tuple[Array, Array]:
             targets = batch.part(row, len(y_BTD)).targets_BT
