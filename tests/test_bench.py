@@ -110,6 +110,7 @@ def test_stages_that_sleep_take_no_less_than_their_makespan(
 @pytest.fixture(scope="module")
 def gpu() -> Any:
     """bench/gpu.py as a module."""
+    sys.path.append(str(BENCH))  # where it finds gpu_trace.py
     spec = importlib.util.spec_from_file_location("gpu", BENCH / "gpu.py")
     assert spec
     assert spec.loader
@@ -117,6 +118,49 @@ def gpu() -> Any:
     sys.modules["gpu"] = module  # where its dataclass looks for it
     spec.loader.exec_module(module)
     return module
+
+
+def test_kernels_of_a_step_by_kind(gpu: Any, capsys: pytest.CaptureFixture[str]):
+    """Two kernels overlap, and two gaps of 3 us have nothing."""
+    names = [
+        "nvjet_sm90_tst_128x128",
+        "gemm_fusion_dot.3",
+        "void cutlass::device_kernel<flash::FlashAttnFwdSm90>",
+        "cudnn_generated_fort_native_sdpa_sm90",
+        "input_scatter_fusion",
+        "loop_dynamic_update_slice_fusion_2",
+        "input_reduce_fusion",
+        "loop_dynamic_slice_fusion",
+        "MemcpyD2H",
+        "fusion_12",
+    ]
+    starts = [0, 8_000, 21_000, 31_000, 41_000, 51_000, 61_000, 71_000, 81_000, 94_000]
+    events = [(start, 10_000, name) for start, name in zip(starts, names, strict=True)]
+    found = sys.modules["gpu_trace"].by_kind(events)
+    assert {kind: number for kind, (number, _) in found.items()} == {
+        "products": 2,
+        "attention": 2,
+        "sums over contexts": 1,
+        "writes": 1,
+        "sums": 1,
+        "reads": 1,
+        "copies": 1,
+        "others": 1,
+        "idle": 2,
+    }
+    assert found["products"][1] == pytest.approx(20e-6)
+    assert found["idle"][1] == pytest.approx(6e-6)
+    gpu.report_traces({"a": found, "b": {"sums": (3, 1e-3)}})
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if line]
+    assert ["sums", "1", "0.01", "ms", "3", "1.00", "ms"] in rows
+
+
+def test_the_short_table_is_one_length_with_few_programs(gpu: Any):
+    args = gpu.parse_args(["--short", "--rounds=2", "--backend=flash"])
+    assert (args.num_layers, args.seq_len, args.slices) == (12, [8192], [1, 8, 16])
+    assert (args.rounds, args.backend) == (2, ["flash"])
+    assert len(gpu.variants(args)) == 5
+    assert gpu.parse_args([]).num_layers == 24
 
 
 D, V, T, B, L = 64, 256, 128, 2, 1

@@ -47,6 +47,24 @@ class OtherValue(NoValue):
     def finish(self, x, attn, tape): return tape("out", x) + tape("hidden", x[..., :8]).sum()
 class Specs(NoValue):
     def finish(self, x, attn, tape): return tape("out", self.linear(tape("hidden", x)))
+class NoNorm(Specs):
+    specs = None
+    norms = {"linear": "linear"}
+class NoLayer(NoNorm):
+    norms = {"norm": "norm"}
+    def __init__(self, config, dtype, rngs):
+        super().__init__(config, dtype, rngs)
+        self.norm = nnx.LayerNorm(16, rngs=rngs)
+class NoBias(NoLayer):
+    norms = {"norm": "linear"}
+    def __init__(self, config, dtype, rngs):
+        super().__init__(config, dtype, rngs)
+        self.linear = nnx.Linear(16, 16, use_bias=False, dtype=dtype, rngs=rngs)
+class NarrowNorm(NoLayer):
+    norms = {"norm": "linear"}
+    def __init__(self, config, dtype, rngs):
+        super().__init__(config, dtype, rngs)
+        self.norm = nnx.LayerNorm(8, rngs=rngs)
 """
 BROKEN = {
     "none": ("", "names no Python file"),
@@ -62,6 +80,10 @@ BROKEN = {
     "no value": ("x.py:NoValue", "linears has hidden and out, which the tape must have both"),
     "other value": ("x.py:OtherValue", "linear is not a product from hidden to out"),
     "other specs": ("x.py:Specs", "specs is not a tree like"),
+    "no norm": ("x.py:NoNorm", "norms has linear, which is no norm of a scale"),
+    "no layer": ("x.py:NoLayer", "norms has norm, which is no layer that norm can be part of"),
+    "no bias": ("x.py:NoBias", "norms has linear, which is no layer that norm can be part of"),
+    "narrow norm": ("x.py:NarrowNorm", "norm is not as wide as the input of linear"),
     "other heads": ("x.py:Heads", "make them .B, L, G H, K. and twice"),
     "heads first": ("x.py:HeadsFirst", "make them .B, L, G H, K. and twice"),
     "does not load": ("y.py:Block", r"cannot be used \(ZeroDivisionError"),

@@ -26,11 +26,12 @@ class Skips(NamedTuple):
     reads_first: bool = True
     """Whether values that work overwrites are read once, at its beginning."""
 
-    def read_first(self, value: Array) -> Array:
-        """Returns a value that work reads from a buffer and then overwrites.
+    def read_first(self, value: Carry) -> Carry:
+        """Returns a value that work reads from a buffer and then overwrites, or buffers that it has
+        just written.
 
-        XLA may read it once more where it is used again, from a copy of the buffer (seen in
-        programs for V100s). A barrier prevents that.
+        XLA may compute the value once more where it is used again, from a copy of the buffer as it
+        was before (seen in programs for V100s). A barrier prevents that.
         """
         return lax.optimization_barrier(value) if self.reads_first else value
 

@@ -158,7 +158,8 @@ class Stage(NamedTuple):
         B, L, _ = x_BLD.shape
         starts_BL1 = self._starts(at, B, L)
         q, k, v = self.block.qkv(self.params[n], x_BLD, _positions(at, L, starts_BL1), record)
-        cache = self.attention.layout.write(cache, k, v, at)
+        # What is read next is what was written: else XLA reads the old cache, and so copies it.
+        cache = self.skips.read_first(self.attention.layout.write(cache, k, v, at))
         attn, lse = self.attention.forward(Slice(q, cache, at, starts_BL1))
         y_BLD = self.block.finish(self.params[n], x_BLD, attn, record)
         own = {"x": x_BLD, "q": merge_heads(q), "attn": merge_heads(attn), "lse": lse}
