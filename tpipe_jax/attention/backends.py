@@ -15,9 +15,11 @@ from tpipe_jax.errors import UserError
 from tpipe_jax.planning.context_blocks import BLOCK
 
 # Keys that are read together on GPUs and TPUs. XLA_BLOCK was the fastest of 256, 512 and 1024 for
-# whole sequences on an H200; CUDNN_GROUP is a guess (docs/gpu.md).
+# whole sequences on an H200. One call of cuDNN for contexts of up to 8192 keys was faster than calls
+# of 1024 keys in a loop (docs/gpu.md). It skips keys that are not visible, in tiles.
 XLA_BLOCK = 1024
-CUDNN_GROUP = 1024
+CUDNN_GROUP = 8192
+CUDNN_TILE = 128
 # On GPUs, slices of sequences of at most so many tokens read them whole: a turn over the context
 # starts a dozen kernels, and waits for the host before.
 XLA_WHOLE = 4096
@@ -65,6 +67,7 @@ def make_attention(config: Config, device: DeviceFacts, are_heads_divided: bool)
         attention = flash.flash(flash.flash_kernels(device.capability))
     else:
         attention = grouped(cudnn_kernel(), block or CUDNN_GROUP)
+        attention = attention._replace(key_block=block or CUDNN_TILE)
     return over_heads(attention) if are_heads_divided else attention
 
 

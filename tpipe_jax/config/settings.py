@@ -233,8 +233,8 @@ class AttentionConfig:
     flash needs an extra, flash12 or flash13. auto means the first of flash, cudnn and xla that can
     run."""
     block: Count | None = None
-    """Tokens of the context that are read together by xla and cudnn; None means 128 for xla on
-    CPUs, else 1024, and for xla on GPUs whole sequences of up to 4096 tokens."""
+    """Tokens of the context that are read together by xla and cudnn; None means 8192 for cudnn,
+    128 for xla on CPUs, else 1024, and for xla on GPUs whole sequences of up to 4096 tokens."""
 
 
 Scale = Annotated[float, Range(2**-24, high=2**64)]
