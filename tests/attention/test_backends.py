@@ -230,8 +230,9 @@ def test_blocks_are_as_set():
     }
     assert sizes == {128, 1024, 96}
     assert make(config("xla"), DeviceFacts("tpu", "tpu")).key_block == 1024
-    assert make(config("auto"), A100).key_block == 1024
-    assert make(config("auto", block=100), A100).key_block == 100
+    for block, group, steps in ((None, 8192, 128), (100, 100, 100)):
+        attention: Any = make(config("auto", block=block), A100)
+        assert (attention.forward.__self__.group, attention.key_block) == (group, steps)
 
 
 def test_short_sequences_are_read_whole_on_gpus():

@@ -15,8 +15,8 @@ from tpipe_jax.errors import UserError
 from tpipe_jax.planning.context_blocks import BLOCK
 
 # Keys that are read together on GPUs and TPUs. XLA_BLOCK was the fastest of 256, 512 and 1024 for
-# whole sequences on an H200. One call of cuDNN for contexts of up to 8192 keys was faster than calls
-# of 1024 keys in a loop (docs/gpu.md). It skips keys that are not visible, in tiles.
+# whole sequences on an H200. One call of cuDNN for a context of up to 8192 keys was faster than
+# calls for 1024 keys in a loop (docs/gpu.md). It skips keys that are not visible, in tiles.
 XLA_BLOCK = 1024
 CUDNN_GROUP = 8192
 CUDNN_TILE = 128
