@@ -211,6 +211,9 @@ def test_gradients_where_work_is_skipped_otherwise(
     text = compile_step(case.config).as_text()
     assert "slice_body/while" in text
     assert ("on_all_devices/while" in text) == (platform == "tpu")
+    in_sweeps = platform == "gpu" and "1f1b" not in case.schedule
+    assert ("whole_batch" in text) == in_sweeps
+    assert ("on_all_devices" in text) != in_sweeps
     check_gradients(case.config)
 
 

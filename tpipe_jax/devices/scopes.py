@@ -2,6 +2,8 @@
 
 ON_ALL = "on_all_devices"
 """A conditional, or a loop of one turn or none, that all devices take or skip together."""
+WHOLE_BATCH = "whole_batch"
+"""Embedding, losses and their gradients of the whole batch, outside of the loops over ticks."""
 FORWARD = "forward_lane"
 """The work of a tick in the forward direction."""
 BACKWARD = "backward_lane"

@@ -25,6 +25,10 @@ class Skips(NamedTuple):
     of one turn or none."""
     reads_first: bool = True
     """Whether values that work overwrites are read once, at its beginning."""
+    in_sweeps: bool = False
+    """Whether a schedule that has the whole batch at once runs as a loop forward and a loop
+    backward, of which no tick skips anything on all devices: on GPUs each skip waits for the
+    host."""
 
     def read_first(self, value: Carry) -> Carry:
         """Returns a value that work reads from a buffer and then overwrites, or buffers that it has
@@ -66,7 +70,7 @@ class Skips(NamedTuple):
 
 
 CONDITIONALS = Skips(float("inf"), reads_first=False)
-_OF_PLATFORM = {"cpu": CONDITIONALS, "gpu": Skips(1), "tpu": Skips(0)}
+_OF_PLATFORM = {"cpu": CONDITIONALS, "gpu": Skips(1, in_sweeps=True), "tpu": Skips(0)}
 
 
 def skips_on(platform: Any) -> Skips:

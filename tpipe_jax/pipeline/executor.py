@@ -26,7 +26,7 @@ from jax import Array, lax
 
 from tpipe_jax.devices.collectives import varying
 from tpipe_jax.devices.inplace import Position, read, write
-from tpipe_jax.devices.scopes import BACKWARD, FORWARD, ON_ALL
+from tpipe_jax.devices.scopes import BACKWARD, FORWARD, WHOLE_BATCH
 from tpipe_jax.devices.skips import CONDITIONALS, Skips
 from tpipe_jax.pipeline.lane import Carry, ItemShape, ItemWork, Lane, State
 from tpipe_jax.planning.schedule import IDLE, Item, Part, Schedule
@@ -82,20 +82,25 @@ def execute(
         sums: sums that all stages compute together.
         skips: how work is skipped in ticks in which it is not due.
     """
-    is_alone = schedule.num_stages == len(schedule.parts) == 1 < len(schedule.items)
     slot_rows = None if schedule.slots is None else schedule.longest_shape[0] * schedule.slots
+    is_one_stage = schedule.num_stages == 1
+    in_sweeps = (
+        len(schedule.parts) == 1
+        and len(schedule.items) > 1  # else XLA would unroll the loops
+        and schedule.weights is None
+        and (is_one_stage or skips.in_sweeps)
+    )
     forward, backward = (
         Lane(
             *(schedule.items, schedule.buffer_rows, schedule.num_stages, reverse, slot_rows),
             skips,
-            may_idle=not is_alone,
+            may_idle=not (in_sweeps and is_one_stage),
         )
         for reverse in (False, True)
     )
-    if is_alone:
-        return _execute_alone(
-            schedule, work, (forward, backward), trunk_RTD, saved, gradients, sums
-        )
+    if in_sweeps:
+        lanes = forward, backward
+        return _execute_in_sweeps(schedule, work, lanes, trunk_RTD, saved, gradients, sums)
 
     on_part = partial(_on_part, skips, schedule.parts)
 
@@ -132,7 +137,7 @@ def execute(
     return saved, gradients, sums
 
 
-def _execute_alone(
+def _execute_in_sweeps(
     schedule: Schedule,
     work: StepWork,
     lanes: tuple[Lane, Lane],
@@ -141,9 +146,9 @@ def _execute_alone(
     gradients: GradientsT,
     sums: SumsT,
 ) -> tuple[SavedT, GradientsT, SumsT]:
-    """As `execute`, for one stage that has the whole batch at once: all items forward, the losses,
-    and all items backward. Nothing is skipped, so a GPU need not ask the host in each tick what
-    comes next.
+    """As `execute`, for a schedule that has the whole batch at once: all items forward, the losses,
+    and all items backward. No tick has to find out which of these it is, for which a GPU would ask
+    the host.
     """
     [part] = schedule.parts
     rows = _Rows(part.row, part.num_rows, Position(part.buffer_row, 0))
@@ -154,12 +159,12 @@ def _execute_alone(
         own = table[(table != IDLE).any(1)]
         return lax.scan(lambda c, row: (lane.tick(item_work, row, c), None), carry, _kept(own))[0]
 
-    with jax.named_scope(ON_ALL):
+    with jax.named_scope(WHOLE_BATCH):
         trunk = _embed(work, rows, trunk)
     with jax.named_scope(FORWARD):
         carry = saved, trunk, packets[0]
         saved, trunk, _ = ticks(lanes[0], work.forward, schedule.forward, carry)
-    with jax.named_scope(ON_ALL):
+    with jax.named_scope(WHOLE_BATCH):
         trunk, sums = _losses(work, rows, (trunk, sums))
     if work.backward:
         with jax.named_scope(BACKWARD):
@@ -167,7 +172,7 @@ def _execute_alone(
             item_work = partial(work.backward, saved)
             gradients, trunk, _ = ticks(lanes[1], item_work, schedule.backward, carry)
     if work.embed_grads:
-        with jax.named_scope(ON_ALL):
+        with jax.named_scope(WHOLE_BATCH):
             sums = _embed_grads(work, trunk, rows, sums)
     return saved, gradients, sums
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tpipe_jax.devices.hlo import Operation, Program, read
-from tpipe_jax.devices.scopes import BACKWARD, CONTEXT, FORWARD, ON_ALL, SLICE
+from tpipe_jax.devices.scopes import BACKWARD, CONTEXT, FORWARD, ON_ALL, SLICE, WHOLE_BATCH
 from tpipe_jax.devices.work import Work, work_of
 from tpipe_jax.pipeline.spec import StageSpec
 from tpipe_jax.planning.schedule import Schedule
@@ -91,7 +91,7 @@ def _of_one_loop(program: Program, num_layers: int) -> TickProgram | None:
 
 
 def _of_two_loops(program: Program, num_layers: int) -> TickProgram | None:
-    """The ticks of one stage that has the whole batch at once: a loop forward and one backward."""
+    """The ticks of a program in sweeps: a loop forward and one backward."""
     loops = [operation for operation in program.operations() if operation.opcode == "while"]
     lanes = {
         name: [loop for loop in loops if loop.source.endswith(f"/{name}/while")]
@@ -103,7 +103,7 @@ def _of_two_loops(program: Program, num_layers: int) -> TickProgram | None:
     of_parts = [
         operation
         for operation in program.computations[program.entry]
-        if operation.opcode == "while" and f"/{ON_ALL}/" in operation.source
+        if operation.opcode == "while" and f"/{WHOLE_BATCH}/" in operation.source
     ]
     moving = sum((work_of(program, loop.body) for loop in of_lanes), Work())
     rest = sum((work_of(program, loop.body) for loop in of_parts), Work())
