@@ -106,7 +106,9 @@ def _of_two_loops(program: Program, num_layers: int) -> TickProgram | None:
         if operation.opcode == "while" and f"/{WHOLE_BATCH}/" in operation.source
     ]
     moving = sum((work_of(program, loop.body) for loop in of_lanes), Work())
-    rest = sum((work_of(program, loop.body) for loop in of_parts), Work())
+    rest = sum(
+        (work_of(program, loop.body).times(loop.num_turns or 1) for loop in of_parts), Work()
+    )
     counts = [_kernels(program, lanes[name], num_layers) for name in (FORWARD, BACKWARD)]
     return TickProgram(
         Kernels(*(n for n, _ in counts), *(n for _, n in counts)),
