@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from support import several_processes
+from support import fake_flash, several_processes
+from tpipe_jax.config.flags import Flags
+from tpipe_jax.config.settings import Config
+from tpipe_jax.runtime import processes
 from tpipe_jax.runtime.processes import _listening_address
 
 MESH = ["--config.mesh.pipe=1", "--config.mesh.data=2"]
@@ -125,6 +128,23 @@ def test_processes_with_other_code_are_refused(tmp_path: Path):
     answers = several_processes.results(children)
     assert [status for status, _, _ in answers] == [2, 2]
     assert "was started otherwise than process 0 (tpipe_jax is 0" in answers[0][2]
+
+
+@pytest.mark.parametrize(
+    ("package", "version"),
+    [
+        ("dew-flash-attn-cu12", "0.3.6"),
+        ("dew-flash-attn-cu13", "0.3.5"),
+        (None, ""),
+    ],
+)
+def test_processes_compare_flash_attention(
+    package: str | None, version: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Where one process has it, `attention.backend=auto` means something else there."""
+    fake_flash.install(monkeypatch, package, version)
+    facts = processes._facts(Flags(Config(), Path("run")))
+    assert facts["FlashAttention"] == (f"{package} {version}" if package else "none")
 
 
 @pytest.mark.parametrize(
