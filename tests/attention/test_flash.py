@@ -211,8 +211,8 @@ def test_devices_share_heads(attention: Attention) -> None:
         ((8, 9), "dew-flash-attn-cu12", None),
         ((9, 0), "dew-flash-attn-cu13", None),
         ((12, 0), "dew-flash-attn-cu12", None),
-        ((7, 5), "dew-flash-attn-cu12", "has kernels for compute capability 8.0"),
-        ((10, 0), "dew-flash-attn-cu12", "has kernels for compute capability 8.0"),
+        ((7, 5), "dew-flash-attn-cu12", "has kernels for compute capability 8, 9"),
+        ((10, 0), "dew-flash-attn-cu12", "has kernels for compute capability 8, 9"),
         ((9, 0), None, 'pip install "tpipe_jax[flash12]", or flash13 with CUDA 13'),
     ],
 )

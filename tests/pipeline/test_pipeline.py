@@ -261,7 +261,7 @@ def test_gradients_with_flash_attention(
     monkeypatch.setattr(backends, "_obstacle", lambda *_: None)
     kernels = fake_flash.kernels(has_lse_of_sequences)
     monkeypatch.setattr(flash, "flash_kernels", lambda _: kernels)
-    monkeypatch.setattr(spec_module.StageSpec, "has_small_kernels", case.mesh.model == 1)
+    monkeypatch.setattr(spec_module.StageSpec, "joins_arrays", case.mesh.model == 1)
     config = case.config
     config = dataclasses.replace(
         config,
@@ -292,7 +292,7 @@ def test_gradients_with_values_side_by_side(
     case: Case, memory: MemoryConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As programs for GPUs have them, here on CPUs."""
-    monkeypatch.setattr(spec_module.StageSpec, "has_small_kernels", True)
+    monkeypatch.setattr(spec_module.StageSpec, "joins_arrays", True)
     joined = []
     pack = Packing.pack
 

@@ -206,6 +206,9 @@ def test_key_tells_what_measurements_depend_on(mesh: Mesh, monkeypatch: pytest.M
     ):
         other = dataclasses.replace(CONFIG, **changes)
         assert cache_key.profile_key(make_spec(other, mesh)) != key
+    spec = make_spec(CONFIG, mesh)  # with another default than that of an earlier version
+    other = dataclasses.replace(spec, attention=spec.attention._replace(key_block=1))
+    assert cache_key.profile_key(other) != key
     assert key["jax"] == jax.__version__
     assert "2 x cpu" in key["devices"]
 

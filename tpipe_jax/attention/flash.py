@@ -47,7 +47,7 @@ class Kernels(NamedTuple):
 def obstacle(capability: tuple[int, int]) -> str | None:
     """Returns why GPUs of this compute capability cannot run the kernels; None if they can."""
     if capability[0] not in (8, 9, 12):
-        return "has kernels for compute capability 8.0, 8.6, 8.9, 9.0 and 12.0 alone"
+        return "has kernels for compute capability 8, 9 and 12 alone"
     found = [name for name in FLASH_PACKAGES if _version(name)]
     if not found:
         return 'needs FlashAttention: pip install "tpipe_jax[flash12]", or flash13 with CUDA 13'
@@ -162,14 +162,10 @@ def _has_gaps(slice_: Slice) -> bool:
 
 
 def _packed(slice_: Slice) -> tuple[Array, Array, Array]:
-    K = slice_.q_BLNK.shape[-1]
-    q, k, v = (a.reshape(-1, a.shape[-1] // K, K) for a in _flat(slice_))
-    return q, k, v
-
-
-def _flat(slice_: Slice) -> tuple[Array, Array, Array]:
-    B, L, _, _ = slice_.q_BLNK.shape
-    return slice_.q_BLNK.reshape(B, L, -1), *slice_.cache
+    """Returns queries, keys and values as `[tokens, heads, K]`."""
+    _, _, N, K = slice_.q_BLNK.shape
+    k, v = (a.reshape(-1, a.shape[-1] // K, K) for a in slice_.cache)
+    return slice_.q_BLNK.reshape(-1, N, K), k, v
 
 
 def _places(slice_: Slice) -> tuple[Any, ...]:

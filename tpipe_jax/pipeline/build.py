@@ -99,8 +99,8 @@ def make_stage(
             for own, counts in zip(places, spec.chunk_layers, strict=True)
         ),
         packing,
+        DEFERRED_TOKENS.get(spec.device.platform, 1024),
         starts_BT1,
-        deferred_tokens=DEFERRED_TOKENS.get(spec.device.platform, 1024),
         skips=spec.skips,
     )
 
@@ -134,7 +134,7 @@ def packing_of(spec: StageSpec, num_tokens: int) -> Packing:
     model, all_heads = spec.config.model, spec.heads.num_queries * spec.heads.width
     widths = {**value_widths(model), "attn": all_heads, "q": all_heads}
     kept = {name: widths[name] for name in spec.saved_names if name in widths}
-    is_joined = spec.has_small_kernels and num_tokens < model.seq_len
+    is_joined = spec.joins_arrays and num_tokens < model.seq_len
     return Packing.of({"x": model.d_model} | kept, is_joined)
 
 
@@ -156,7 +156,7 @@ def gradients_of(
         spec.weight_grads,
         outputs or (num_rows, model.seq_len),
         spec.dtype,
-        spec.has_small_kernels and spec.weight_grads == "at once",
+        spec.joins_arrays and spec.weight_grads == "at once",
     )
 
 

@@ -83,18 +83,12 @@ def execute(
         skips: how work is skipped in ticks in which it is not due.
     """
     slot_rows = None if schedule.slots is None else schedule.longest_shape[0] * schedule.slots
-    is_one_stage = schedule.num_stages == 1
-    in_sweeps = (
-        len(schedule.parts) == 1
-        and len(schedule.items) > 1  # else XLA would unroll the loops
-        and schedule.weights is None
-        and (is_one_stage or skips.in_sweeps)
-    )
+    in_sweeps = _runs_in_sweeps(schedule, skips)
     forward, backward = (
         Lane(
             *(schedule.items, schedule.buffer_rows, schedule.num_stages, reverse, slot_rows),
             skips,
-            may_idle=not (in_sweeps and is_one_stage),
+            may_idle=not in_sweeps or schedule.num_stages > 1,
         )
         for reverse in (False, True)
     )
@@ -135,6 +129,14 @@ def execute(
     rows = _kept(_tick_rows(schedule, is_training=work.backward is not None))
     (_, _, _, saved, gradients, sums), _ = lax.scan(tick, start, rows)
     return saved, gradients, sums
+
+
+def _runs_in_sweeps(schedule: Schedule, skips: Skips) -> bool:
+    """Whether all items go forward, then all backward, in a loop each. A loop over a single item
+    would be unrolled by XLA, and gradients of weights may be due in any tick.
+    """
+    has_batch = len(schedule.parts) == 1 and schedule.weights is None and len(schedule.items) > 1
+    return has_batch and (schedule.num_stages == 1 or skips.in_sweeps)
 
 
 def _execute_in_sweeps(

@@ -50,9 +50,9 @@ class StageSpec:
         return skips_on(self.device.platform)
 
     @property
-    def has_small_kernels(self) -> bool:
-        """Whether a device is slow to begin a kernel, and each has values whole: arrays are joined
-        then, so that there are fewer kernels (`packing`).
+    def joins_arrays(self) -> bool:
+        """Whether arrays lie side by side, so that there are fewer kernels (`packing`): on GPUs,
+        where 'model' does not divide values.
         """
         return self.device.platform == "gpu" and self.mesh.shape["model"] == 1
 

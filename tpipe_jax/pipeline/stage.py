@@ -20,6 +20,7 @@ from tpipe_jax.model.block import Params, merge_heads, split_heads
 from tpipe_jax.model.functional import BlockFunctions
 from tpipe_jax.pipeline.buffers import Gradients, Saved
 from tpipe_jax.pipeline.packing import JoinedBiases, Packing, split_biases, sum_of_outputs
+from tpipe_jax.pipeline.replay import substitute, tap
 from tpipe_jax.planning.context_blocks import query_block
 
 LayerState = TypeVar("LayerState")
@@ -54,6 +55,8 @@ class Stage(NamedTuple):
     chunks: tuple[Chunk, ...]
     packing: Packing
     """How `Saved.values` has the values that are saved."""
+    deferred_tokens: int
+    """About as many tokens go into each product of deferred gradients of weights."""
     starts_BT1: Array | None = None
     """Where the document of each token begins in its sequence, `[B, T, 1]` int32, if documents do
     not see each other; None if they do."""
@@ -62,8 +65,6 @@ class Stage(NamedTuple):
     `Gradients.cache`."""
     has_slots: bool = False
     """Whether slices wait in slots of `Gradients.d_outputs`."""
-    deferred_tokens: int = 1024
-    """About as many tokens go into each product of deferred gradients of weights."""
     skips: Skips = CONDITIONALS
 
     def infer(
@@ -190,8 +191,8 @@ class Stage(NamedTuple):
 
                 def tape(name: str, value: Array) -> Array:
                     is_saved = name in of_block
-                    seen[name] = _substitute(value, of_block[name]) if is_saved else value
-                    return _tap(seen[name], taps[name]) if name in taps else seen[name]
+                    seen[name] = substitute(value, of_block[name]) if is_saved else value
+                    return tap(seen[name], taps[name]) if name in taps else seen[name]
 
                 return function(params | others, *inputs, tape), seen
 
@@ -385,23 +386,3 @@ def _linear_gradients(
         return {"kernel": kernel}
 
     return {name: of(params[name], *ends) for name, ends in linears.items()}
-
-
-@jax.custom_vjp
-def _tap(value: Array, tap: Array) -> Array:
-    """Returns `value`. The gradient with respect to it is also the gradient of `tap`, which has the
-    same shape and whose contents are never read.
-    """
-    return value
-
-
-_tap.defvjp(lambda value, tap: (value, None), lambda _, gradient: (gradient, gradient))
-
-
-@jax.custom_vjp
-def _substitute(value: Array, saved: Array) -> Array:
-    """Returns `saved`, and routes the gradient with respect to it to `value`."""
-    return saved
-
-
-_substitute.defvjp(lambda value, saved: (saved, None), lambda _, gradient: (gradient, None))

@@ -15,7 +15,7 @@ from tpipe_jax.version import __version__
 
 def profile_key(spec: StageSpec) -> dict[str, Any]:
     """Returns all that the measurements depend on."""
-    config, mesh = spec.config, spec.mesh
+    config, mesh, attention = spec.config, spec.mesh, spec.config.attention
     settings = to_dict(config)
     return {
         "model": settings["model"],
@@ -23,7 +23,7 @@ def profile_key(spec: StageSpec) -> dict[str, Any]:
         "mesh": {name: settings["mesh"][name] for name in ("data", "pipe", "model", "order")},
         "batch_size": config.train.batch_size,
         "precision": config.precision.compute,
-        "attention": [config.attention.backend, config.attention.block],
+        "attention": [attention.backend, attention.block, spec.attention.key_block],
         "saved": list(spec.saved_names),
         "defer_weight_grads": config.memory.defer_weight_grads,
         "shard_state": config.optim.shard_state,

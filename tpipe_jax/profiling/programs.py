@@ -58,15 +58,15 @@ def make_stage_work(spec: StageSpec, items: Sequence[Item]) -> Wrapped:
 def make_weights_work(spec: StageSpec, item: Item) -> Wrapped:
     """Returns the program `(params, x [B, T, D], table [tick, stage, 1])` to a number.
 
-    It takes only the gradients of weights of the item. The item's saved values are zeros, and x is
-    not read.
+    It takes only the gradients of weights of the item. The item's saved values may be anything, and
+    x is not read.
     """
     packing = packing_of(spec, item.num_tokens)
 
     def local(params: Params, x_BTD: Array, table: Array) -> Array:
         stage = make_stage(spec, for_compute(spec, params), packing)
         rows = item.num_rows
-        saved, gradients = lax.optimization_barrier(  # so that XLA keeps products with zeros
+        saved, gradients = lax.optimization_barrier(  # so that XLA keeps the products
             varying(
                 (
                     saved_of(spec, packing, rows),
