@@ -51,8 +51,8 @@ class Kind:
 KINDS = {
     "kill": Kind((137,), "was ended by SIGKILL"),
     "freeze": Kind((1, 134), "and was killed: it may be the one that hangs"),
-    "terminate": Kind((0,), "the same command", loses=False),
-    "interrupt": Kind((0,), "the same command", loses=False),
+    "terminate": Kind((143,), "the same command", loses=False),
+    "interrupt": Kind((130,), "the same command", loses=False),
     "raise": Kind((1,), "ZeroDivisionError: a fault", is_inside=True),
     "hang": Kind((1,), "has taken longer than", is_inside=True),
     "kill in a save": Kind((137,), "was ended by SIGKILL", is_inside=True),

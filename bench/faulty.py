@@ -68,10 +68,10 @@ def prepare(kind: str, step: int) -> None:
         raise ValueError(kind)
 
 
-def work(*args: Any) -> None:
+def work(*args: Any) -> int:
     from tpipe_jax.commands.train import train
 
-    train(*args)
+    return train(*args).status
 
 
 def main() -> int:

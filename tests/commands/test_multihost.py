@@ -161,7 +161,7 @@ def test_ctrl_c_saves_at_one_step_in_all_processes(alone: Path, tmp_path: Path):
     wait_for_steps(child, tmp_path)
     child.send_signal(signal.SIGINT)
     out, err = child.communicate(timeout=400)
-    assert child.returncode == 0, (out, err)
+    assert child.returncode == 130, (out, err)
     assert out.count("Finishing the step and saving") == 1
     [said] = [line for line in out.splitlines() if "Interrupted after step" in line]
     stopped = int(said.split("step ")[1].split(":")[0])
@@ -173,7 +173,7 @@ def test_ctrl_c_saves_at_one_step_in_all_processes(alone: Path, tmp_path: Path):
         assert line, child.communicate()
     os.kill(processes_of(child)[1], signal.SIGTERM)  # one of them, before the first step
     out, err = child.communicate(timeout=400)
-    assert child.returncode == 0, (out, err)
+    assert child.returncode == 143, (out, err)
     [said] = [line for line in out.splitlines() if "Interrupted after step" in line]
     again = int(said.split("step ")[1].split(":")[0])
     assert stopped <= again

@@ -323,7 +323,7 @@ def test_ctrl_c_saves_and_says_how_to_continue(tmp_path: Path):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=400)
-    assert process.returncode == 0, err
+    assert process.returncode == 130, err
     assert "the same command continues" in out
     assert err == ""
 

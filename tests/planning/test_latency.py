@@ -9,7 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from support.latencies import BLOCK, LENGTHS, profile, samples, seconds
+from support.latencies import (
+    BLOCK,
+    COEFFICIENTS,
+    LENGTHS,
+    bare_seconds,
+    profile,
+    samples,
+    seconds,
+)
 from tpipe_jax.errors import UserError
 from tpipe_jax.planning.latency import (
     Deferral,
@@ -35,8 +43,8 @@ def test_the_model_finds_equation_9_again(direction: str, factor: int):
 def test_no_context_has_no_context_term():
     """The original adds the term at context 0 too: a slice at the start is then a0 too slow."""
     model = LatencyModel(samples(), "forward", BLOCK)
-    for i, expected in LENGTHS.items():
-        assert model.predict(1, i, 0) == pytest.approx(expected, rel=1e-12)
+    for i in LENGTHS:
+        assert model.predict(1, i, 0) == pytest.approx(bare_seconds(1, i), rel=1e-12)
 
 
 def test_between_lengths_the_time_of_a_further_token_follows_their_logarithm():
@@ -52,10 +60,21 @@ def test_between_lengths_the_time_of_a_further_token_follows_their_logarithm():
 
 
 def test_beyond_what_was_timed():
-    """No shorter slice is faster than the shortest timed, and longer ones go on as the last did."""
-    model = LatencyModel(samples(), "forward", BLOCK)
-    assert model.predict(1, 1, 0) == pytest.approx(LENGTHS[8])
-    assert model.predict(1, 128, 0) == pytest.approx(14 + 8 * (14 - 5) / (120 - 56))
+    """But for their own keys, no shorter slice is faster than the shortest timed, and longer ones
+    go on as the last did.
+    """
+    model, own_keys = LatencyModel(samples(), "forward", BLOCK), COEFFICIENTS[3] / 2
+    assert model.predict(1, 1, 0) == pytest.approx(LENGTHS[8] + own_keys)
+    longer = 14 + 8 * (14 - 5) / (120 - 56)
+    assert model.predict(1, 128, 0) == pytest.approx(longer + own_keys * 128**2)
+
+
+def test_a_gpu_computes_whole_tiles():
+    """A slice takes as long as one that fills its last tile; several sequences share the tiles."""
+    model = LatencyModel(samples(), "forward", BLOCK, tile_tokens=8)
+    for b, i, filled in ((1, 17, 24), (1, 24, 24), (4, 17, 18), (2, 100, 100)):
+        assert model.predict(b, i, 0) == pytest.approx(seconds(b, filled, 0))
+    assert model.predict(1, 25, 0) > model.predict(1, 24, 0) == model.predict(1, 18, 0)
 
 
 def test_many_slices_at_once_are_the_same_as_one_by_one():

@@ -60,7 +60,7 @@ class FakeProfiler:
             deferral=SLOW if with_deferral else None,
         )
 
-    def refine(self, before: Profile, wanted: list[tuple[int, int]]) -> Profile:
+    def refine(self, before: Profile, wanted: list[tuple[int, int]], on_progress: Any) -> Profile:
         self.calls.append(f"refine {wanted}")
         more = tuple(self.sample(b, i, 0) for b, i in wanted)
         return dataclasses.replace(before, samples=before.samples + more)

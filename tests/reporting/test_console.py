@@ -52,7 +52,9 @@ def test_plan_without_prediction_has_no_times(capsys: pytest.CaptureFixture[str]
 
 def test_planning_is_compared_with_plainer_plans(capsys: pytest.CaptureFixture[str]):
     unsliced, uniform = Alternative(1, 1, 0.114), Alternative(4, 2, 0.0627)
-    Console().show_planning(Planning(PLAN, (1.0, 1.0), (), unsliced, uniform, 7, 0.5))
+    Console().show_planning(
+        Planning(PLAN, (1.0, 1.0), (), unsliced, uniform, 7, 0.5, PLAN, PLAN, 0.0)
+    )
     out = capsys.readouterr().out
     assert "no plan is faster under these latencies: proven, 7 programmes solved in 0.50 s" in out
     assert "unsliced would take 114 ms, +100.0%: 1 batch slice of 1 token slice" in out
@@ -61,11 +63,24 @@ def test_planning_is_compared_with_plainer_plans(capsys: pytest.CaptureFixture[s
 
 def test_a_plan_without_proof_tells_its_bound(capsys: pytest.CaptureFixture[str]):
     plan = replace(PLAN, prediction=replace(PREDICTION, is_optimal=False))
-    Console().show_planning(Planning(plan, (1.0, 1.0), (), None, None, 7, 0.5))
+    Console().show_planning(Planning(plan, (1.0, 1.0), (), None, None, 7, 0.5, plan, plan, 0.0))
     out = capsys.readouterr().out
     assert "no plan is faster than 50 ms under these latencies" in out
     assert "proven" not in out
     assert "would take" not in out
+
+
+def test_a_faster_plan_that_is_not_taken_is_named(capsys: pytest.CaptureFixture[str]):
+    fastest = replace(
+        PLAN,
+        token_slices=((5, 4, 3, 4), *PLAN.token_slices[1:]),
+        prediction=replace(PREDICTION, step_seconds=0.0565),
+    )
+    Console().show_planning(Planning(PLAN, (1.0, 1.0), (), None, None, 7, 0.5, fastest, PLAN, 0.02))
+    out = " ".join(capsys.readouterr().out.split())
+    assert "the fastest plan" in out
+    assert "would take 56.5 ms, -0.9%" in out
+    assert "within the error of the latencies, 2%" in out
 
 
 def test_agreement(capsys: pytest.CaptureFixture[str]):
@@ -114,7 +129,10 @@ def test_schedules_are_compared(
     capsys: pytest.CaptureFixture[str],
 ):
     taken, other = option(names[0], 0.05, 3e6, True), option(names[1], *others)
-    planning = Planning(taken.plan, (1.0, 1.0), (other, taken), None, None, 7, 0.5)
+    options = (other, taken)
+    planning = Planning(
+        taken.plan, (1.0, 1.0), options, None, None, 7, 0.5, taken.plan, taken.plan, 0.0
+    )
     Console().show_planning(planning)
     lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
     [of_other] = [line for line in lines if line.startswith(names[1])]

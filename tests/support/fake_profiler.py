@@ -47,7 +47,7 @@ class FakeProfiler:
             deferral=Deferral((1.0, 0.0), (0.0, 0.0)) if with_deferral else None,
         )
 
-    def refine(self, before: Profile, wanted: list[tuple[int, int]]) -> Profile:
+    def refine(self, before: Profile, wanted: list[tuple[int, int]], on_progress: Any) -> Profile:
         each = before.samples[0].forward_seconds / before.samples[0].num_tokens
         more = tuple(Sample(b, i, 0, each * b * i, 2 * each * b * i, False) for b, i in wanted)
         return dataclasses.replace(before, samples=before.samples + more)

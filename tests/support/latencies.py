@@ -17,8 +17,9 @@ COEFFICIENTS = 0.3, 0.002, 0.004, 0.0005
 
 
 def bare_seconds(b: int, i: int) -> float:
-    """Each further sequence takes 0.05 s per token."""
-    return float(np.interp(i, list(LENGTHS), list(LENGTHS.values()))) + 0.05 * i * (b - 1)
+    """Each further sequence takes 0.05 s per token, and the slice's own keys their share."""
+    line = float(np.interp(i, list(LENGTHS), list(LENGTHS.values()))) + 0.05 * i * (b - 1)
+    return line + COEFFICIENTS[3] * b * i * i / 2
 
 
 def seconds(b: int, i: int, j: int) -> float:

@@ -58,8 +58,8 @@ def _plan_from_file(flags: FilePlanFlags) -> None:
     console.say(f"plan.json and plan.png are in {flags.workdir}")
 
 
-def _plan_by_measuring(*args: Any) -> None:
+def _plan_by_measuring(*args: Any) -> int:
     """Profiles the model of a config on its devices and plans its slices."""
-    from tpipe_jax.commands.plan import plan_run
+    from tpipe_jax.commands.plan import plan_until_stopped
 
-    plan_run(*args)
+    return plan_until_stopped(*args)

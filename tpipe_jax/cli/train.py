@@ -21,11 +21,12 @@ def main(args: list[str], program: str) -> int:
 
 def _work(
     flags: Flags, config: Config, workdir: Path, devices: Sequence[Any], console: Console
-) -> None:
+) -> int:
     from tpipe_jax.commands.train import train
     from tpipe_jax.reporting.step_profile import parse_steps
 
     profiled = parse_steps(flags.profile, flags.config.train)
-    num_steps = train(config, workdir, devices, console, profiled)
-    if num_steps is not None:
-        console.show_commands("what next:", next_steps(config, workdir, num_steps))
+    ending = train(config, workdir, devices, console, profiled)
+    if ending.num_steps is not None:
+        console.show_commands("what next:", next_steps(config, workdir, ending.num_steps))
+    return ending.status

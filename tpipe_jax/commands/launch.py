@@ -9,8 +9,8 @@ from tpipe_jax.config.flags import Flags, PlanFlags
 from tpipe_jax.config.settings import Config
 from tpipe_jax.runtime.launcher import supervise
 
-# Its arguments are config, workdir, devices and console.
-Main = Callable[[Config, Path, Sequence[Any], Any], None]
+# Its arguments are config, workdir, devices and console; it returns the exit status.
+Main = Callable[[Config, Path, Sequence[Any], Any], int]
 
 
 def launch(flags: Flags | PlanFlags, main: Main) -> int:
@@ -26,5 +26,5 @@ def launch(flags: Flags | PlanFlags, main: Main) -> int:
 
     with joined(flags) as num_processes:
         devices = find_devices(flags.config.mesh, num_processes)
-        main(flags.config, flags.workdir, devices, Console(is_quiet=jax.process_index() > 0))
-    return 0
+        console = Console(is_quiet=jax.process_index() > 0)
+        return main(flags.config, flags.workdir, devices, console)

@@ -1,6 +1,6 @@
 """Plans as a run would, without training: `tpipe plan` with a config."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,15 +17,34 @@ from tpipe_jax.profiling.mesh_search import choose_mesh, factorisations, take_la
 from tpipe_jax.reporting.console import Console
 from tpipe_jax.reporting.plan_report import draw_plan
 from tpipe_jax.reporting.workdir import changed_settings, describe_in_files
+from tpipe_jax.runtime.stop import MEASURING, Stop, Stopped
+
+
+def plan_until_stopped(
+    config: Config, workdir: Path, devices: Sequence[jax.Device], console: Console
+) -> int:
+    """Plans as `plan_run` does, until Ctrl-C or SIGTERM; returns the exit status."""
+    with Stop(console.say, MEASURING) as stop:
+        try:
+            plan_run(config, workdir, devices, console, stop.check)
+        except Stopped:
+            console.say("Interrupted before there was a plan: the same command goes on.")
+            return stop.status()
+    return 0
 
 
 def plan_run(
-    config: Config, workdir: Path, devices: Sequence[jax.Device], console: Console
+    config: Config,
+    workdir: Path,
+    devices: Sequence[jax.Device],
+    console: Console,
+    check: Callable[[], None] = lambda: None,
 ) -> None:
     """Plans as a run of this config would. Writes the files that describe such a run, and plan.png.
 
-    A later run in the same workdir need not measure again. Raises `UserError` for settings that
-    don't fit the devices, or that leave nothing to plan.
+    A later run in the same workdir need not measure again. `check` is called in between. Raises
+    `UserError` for settings that don't fit the devices, or that leave nothing to plan, and whatever
+    `check` raises.
     """
     is_auto = config.mesh.auto
     if is_auto:  # checks what it can before minutes of measuring
@@ -33,7 +52,7 @@ def plan_run(
         some = replace(config, mesh=some_mesh)
         some = make_spec(some, make_mesh(some_mesh, devices))
         _check_is_own(some.config, workdir, but=("config.mesh.", "config.optim.shard_state "))
-        config = choose_mesh(config, devices, workdir, console)
+        config = choose_mesh(config, devices, workdir, console, check)
     spec = spec_on_devices(config, devices)
     config = spec.config
     request = read_settings(config)
@@ -45,7 +64,7 @@ def plan_run(
     _check_is_own(config, workdir)
     if is_auto:
         take_latencies(config.mesh, workdir)
-    table, planning = plan_slices(spec, request, workdir, console)
+    table, planning = plan_slices(spec, request, workdir, console, check)
     factors = planning.chunk_factors
     console.show_planning(planning)
     if jax.process_index() == 0:

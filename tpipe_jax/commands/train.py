@@ -34,7 +34,7 @@ from tpipe_jax.reporting.step_profile import ProfiledSteps
 from tpipe_jax.reporting.workdir import changed_settings, describe_in_files, run_lock
 from tpipe_jax.runtime.failures import watched
 from tpipe_jax.runtime.processes import gathered, host_names
-from tpipe_jax.runtime.stop import Stop, Stopped
+from tpipe_jax.runtime.stop import MEASURING, TRAINING, Stop, Stopped
 from tpipe_jax.training.comparison import compare
 from tpipe_jax.training.loop import Loop, put_batch
 from tpipe_jax.training.memory import out_of_memory
@@ -52,6 +52,8 @@ class Ending(NamedTuple):
     sentence: str
     num_steps: int | None = None
     """Steps that are done, if all are."""
+    status: int = 0
+    """Exit status: not 0 if some steps are left."""
 
 
 def train(
@@ -60,16 +62,15 @@ def train(
     devices: Sequence[jax.Device],
     console: Console,
     profiled: range | None = None,
-) -> int | None:
+) -> Ending:
     """Trains from the last checkpoint in the workdir to the last step, or until interrupted, and
     takes a profile of the `profiled` steps.
 
     First checks that settings, data and checkpoint fit each other; until then it writes no results
     except the measurements that choose a mesh. Then plans the slices, which may take a minute of
-    measuring, and trains. Returns the number of steps, or None if some are left. Raises `UserError`
-    if something does not fit.
+    measuring, and trains. Raises `UserError` if something does not fit.
     """
-    with out_of_memory(), watched() as expect, Stop(console.say) as stop:
+    with out_of_memory(), watched() as expect, Stop(console.say, MEASURING) as stop:
         services = Services(console, stop, expect, config.train.step_timeout_seconds)
         if config.mesh.auto:
             check_inputs(config)
@@ -81,13 +82,14 @@ def train(
             try:
                 config = choose_mesh(config, devices, workdir, console, check)
             except Stopped:
-                console.say("Interrupted before a mesh was chosen: the same command goes on.")
-                return None
+                sentence = "Interrupted before a mesh was chosen: the same command goes on."
+                console.say(sentence)
+                return Ending(sentence, status=stop.status())
             take_latencies(config.mesh, workdir)
             expect("", math.inf)  # no time limit until the run says what it does next
         ending = _run(config, workdir, devices, services, profiled)
         console.say(ending.sentence)
-        return ending.num_steps
+        return ending
 
 
 def _run(
@@ -149,7 +151,9 @@ def _train(
         programs = compile_programs(run, plan, console)
         stop.check()
     except Stopped:
-        return Ending(f"Interrupted after step {first_step}: the same command goes on.")
+        sentence = f"Interrupted after step {first_step}: the same command goes on."
+        return Ending(sentence, status=stop.status())
+    stop.answer = TRAINING
     if profiled and first_step >= profiled[-1]:
         console.say(f"no profile is taken, since steps {profiled[0]} to {profiled[-1]} are done")
     within("preparing the state", is_step=False)
@@ -189,7 +193,8 @@ def _ending(
         named = "" if block == GPT2 else f" --config.model.block={shlex.quote(block)}"
         return Ending(
             f"Interrupted after step {step}: the same command continues from here, and so does\n"
-            f"    {command('train')} --workdir={shlex.quote(str(workdir))}{named}"
+            f"    {command('train')} --workdir={shlex.quote(str(workdir))}{named}",
+            status=stop.status(),
         )
     if config.train.sample_tokens:
         within("sampling", is_step=False)

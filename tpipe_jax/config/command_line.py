@@ -36,20 +36,27 @@ DEFAULT_CONFIG = "quickstart"
 AnyRunFlags = TypeVar("AnyRunFlags", Flags, PlanFlags, DoctorFlags, CompileFlags)
 
 
+STOPPED = 130, 143  # exit statuses after Ctrl-C and after SIGTERM
+
+
 def exit_status(program: Callable[[], int | None]) -> int:
     """Runs a program and returns its exit status, or prints its `UserError` and returns 2.
 
-    When the user stops the program (Ctrl-C), the process ends at once with status 130.
+    When the user stops the program (Ctrl-C or SIGTERM), the process ends at once, with status 130
+    or 143.
     """
     try:
-        return program() or 0
+        status = program() or 0
     except UserError as error:
         show_error(str(error))
         return 2
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr, flush=True)
+        status = STOPPED[0]
+    if status in STOPPED:  # sys.exit would wait for threads that still compile or save
         sys.stdout.flush()
-        os._exit(130)  # sys.exit would wait for a thread that still saves a checkpoint
+        os._exit(status)
+    return status
 
 
 def show_error(text: str) -> None:

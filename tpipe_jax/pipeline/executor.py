@@ -82,6 +82,8 @@ def execute(
         sums: sums that all stages compute together.
         skips: how work is skipped in ticks in which it is not due.
     """
+    if not schedule.has_passes:  # XLA must not see that gradients are zeros
+        gradients = lax.optimization_barrier(gradients)
     slot_rows = None if schedule.slots is None else schedule.longest_shape[0] * schedule.slots
     in_sweeps = _runs_in_sweeps(schedule, skips)
     forward, backward = (
@@ -101,14 +103,15 @@ def execute(
     def tick(carry, row):
         trunk, ahead, back, saved, gradients, sums = carry
         trunk = on_part(row["embed"], partial(_embed, work), trunk)
-        with jax.named_scope(FORWARD):
-            saved, trunk, ahead = skips.run_on_all_if(
-                row["any_forward"],
-                partial(forward.tick, work.forward, row["forward"]),
-                (saved, trunk, ahead),
-            )
+        if schedule.has_passes:
+            with jax.named_scope(FORWARD):
+                saved, trunk, ahead = skips.run_on_all_if(
+                    row["any_forward"],
+                    partial(forward.tick, work.forward, row["forward"]),
+                    (saved, trunk, ahead),
+                )
         trunk, sums = on_part(row["losses"], partial(_losses, work), (trunk, sums))
-        if work.backward:
+        if work.backward and schedule.has_passes:
             with jax.named_scope(BACKWARD):
                 gradients, trunk, back = skips.run_on_all_if(
                     row["any_backward"],

@@ -4,9 +4,13 @@ Equation 9 of Li et al. 2021, for b sequences at once and for each direction on 
 
     t(b, i, j) = t(b, i, 0) + a0 + (a1 i + a2 j + a3 i j) b      for i tokens after j > 0 others
 
-t(b, i, 0) is interpolated between measured slices. The other terms are fitted by least squares of
-the relative error. Attention reads its context in whole blocks, so j is the number of context
-tokens that it reads (`context_blocks`).
+The terms after t(b, i, 0) are fitted by least squares of the relative error. Attention reads its
+context in whole blocks, so j is the number of context tokens that it reads (`context_blocks`).
+
+t(b, i, 0) is interpolated between measured slices, without what the slice's own keys cost, which
+grows with the square of its length: i tokens attend to i / 2 of their own on average, so that is
+a3 b i^2 / 2. The rest is nearly a straight line. A GPU computes products in tiles of many tokens,
+so there i counts as whole tiles.
 
 Other modules get two forms of the times. A `Profile` holds what was measured. A `LatencyTable`
 holds the time of every slice in whole units: it is all that the slicer needs, and `latency.json`
@@ -45,8 +49,10 @@ class Sample(NamedTuple):
 class LatencyModel:
     """Predicts the time of any slice in one direction, forward or backward."""
 
-    def __init__(self, samples: Sequence[Sample], direction: str, key_block: int) -> None:
-        self._key_block = key_block
+    def __init__(
+        self, samples: Sequence[Sample], direction: str, key_block: int, tile_tokens: int = 1
+    ) -> None:
+        self._key_block, self._tile_tokens = key_block, tile_tokens
         fitted, self._tests = (
             np.array(
                 [
@@ -57,11 +63,17 @@ class LatencyModel:
             ).reshape(-1, 4)
             for is_test in (False, True)
         )
-        self._sizes, self._lengths, self._grid = _interpolation_grid(fitted[fitted[:, 2] == 0])
+        bare = fitted[fitted[:, 2] == 0]
+        bare[:, 1] = self._in_tiles(bare[:, 0], bare[:, 1])
+        self._per_pair = 0.0  # exact for the slices of the fit, which are measured without context
+        self._sizes, self._lengths, self._grid = _interpolation_grid(bare)
         b, i, j, seconds = fitted[fitted[:, 2] > 0].T
         features = np.stack(self._features(b, i, j), -1) / seconds[:, None]
         target = 1 - self._without_context(b, i) / seconds
         self._coefficients = np.linalg.lstsq(features, target)[0]
+        self._per_pair = max(float(self._coefficients[3]), 0.0)
+        bare[:, 3] -= self._own_keys(bare[:, 0], bare[:, 1])
+        self._sizes, self._lengths, self._grid = _interpolation_grid(bare)
 
     def predict(self, num_rows: Any, num_tokens: Any, context: Any) -> np.ndarray:
         """Returns the seconds of slices: `num_rows` sequences by `num_tokens` tokens, after
@@ -83,15 +95,24 @@ class LatencyModel:
 
     def _without_context(self, b: np.ndarray, i: np.ndarray) -> np.ndarray:
         """Returns t(b, i, 0): bilinear in the grid, constant below its shortest slice, and linear
-        beyond its longest.
+        beyond its longest, to which the slice's own keys are added.
         """
+        i = self._in_tiles(b, i)
         b_low, b_high, b_share = _bracket(self._sizes, b)
         i_low, i_high, i_share = _bracket(self._lengths, i)
         low, high = (
             self._grid[size, i_low] * (1 - i_share) + self._grid[size, i_high] * i_share
             for size in (b_low, b_high)
         )
-        return low * (1 - b_share) + high * b_share
+        return low * (1 - b_share) + high * b_share + self._own_keys(b, i)
+
+    def _own_keys(self, b: np.ndarray, i: np.ndarray) -> np.ndarray:
+        """Returns the seconds for the keys of the slice itself."""
+        return self._per_pair * b * i * i / 2
+
+    def _in_tiles(self, b: np.ndarray, i: np.ndarray) -> np.ndarray:
+        """Returns the lengths of slices whose tokens count as whole tiles."""
+        return -(-b * i // self._tile_tokens) * self._tile_tokens / b
 
 
 def _interpolation_grid(bare: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -102,8 +123,7 @@ def _interpolation_grid(bare: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
     change little with the length. Their ratio to the time of one sequence would be no use: most of
     the time of a short slice is a constant.
     """
-    rows = {b: bare[bare[:, 0] == b] for b in np.unique(bare[:, 0])}
-    rows = {b: row[row[:, 1].argsort(), 1:4:2].T for b, row in rows.items()}
+    rows = {b: _by_length(bare[bare[:, 0] == b]) for b in np.unique(bare[:, 0])}
     lengths = np.unique(bare[:, 1])
     one = np.interp(lengths, *rows[1])
     grid = []
@@ -111,6 +131,12 @@ def _interpolation_grid(bare: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
         per_token = (seconds - np.interp(own, *rows[1])) / own
         grid.append(one + lengths * np.interp(np.log(lengths), np.log(own), per_token))
     return np.array(list(rows)), lengths, np.stack(grid)
+
+
+def _by_length(bare: np.ndarray) -> np.ndarray:
+    """Returns lengths, ascending, and the mean seconds of the samples of each length."""
+    lengths, where, counts = np.unique(bare[:, 1], return_inverse=True, return_counts=True)
+    return np.stack([lengths, np.bincount(where, bare[:, 3]) / counts])
 
 
 def _bracket(points: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -184,11 +210,16 @@ class Profile:
     """Settings, devices and versions that the measurements depend on."""
     deferral: Deferral | None = None
     """None where it was not measured."""
+    tile_tokens: int = 1
+    """Tokens of a tile of the products of a GPU, which computes whole tiles; 1 elsewhere."""
+    stage_seconds: tuple[float, float] = (0.0, 0.0)
+    """What a stage takes for a slice besides its layers, in either direction, as a part of the
+    samples: a constant, and the seconds for each token of the slice."""
 
     def models(self) -> tuple[LatencyModel, LatencyModel]:
         """Returns the fitted models, forward and backward; they leave the transfer out."""
         forward, backward = (
-            LatencyModel(self.samples, direction, self.key_block)
+            LatencyModel(self.samples, direction, self.key_block, self.tile_tokens)
             for direction in ("forward", "backward")
         )
         return forward, backward
@@ -286,16 +317,20 @@ def read_profile(content: dict[str, Any]) -> Profile:
         | {
             "samples": tuple(Sample(*sample) for sample in content["samples"]),
             "transfer": tuple(content["transfer"]),
+            "stage_seconds": tuple(content.get("stage_seconds", (0.0, 0.0))),
             "memory": Memory(**content["memory"]),
             "deferral": Deferral(*map(tuple, deferral)) if deferral else None,
         }
     )
-    counts = [profile.batch_size, profile.seq_len, profile.key_block]
+    counts = [profile.batch_size, profile.seq_len, profile.key_block, profile.tile_tokens]
     counts += [n for sample in profile.samples for n in sample[:2]]
     if not all(isinstance(n, int) and n > 0 for n in counts):
         raise ValueError("a size is not a positive whole number")
     times = [*profile.transfer, profile.outside_seconds, *dataclasses.astuple(profile.memory)]
-    if len(profile.transfer) != 2 or not all(0 <= t < math.inf for t in times):
+    times += profile.stage_seconds
+    if not len(profile.transfer) == len(profile.stage_seconds) == 2 or not all(
+        0 <= t < math.inf for t in times
+    ):
         raise ValueError("a figure is not finite and positive")
     if not all(len(pair) == 2 and all(map(math.isfinite, pair)) for pair in profile.deferral or ()):
         raise ValueError("what deferred gradients of weights take is not two pairs of numbers")

@@ -9,11 +9,13 @@ import numpy as np
 from tpipe_jax.config.settings import ScheduleName
 from tpipe_jax.errors import Infeasible, UserError
 from tpipe_jax.planning.estimator import Estimator
-from tpipe_jax.planning.latency import DEFERRED, LatencyTable
+from tpipe_jax.planning.latency import DEFERRED, LatencyTable, Profile
 from tpipe_jax.planning.plan import Plan, PlanRequest
 from tpipe_jax.planning.schedule_search import (
+    NEAR,
     Option,
     best_uniform_plan,
+    complexity,
     search_schedule,
     step_seconds,
     within_memory,
@@ -21,7 +23,10 @@ from tpipe_jax.planning.schedule_search import (
 from tpipe_jax.planning.slicer import least_longest
 
 GIB = 2**30
-TIE = 0.01  # plans count as equally fast within this fraction of the predicted time
+TIE = 0.01  # schedules count as equally fast within this fraction of the predicted time
+TIMED_ERROR = (
+    0.02  # by which fraction the predicted time of a plan may be off whose slices were timed
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,13 @@ class Planning:
     best_uniform: Alternative | None
     num_solves: int
     search_seconds: float
+    fastest: Plan
+    """The fastest plan; another one than `plan` if that is simpler to run, and as fast as far as
+    the latencies can tell."""
+    fastest_uniform: Plan
+    """The fastest uniform plan under any schedule, or else the fastest plan."""
+    tolerance: float
+    """By which fraction the time of the fastest plan may be off."""
 
 
 def find_plan(
@@ -62,10 +74,13 @@ def find_plan(
     stage_factors: Sequence[float],
     memory_limit_bytes: float | None = None,
 ) -> Planning:
-    """Returns the fastest plan that keeps to the request and to the memory limit.
+    """Returns the plan to take of those that keep to the request and to the memory limit.
 
-    Among schedules that are equally fast, within `TIE`, it takes the `preferred` one. Raises
-    `UserError` if there is no such plan.
+    The fastest plan is known only as well as the latencies are, and a search among many plans finds
+    those whose time is underestimated. So a uniform plan is taken instead if it is as fast within
+    that error: of uniform plans that are as fast as the fastest of them, the one that is simplest
+    to run, with the fewest lengths of slices, and then with the fewest slices. A plan under the
+    `preferred` schedule comes first. Raises `UserError` if there is no plan.
     """
     start = time.perf_counter()
     _check_schedule(table, request)
@@ -75,23 +90,48 @@ def find_plan(
     fitting = [option for option in options if option.fits]
     if not fitting:
         raise _nothing_allowed(estimator, memory_limit_bytes)
-    fastest = min(step_seconds(option.plan) for option in fitting)
-    as_fast = [o for o in fitting if step_seconds(o.plan) <= (1 + TIE) * fastest]
-    usual = preferred(request.num_stages)
-    chosen = min(as_fast, key=lambda o: (o.plan.schedule != usual, step_seconds(o.plan)))
+    fastest = min((option.plan for option in fitting), key=step_seconds)
     allowed = within_memory(estimator, memory_limit_bytes)
     unsliced, uniform = (
         best_uniform_plan(allowed, counts) for counts in ([1], range(1, len(estimator.cuts)))
     )
+    uniform_plans = [plan for option in fitting for plan in option.plainer]
+    fastest_uniform = min(uniform_plans, key=step_seconds, default=fastest)
+    error = 0.0 if table.profile is None else error_of(fastest, table.profile)
+    if error and step_seconds(fastest_uniform) <= (1 + error) * step_seconds(fastest):
+        most_seconds = (1 + TIMED_ERROR) * step_seconds(fastest_uniform)
+    else:
+        most_seconds = (1 + (TIMED_ERROR if error else TIE)) * step_seconds(fastest)
+    plans = [option.plan for option in fitting] + uniform_plans * bool(error)
+    usual = preferred(request.num_stages)
+    chosen = min(
+        (plan for plan in plans if step_seconds(plan) <= most_seconds),
+        key=lambda plan: (
+            plan.schedule != usual,
+            complexity(plan) if error else (0, 0),
+            step_seconds(plan),
+        ),
+    )
     return Planning(
-        chosen.plan,
-        tuple(estimator.chunk_factors(chosen.plan.num_chunks)),
+        chosen,
+        tuple(estimator.chunk_factors(chosen.num_chunks)),
         tuple(options),
         Alternative.of(unsliced) if unsliced else None,
         Alternative.of(uniform) if uniform else None,
         num_solves=sum(num_solves for _, num_solves in found),
         search_seconds=time.perf_counter() - start,
+        fastest=fastest,
+        fastest_uniform=fastest_uniform,
+        tolerance=error,
     )
+
+
+def error_of(plan: Plan, profile: Profile) -> float:
+    """Returns by which fraction the predicted time of a plan may be off: `TIMED_ERROR` if all its
+    slices were timed, else `NEAR`.
+    """
+    timed = {sample[:2] for sample in profile.samples if not sample.is_test}
+    return TIMED_ERROR if plan.shapes <= timed else NEAR
 
 
 def _check_schedule(table: LatencyTable, request: PlanRequest) -> None:

@@ -120,6 +120,11 @@ class Schedule:
         return len(self.forward)
 
     @property
+    def has_passes(self) -> bool:
+        """Whether stages work on items at all, which they don't in an `idle_schedule`."""
+        return bool((self.forward != IDLE).any())
+
+    @property
     def num_slots(self) -> int:
         return 0 if self.slots is None else int(self.slots.max()) + 1
 

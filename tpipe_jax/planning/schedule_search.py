@@ -15,6 +15,10 @@ from tpipe_jax.planning.slicer import ROUNDING, Slicing, fastest_slicing, least_
 
 MOST_UNIFORM = 8  # uniform slicings that are tried for each size of batch slices
 MOST_MOVES = 100  # moves of a cut by a unit that are tried
+MOST_PLAINER = 8  # uniform plans that are kept beside the best
+# Uniform plans are kept if they are slower than the best by at most this fraction. It is what the
+# predicted time of a plan may be off whose slices were not timed (docs/planning.md).
+NEAR = 0.05
 
 
 @dataclass(frozen=True)
@@ -27,12 +31,19 @@ class Option:
     """What a stage stores for sequences in the pipeline; None where that is not known."""
     fits: bool
     """Whether a step under the plan keeps to the memory limit."""
+    plainer: tuple[Plan, ...] = ()
+    """Uniform plans that are nearly as fast: the fastest, and the simplest to run."""
 
 
 def step_seconds(plan: Plan) -> float:
     """Returns the predicted time of a step; the plan must have a prediction."""
     assert plan.prediction is not None
     return plan.prediction.step_seconds
+
+
+def complexity(plan: Plan) -> tuple[int, int]:
+    """Returns how many programs a plan needs for its slices, and how many slices it has."""
+    return len(plan.shapes) * plan.num_chunks, sum(map(len, plan.token_slices)) * plan.num_chunks
 
 
 def search_schedule(
@@ -47,40 +58,83 @@ def search_schedule(
     if schedule == "1f1b-deferred" and estimator.deferred is None:
         return None, 0  # the times of its slices are not known
     search = _terapipe if schedule == "terapipe" else partial(_best_found, schedule)
-    plan, num_solves = search(estimator, limit_bytes)
+    plan, plainer, num_solves = search(estimator, limit_bytes)
     fits = plan is not None
     if plan is None and limit_bytes is not None:
-        plan, more = search(estimator, None)
+        plan, plainer, more = search(estimator, None)
         num_solves += more
     if plan is None:
         return None, num_solves
     bubble = predicted_timeline(plan, estimator.chunk_factors(plan.num_chunks)).bubble
-    return Option(plan, bubble, estimator.activation_bytes(plan), fits), num_solves
+    num_bytes = estimator.activation_bytes(plan)
+    return Option(plan, bubble, num_bytes, fits, _near(plan, plainer)), num_solves
 
 
-def _terapipe(estimator: Estimator, limit_bytes: float | None) -> tuple[Plan | None, int]:
-    """Returns the fastest plan under `terapipe`, with a proven bound, and the number of solves."""
+def _near(best: Plan, others: list[Plan]) -> tuple[Plan, ...]:
+    """Returns the fastest of the others, and the simplest, if they are nearly as fast as the best.
+    What is proven of all plans under its schedule holds for them too.
+    """
+    assert best.prediction is not None
+    bound = best.prediction.lower_bound_seconds - best.prediction.outside_seconds
+    near = [plan for plan in others if step_seconds(plan) <= (1 + NEAR) * step_seconds(best)]
+    near.sort(key=lambda plan: (complexity(plan), step_seconds(plan)))
+    fastest = sorted(near, key=step_seconds)[:1]
+    return tuple(_with_bound(plan, bound) for plan in (*fastest, *near[:MOST_PLAINER]))
+
+
+Found = tuple[
+    Plan | None, list[Plan], int
+]  # the best plan, others, and how many programmes were solved
+
+
+def _terapipe(estimator: Estimator, limit_bytes: float | None) -> Found:
+    """Returns the fastest plan under `terapipe`, with a proven bound, and uniform plans."""
     request, factors = estimator.request, estimator.stage_factors
     estimator = within_memory(estimator, limit_bytes)
     slicing = fastest_slicing(
         *estimator.times, request.batch_size, factors, batch_slices=request.batch_slices
     )
     if slicing is None:
-        return None, 0
+        return None, [], 0
     plan = estimator.plan_of(slicing, "terapipe")
+    plainer = _plainer(estimator, (1 + NEAR) * slicing.seconds + NEAR * estimator.outside_seconds)
     if min(factors) < max(factors) and request.batch_slices is None:
         # The slicer minimises an upper bound then, so a uniform plan may turn out faster.
-        plainer = (
+        uniform = (
             best_uniform_plan(estimator, counts) for counts in ([1], range(1, len(estimator.cuts)))
         )
-        plan = min((plan, *(p for p in plainer if p)), key=step_seconds)
-    return _with_bound(plan, slicing.lower_bound_seconds), slicing.num_solves
+        plan = min((plan, *(p for p in uniform if p), *plainer), key=step_seconds)
+    return _with_bound(plan, slicing.lower_bound_seconds), plainer, slicing.num_solves
 
 
-def _best_found(
-    schedule: ScheduleName, estimator: Estimator, limit_bytes: float | None
-) -> tuple[Plan | None, int]:
-    """Returns the best plan found under a schedule other than `terapipe`, and the number of solves.
+def _plainer(estimator: Estimator, most_seconds: float) -> list[Plan]:
+    """Returns the fastest uniform plan under `terapipe`, and the simplest, whose slices take at
+    most so long.
+    """
+    request = estimator.request
+    if request.token_slices is not None:
+        return []
+    batches = [uniform_parts(request.batch_size, n) for n in range(1, request.batch_size + 1)]
+    if request.batch_slices is not None:
+        batches = [request.batch_slices]
+    found = [
+        slicing
+        for slicing in _uniform(estimator, batches, range(1, len(estimator.cuts)))
+        if slicing.seconds <= most_seconds
+    ]
+    found = [*found[:1], *sorted(found, key=_slicing_complexity)[:MOST_PLAINER]]
+    return [estimator.plan_of(slicing, "terapipe") for slicing in found]
+
+
+def _slicing_complexity(slicing: Slicing) -> tuple[int, int, float]:
+    """Returns the `complexity` of a plan with these slices, and the seconds of the slicing."""
+    pairs = set(zip(slicing.batch_slices, slicing.cuts, strict=True))
+    shapes = {(b, n) for b, cuts in pairs for n in np.diff(cuts).tolist()}
+    return len(shapes), sum(len(cuts) - 1 for cuts in slicing.cuts), slicing.seconds
+
+
+def _best_found(schedule: ScheduleName, estimator: Estimator, limit_bytes: float | None) -> Found:
+    """Returns the best plan found under a schedule other than `terapipe`, and others.
 
     There are several candidates for each size of batch slices and number of chunks: the slicing
     that is fastest if all goes forward before any goes backward, and some slicings into equal
@@ -102,6 +156,7 @@ def _best_found(
             if estimator.request.token_slices is None:
                 uniform = _uniform(allowed, [sizes], range(1, len(estimator.cuts)))
                 found += uniform[:MOST_UNIFORM]
+                found += sorted(uniform, key=_slicing_complexity)[:MOST_UNIFORM]
                 found += uniform and [max(uniform, key=lambda slicing: len(slicing.cuts[0]))]
             slicings += [(num_chunks, slicing) for slicing in found]
     num_solves = sum(slicing.num_solves for _, slicing in slicings)
@@ -115,10 +170,15 @@ def _best_found(
     known = [(seconds(*option), *option) for option in slicings]
     least, num_chunks, best = min(known, key=lambda found: found[0], default=(np.inf, 1, None))
     if best is None or least == np.inf:
-        return None, num_solves
+        return None, [], num_solves
+    plainer = [
+        estimator.plan_of(slicing, schedule, chunks)
+        for seconds_, chunks, slicing in known
+        if seconds_ <= (1 + NEAR) * least and slicing.num_solves == 0  # uniform ones
+    ]
     best = _with_moved_cuts(estimator, best, least, partial(seconds, num_chunks))
     plan = estimator.plan_of(best, schedule, num_chunks)
-    return _with_bound(plan, _lower_bound_seconds(estimator, plan)), num_solves
+    return _with_bound(plan, _lower_bound_seconds(estimator, plan)), plainer, num_solves
 
 
 def _with_moved_cuts(

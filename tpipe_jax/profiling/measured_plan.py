@@ -1,7 +1,7 @@
 """Measures a model on its mesh and plans its slices.
 
-Shapes in the plan that were never timed are timed now, and planning is repeated; otherwise the
-search would favour shapes whose time the model underestimates.
+Shapes that were never timed are timed now, those of the plan and of the fastest uniform plan, and
+planning is repeated; otherwise the search would favour shapes whose time the model underestimates.
 """
 
 import json
@@ -27,7 +27,7 @@ from tpipe_jax.training.memory import fitting_policy, limit_bytes
 from tpipe_jax.training.optimizer import make_optimizer
 
 LATENCY = "latency.json"  # in the workdir
-MAX_REFINEMENTS = 3  # each takes seconds; mostly one or two are enough
+MAX_REFINEMENTS = 2  # each takes seconds; mostly one is enough
 
 
 def plan_slices(
@@ -70,14 +70,15 @@ def plan_slices(
         planning = replace(
             planning, plan=plan, chunk_factors=tuple(work_factors(spec.config, plan))
         )
-        new = planning.plan.shapes - {s[:2] for s in profile.samples if not s.is_test}
+        wanted = planning.plan.shapes | planning.fastest_uniform.shapes
+        new = wanted - {sample[:2] for sample in profile.samples if not sample.is_test}
         if not new or num_refinements == MAX_REFINEMENTS:
             return table, planning
         check()
         shapes = ", ".join(f"{b} x {n}" for b, n in sorted(new))
         console.say(f"timing what the plan is made of: {shapes} tokens")
         profiler = profiler or Profiler(spec)
-        profile = profiler.refine(profile, sorted(new))
+        profile = profiler.refine(profile, sorted(new), lambda *_: check())
         num_refinements += 1
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -47,10 +48,8 @@ def make_stage_work(spec: StageSpec, items: Sequence[Item]) -> Wrapped:
             reverse=True,
             skips=spec.skips,
         )
-        total = sum(
-            a.astype(jnp.float32).sum() for a in jax.tree.leaves((y_BTD, d_x_BTD, gradients))
-        )
-        return psum(jnp.asarray(total), ("data", "pipe"))
+        total = sum(a.astype(jnp.float32).sum() for a in (y_BTD, d_x_BTD))
+        return psum(total + _first(gradients), ("data", "pipe"))
 
     return over_mesh(spec, local, lambda _: PartitionSpec(), num_scalars=2)
 
@@ -77,8 +76,7 @@ def make_weights_work(spec: StageSpec, item: Item) -> Wrapped:
         gradients = stage.weight_gradients(
             partial(each_alone, table, [item], skips=spec.skips), saved, gradients
         )
-        total = sum(a.sum() for a in jax.tree.leaves([d.params for d in gradients]))
-        return psum(jnp.asarray(total), ("data", "pipe"))
+        return psum(_first([d.params for d in gradients]), ("data", "pipe"))
 
     return over_mesh(spec, local, lambda _: PartitionSpec(), num_scalars=1)
 
@@ -102,3 +100,9 @@ def make_transfer(spec: StageSpec, item: Item) -> Wrapped:
         return psum(y_BTD.astype(jnp.float32).sum(), ("data", "pipe"))
 
     return over_mesh(spec, local, lambda _: PartitionSpec(), num_scalars=1)
+
+
+def _first(arrays: Any) -> Array:
+    """Returns the sum of the first elements of all arrays in a tree."""
+    first = [a[(0,) * a.ndim].astype(jnp.float32) for a in jax.tree.leaves(arrays)]
+    return sum(first[1:], first[0])

@@ -22,7 +22,7 @@ from rich.text import Text
 from tpipe_jax.config.settings import MeshConfig
 from tpipe_jax.planning.estimator import predicted_timeline
 from tpipe_jax.planning.plan import Plan
-from tpipe_jax.planning.planner import TIE, Alternative, Planning, preferred
+from tpipe_jax.planning.planner import TIE, TIMED_ERROR, Alternative, Planning, preferred
 
 if TYPE_CHECKING:
     from tpipe_jax.devices.mesh import HostPart
@@ -173,8 +173,25 @@ class Console:
                     f"{count(other.token_slices, 'token slice')}"
                 )
 
+        if planning.fastest != planning.plan:
+            self._show_fastest(planning)
         compare("unsliced", planning.unsliced)
         compare("the best uniform slices", planning.best_uniform)
+
+    def _show_fastest(self, planning: Planning) -> None:
+        """Says why the fastest plan was not taken."""
+        fastest, plan = planning.fastest, planning.plan
+        assert fastest.prediction is not None
+        assert plan.prediction is not None
+        num_slices = count(sum(map(len, fastest.token_slices)), "slice")
+        shapes = count(len(fastest.shapes), "shape")
+        seconds = fastest.prediction.step_seconds
+        faster = seconds / plan.prediction.step_seconds - 1
+        self.say(
+            f"the fastest plan, {num_slices} of {shapes} under {_schedule(fastest)}, would take "
+            f"{milliseconds(seconds)}, {faster:+.1%}: a uniform plan is as fast within the error "
+            f"of the latencies, {planning.tolerance:.0%}, so the simplest of these is taken"
+        )
 
     def _show_options(self, planning: Planning) -> None:
         """Prints a line for each schedule, and why the schedule of the plan was taken."""
@@ -316,7 +333,8 @@ def _reason(planning: Planning) -> str:
         return "taken: the only one that fits"
     seconds = sorted(plan.prediction.step_seconds for plan in fitting if plan.prediction)
     usual = preferred(planning.plan.num_stages)
-    if seconds[1] > (1 + TIE) * seconds[0] or planning.plan.schedule != usual:
+    slack = 1 + (TIMED_ERROR if planning.tolerance else TIE)
+    if seconds[1] > slack * seconds[0] or planning.plan.schedule != usual:
         return "taken: the fastest"
     is_one_stage = planning.plan.num_stages == 1
     return f"taken: as fast, {'keeps less' if is_one_stage else 'stages wait less'}"

@@ -19,7 +19,7 @@ from tpipe_jax.errors import UserError
 
 GRACE_SECONDS = 10  # for the others to end by themselves after one has failed
 RESTART_SECONDS = 20  # for processes started elsewhere to notice that one has failed
-FINAL = (0, 2, 130)  # done, user error, stopped: starting again would not help
+FINAL = (0, 2, 130, 143)  # done, user error, stopped: starting again would not help
 
 Child = subprocess.Popen[str]
 

@@ -12,9 +12,14 @@ from typing import Self
 import jax
 
 from tpipe_jax.runtime.failures import end_stopped
-from tpipe_jax.runtime.processes import stop_notices
+from tpipe_jax.runtime.processes import from_all, stop_notices
 
 PATIENCE_SECONDS = 5  # for the main thread to follow a second Ctrl-C
+STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}  # exit statuses, as a shell has them
+
+# What a run answers to a request to stop, by what it does.
+MEASURING = "Stopping; nothing is lost, and measurements that are complete are kept."
+TRAINING = "Finishing the step and saving; once more stops without saving."
 
 
 class Stopped(Exception):
@@ -28,8 +33,11 @@ class Stop:
     there are several, jax handles SIGTERM, and tells all of them.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], answer: str = TRAINING) -> None:
+        self.answer = answer
+        """What is said when a stop is asked for."""
         self._say, self._is_due, self._num_signals = say, False, 0
+        self._first = signal.SIGTERM  # where another process got the signal
         self._is_alone = jax.process_count() == 1
         self._before: dict[signal.Signals, object] = {}
         self._left = threading.Event()
@@ -67,6 +75,13 @@ class Stop:
         self._is_due = self._is_due or self._asked()
         return self._is_due
 
+    def status(self) -> int:
+        """Returns the exit status of a run that has stopped: 130 after Ctrl-C in any process, else
+        143. All processes call this equally often.
+        """
+        firsts = from_all(str(int(self._first)))
+        return STATUS[signal.SIGINT if str(int(signal.SIGINT)) in firsts else signal.SIGTERM]
+
     def check(self) -> None:
         """Raises `Stopped` if a stop is due."""
         if self.is_due():
@@ -94,7 +109,8 @@ class Stop:
         if self._num_signals:
             raise KeyboardInterrupt
         self._num_signals += 1
+        self._first = signal.Signals(number)
         with suppress(RuntimeError):  # the signal interrupted another output
-            self._say("Finishing the step and saving; once more stops without saving.")
+            self._say(self.answer)
         if not self._is_alone:
             self.request()
