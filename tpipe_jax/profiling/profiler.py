@@ -13,6 +13,7 @@ of a step and transfers are in both sweeps and cancel out.
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property, partial
 from typing import Literal, NamedTuple
@@ -60,7 +61,8 @@ from tpipe_jax.training.state import abstract_state, state_bytes
 
 MAX_TICKS = 24
 MIN_SECONDS = 0.008  # least time of the busy ticks of a sweep; more if an idle sweep takes longer
-LONG_SECONDS = 0.5  # a slice is timed until its rounds add up to this, 3 to REPEATS times
+PROGRAM_SECONDS = 3.0  # a program runs until its rounds add up to this, 4 to REPEATS times
+NUM_DEFERRED = 5  # times that gradients of weights are timed, for a median
 TILE_TOKENS = {"gpu": 128}  # of the products of a platform; 1 where it is not named
 
 # Schedules, and the schedule under which slices are timed instead: stages work on all their chunks,
@@ -279,12 +281,17 @@ class Profiler:
         if not np.isfinite(self._seconds_per_token).all():
             self._learn_speed()
         rounds: list[list[np.ndarray]] = [[] for _ in programs]
+        durations, num_rounds = np.zeros(len(programs)), np.ones(len(programs), int)
         for n in range(REPEATS):
-            for program, own in zip(programs, rounds, strict=True):
-                if n < self._num_rounds(program.shape):
+            for i, program in enumerate(programs):
+                if n < num_rounds[i]:
+                    start = time.perf_counter()
                     idle, busy = self._round(program)
-                    own.append((busy - idle) / self._num_busy(program))
+                    rounds[i].append((busy - idle) / self._num_busy(program))
+                    durations[i] = time.perf_counter() - start
                     advance(0)
+            if n == 0:
+                num_rounds = np.ceil(PROGRAM_SECONDS / agreed(durations)).clip(4, REPEATS)
             advance(1)
         # Noise may make a difference 0 or negative; no work takes less than a clock can tell.
         return [agreed(np.maximum(of_slice, 1e-6)) for of_slice in at_usual_speed(rounds)]
@@ -298,11 +305,6 @@ class Profiler:
         self._seconds_per_token = agreed(seconds) / self._whole.size
         # Idle sweeps are subtracted. Busy ticks take as long or longer, so noise matters little.
         self._least_seconds = max(MIN_SECONDS, float(agreed(np.array(idle))))
-
-    def _num_rounds(self, shape: TimedShape) -> int:
-        """Returns the number of rounds: fewer for long slices, where noise matters little."""
-        seconds = float(self._seconds_per_token.sum()) * shape.size
-        return min(max(math.ceil(LONG_SECONDS / seconds), 3), REPEATS)
 
     def _round(self, program: Program) -> tuple[float, np.ndarray]:
         """Returns the seconds of an idle sweep, and of sweeps with work, `[context, direction]`."""
@@ -394,7 +396,7 @@ class Profiler:
             num_busy = self._num_busy(whole)[1]
             tables = [self._table(item, whole.num_ticks, num_busy)[..., None] for item in (IDLE, 0)]
             rows = []
-            for _ in range(1 + self._num_rounds(whole.shape)):  # the first one warms up
+            for _ in range(1 + NUM_DEFERRED):  # the first one warms up
                 passes = [self._round(program) for program in (whole, without)]
                 backward = [of_slice[0, 1] - idle for idle, of_slice in passes]
                 # As in `_round`: one sweep to warm up, one with work, and two idle ones.
