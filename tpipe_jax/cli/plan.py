@@ -1,12 +1,15 @@
-"""`tpipe plan`: plans the slices of a model, measured here or from a file of latencies. No jax."""
+"""`tpipe plan`: plans the slices of a model, measured here, for GPUs that are not here, or from a
+file of latencies. No jax.
+"""
 
 from typing import Any
 
 from tpipe_jax.commands.launch import launch
 from tpipe_jax.config.command_line import parse_plan
-from tpipe_jax.config.flags import FilePlanFlags
+from tpipe_jax.config.flags import FilePlanFlags, GpuPlanFlags
 from tpipe_jax.errors import UserError
 from tpipe_jax.files import writing_to
+from tpipe_jax.runtime.noise import without_noise
 
 
 def main(args: list[str], program: str) -> int:
@@ -15,6 +18,8 @@ def main(args: list[str], program: str) -> int:
     if isinstance(flags, FilePlanFlags):
         _plan_from_file(flags)
         return 0
+    if isinstance(flags, GpuPlanFlags):
+        return _plan_for_gpus(flags)
     return launch(flags, _plan_by_measuring)
 
 
@@ -56,6 +61,17 @@ def _plan_from_file(flags: FilePlanFlags) -> None:
         planning.plan.save(flags.workdir / "plan.json")
     draw_plan(flags.workdir, table, planning.plan, planning.chunk_factors)
     console.say(f"plan.json and plan.png are in {flags.workdir}")
+
+
+def _plan_for_gpus(flags: GpuPlanFlags) -> int:
+    """Plans for GPUs that are not here."""
+    with without_noise():  # of libraries that miss the devices
+        from tpipe_jax.commands.plan_ahead import plan_ahead
+        from tpipe_jax.devices.targets import prepare_compiler
+    from tpipe_jax.reporting.console import Console
+
+    prepare_compiler()
+    return plan_ahead(flags, Console())
 
 
 def _plan_by_measuring(*args: Any) -> int:

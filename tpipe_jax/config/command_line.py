@@ -23,6 +23,7 @@ from tpipe_jax.config.flags import (
     FilePlanFlags,
     Flags,
     GenerateFlags,
+    GpuPlanFlags,
     ImportFlags,
     PlanFlags,
     PlotFlags,
@@ -33,7 +34,7 @@ from tpipe_jax.errors import UserError
 
 DEFAULT_CONFIG = "quickstart"
 
-AnyRunFlags = TypeVar("AnyRunFlags", Flags, PlanFlags, DoctorFlags, CompileFlags)
+AnyRunFlags = TypeVar("AnyRunFlags", Flags, PlanFlags, GpuPlanFlags, DoctorFlags, CompileFlags)
 
 
 STOPPED = 130, 143  # exit statuses after Ctrl-C and after SIGTERM
@@ -81,24 +82,33 @@ def parse(args: Sequence[str], program: str) -> Flags:
     return flags
 
 
-def parse_plan(args: Sequence[str], program: str) -> PlanFlags | FilePlanFlags:
-    """Reads the command line of planning, from measurements on devices or from a file.
+def parse_plan(args: Sequence[str], program: str) -> PlanFlags | GpuPlanFlags | FilePlanFlags:
+    """Reads the command line of planning: from measurements on devices, for GPUs that are not here,
+    or from a file.
 
     Raises `UserError` for a value out of its range, and for flags that contradict each other.
     """
     examples = (
         "--config=quickstart",
+        "--config=gpt3_13b --gpu=a100 --hosts=40",
+        "--config=gpt3_1b --gpu=h100 --hosts=8 --config.mesh=auto --tokens=300e9",
         "--latency=runs/quickstart/latency.json --num-stages=4 --batch-size=1 --seq-len=1024",
-        "--latency --help",
     )
-    if not any(word.partition("=")[0] == "--latency" for word in args):
-        for word in args:
-            flag = word.partition("=")[0].replace("_", "-")
-            if flag in set(flag_names(FilePlanFlags)) - set(flag_names(PlanFlags)):
-                raise UserError(
-                    f"{flag} goes with --latency=FILE, which plans without devices: add that, or "
-                    f"set config.*, as {program} --help lists."
-                )
+    given = {word.partition("=")[0].replace("_", "-") for word in args}
+    if {"--gpu", "--latency"} <= given:
+        raise UserError("--gpu and --latency plan from different times: leave one of them out.")
+    if "--gpu" in given:
+        if "--help" in given or "-h" in given:
+            args = ["--help"]
+        return _parse_run(GpuPlanFlags, args, program, examples[1:3])
+    if "--latency" not in given:
+        for flag in given:
+            for kind, form in ((GpuPlanFlags, "--gpu=NAME"), (FilePlanFlags, "--latency=FILE")):
+                if flag in set(flag_names(kind)) - set(flag_names(PlanFlags)):
+                    raise UserError(
+                        f"{flag} goes with {form}, which plans without devices: add that, or "
+                        f"set config.*, as {program} --help lists."
+                    )
         measured = _parse_run(PlanFlags, args, program, examples)
         _check_processes(measured.processes)
         return measured

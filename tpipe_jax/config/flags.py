@@ -58,14 +58,39 @@ class Flags(_RunFlags):
 
 @dataclass(frozen=True)
 class PlanFlags(_RunFlags):
-    """Plans the slices of a model: measures it on these devices, or reads latencies from a file.
+    """Plans the slices of a model, without training: on these devices, which are measured for it.
 
     Writes plan.json and plan.png into the workdir. A run there uses the plan's measurements; other
-    runs take the plan with --config.plan.file=plan.json. With --latency=FILE it needs no device;
-    --latency --help lists the flags of that form.
+    runs take the plan with --config.plan.file=plan.json. Two other forms need no device. --gpu=NAME
+    plans for GPUs that are not here, and --latency=FILE plans from measured latencies;
+    --gpu --help and --latency --help list their flags.
     """
 
     processes: tyro.conf.OmitArgPrefixes[ProcessFlags] = ProcessFlags()
+
+
+@dataclass(frozen=True)
+class GpuPlanFlags(_RunFlags):
+    """Plans for GPUs that are not here: does it fit, which slices, how long is a step?
+
+    Predicts times from the programs that XLA compiles for these GPUs. Writes plan.json,
+    latency.json and plan.png into the workdir; the cluster trains with
+    --config.plan.file=plan.json. With --config.mesh=auto all ways to divide the GPUs are compared,
+    and drawn in meshes.png.
+    """
+
+    gpu: Gpu = "h100"
+    """The GPUs: 16 GB for v100, 80 GB for a100, unless the name says another size."""
+    hosts: Count | None = None
+    """Hosts that share the GPUs evenly; if left out, as many as config.mesh needs."""
+    gpus_per_host: Count = 8
+    """GPUs of a host, joined by NVLink."""
+    tokens: Annotated[float, Range(1)] | None = None
+    """Tokens to train on, such as 300e9, to tell the days that takes."""
+    bandwidth: Annotated[float, Range(0.001)] | None = None
+    """Gbit/s of a host to others, in one direction; if left out, what is typical for the GPU."""
+    latency_us: NonNegative = 20.0
+    """Microseconds of an exchange between hosts."""
 
 
 @dataclass(frozen=True)

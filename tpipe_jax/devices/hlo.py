@@ -110,6 +110,11 @@ def array_bytes(shape: str) -> list[int]:
     ]
 
 
+def array_dims(shape: str) -> list[list[int]]:
+    """Returns the dimensions of each array in the text of a shape."""
+    return [[int(n) for n in dims.split(",") if n] for _, dims in _ARRAY.findall(shape)]
+
+
 def _operation(line: str) -> Operation | None:
     start = _OPERATION.match(line)
     if not start:

@@ -119,8 +119,13 @@ def _larger(choices: list[Work]) -> Work:
     return found
 
 
+def starts_nothing(operation: Operation) -> bool:
+    """Whether a device has nothing to start for an operation."""
+    return operation.opcode in _FREE or operation.opcode.endswith(("-done", "-update"))
+
+
 def _own_work(program: Program, computation: str, operation: Operation) -> Work:
-    if operation.opcode in _FREE or operation.opcode.endswith(("-done", "-update")):
+    if starts_nothing(operation):
         return Work()
     if (kind := collective_kind(operation)) and not exchanges_nothing(operation):
         num_bytes = sum(_results(operation))

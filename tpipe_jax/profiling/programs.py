@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from jax.stages import Wrapped
 
 from tpipe_jax.devices.collectives import psum, varying
+from tpipe_jax.devices.scopes import BACKWARD, FORWARD
 from tpipe_jax.model.block import Params
 from tpipe_jax.pipeline.build import (
     for_compute,
@@ -38,16 +39,18 @@ def make_stage_work(spec: StageSpec, items: Sequence[Item]) -> Wrapped:
         stage = make_stage(spec, for_compute(spec, params), packing)
         x_BTD = x_BTD.astype(spec.dtype)
         saved = saved_of(spec, packing, num_rows)
-        y_BTD, saved = sweep(forward, items, stage.forward, x_BTD, saved, skips=spec.skips)
-        d_x_BTD, gradients = sweep(
-            backward,
-            items,
-            partial(stage.backward, saved),
-            x_BTD,
-            gradients_of(spec, num_rows),
-            reverse=True,
-            skips=spec.skips,
-        )
+        with jax.named_scope(FORWARD):
+            y_BTD, saved = sweep(forward, items, stage.forward, x_BTD, saved, skips=spec.skips)
+        with jax.named_scope(BACKWARD):
+            d_x_BTD, gradients = sweep(
+                backward,
+                items,
+                partial(stage.backward, saved),
+                x_BTD,
+                gradients_of(spec, num_rows),
+                reverse=True,
+                skips=spec.skips,
+            )
         total = sum(a.astype(jnp.float32).sum() for a in (y_BTD, d_x_BTD))
         return psum(total + _first(gradients), ("data", "pipe"))
 

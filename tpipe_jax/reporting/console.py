@@ -114,7 +114,7 @@ class Console:
         """Prints a line for each run of token slices of one length. Batch slices that are alike are
         shown once.
         """
-        title = f"plan, schedule {_schedule(plan)}"
+        title = f"plan, schedule {schedule_name(plan)}"
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         is_batch = plan.batch_size > 1
         names = ["batch slices of sequences"] * is_batch + ["slices of tokens", "context"]
@@ -188,9 +188,9 @@ class Console:
         seconds = fastest.prediction.step_seconds
         faster = seconds / plan.prediction.step_seconds - 1
         self.say(
-            f"the fastest plan, {num_slices} of {shapes} under {_schedule(fastest)}, would take "
-            f"{milliseconds(seconds)}, {faster:+.1%}: a uniform plan is as fast within the error "
-            f"of the latencies, {planning.tolerance:.0%}, so the simplest of these is taken"
+            f"the fastest plan, {num_slices} of {shapes} under {schedule_name(fastest)}, would "
+            f"take {milliseconds(seconds)}, {faster:+.1%}: a uniform plan is as fast within the "
+            f"error of the latencies, {planning.tolerance:.0%}, so the simplest of these is taken"
         )
 
     def _show_options(self, planning: Planning) -> None:
@@ -204,7 +204,7 @@ class Console:
             is_taken = option.plan.schedule == planning.plan.schedule
             num_bytes = option.activation_bytes
             table.add_row(
-                _schedule(option.plan),
+                schedule_name(option.plan),
                 milliseconds(option.plan.prediction.step_seconds),
                 f"{option.bubble:.0%}",
                 "unknown" if num_bytes is None else _megabytes(num_bytes),
@@ -227,8 +227,18 @@ class Console:
             plan = ranked.planning.plan
             bubble = predicted_timeline(plan, ranked.planning.chunk_factors).bubble
             num_slices = sum(map(len, plan.token_slices))
-            slices = f"{_schedule(plan)}, {count(num_slices, 'slice')}"
+            slices = f"{schedule_name(plan)}, {count(num_slices, 'slice')}"
             table.add_row(*sizes, milliseconds(ranked.seconds), f"{bubble:.0%}", slices)
+        self._print_table(table)
+
+    def show_ways(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Prints a line of figures for each way to divide the devices."""
+        title = "ways to divide the devices, the first is taken"
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for name in columns:
+            table.add_column(name, justify="left" if name == "plan" else "right")
+        for row in rows:
+            table.add_row(*row)
         self._print_table(table)
 
     def show_agreement(self, predicted_seconds: float, measured_seconds: float) -> None:
@@ -321,7 +331,7 @@ class Console:
         )
 
 
-def _schedule(plan: Plan) -> str:
+def schedule_name(plan: Plan) -> str:
     """Returns the name of a plan's schedule, with the chunks of each stage if there are several."""
     return plan.schedule + f", {plan.num_chunks} chunks" * (plan.num_chunks > 1)
 
