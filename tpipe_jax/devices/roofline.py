@@ -9,6 +9,7 @@ bytes at the bandwidth of the link, and a latency.
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -136,12 +137,11 @@ class Roofline:
         size = math.prod(array_dims(operation.shape)[0])
         keys = context + num_queries / 2
         if "fmha" in operation.attributes:
-            lengths = [
-                array_dims(own[name].shape)[0] for name in operation.operands[:2] if name in own
-            ]
-            if len(lengths) == 2:
-                is_own = lengths[0] == lengths[1]
-                keys = num_queries / 2 if is_own else min(context, max(lengths[1]))
+            of_queries, of_keys = (
+                array_dims(own[name].shape)[0] for name in operation.operands[:2]
+            )
+            more = [n for n, m in zip(of_keys, of_queries, strict=True) if n != m]
+            keys = min(context, more[0]) if more else num_queries / 2
         rate = self.speed.backward_attention if is_backward else self.speed.forward_attention
         products = 10 if is_backward else 4  # operations for each number of a query and each key
         written = (
@@ -191,51 +191,37 @@ def _of_fusion(
         for name in operation.operands:
             users.setdefault(name, []).append(operation)
     flops = sum(_product_flops(operation, inner) for operation in body)
-    moved, updates = 0.0, [o for o in body if o.opcode == "dynamic-update-slice"]
-    targets = {update.operands[0] for update in updates}
+    updates = [operation for operation in body if operation.opcode == "dynamic-update-slice"]
+    moved = float(sum(inner[update.operands[1]].num_bytes for update in updates))
+    moved += 0 if updates else fusion.num_bytes
     for operation in body:
-        if operation.opcode != "parameter":
-            continue
-        own = _through_bitcasts(operation, users)
-        if own and all(
-            user.opcode == "dynamic-slice" or _is_target(user, targets, operation, users)
-            for user in own
-        ):
-            moved += sum(user.num_bytes for user in own if user.opcode == "dynamic-slice")
-        else:
-            moved += operation.num_bytes
-    if updates:
-        moved += sum(inner[update.operands[1]].num_bytes for update in updates)
-    else:
-        moved += fusion.num_bytes
+        if operation.opcode == "parameter":
+            moved += _bytes_read(operation, users)
     return flops, share_of_scatter * moved
 
 
-def _through_bitcasts(operation: Operation, users: dict[str, list[Operation]]) -> list[Operation]:
-    """Returns what uses a value, also after it was only seen in another shape."""
-    found = []
-    for user in users.get(operation.name, []):
-        found += _through_bitcasts(user, users) if user.opcode == "bitcast" else [user]
-    return found
+def _bytes_read(parameter: Operation, users: dict[str, list[Operation]]) -> int:
+    """Returns the bytes that a fusion reads of a parameter: its slices, if nothing else is read.
+    Nothing is read of what is only written into.
+    """
+    num_bytes = 0
+    for value, user in _uses(parameter, users):
+        if user.opcode == "dynamic-slice" and user.operands[0] == value:
+            num_bytes += user.num_bytes
+        elif user.opcode != "dynamic-update-slice" or user.operands[0] != value:
+            return parameter.num_bytes
+    return num_bytes
 
 
-def _is_target(
-    user: Operation,
-    targets: set[str],
-    parameter: Operation,
-    users: dict[str, list[Operation]],
-) -> bool:
-    """Whether an update in place writes into this parameter."""
-    if user.opcode != "dynamic-update-slice":
-        return False
-    names = {parameter.name}
-    waiting = [parameter.name]
-    while waiting:
-        for other in users.get(waiting.pop(), []):
-            if other.opcode == "bitcast" and other.name not in names:
-                names.add(other.name)
-                waiting.append(other.name)
-    return user.operands[0] in names & targets
+def _uses(value: Operation, users: dict[str, list[Operation]]) -> Iterator[tuple[str, Operation]]:
+    """Yields each use of a value, also after it was only seen in another shape: the name under
+    which it is used, and what uses it.
+    """
+    for user in users.get(value.name, []):
+        if user.opcode == "bitcast":
+            yield from _uses(user, users)
+        else:
+            yield value.name, user
 
 
 def _product_flops(operation: Operation, operands: dict[str, Operation]) -> float:
