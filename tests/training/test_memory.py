@@ -253,8 +253,14 @@ def test_what_can_never_fit_is_not_compiled(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(memory, "compile_checked", None)
     model = dataclasses.replace(CONFIG.model, d_model=2**20, d_ff=2**22)
     config = dataclasses.replace(CONFIG, model=model)
-    with pytest.raises(UserError, match=r"^the memory of a device, .* less than a step takes"):
+    with pytest.raises(UserError, match=r"^the memory of a device, .* less than a step takes") as e:
         fitting_step(make_spec(config, MESH), reference.plan_of(config), OPTIMIZER)
+    # What is missing is the sum of all that a step takes, not its largest part.
+    smallest = make_spec(dataclasses.replace(config, memory=MemoryConfig(remat="full")), MESH)
+    parts = budget(smallest, terapipe(reference.plan_of(config)), OPTIMIZER)
+    missing = sum(parts.values()) - (limit_bytes(smallest) or 0)
+    assert f"is {missing / GIB:.3g} GiB less" in str(e.value)
+    assert "tpipe plan --gpu=h100" in str(e.value)
 
 
 def test_a_plan_to_come_that_fits_by_far_needs_no_compiler(monkeypatch: pytest.MonkeyPatch):

@@ -59,7 +59,7 @@ def _plan_from_file(flags: FilePlanFlags) -> None:
     with writing_to(flags.workdir):
         flags.workdir.mkdir(parents=True, exist_ok=True)
         planning.plan.save(flags.workdir / "plan.json")
-    draw_plan(flags.workdir, table, planning.plan, planning.chunk_factors)
+    draw_plan(flags.workdir, table, planning)
     console.say(f"plan.json and plan.png are in {flags.workdir}")
 
 

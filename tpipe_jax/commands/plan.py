@@ -69,7 +69,7 @@ def plan_run(
     console.show_planning(planning)
     if jax.process_index() == 0:
         describe_in_files(config, workdir, planning.plan, factors)
-        draw_plan(workdir, table, planning.plan, factors)
+        draw_plan(workdir, table, planning)
     console.say(f"plan.json, plan.png and latency.json are in {workdir}")
 
 

@@ -372,7 +372,7 @@ def _write(workdir: Path, ways: list[Way]) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         best.planning.plan.save(workdir / "plan.json")
         best.table.save(workdir / "latency.json")
-    draw_plan(workdir, best.table, best.planning.plan, best.planning.chunk_factors)
+    draw_plan(workdir, best.table, best.planning)
     if len(ways) > 1:
         points = [
             Point(

@@ -37,11 +37,12 @@ class Alternative:
     token_slices: int
     """Token slices of each batch slice."""
     step_seconds: float
+    plan: Plan | None = None
 
     @classmethod
     def of(cls, plan: Plan) -> "Alternative":
         """Returns the figures of a plan that has a prediction."""
-        return cls(len(plan.batch_slices), len(plan.token_slices[0]), step_seconds(plan))
+        return cls(len(plan.batch_slices), len(plan.token_slices[0]), step_seconds(plan), plan)
 
 
 @dataclass(frozen=True)

@@ -157,8 +157,9 @@ def fitting_step(
     check(schedule)
     for remat in candidates(spec.config.memory):
         trial, step = _with_policy(spec, remat), None
-        needed = max(budget(trial, schedule, optimizer).values())
-        if limit is not None and needed > limit:
+        parts = budget(trial, schedule, optimizer).values()
+        if limit is not None and max(parts) > limit:
+            needed = sum(parts)
             continue  # too much already, so that a long compilation is spared
         try:
             step = compile_step(trial, schedule, optimizer)
@@ -264,8 +265,15 @@ def too_little(
         f"config.memory.remat={config.memory.remat}: about {of_state / GIB:.3g} GiB are "
         f"parameters, gradients and optimiser state, and {saved / GIB:.3g} GiB are saved for the "
         f"backward pass; {', '.join(text for text, helps in remedies.items() if helps)} would "
-        f"bring it down{_larger_share(spec)}."
+        f"bring it down{_larger_share(spec)}{_other_devices(spec)}."
     )
+
+
+def _other_devices(spec: StageSpec) -> str:
+    """Says how to plan for GPUs, where a CPU has too little memory."""
+    if spec.device.platform != "cpu" or spec.config.memory.limit_gib is not None:
+        return ""
+    return "; for GPUs that are not here, tpipe plan --gpu=h100 needs none of this memory"
 
 
 def _larger_share(spec: StageSpec) -> str:
