@@ -167,8 +167,8 @@ def test_flags_in_commands_exist():
             asked = {flag for flag in flags if not flag.startswith("--config")}
             if asked - known.setdefault(name, set()):
                 known[name] |= help_flags(name, words[0] if name == "convert" else "")
-                if "--latency" in flags:
-                    known[name] |= help_flags(name, "--latency")
+                for form in {"--latency", "--gpu"} & flags if name == "plan" else ():
+                    known[name] |= help_flags(name, form)
             assert asked <= known[name], line
 
 

@@ -94,8 +94,8 @@ def parse_plan(args: Sequence[str], program: str) -> PlanFlags | GpuPlanFlags | 
         "--config=gpt3_1b --gpu=h100 --hosts=8 --config.mesh=auto --tokens=300e9",
         "--latency=runs/quickstart/latency.json --num-stages=4 --batch-size=1 --seq-len=1024",
     )
-    given = {word.partition("=")[0].replace("_", "-") for word in args}
-    if {"--gpu", "--latency"} <= given:
+    given = [word.partition("=")[0].replace("_", "-") for word in args]
+    if {"--gpu", "--latency"} <= set(given):
         raise UserError("--gpu and --latency plan from different times: leave one of them out.")
     if "--gpu" in given:
         if "--help" in given or "-h" in given:

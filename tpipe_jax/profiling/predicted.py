@@ -31,6 +31,7 @@ from tpipe_jax.pipeline.footprint import (
     trunk_bytes_per_token,
 )
 from tpipe_jax.pipeline.spec import StageSpec, spec_on_devices
+from tpipe_jax.pipeline.vocab_parallel import tile_tokens
 from tpipe_jax.planning.latency import Deferral, Memory, Profile, Sample
 from tpipe_jax.planning.schedule import Item
 from tpipe_jax.profiling.clock import prepared
@@ -181,11 +182,12 @@ class Predictor:
             data, turns = links["data"], 2 * (mesh.data - 1)
             seconds += turns / mesh.data * params / data.bytes_per_second
             seconds += turns * data.latency_seconds
-        if mesh.pipe > 1:  # outputs to all stages, and their gradients back to the last
-            activations = num_tokens * trunk_bytes_per_token(spec)
-            seconds += 4 * activations / links["pipe"].bytes_per_second
-            seconds += 4 * mesh.pipe * links["pipe"].latency_seconds
-        return seconds
+        # All stages sum up, in float32, embeddings, outputs, and the gradients of both.
+        pipe, turns = links["pipe"], 2 * (mesh.pipe - 1)
+        num_bytes = 4 * num_tokens * model.d_model
+        num_tiles = model.seq_len / tile_tokens(config.train.batch_size // mesh.data, model.seq_len)
+        seconds += 4 * turns / mesh.pipe * num_bytes / pipe.bytes_per_second
+        return seconds + 4 * turns * num_tiles * pipe.latency_seconds
 
     def _deferral(self, spec: StageSpec) -> Deferral:
         """Returns the times of gradients of weights: their products, and sums that are read and
