@@ -16,6 +16,7 @@ from tpipe_jax.cli.main import COMMANDS, main, run
 from tpipe_jax.cli.next_steps import next_steps
 from tpipe_jax.config import command_line
 from tpipe_jax.config.command_line import exit_status, parse
+from tpipe_jax.config.flags import GpuPlanFlags
 from tpipe_jax.config.invocation import command
 from tpipe_jax.config.settings import (
     Config,
@@ -196,6 +197,20 @@ def test_what_is_missing_is_named(
 def test_flags_of_planning_from_a_file_need_the_file():
     with pytest.raises(UserError, match=r"^--batch-size goes with --latency=FILE"):
         command_line.parse_plan(["--num_stages=4", "--batch-size=1"][::-1], "program")
+
+
+def test_forms_of_planning_exclude_each_other():
+    parse = command_line.parse_plan
+    with pytest.raises(UserError, match=r"^--hosts goes with --gpu=NAME"):
+        parse(["--hosts=4"], "program")
+    with pytest.raises(UserError, match=r"^--gpu and --latency plan from different times"):
+        parse(["--gpu=a100", "--latency=latency.json"], "program")
+    with pytest.raises(UserError, match=r"a1000.*a100"):
+        parse(["--gpu=a1000"], "program")
+    flags = parse(["--gpu=v100", "--hosts=2", "--config.mesh=auto", "--tokens=3e9"], "program")
+    assert isinstance(flags, GpuPlanFlags)
+    assert (flags.gpu, flags.hosts, flags.gpus_per_host, flags.tokens) == ("v100", 2, 8, 3e9)
+    assert flags.config.mesh.auto
 
 
 def on_a_terminal(*args: str) -> str:

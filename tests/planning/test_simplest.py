@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from support.latencies import profile
+from tpipe_jax.planning import planner
 from tpipe_jax.planning.latency import LatencyTable, Memory, Profile, Sample
 from tpipe_jax.planning.plan import Plan, PlanRequest
 from tpipe_jax.planning.planner import TIMED_ERROR, error_of, find_plan
@@ -97,6 +98,18 @@ def test_the_fastest_plan_is_taken_where_no_uniform_plan_comes_near(
     best = min(map(step_seconds, uniform_plans(table, request())))
     assert best > (1 + NEAR) * step_seconds(planning.fastest)
     assert planning.plan == planning.fastest
+
+
+def test_the_fastest_plan_is_taken_where_its_time_is_known_better(monkeypatch: pytest.MonkeyPatch):
+    """A uniform plan that is slower than that by more than the error is not taken."""
+    table = measured().table(UNIT)
+    planning = find_plan(table, request(schedule="terapipe"), [1.0] * 4)
+    slower = step_seconds(planning.fastest_uniform) / step_seconds(planning.fastest) - 1
+    assert slower > 1e-3
+    monkeypatch.setattr(planner, "error_of", lambda plan, profile: slower / 2)
+    monkeypatch.setattr(planner, "TIMED_ERROR", slower / 2)
+    better = find_plan(table, request(schedule="terapipe"), [1.0] * 4)
+    assert better.plan == better.fastest == planning.fastest
 
 
 def test_times_from_elsewhere_count_as_exact():

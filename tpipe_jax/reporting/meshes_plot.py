@@ -35,7 +35,6 @@ def draw_meshes(workdir: Path, points: Sequence[Point], limit_gib: float | None)
             (point.gib, point.seconds),
             xytext=(6, 3),
             textcoords="offset points",
-            fontsize=8,
         )
     if limit_gib is not None:
         axes.axvline(limit_gib, color="grey", lw=1, ls="--", label="memory of a device")
