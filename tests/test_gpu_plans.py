@@ -13,6 +13,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from support.compilers import WITHOUT_COMPILER, has_gpu_compiler
+from support.latencies import profile
 from support.runs import Lines
 from tpipe_jax.commands import plan_ahead as plan_ahead_module
 from tpipe_jax.commands.plan_ahead import plan_ahead
@@ -23,6 +24,7 @@ from tpipe_jax.config.settings import (
     MeshConfig,
     ModelConfig,
     PlanConfig,
+    PrecisionConfig,
     TrainConfig,
 )
 from tpipe_jax.devices.hlo import read
@@ -170,6 +172,8 @@ def test_meshes_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             r"does not serve this model: it does not fit: a memory limit of 0\.01 GiB is .* too",
         ),
         (replace(CONFIG, mesh=MeshConfig(model=3)), {}, r"config\.mesh\.model=3"),
+        (replace(CONFIG, precision=PrecisionConfig("float32")), {}, r"has no prediction"),
+        (replace(CONFIG, plan=PlanConfig(file="plan.json")), {}, r"is a plan already"),
     ],
     ids=str,
 )
@@ -187,6 +191,14 @@ def test_a_run_is_not_planned_over(tmp_path: Path):
     with pytest.raises(UserError, match="holds a run"):
         plan_ahead(flags(tmp_path), Lines())
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_measured_times_are_not_overwritten(tmp_path: Path):
+    profile().table(8).save(tmp_path / "latency.json")
+    before = (tmp_path / "latency.json").read_bytes()
+    with pytest.raises(UserError, match=r"latency\.json that was measured"):
+        plan_ahead(flags(tmp_path), Lines())
+    assert (tmp_path / "latency.json").read_bytes() == before
 
 
 def test_more_sequences_and_longer_contexts_take_longer():

@@ -25,6 +25,7 @@ from tpipe_jax.planning.planner import Planning, find_plan
 from tpipe_jax.planning.schedule_search import step_seconds
 from tpipe_jax.planning.settings import read_settings, unit_tokens, work_factors
 from tpipe_jax.planning.slicer import least_work
+from tpipe_jax.profiling.measured_plan import LATENCY, read_own
 from tpipe_jax.profiling.mesh_search import factorisations
 from tpipe_jax.profiling.predicted import Predictor
 from tpipe_jax.reporting.console import Console, count, schedule_name
@@ -67,7 +68,13 @@ def plan_ahead(flags: GpuPlanFlags, console: Console) -> int:
     the exit status. Raises `UserError` if the flags don't fit together, or if no plan fits.
     """
     _check_workdir(flags.workdir)
+    if flags.config.plan.file is not None:
+        raise UserError(
+            f"config.plan.file={flags.config.plan.file} is a plan already: leave it out, or "
+            "see what it needs with tpipe compile."
+        )
     meshes, network, speed = _meshes(flags), _network(flags), speed_of(flags.gpu)
+    console.say("compiling and planning, which takes a minute or two ...")
     with Stop(console.say, STOPPING) as stop:
         try:
             with console.working("compiling and planning") as show:
@@ -93,6 +100,12 @@ def _check_workdir(workdir: Path) -> None:
         raise UserError(
             f"--workdir={workdir} holds a run, whose plan would be overwritten: choose another "
             "folder."
+        )
+    profile = read_own(workdir / LATENCY)
+    if profile is not None and "predicted" not in profile.key:
+        raise UserError(
+            f"--workdir={workdir} has a latency.json that was measured, and predicted "
+            "times would overwrite it: choose another folder."
         )
 
 
@@ -177,6 +190,11 @@ def _way(flags: GpuPlanFlags, mesh: MeshConfig) -> Way:
             num_hosts = max(1, mesh.num_devices // flags.gpus_per_host)
             target = gpu_target(flags.gpu, mesh, num_hosts)
         spec = spec_on_devices(config, target.devices, target.facts)
+        if spec.dtype.itemsize != 2:
+            raise UserError(
+                f"config.precision.compute={config.precision.compute} has no prediction: it "
+                "is for products in 16 bits: set it to auto."
+            )
         read_settings(spec.config)
     except UserError as error:
         if not flags.config.mesh.auto:

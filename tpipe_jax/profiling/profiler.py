@@ -112,7 +112,7 @@ class Profiler:
         self._whole = TimedShape(1, self._seq_len, (0,))
         self._seconds_per_token, self._least_seconds = np.full(2, np.inf), MIN_SECONDS
         self._programs: dict[TimedShape, Program] = {}
-        self._params: Params = None  # of one layer on each stage or two, as soon as there are some
+        self._params: Params = None  # of one layer on each stage, once there are some
         x_shape = config.train.batch_size, self._seq_len, config.model.d_model
         x_BTD = np.random.default_rng(0).normal(size=x_shape).astype(np.float32)
         self._x_BTD = put_rows(spec.mesh, x_BTD)
