@@ -2,17 +2,13 @@
 
 import itertools
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
-from support.compilers import WITHOUT_COMPILER, has_gpu_compiler
+from support.compilers import WITHOUT_COMPILER, compilers_without_devices, has_gpu_compiler
 from support.latencies import profile
 from support.runs import Lines
 from tpipe_jax.commands import plan_ahead as plan_ahead_module
@@ -30,7 +26,7 @@ from tpipe_jax.config.settings import (
 from tpipe_jax.devices.hlo import read
 from tpipe_jax.devices.roofline import Roofline, Seen
 from tpipe_jax.devices.speeds import Link, Network, speed_of
-from tpipe_jax.devices.targets import VARIABLES, gpu_target
+from tpipe_jax.devices.targets import gpu_target
 from tpipe_jax.errors import UserError
 from tpipe_jax.pipeline.spec import spec_on_devices
 from tpipe_jax.planning.latency import load_table
@@ -55,15 +51,7 @@ CONFIG = Config(
 NETWORK = Network(8, 1e11, 1e-5)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compilers() -> Iterator[None]:
-    os.environ.update(VARIABLES)
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", before)
-    compilation_cache.reset_cache()
+compilers = pytest.fixture(autouse=True, scope="module")(compilers_without_devices)
 
 
 def flags(workdir: Path, config: Config = CONFIG, **changes: Any) -> GpuPlanFlags:

@@ -11,13 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from support.compilers import (
     WITHOUT_COMPILER,
     WITHOUT_FLASH,
+    compilers_without_devices,
     has_flash,
     has_gpu_compiler,
     has_tpu_compiler,
@@ -35,7 +34,6 @@ from tpipe_jax.config.settings import (
     TrainConfig,
 )
 from tpipe_jax.devices.exchanges import find_collectives
-from tpipe_jax.devices.targets import VARIABLES
 from tpipe_jax.training.memory import budget, program_bytes
 from tpipe_jax.training.optimizer import make_optimizer
 
@@ -53,18 +51,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def compilers() -> Iterator[None]:
-    """Compilers as `prepare_compiler` sets them. Programs for other devices cannot be read from a
-    cache of compiled programs.
-    """
-    os.environ.update(VARIABLES)
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_enable_compilation_cache", before)
-    compilation_cache.reset_cache()
+compilers = pytest.fixture(autouse=True, scope="module")(compilers_without_devices)
 
 
 def config(schedule: ScheduleName, slices: str, mesh: MeshConfig, backend: Any) -> Config:

@@ -1,10 +1,14 @@
 """Which compilers for devices that are not here are installed."""
 
+import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from tpipe_jax.devices.hardware import OLDEST_JAX_FOR_GPUS
+from tpipe_jax.devices.targets import VARIABLES
 
 WITHOUT_FLASH = 'needs pip install -e ".[flash12]"'
 WITHOUT_COMPILER = 'needs Python 3.12 or newer, and pip install -e ".[compile]"'
@@ -21,3 +25,16 @@ def has_flash() -> bool:
 
 def has_tpu_compiler() -> bool:
     return find_spec("libtpu") is not None
+
+
+def compilers_without_devices() -> Iterator[None]:
+    """Compilers as `prepare_compiler` sets them, for a fixture. Programs for other devices cannot
+    be read from a cache of compiled programs.
+    """
+    os.environ.update(VARIABLES)
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", before)
+    compilation_cache.reset_cache()
