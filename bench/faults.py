@@ -58,14 +58,14 @@ KINDS = {
     "kill in a save": Kind((137,), "was ended by SIGKILL", is_inside=True),
     "kill before the name": Kind((137,), "was ended by SIGKILL", is_inside=True),
     "kill in a removal": Kind((137,), "was ended by SIGKILL", is_inside=True),
-    "flip": Kind((0,), "the same command"),
-    "truncate": Kind((0,), "the same command"),
-    "remove": Kind((0,), "the same command"),
-    "add": Kind((0,), "the same command"),
+    "flip": Kind((130,), "the same command"),
+    "truncate": Kind((130,), "the same command"),
+    "remove": Kind((130,), "the same command"),
+    "add": Kind((130,), "the same command"),
     "disk full": Kind((2,), "No space left on device"),
     "workdir gone": Kind((2,), "cannot write"),
     "data cut short": Kind((2,), "cannot be read any more", loses=False),
-    "second run": Kind((0,), "the same command", loses=False),
+    "second run": Kind((143,), "the same command", loses=False),
 }
 DAMAGES = ("flip", "truncate", "remove", "add")
 EARLY = ("kill", "freeze", "terminate", "interrupt")  # which may also come before the first step
@@ -172,7 +172,8 @@ def disturb(args: argparse.Namespace, name: str, workdir: Path) -> tuple[Run, Ou
     fault = draw_fault(name, args.processes, first)
     is_early = name in EARLY and first > 0 and random.random() < 0.3
 
-    run, undo = Run(args, workdir, fault if kind.is_inside else None), _nothing
+    is_prepared = kind.is_inside or name == "second run"
+    run, undo = Run(args, workdir, fault if is_prepared else None), _nothing
     if is_early:
         run.wait_for(lambda: run.has_said(" hosts"))
         time.sleep(random.uniform(0.2, 2))  # while programs are compiled

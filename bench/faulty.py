@@ -42,6 +42,10 @@ def prepare(kind: str, step: int) -> None:
             time.sleep(10**6)
         begin(*args)
 
+    def begin_late(*args: Any) -> None:
+        time.sleep(0.2)  # or the run may end before a second one is refused
+        begin(*args)
+
     def kill_half_written(folder: Path, parts: Any) -> Any:
         if folder.name == f"{step}{saving}":
             write(folder, parts[: len(parts) // 2])
@@ -58,6 +62,8 @@ def prepare(kind: str, step: int) -> None:
 
     if kind in ("raise", "hang"):
         step_log.StepLog.begin = raise_or_hang  # pyrefly: ignore[bad-assignment]
+    elif kind == "second run":
+        step_log.StepLog.begin = begin_late  # pyrefly: ignore[bad-assignment]
     elif kind == "kill in a save":
         checkpoints.write_arrays = kill_half_written
     elif kind == "kill before the name":
