@@ -30,6 +30,7 @@ def get_config() -> Config:
             eval_every=100,
             eval_batches=16,
             compare_steps=10,
+            trace_step=20,
         ),
         optim=OptimConfig(learning_rate=2e-3, warmup_steps=100),
         checkpoint=CheckpointConfig(every=200),

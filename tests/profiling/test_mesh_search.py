@@ -155,8 +155,6 @@ def test_what_a_run_cannot_use_is_found_before_measuring(config: Config, tmp_pat
     devices, workdir = jax.devices()[:4], tmp_path / "run"
     with pytest.raises(UserError, match=r"config\.data\.train"):
         train(changed(config, data={"train": "missing.txt"}), workdir, devices, Seen())
-    with pytest.raises(UserError, match=r"trace_step=3 is never reached"):
-        train(changed(config, train={"trace_step": 3}), workdir, devices, Seen())
     assert not workdir.exists()
     train(config, workdir, devices, Seen())
     before, calls = (workdir / "latency.json").read_bytes(), FakeProfiler.calls

@@ -8,7 +8,6 @@ import pytest
 from support import runs, timeline_file
 from support.marks import slow
 from tpipe_jax.config.settings import MeshConfig
-from tpipe_jax.errors import UserError
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import one_forward_one_backward, terapipe
 from tpipe_jax.planning.simulate import Box, Timeline
@@ -170,10 +169,18 @@ def test_a_trace_that_cannot_be_taken_changes_nothing(
     assert said[-1].startswith("Trained 2 steps")
 
 
-def test_steps_that_cannot_be_traced_are_refused(tmp_path: Path):
-    config = runs.small_config(tmp_path)
-    with pytest.raises(UserError, match=r"trace_step=7 is never reached with .*num_steps=6"):
-        runs.run(runs.changed(config, train={"trace_step": 7}), tmp_path / "run")
-    one_stage = runs.changed(config, train={"trace_step": 6}, mesh={"pipe": 1})
-    with pytest.raises(UserError, match=r"trace_step=6 has no ticks .* config.mesh.pipe=1"):
-        runs.run(one_stage, tmp_path / "run")
+def test_of_a_short_run_the_last_step_is_traced(tmp_path: Path):
+    config = runs.changed(runs.small_config(tmp_path), train={"num_steps": 2, "trace_step": 7})
+    runs.run(config, tmp_path / "run")
+    timeline_file.check_measured(tmp_path / "run", 2, 2, 3)
+
+
+@pytest.mark.parametrize("why", ["one stage", "profiled"])
+def test_some_steps_are_not_traced(why: str, tmp_path: Path):
+    config = runs.changed(runs.small_config(tmp_path), train={"num_steps": 2, "trace_step": 2})
+    if why == "one stage":
+        config = runs.changed(config, mesh={"pipe": 1})
+    said = runs.run(config, tmp_path / "run", profiled=range(2, 3) if why == "profiled" else None)
+    assert not [line for line in said if "was traced" in line]
+    is_said = "step 2 is profiled, so its ticks are not measured" in said
+    assert is_said == (why == "profiled")

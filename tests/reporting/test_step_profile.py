@@ -90,9 +90,8 @@ def test_what_is_no_range_of_steps(value: str):
         parse_steps(value, TrainConfig(num_steps=6))
 
 
-def test_a_traced_step_cannot_be_profiled():
-    config = TrainConfig(num_steps=6, trace_step=3)
+def test_steps_of_a_profile_include_both_ends():
+    config = TrainConfig(num_steps=6)
+    assert parse_steps("2:4", config) == range(2, 5)
     assert parse_steps("4:4", config) == range(4, 5)
     assert parse_steps(None, config) is None
-    with pytest.raises(UserError, match=r"--profile=2:4 has step 3 in it, which .*trace_step"):
-        parse_steps("2:4", config)

@@ -1,6 +1,5 @@
 """The picture and the trace of a schedule: what is on them."""
 
-import json
 from pathlib import Path
 
 import pytest
@@ -11,13 +10,7 @@ from support.pictures import check_readable
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import terapipe
 from tpipe_jax.planning.simulate import simulate
-from tpipe_jax.reporting.timeline import (
-    draw_timeline,
-    duration,
-    read_trace,
-    trace_events,
-    write_trace,
-)
+from tpipe_jax.reporting.timeline import draw_timeline, duration
 
 
 def test_one_box_for_each_slice_and_direction_on_each_stage(tmp_path: Path, figures: list[Figure]):
@@ -155,28 +148,33 @@ def test_sequences_are_left_out_where_slices_have_one_each(tmp_path: Path, figur
     assert {text.get_text() for text in figures[0].axes[0].texts} == {"5", "3"}
 
 
-def test_a_trace_has_an_event_for_each_slice_and_direction_on_each_stage(tmp_path: Path):
-    schedule = terapipe(Plan(2, (2, 1), ((5, 3), (8,))))
-    timeline = simulate(schedule, [1.0, 1.1, 1.2], [2.0, 2.2, 2.4])
-    kinds = enumerate(("predicted", "measured"))
-    traces = [trace_events(kind, name, schedule, timeline) for kind, name in kinds]
-    write_trace(tmp_path / "t.json", sum(traces, []))  # noqa: RUF017 - there are two
-    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
-    names = [event["args"]["name"] for event in events if event["ph"] == "M"]
-    assert names == ["predicted", "stage 0", "stage 1", "measured", "stage 0", "stage 1"]
-    for pid in (0, 1):
-        for tid in (0, 1):
-            own = [e for e in events if e["ph"] == "X" and (e["pid"], e["tid"]) == (pid, tid)]
-            assert [e["cat"] for e in own] == ["forward"] * 3 + ["backward"] * 3
-            names = ["2 x 5 at 0, 0", "1 x 8 at 2, 0", "2 x 3 at 0, 5"]
-            assert [e["name"] for e in own] == names + names[::-1]
-            assert [e["dur"] for e in own] == pytest.approx([1e6, 1.1e6, 1.2e6, 2.4e6, 2.2e6, 2e6])
-    # Microseconds; stage 1 has the first slice when stage 0 has finished it.
-    assert [e["ts"] for e in events if e["ph"] == "X"][:2] == [0, 1e6]
-    assert [read_trace(tmp_path / "t.json", kind) for kind in (0, 1)] == traces
+def test_boxes_have_labels_beside_a_slower_measurement(tmp_path: Path, figures: list[Figure]):
+    """Their axis ends with the longer step, so the picture must be wider than for one of them."""
+    schedule = terapipe(Plan(2, (1,), ((128,) * 24,)))
+    computed, measured = (simulate(schedule, [t] * 24, [2 * t] * 24) for t in (1.0, 1.5))
+    draw_timeline(tmp_path / "a.png", schedule, computed, "title", measured=("name", measured))
+    assert [len(axes.texts) for axes in figures[0].axes] == [96, 96]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"traceEvents": [1]}'])
-def test_what_is_no_trace_has_no_events(text: str, tmp_path: Path):
-    (tmp_path / "t.json").write_text(text)
-    assert read_trace(tmp_path / "t.json", 0) == read_trace(tmp_path / "none.json", 0) == []
+@pytest.mark.parametrize("unit", ["s", "GFLOP"])
+def test_what_was_measured_stands_below_to_the_same_scale(
+    unit: str, tmp_path: Path, figures: list[Figure]
+):
+    schedule = terapipe(Plan(2, (1,), ((5, 3),)))
+    computed = simulate(schedule, [1.0, 1.0], [1.0, 1.0])
+    measured = simulate(schedule, [2.0, 1.0], [2.0, 1.0])
+    named = "measured, step 7", measured
+    draw_timeline(tmp_path / "a.png", schedule, computed, "title", unit, named)
+    check_readable(figures[0], tmp_path / "a.png")
+    above, below = figures[0].axes
+    # 3 ticks of 1 s each way, then 2 ticks of 2 s and one of 1 s.
+    assert above.get_xlim() == pytest.approx((0, 10 if unit == "s" else 100))
+    assert below.get_xlim() == pytest.approx((0, 10))
+    assert [max(p.get_x() + p.get_width() for p in a.patches) for a in (above, below)] == (
+        pytest.approx([6 if unit == "s" else 100, 10])
+    )
+    assert below.get_title() == (
+        "measured, step 7: 10 s a step in the pipeline, stages are busy 60% of the time"
+    )
+    assert above.get_title().startswith("title\ncomputed, not measured: ")
+    assert {text.get_text() for axes in (above, below) for text in axes.texts} == {"5", "3"}

@@ -57,10 +57,12 @@ def small_config(folder: Path) -> Config:
     )
 
 
-def run(config: Config, workdir: Path, on_step=lambda step: None) -> list[str]:
+def run(
+    config: Config, workdir: Path, on_step=lambda step: None, profiled: range | None = None
+) -> list[str]:
     """Trains in this process; returns what is said."""
     console = Lines(on_step)
-    train(config, workdir, jax.devices()[: config.mesh.num_devices], console)
+    train(config, workdir, jax.devices()[: config.mesh.num_devices], console, profiled)
     return console.said
 
 

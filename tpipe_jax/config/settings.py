@@ -131,7 +131,8 @@ class TrainConfig:
     """Longest time of a step, a batch of an evaluation or a save, in seconds. Beyond it the run
     ends in all processes, and says where it hangs."""
     trace_step: CountOrZero = 0
-    """A step whose measured ticks are added to timeline.json; 0 for none."""
+    """A step whose measured ticks are added to timeline.png and timeline.json, or the last one if
+    there are fewer; 0 for none. One stage has none to show."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ import jax
 from jax.profiler import ProfileData
 from jax.sharding import Mesh
 
-from tpipe_jax.config.settings import Config
 from tpipe_jax.devices.exchanges import collective_kind
 from tpipe_jax.devices.hlo import read
 from tpipe_jax.devices.scopes import ON_ALL
@@ -48,21 +47,6 @@ class TickConditional(NamedTuple):
 
     conditional: str
     transfers: frozenset[str]
-
-
-def check_trace(config: Config) -> None:
-    """Raises `UserError` if config.train.trace_step cannot be traced."""
-    step = config.train.trace_step
-    if step > config.train.num_steps:
-        raise UserError(
-            f"config.train.trace_step={step} is never reached with "
-            f"config.train.num_steps={config.train.num_steps}: trace an earlier step."
-        )
-    if step and config.mesh.pipe == 1 and not config.mesh.auto:
-        raise UserError(
-            f"config.train.trace_step={step} has no ticks to show with config.mesh.pipe=1: set it "
-            "to 0, or train on several stages."
-        )
 
 
 def traced(
@@ -92,9 +76,10 @@ def traced(
 def gathered_ticks(
     boxes: Sequence[Box], workdir: Path, plan: Plan, step: int
 ) -> tuple[str, float | None]:
-    """Adds the boxes of all processes to timeline.json, once in a run. Returns a text on how this
-    went, and the bubble, the share of time in which stages idle. Only process 0 gets the bubble, if
-    known.
+    """Adds the boxes of all processes to timeline.json and timeline.png, once in a run.
+
+    Returns a text on how this went, and the bubble, the share of time in which stages idle. Only
+    process 0 gets the bubble, if known.
     """
     bubble = None
 
@@ -113,7 +98,7 @@ def gathered_ticks(
         passes = "" if is_all else " with passes, gradients of weights aside"
         return (
             f"{timeline.step_seconds:.3g} s from the first slice to the last, stages busy "
-            f"{1 - timeline.bubble:.0%} of it{passes}; timeline.json has each tick"
+            f"{1 - timeline.bubble:.0%} of it{passes}; timeline.png shows each tick"
         )
 
     outcome = gathered("ticks", to_text(boxes), report)

@@ -11,7 +11,7 @@ from tpipe_jax.errors import UserError
 
 def parse_steps(value: str | None, config: TrainConfig) -> range | None:
     """Returns the steps of --profile=START:STOP, both included. Raises `UserError` if they are not
-    steps of the run, or config.train.trace_step is among them.
+    steps of the run.
     """
     if value is None:
         return None
@@ -21,11 +21,6 @@ def parse_steps(value: str | None, config: TrainConfig) -> range | None:
         raise UserError(
             f"--profile={value} must be START:STOP, the first and the last of some steps between 1 "
             f"and config.train.num_steps={config.num_steps}, as 10:12."
-        )
-    if config.trace_step in steps:
-        raise UserError(
-            f"--profile={value} has step {config.trace_step} in it, which config.train.trace_step "
-            "traces already: leave one of them out."
         )
     return steps
 
@@ -37,6 +32,10 @@ class ProfiledSteps:
         self._steps, self._is_running, self._is_done = steps or range(0), False, False
         several = jax.process_count() > 1  # on one host their files would have the same name
         self._folder = folder / f"process-{jax.process_index()}" if several else folder
+
+    def has(self, step: int) -> bool:
+        """Whether the step is one of those to profile."""
+        return step in self._steps
 
     def is_first(self, step: int) -> bool:
         """Whether the profile starts here: at the first of its steps that this run comes to."""

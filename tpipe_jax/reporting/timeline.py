@@ -1,7 +1,6 @@
-"""Draws a schedule, and writes it as a trace: one box for each slice on each stage."""
+"""Draws a schedule: one box for each slice on each stage."""
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from matplotlib.patheffects import withStroke
 from tpipe_jax.planning.schedule import Schedule
 from tpipe_jax.planning.simulate import Kind, Timeline
 
-EXPECTED, MEASURED = 0, 1  # kinds of timelines in a trace
 STYLES: dict[Kind, dict[str, Any]] = {
     "forward": {},
     "backward": {"alpha": 0.55, "hatch": "///"},
@@ -41,29 +39,51 @@ def duration(seconds: float) -> str:
 
 
 def draw_timeline(
-    path: Path, schedule: Schedule, timeline: Timeline, title: str, unit: str = "s"
+    path: Path,
+    schedule: Schedule,
+    timeline: Timeline,
+    title: str,
+    unit: str = "s",
+    measured: tuple[str, Timeline] | None = None,
 ) -> None:
-    """Writes a PNG of a computed timeline, in seconds or in another unit of work. It is as wide as
-    the labels of its boxes need, up to 20 inches.
+    """Writes a PNG of a computed timeline, in seconds or in another unit of work. A measured
+    timeline and its name are drawn below: to one scale with the computed one if this is in seconds.
+    The picture is as wide as the labels of its boxes need, up to 20 inches.
     """
-    shares = [box.stop_seconds - box.start_seconds for box in timeline.boxes]
-    needed = 1.5 + LINE_POINTS / 72 * timeline.step_seconds / max(min(shares), 1e-30)
+    drawn = [(timeline, unit), *([(measured[1], "s")] if measured else [])]
+    end = max(own.step_seconds for own, _ in drawn) if unit == "s" else None
+    needed = max(1.5 + LINE_POINTS / 72 * _boxes_per_axis(own, end) for own, _ in drawn)
     are_many = schedule.num_stages > MANY_STAGES
     width = 12 if are_many or needed > 20 else max(12, needed)
     longest = max(map(len, slice_names(schedule)))
     row = 0.3 if are_many else 0.6
     if schedule.num_stages <= 8:  # there is room for labels that stand
         row = max(row, 1.4 * longest * CHARACTER_POINTS / 72)
-    height = 2.2 + row * min(schedule.num_stages, MANY_STAGES)
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots()
-    entries = draw_boxes(axes, schedule, timeline, unit)
-    step = f"{duration(timeline.step_seconds)} a step in the pipeline, " if unit == "s" else ""
-    busy = f"stages are busy {1 - timeline.bubble:.0%} of the time"
-    axes.set_title(f"{title}\ncomputed, not measured: {step}{busy}")
-    figure.legend(handles=entries, loc="outside lower right", ncols=5, frameon=False)
-    label_boxes(axes, schedule, timeline)
+    height = 1.7 + row * min(schedule.num_stages, MANY_STAGES)
+    figure = Figure(figsize=(width, 0.5 + len(drawn) * height), layout="constrained")
+    panels = figure.subplots(len(drawn), 1, squeeze=False)[:, 0]
+    legends = [
+        draw_boxes(axes, schedule, own, own_unit, end)
+        for axes, (own, own_unit) in zip(panels, drawn, strict=True)
+    ]
+    panels[0].set_title(f"{title}\ncomputed, not measured: {_summary(timeline, unit)}")
+    if measured:
+        panels[1].set_title(f"{measured[0]}: {_summary(measured[1], 's')}")
+    figure.legend(handles=legends[0], loc="outside lower right", ncols=5, frameon=False)
+    for axes, (own, _) in zip(panels, drawn, strict=True):
+        label_boxes(axes, schedule, own)
     figure.savefig(path, dpi=110, facecolor="white")
+
+
+def _boxes_per_axis(timeline: Timeline, end: float | None) -> float:
+    """Returns how often the shortest box fits into an axis that ends with the step or at `end`."""
+    shortest = min(box.stop_seconds - box.start_seconds for box in timeline.boxes)
+    return (end or timeline.step_seconds) / max(shortest, 1e-30)
+
+
+def _summary(timeline: Timeline, unit: str) -> str:
+    step = f"{duration(timeline.step_seconds)} a step in the pipeline, " if unit == "s" else ""
+    return f"{step}stages are busy {1 - timeline.bubble:.0%} of the time"
 
 
 def draw_boxes(
@@ -172,57 +192,3 @@ def _runs(names: list[str]) -> str:
     runs = [(name, len(list(own))) for name, own in itertools.groupby(names)]
     texts = [name + f" ({count} times)" * (count > 1) for name, count in runs]
     return ", ".join(texts if len(texts) <= 6 else [*texts[:3], "...", *texts[-2:]])
-
-
-def trace_events(
-    kind: int, name: str, schedule: Schedule, timeline: Timeline
-) -> list[dict[str, Any]]:
-    """Returns a timeline as events of the trace event format: a process of number `kind` and of
-    this name, with a thread for each stage. A second of the timeline is a second of the trace.
-    """
-    events: list[dict[str, Any]] = [
-        {"ph": "M", "pid": kind, "name": "process_name", "args": {"name": name}}
-    ]
-    for stage in range(timeline.num_stages):
-        thread = {"ph": "M", "pid": kind, "tid": stage}
-        events.append(thread | {"name": "thread_name", "args": {"name": f"stage {stage}"}})
-    has_chunks = any(item.chunk for item in schedule.items)
-    for box in timeline.boxes:
-        item = schedule.items[box.item]
-        events.append(
-            {
-                "ph": "X",
-                "pid": kind,
-                "tid": box.stage,
-                "cat": box.kind,
-                "name": f"{item.num_rows} x {item.num_tokens} at {item.row}, {item.token}"
-                + f", chunk {item.chunk}" * has_chunks,
-                "ts": 1e6 * box.start_seconds,
-                "dur": 1e6 * (box.stop_seconds - box.start_seconds),
-            }
-        )
-    return events
-
-
-def write_trace(path: Path, events: list[dict[str, Any]]) -> None:
-    """Writes events to a file that Perfetto opens."""
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
-
-
-def read_trace(path: Path, kind: int) -> list[dict[str, Any]]:
-    """Returns the events of one kind in a trace file; none if it is missing or not a trace."""
-    try:
-        return [
-            event for event in json.loads(path.read_text())["traceEvents"] if event["pid"] == kind
-        ]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
-
-
-def work_of(events: list[dict[str, Any]]) -> list[tuple[int, str, str]]:
-    """Returns which stage works on which slice in which direction, in order. Leaves out gradients
-    of weights, which measured ticks do not have.
-    """
-    return sorted(
-        (e["tid"], e["cat"], e["name"]) for e in events if e["ph"] == "X" and e["cat"] != "weights"
-    )

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from tpipe_jax.config.settings import Config, differences, from_dict, to_dict
 from tpipe_jax.errors import UserError
@@ -14,10 +15,11 @@ from tpipe_jax.planning.estimator import predicted_timeline
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.planning.simulate import Timeline, simulate
-from tpipe_jax.reporting.timeline import (
+from tpipe_jax.reporting.timeline import draw_timeline
+from tpipe_jax.reporting.trace_file import (
     EXPECTED,
     MEASURED,
-    draw_timeline,
+    read_timeline,
     read_trace,
     trace_events,
     work_of,
@@ -25,6 +27,8 @@ from tpipe_jax.reporting.timeline import (
 )
 
 FILES = ("plan.json", "plan.png", "timeline.png", "timeline.json", "metrics.jsonl")
+# Names of computed timelines in timeline.json.
+PREDICTED, OPERATIONS = "predicted", "operations: a second is a GFLOP in a layer"
 
 
 def changed_settings(config: Config, workdir: Path) -> list[str]:
@@ -53,16 +57,13 @@ def changed_settings(config: Config, workdir: Path) -> list[str]:
 def describe_in_files(
     config: Config, workdir: Path, plan: Plan, chunk_factors: Sequence[float]
 ) -> None:
-    """Writes config.json, plan.json, timeline.png and timeline.json. The last keeps the measured
+    """Writes config.json, plan.json, timeline.png and timeline.json. The last two keep the measured
     ticks of an earlier start if its slices were the same. Raises `UserError` if a file cannot be
     written.
     """
     schedule = make_schedule(plan)
-    slices = f"{len(schedule.items)} slices ({'sequences x ' * (plan.batch_size > 1)}tokens)"
-    title = f"{slices} on {schedule.num_stages} stages, "
     if plan.prediction:
-        timeline, unit, name = predicted_timeline(plan, chunk_factors), "s", "predicted"
-        title += "at the predicted times"
+        timeline, name = predicted_timeline(plan, chunk_factors), PREDICTED
     else:
         cost = [
             item.num_rows * forward_flops(config.model, item.num_tokens, item.token) / 1e9
@@ -75,8 +76,7 @@ def describe_in_files(
         timeline = simulate(
             schedule, cost, backward, weight_seconds=later, chunk_factors=chunk_factors
         )
-        unit, title = "GFLOP in a layer", title + "by floating-point operations"
-        name = "operations: a second is a GFLOP in a layer"
+        name = OPERATIONS
     events = trace_events(EXPECTED, name, schedule, timeline)
     measured = read_trace(workdir / "timeline.json", MEASURED)
     if work_of(measured) == work_of(events):
@@ -85,8 +85,7 @@ def describe_in_files(
         workdir.mkdir(parents=True, exist_ok=True)
         write_config(config, workdir)
         plan.save(workdir / "plan.json")
-        draw_timeline(workdir / "timeline.png", schedule, timeline, title, unit)
-        write_trace(workdir / "timeline.json", events)
+        _write_timelines(workdir, plan, events)
 
 
 def write_config(config: Config, workdir: Path) -> None:
@@ -97,11 +96,30 @@ def write_config(config: Config, workdir: Path) -> None:
 
 
 def add_measured_ticks(workdir: Path, plan: Plan, step: int, timeline: Timeline) -> None:
-    """Adds the measured timeline of a step to timeline.json. Raises `UserError` if it cannot."""
-    path, name = workdir / "timeline.json", f"measured, step {step}"
-    measured = trace_events(MEASURED, name, make_schedule(plan), timeline)
+    """Adds the measured timeline of a step to timeline.json and timeline.png. Raises `UserError` if
+    it cannot.
+    """
+    measured = trace_events(MEASURED, f"measured, step {step}", make_schedule(plan), timeline)
     with writing_to(workdir):
-        write_trace(path, read_trace(path, EXPECTED) + measured)
+        events = read_trace(workdir / "timeline.json", EXPECTED) + measured
+        _write_timelines(workdir, plan, events)
+
+
+def _write_timelines(workdir: Path, plan: Plan, events: list[dict[str, Any]]) -> None:
+    """Writes timeline.json and, if the events have a computed timeline, timeline.png."""
+    schedule = make_schedule(plan)
+    write_trace(workdir / "timeline.json", events)
+    computed, measured = (
+        read_timeline([event for event in events if event["pid"] == kind], schedule)
+        for kind in (EXPECTED, MEASURED)
+    )
+    if computed:
+        name, timeline = computed
+        slices = f"{len(schedule.items)} slices ({'sequences x ' * (plan.batch_size > 1)}tokens)"
+        title = f"{slices} on {schedule.num_stages} stages, "
+        title += "at the predicted times" if name == PREDICTED else "by floating-point operations"
+        unit = "s" if name == PREDICTED else "GFLOP in a layer"
+        draw_timeline(workdir / "timeline.png", schedule, timeline, title, unit, measured)
 
 
 @contextmanager

@@ -56,7 +56,7 @@ class Loop:
         read = partial(put_batch, self.run, self.run.train_data)
         batches = Prefetcher(read, first_step, num_steps, self.services.stop.request)
 
-        step = first_step
+        step, traced_step = first_step, self._traced_step()
         with closing(batches), closing(self.profiled):
             log.start()
             while step < num_steps and not self.services.stop.is_due():
@@ -64,7 +64,7 @@ class Loop:
                 start = time.monotonic()
                 step, rows = step + 1, batches.take()
                 wait_seconds = time.monotonic() - start
-                if step == config.train.trace_step:
+                if step == traced_step:
                     log.finish()  # so that the trace does not show the step before
                     state, values = self._traced(step, state, rows)
                 else:
@@ -95,8 +95,17 @@ class Loop:
         batches.raise_failure()
         return step, state
 
+    def _traced_step(self) -> int:
+        """Returns the step whose ticks are measured; 0 for none."""
+        train, is_piped = self.run.config.train, self.run.config.mesh.pipe > 1
+        step = min(train.trace_step, train.num_steps) if is_piped else 0
+        if step and self.profiled.has(step):
+            self.services.console.say(f"step {step} is profiled, so its ticks are not measured")
+            return 0
+        return step
+
     def _traced(self, step: int, state: TrainState, rows: Array) -> StepResult:
-        """Traces a step and adds its ticks to timeline.json; only the step itself is timed."""
+        """Runs a step and records its ticks. The log times the step alone, not the recording."""
         start, train_step = time.monotonic(), self.programs.train_step
         run_step, text = partial(train_step, state, rows), train_step.as_text() or ""
         result, boxes, seconds = traced(run_step, text, make_schedule(self.plan), self.run.mesh)

@@ -21,7 +21,6 @@ from tpipe_jax.planning.plan import Plan, PlanRequest
 from tpipe_jax.planning.schedule import Schedule, make_schedule
 from tpipe_jax.planning.settings import read_settings
 from tpipe_jax.reporting.console import Console
-from tpipe_jax.reporting.measured_ticks import check_trace
 from tpipe_jax.reporting.metrics import check_tracker
 from tpipe_jax.training.memory import budget, fitting_step, limit_bytes, program_bytes
 from tpipe_jax.training.optimizer import make_optimizer
@@ -72,7 +71,6 @@ def check_inputs(config: Config) -> tuple[Batches, Batches]:
 
     Checks what does not need a mesh. Raises `UserError` if settings and data don't fit.
     """
-    check_trace(config)
     check_tracker(config)
     train_data, held_out = open_data(config)
     for batches in (train_data, held_out):
