@@ -115,6 +115,8 @@ class Attention(NamedTuple):
     used."""
     key_block: int
     """Keys that are read together: time grows with the context in steps of so many tokens."""
+    group: int
+    """Keys that one turn of the loop over a context reads, at most; whole contexts have no loop."""
     layout: Layout
     """The order of the axes of the caches."""
 

@@ -46,7 +46,9 @@ def blockwise(block: int, reads_whole: bool = False) -> Attention:
     do not see: more work in fewer kernels.
     """
     how: Any = {"block": block, "reads_whole": reads_whole}
-    return Attention(partial(attend, **how), partial(attend_backward, **how), block, HEADS_FIRST)
+    return Attention(
+        partial(attend, **how), partial(attend_backward, **how), block, block, HEADS_FIRST
+    )
 
 
 def attend(

@@ -78,7 +78,7 @@ def flash_kernels(capability: tuple[int, int] | None) -> Kernels:
 def flash(kernels: Kernels) -> Attention:
     """Makes an attention that calls the kernels once for a slice, forward and backward."""
     own = _Flash(kernels)
-    return Attention(own.forward, own.backward, TILE, TOKENS_FIRST)
+    return Attention(own.forward, own.backward, TILE, TILE, TOKENS_FIRST)
 
 
 class _Flash(NamedTuple):

@@ -124,7 +124,7 @@ def grouped(kernel: Kernel, group: int) -> Attention:
     """
     assert group >= kernel.min_tokens
     own = _Grouped(kernel, group)
-    return Attention(own.forward, own.backward, group, TOKENS_FIRST)
+    return Attention(own.forward, own.backward, group, group, TOKENS_FIRST)
 
 
 def _read(slice_: Slice, at: Position, num_tokens: int) -> KVCache:

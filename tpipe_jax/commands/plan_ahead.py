@@ -220,9 +220,9 @@ def _plan(
         spec = _with_policy(way.spec, remat)
         config = spec.config
         with without_noise():
-            profile = predictor.profile(spec, _unit(config), on_progress)
+            profile = predictor.profile(spec, unit_to_plan(config), on_progress)
         table, limit, factors = (
-            profile.table(_unit(config)),
+            profile.table(unit_to_plan(config)),
             limit_bytes(spec),
             work_factors(config),
         )
@@ -294,7 +294,7 @@ def _as_request(given: Plan | PlanRequest, config: Config) -> PlanRequest:
     )
 
 
-def _unit(config: Config) -> int:
+def unit_to_plan(config: Config) -> int:
     """Returns the unit of slices in tokens: as set, or so that a sequence has few units."""
     unit, seq_len = unit_tokens(config), config.model.seq_len
     if config.plan.unit_tokens is not None:

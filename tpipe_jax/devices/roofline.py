@@ -31,8 +31,13 @@ class Seen(NamedTuple):
     """Tokens of the slice."""
     context: float
     """Tokens before it."""
-    key_block: int
-    """Keys that a turn of a loop over the context reads."""
+    group: int
+    """Keys that a turn of a loop over the context reads, at most."""
+
+    @property
+    def turns(self) -> int:
+        """Turns of a loop over the context."""
+        return -(-int(self.context) // self.group)
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ class Roofline:
         slice, or one.
         """
         if f"/{CONTEXT}/" in loop.source or loop.source.endswith(f"/{CONTEXT}"):
-            return self.seen.context / self.seen.key_block
+            return self.seen.turns
         return 1.0
 
     def _exchange(self, kind: str, operation: Operation) -> Cost:
@@ -141,7 +146,7 @@ class Roofline:
                 array_dims(own[name].shape)[0] for name in operation.operands[:2]
             )
             more = [n for n, m in zip(of_keys, of_queries, strict=True) if n != m]
-            keys = min(context, more[0]) if more else num_queries / 2
+            keys = context / max(-(-context // more[0]), 1) if more else num_queries / 2
         rate = self.speed.backward_attention if is_backward else self.speed.forward_attention
         products = 10 if is_backward else 4  # operations for each number of a query and each key
         written = (

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from tpipe_jax.devices.collectives import handed_on
 from tpipe_jax.devices.inplace import Position, read, write
 from tpipe_jax.devices.scopes import PUT, SLICE
 from tpipe_jax.devices.skips import CONDITIONALS, Skips
@@ -72,7 +73,7 @@ class Lane:
         kinds = [(item.chunk, item.shape) for item in self._items]
         state, trunk, packet_BLD = self._by_kind(kinds, row[stage], run, carry)
         if self._neighbours:
-            packet_BLD = lax.ppermute(packet_BLD, "pipe", self._neighbours)
+            packet_BLD = handed_on(packet_BLD, self._neighbours)
         if self._is_ring:  # the result waits in the trunk of the first stage for the next chunk
 
             def put(shape: ItemShape, at: Position, trunk: Array) -> Array:

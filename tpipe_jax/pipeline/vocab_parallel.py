@@ -17,7 +17,7 @@ from jax import Array, lax
 
 from tpipe_jax.attention.base import MASKED
 from tpipe_jax.config.settings import IGNORE
-from tpipe_jax.devices.collectives import from_stage, pmax, psum, sum_over, varying
+from tpipe_jax.devices.collectives import from_stage, pmax, psum, sum_over_stages, varying
 from tpipe_jax.devices.inplace import Position, write
 from tpipe_jax.model.block import Params
 from tpipe_jax.model.transformer import final_norm
@@ -168,7 +168,7 @@ def add_cross_entropy_and_grads(
         d_normed_BLD = _dot("blv,vd->bld", d_logits_BLV, head.table_VD)
         more_of_norm, d_y_BLD = norm_vjp(weight / SCALE * d_normed_BLD)
         # The buffer already holds gradients for tokens that were in the previous tile as well.
-        d_y_BLD = jnp.where(here.is_new_L[:, None], sum_over("pipe", d_y_BLD), here_BLD)
+        d_y_BLD = jnp.where(here.is_new_L[:, None], sum_over_stages(d_y_BLD), here_BLD)
         return (
             total + value,
             d_table_VD + more_VD,
@@ -239,7 +239,7 @@ def _own_rows(ids: Array, num_rows: int, values: Callable[[Array], Array]) -> Ar
     rows, is_own = _find_rows(ids, num_rows)
     found = values(rows)
     is_own = is_own.reshape(is_own.shape + (1,) * (found.ndim - is_own.ndim))
-    return sum_over("pipe", jnp.where(is_own, found, 0))
+    return sum_over_stages(jnp.where(is_own, found, 0))
 
 
 def _find_rows(ids: Array, num_rows: int) -> tuple[Array, Array]:

@@ -71,7 +71,7 @@ class LatencyModel:
         features = np.stack(self._features(b, i, j), -1) / seconds[:, None]
         target = 1 - self._without_context(b, i) / seconds
         self._coefficients = np.linalg.lstsq(features, target)[0]
-        self._per_pair = max(float(self._coefficients[3]), 0.0)
+        self._per_pair = min(max(float(self._coefficients[3]), 0.0), _most_per_pair(bare))
         bare[:, 3] -= self._own_keys(bare[:, 0], bare[:, 1])
         self._sizes, self._lengths, self._grid = _interpolation_grid(bare)
 
@@ -131,6 +131,17 @@ def _interpolation_grid(bare: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
         per_token = (seconds - np.interp(own, *rows[1])) / own
         grid.append(one + lengths * np.interp(np.log(lengths), np.log(own), per_token))
     return np.array(list(rows)), lengths, np.stack(grid)
+
+
+def _most_per_pair(bare: np.ndarray) -> float:
+    """Returns the most that a token may cost another one of its slice, if what is left of the time
+    of a slice is to grow with its length.
+    """
+    bounds = [math.inf]
+    for b in np.unique(bare[:, 0]):
+        lengths, seconds = _by_length(bare[bare[:, 0] == b])
+        bounds.extend(2 * np.diff(seconds) / np.diff(lengths**2) / b)
+    return max(0.0, min(bounds))
 
 
 def _by_length(bare: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ its slices, and the exchanges between devices, are computed from their numbers o
 bytes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from tpipe_jax.config.settings import MeshConfig, PlanConfig, TrainConfig
 from tpipe_jax.devices.hlo import Program, read
 from tpipe_jax.devices.roofline import Cost, Roofline, Seen
 from tpipe_jax.devices.scopes import BACKWARD, FORWARD, SLICE
-from tpipe_jax.devices.speeds import Network, Speed
+from tpipe_jax.devices.speeds import Link, Network, Speed
 from tpipe_jax.devices.targets import gpu_target
 from tpipe_jax.model.flops import step_flops
 from tpipe_jax.model.functional import param_shapes
@@ -82,23 +82,19 @@ class Predictor:
         samples = []
         for shape, program in compiled.programs:
             for context in shape.contexts:
-                seen = Seen(*shape[:2], context, key_block)
+                seen = Seen(*shape[:2], context, spec.attention.group)
                 roofline = Roofline(program, speed, links["model"], seen)
                 forward, backward = (
                     spec.layers_per_stage * _slice_cost(roofline, lane).seconds(speed)
                     for lane in (FORWARD, BACKWARD)
                 )
                 samples.append(Sample(*shape[:2], context, forward, backward, False))
-        pipe, packet = links["pipe"], trunk_bytes_per_token(spec)
-        is_alone = mesh.pipe == 1
         return Profile(
             batch_size=num_rows,
             seq_len=config.model.seq_len,
             key_block=key_block,
             samples=tuple(samples),
-            transfer=(0.0, 0.0)
-            if is_alone
-            else (pipe.latency_seconds, packet / pipe.bytes_per_second),
+            transfer=_transfer(spec, links),
             outside_seconds=self._outside_seconds(spec),
             memory=self._memory(spec, compiled),
             key={"predicted": self._gpu, "speed": speed._asdict(), "network": self._network},
@@ -117,6 +113,13 @@ class Predictor:
         shared = 2 * (mesh.model - 1) / mesh.model * num_tokens * trunk_bytes_per_token(spec)
         # Results of attention and of the hidden layer, and both once more backward.
         return products + 4 * spec.layers_per_stage * shared / link.bytes_per_second
+
+    def reduction_seconds(self, spec: StageSpec) -> float:
+        """Returns the seconds of the sum of gradients over the data shards, in a ring."""
+        mesh = spec.config.mesh
+        params, _ = state_bytes(abstract_state(spec, make_optimizer(spec.config)))
+        data, turns = self._network.links(self._speed, mesh)["data"], 2 * (mesh.data - 1)
+        return turns / mesh.data * params / data.bytes_per_second + turns * data.latency_seconds
 
     def _programs(
         self, spec: StageSpec, most_rows: int, unit: int, on_progress: Callable[[int], None]
@@ -178,13 +181,14 @@ class Predictor:
         traffic = LOGIT_BYTES * num_tokens * vocab + PARAM_BYTES * params / 4
         seconds = products + traffic / speed.bytes_per_second
         seconds += OUTSIDE_KERNELS * speed.kernel_seconds
-        if mesh.data > 1:
-            data, turns = links["data"], 2 * (mesh.data - 1)
-            seconds += turns / mesh.data * params / data.bytes_per_second
-            seconds += turns * data.latency_seconds
-        # All stages sum up, in float32, embeddings, outputs, and the gradients of both.
+        seconds += self.reduction_seconds(spec)
+        # All stages sum up, in float32, embeddings, outputs, and the gradients of both. Each of the
+        # GPUs that share operators sums up a part; then they put the parts together.
         pipe, turns = links["pipe"], 2 * (mesh.pipe - 1)
         num_bytes = 4 * num_tokens * model.d_model
+        if mesh.pipe > 1 and mesh.model > 1:
+            seconds += 4 * num_bytes / links["model"].bytes_per_second
+            num_bytes /= mesh.model
         num_tiles = model.seq_len / tile_tokens(config.train.batch_size // mesh.data, model.seq_len)
         seconds += 4 * turns / mesh.pipe * num_bytes / pipe.bytes_per_second
         return seconds + 4 * turns * num_tiles * pipe.latency_seconds
@@ -213,6 +217,21 @@ class Predictor:
             if config.mesh.pipe > 1 and not config.memory.defer_weight_grads
             else 0,
         )
+
+
+def _transfer(spec: StageSpec, links: Mapping[str, Link]) -> tuple[float, float]:
+    """Returns the seconds to hand on a slice, and those for each token of it. Each of the GPUs that
+    share operators sends a part; then they put the parts together (`collectives.handed_on`).
+    """
+    mesh, pipe, model = spec.config.mesh, links["pipe"], links["model"]
+    if mesh.pipe == 1:
+        return 0.0, 0.0
+    num_bytes, num_parts = trunk_bytes_per_token(spec), mesh.model
+    seconds, per_token = pipe.latency_seconds, num_bytes / num_parts / pipe.bytes_per_second
+    if num_parts > 1:
+        seconds += model.latency_seconds
+        per_token += (num_parts - 1) / num_parts * num_bytes / model.bytes_per_second
+    return seconds, per_token
 
 
 def slices_to_read(most_rows: int, seq_len: int, unit: int) -> list[TimedShape]:
