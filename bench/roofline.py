@@ -125,7 +125,9 @@ def predict_paper(args: argparse.Namespace) -> list[Prediction]:
     for setting in SETTINGS:
         if args.settings and int(setting.name.partition(" ")[0].rstrip(",")) not in args.settings:
             continue
-        ways = {"unsliced": ((setting.seq_len,), setting.unsliced_seconds)}
+        ways: dict[str, tuple[tuple[int, ...], float]] = {
+            "unsliced": ((setting.seq_len,), setting.unsliced_seconds)
+        }
         if setting.token_slices and len(setting.token_slices) > 1:
             ways["its slices"] = setting.token_slices, setting.sliced_seconds
         config, network = of_paper(setting), PAPERS_NETWORK

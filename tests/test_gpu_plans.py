@@ -2,6 +2,10 @@
 
 import itertools
 import json
+import math
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,7 @@ import pytest
 
 from support.compilers import WITHOUT_COMPILER, compilers_without_devices, has_gpu_compiler
 from support.latencies import profile
-from support.runs import Lines
+from support.runs import ROOT, Lines
 from tpipe_jax.commands import plan_ahead as plan_ahead_module
 from tpipe_jax.commands.plan_ahead import plan_ahead
 from tpipe_jax.config.flags import GpuPlanFlags
@@ -29,7 +33,7 @@ from tpipe_jax.devices.speeds import Link, Network, speed_of
 from tpipe_jax.devices.targets import gpu_target
 from tpipe_jax.errors import UserError
 from tpipe_jax.pipeline.spec import spec_on_devices
-from tpipe_jax.planning.latency import load_table
+from tpipe_jax.planning.latency_file import load_table
 from tpipe_jax.planning.plan import Plan, PlanRequest, load_plan
 from tpipe_jax.planning.planner import find_plan
 from tpipe_jax.planning.schedule import make_schedule
@@ -206,3 +210,14 @@ def test_more_sequences_and_longer_contexts_take_longer():
     assert slow.samples == samples
     assert slow.transfer == (1e-3, 512 * spec.dtype.itemsize / 1e9)
     assert slow.outside_seconds > profile.outside_seconds
+
+
+def test_the_paper_is_predicted_from_compiled_programs(tmp_path: Path):
+    """Setting 9, with nothing fitted. Operators are shared by 4 GPUs; if each of them sent all of a
+    slice, the steps would be predicted 1.5 and 2 times as long as the paper measured.
+    """
+    command = [sys.executable, ROOT / "bench" / "roofline.py", "--only=paper", "--settings=9"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    errors = [float(n) / 100 for n in re.findall(r"([+-][\d.]+)%$", done.stdout, re.MULTILINE)]
+    assert len(errors) == 2, done.stdout
+    assert max(map(abs, map(math.log1p, errors))) < 0.25

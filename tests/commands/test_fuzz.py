@@ -30,7 +30,7 @@ from tpipe_jax.config.command_line import parse
 from tpipe_jax.config.settings import CheckpointConfig, Config, MeshConfig, to_dict
 from tpipe_jax.data.batches import open_data
 from tpipe_jax.errors import UserError
-from tpipe_jax.planning.latency import load_table
+from tpipe_jax.planning.latency_file import load_table
 from tpipe_jax.planning.plan import Plan, PlanRequest, Prediction, load_plan
 from tpipe_jax.planning.planner import find_plan
 from tpipe_jax.reporting.console import Console

@@ -19,14 +19,8 @@ from support.latencies import (
     seconds,
 )
 from tpipe_jax.errors import UserError
-from tpipe_jax.planning.latency import (
-    Deferral,
-    LatencyModel,
-    LatencyTable,
-    Memory,
-    Sample,
-    load_table,
-)
+from tpipe_jax.planning.latency import Deferral, LatencyModel, LatencyTable, Memory, Sample
+from tpipe_jax.planning.latency_file import load_table
 
 
 @pytest.mark.parametrize(("direction", "factor"), [("forward", 1), ("backward", 2)])
@@ -75,6 +69,24 @@ def test_a_gpu_computes_whole_tiles():
     for b, i, filled in ((1, 17, 24), (1, 24, 24), (4, 17, 18), (2, 100, 100)):
         assert model.predict(b, i, 0) == pytest.approx(seconds(b, filled, 0))
     assert model.predict(1, 25, 0) > model.predict(1, 24, 0) == model.predict(1, 18, 0)
+
+
+def test_a_context_that_is_dear_leaves_no_slice_without_time():
+    """A context may cost more than the slice's own keys, as in a loop that starts many kernels.
+    What these cost then does not follow from it.
+    """
+    fitted = [
+        Sample(1, n, j, t, t, False)
+        for n, j, t in [
+            *((128, 0, 1e-3), (128, 3968, 7e-3), (128, 8064, 15e-3)),
+            *((1024, 0, 2e-3), (1024, 3584, 12e-3), (1024, 7168, 34e-3), (8192, 0, 8e-3)),
+        ]
+    ]
+    model = LatencyModel(fitted, "forward", 128)
+    lengths = np.arange(128, 8193, 128)
+    bare = model.predict(1, lengths, 0)
+    assert (bare >= 0.9e-3).all()
+    assert bare[[0, 7, 63]] == pytest.approx([1e-3, 2e-3, 8e-3])
 
 
 def test_many_slices_at_once_are_the_same_as_one_by_one():

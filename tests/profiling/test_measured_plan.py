@@ -18,7 +18,8 @@ from tpipe_jax.commands.plan import plan_run
 from tpipe_jax.config.settings import Config
 from tpipe_jax.errors import UserError
 from tpipe_jax.pipeline.spec import StageSpec
-from tpipe_jax.planning.latency import Deferral, Profile, Sample, load_table
+from tpipe_jax.planning.latency import Deferral, Profile, Sample
+from tpipe_jax.planning.latency_file import load_table
 from tpipe_jax.planning.plan import PlanRequest, load_plan
 from tpipe_jax.profiling import measured_plan
 from tpipe_jax.profiling.cache_key import profile_key

@@ -25,7 +25,7 @@ def main(args: list[str], program: str) -> int:
 
 def _plan_from_file(flags: FilePlanFlags) -> None:
     """Plans without a device and without jax."""
-    from tpipe_jax.planning.latency import load_table
+    from tpipe_jax.planning.latency_file import load_table
     from tpipe_jax.planning.placement import chunk_factors
     from tpipe_jax.planning.plan import PlanRequest
     from tpipe_jax.planning.planner import GIB, find_plan

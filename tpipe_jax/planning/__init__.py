@@ -4,7 +4,8 @@ numbers. No jax.
 Programs that plan without a device import these names from here.
 """
 
-from tpipe_jax.planning.latency import LatencyTable, Profile, load_table
+from tpipe_jax.planning.latency import LatencyTable, Profile
+from tpipe_jax.planning.latency_file import load_table
 from tpipe_jax.planning.plan import Plan, PlanRequest, Prediction, read_plan
 from tpipe_jax.planning.planner import Planning, find_plan
 from tpipe_jax.planning.schedule import Schedule, make_schedule

@@ -15,7 +15,8 @@ import numpy as np
 from tpipe_jax.errors import UserError
 from tpipe_jax.files import writing_to
 from tpipe_jax.pipeline.spec import StageSpec
-from tpipe_jax.planning.latency import LatencyTable, Profile, load_table, read_profile
+from tpipe_jax.planning.latency import LatencyTable, Profile
+from tpipe_jax.planning.latency_file import load_table, read_profile
 from tpipe_jax.planning.plan import Plan, PlanRequest, read_plan
 from tpipe_jax.planning.planner import Planning, find_plan
 from tpipe_jax.planning.settings import unit_tokens, work_factors
