@@ -144,6 +144,19 @@ def test_schedules_are_compared(
     )
 
 
+def test_a_simpler_plan_has_its_own_time(capsys: pytest.CaptureFixture[str]):
+    """The table has the fastest plan under each schedule, and that is another one."""
+    taken, other = option("terapipe", 0.05, 3e6, True), option("1f1b", 0.2, 3e6, True)
+    simpler = option("terapipe", 0.051, 3e6, True).plan
+    planning = Planning(
+        simpler, (1.0, 1.0), (taken, other), None, None, 7, 0.5, taken.plan, simpler, 0.05
+    )
+    Console().show_planning(planning)
+    [line] = [own for own in capsys.readouterr().out.splitlines() if own.startswith("terapipe ")]
+    assert line.split()[1:3] == ["50", "ms"]
+    assert line.endswith("taken, with slices that are simpler to run: 51 ms")
+
+
 def test_slices_of_one_length_share_a_line(capsys: pytest.CaptureFixture[str]):
     times = ((0.0012, 0.00134, 0.15, 0.0007),)
     prediction = replace(PREDICTION, slice_forward_seconds=times, slice_backward_seconds=times)

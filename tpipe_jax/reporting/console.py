@@ -341,6 +341,10 @@ def _reason(planning: Planning) -> str:
     fitting = [option.plan for option in planning.options if option.fits]
     if len(fitting) == 1:
         return "taken: the only one that fits"
+    if planning.plan not in fitting:
+        assert planning.plan.prediction
+        seconds = milliseconds(planning.plan.prediction.step_seconds)
+        return f"taken, with slices that are simpler to run: {seconds}"
     seconds = sorted(plan.prediction.step_seconds for plan in fitting if plan.prediction)
     usual = preferred(planning.plan.num_stages)
     slack = 1 + (TIMED_ERROR if planning.tolerance else TIE)
