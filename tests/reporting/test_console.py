@@ -154,7 +154,7 @@ def test_a_simpler_plan_has_its_own_time(capsys: pytest.CaptureFixture[str]):
     Console().show_planning(planning)
     [line] = [own for own in capsys.readouterr().out.splitlines() if own.startswith("terapipe ")]
     assert line.split()[1:3] == ["50", "ms"]
-    assert line.endswith("taken, with slices that are simpler to run: 51 ms")
+    assert line.endswith("taken, in simpler slices: 51 ms")
 
 
 def test_slices_of_one_length_share_a_line(capsys: pytest.CaptureFixture[str]):

@@ -344,7 +344,7 @@ def _reason(planning: Planning) -> str:
     if planning.plan not in fitting:
         assert planning.plan.prediction
         seconds = milliseconds(planning.plan.prediction.step_seconds)
-        return f"taken, with slices that are simpler to run: {seconds}"
+        return f"taken, in simpler slices: {seconds}"
     seconds = sorted(plan.prediction.step_seconds for plan in fitting if plan.prediction)
     usual = preferred(planning.plan.num_stages)
     slack = 1 + (TIMED_ERROR if planning.tolerance else TIE)
