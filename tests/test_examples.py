@@ -106,10 +106,15 @@ def test_a_plan_of_another_config_is_refused(plan: Plan, what: str):
 def test_a_step_takes_arrays_of_numpy_and_of_jax():
     step = tpipe_jax.make_train_step(small(), devices=jax.devices()[:2])
     rows = np.random.default_rng(0).integers(0, 11, (2, 9))
-    losses = [float(step(step.init(), own)[1]["loss"]) for own in (rows, jnp.array(rows))]
-    assert losses[0] == losses[1] == pytest.approx(np.log(11), abs=0.1)
+    kinds = rows, jnp.array(rows), rows.tolist()
+    losses = [float(step(step.init(), own)[1]["loss"]) for own in kinds]
+    assert losses[0] == losses[1] == losses[2] == pytest.approx(np.log(11), abs=0.1)
     with pytest.raises(UserError, match=r"rows of shape \(2, 8\) must be of \(2, 9\)"):
         step(step.init(), rows[:, :8])
+    with pytest.raises(UserError, match=r"rows\[0, 0\]=.* is no token: ids are from 0 to 10"):
+        step(step.init(), rows + 11)
+    with pytest.raises(UserError, match="rows of type float32 must be int32"):
+        step(step.init(), jnp.array(rows, jnp.float32))
 
 
 @pytest.mark.slow

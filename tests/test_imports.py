@@ -14,12 +14,13 @@ from PIL import Image
 import tpipe_jax
 
 PACKAGE = Path(tpipe_jax.__file__).parent
-EVERYWHERE = {"errors", "files", "version"}
+EVERYWHERE = {"errors", "files", "json_files", "version"}
 
 # Each folder may import itself, EVERYWHERE, and these.
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
+    "json_files": set(),
     "version": set(),
     "config": set(),
     "planning": {"config"},
@@ -57,6 +58,7 @@ ALLOWED["__init__"] = {"api", "model"}  # the public names, when they are first 
 WITHOUT_JAX = (
     "errors",
     "files",
+    "json_files",
     "config",
     "config.command_line",
     "planning",
@@ -66,7 +68,9 @@ WITHOUT_JAX = (
     "reporting.console",
     "reporting.loss_plot",
     "reporting.plan_report",
+    "runtime.jax_options",
     "runtime.launcher",
+    "runtime.schedulers",
     "commands.launch",
     "checkpoint.manifest",
 )

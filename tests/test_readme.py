@@ -157,7 +157,7 @@ def test_own_text_becomes_a_model_in_transformers(folder: Path):
     out = run_until(train, folder, r"step 20: ")
     assert re.search(r"^Interrupted after step \d+: the same command continues", out, re.MULTILINE)
     assert "    tpipe train --workdir=runs/mine" in out
-    out = run(goes_on, folder)
+    out = run_until(goes_on, folder, r"step 60: ")  # all steps would take two minutes
     assert "changed since the last start: config.optim.learning_rate 0.002 -> 0.001" in out
     assert re.search(r"^continuing after step \d+", out, re.MULTILINE)
     assert "profiling" not in out

@@ -3,10 +3,10 @@
 All functions take a `Config`, which has the settings of the command line, and the devices to work
 on. Without devices they take those of jax. On CPUs they first make as many devices as the mesh asks
 for, unless jax has been used before. The process then keeps the memory that it frees, which is
-faster. If something does not fit, they raise `UserError`: one sentence that says what to do.
+faster. Options of jax that would change how they compute, as `jax_enable_x64`, do not apply inside
+them. If something does not fit, they raise `UserError`: one sentence that says what to do.
 """
 
-import itertools
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,14 +19,15 @@ import numpy as np
 from jax import Array
 
 from tpipe_jax.commands.evaluate import Evaluation, evaluate
-from tpipe_jax.commands.generate import Generator, chooser
-from tpipe_jax.commands.prompts import encode_prompt, tokenizer_of
+from tpipe_jax.commands.generate import Generator, chooser, until_end
+from tpipe_jax.commands.prompts import encode_prompt, ends_of, tokenizer_of
 from tpipe_jax.commands.train import train as run_training
 from tpipe_jax.commands.trained_model import Trained
 from tpipe_jax.commands.trained_model import load as load_trained
 from tpipe_jax.config.config_files import RUN_FILE, load_config
 from tpipe_jax.config.settings import Config, MeshConfig
 from tpipe_jax.data.batches import open_held_out
+from tpipe_jax.data.carried import with_kept_tokenizer
 from tpipe_jax.data.sources import open_shares
 from tpipe_jax.devices.mesh import put_rows
 from tpipe_jax.devices.startup import find_devices
@@ -36,17 +37,20 @@ from tpipe_jax.pipeline.spec import StageSpec, spec_on_devices
 from tpipe_jax.planning.latency import LatencyTable
 from tpipe_jax.planning.plan import Plan, PlanRequest, check_plan
 from tpipe_jax.planning.planner import find_plan
-from tpipe_jax.planning.settings import read_settings, work_factors
+from tpipe_jax.planning.settings import check_plan_serves, read_settings, work_factors
 from tpipe_jax.profiling.measured_plan import plan_slices
 from tpipe_jax.reporting.console import Console
 from tpipe_jax.reporting.loss_plot import LoggedLine, read_metrics
+from tpipe_jax.runtime.jax_options import needed
 from tpipe_jax.training.memory import fitting_step
 from tpipe_jax.training.optimizer import make_optimizer
 from tpipe_jax.training.state import TrainState, abstract_rows, init_state
+from tpipe_jax.training.step import checked_rows
 
 Devices = Sequence[jax.Device]
 
 
+@needed()
 def plan(
     config: Config,
     latencies: LatencyTable | None = None,
@@ -79,10 +83,12 @@ class TrainStep:
         self.config, self.mesh = self._spec.config, self._spec.mesh
         self._last: dict[str, Array] = {}
 
+    @needed()
     def init(self) -> TrainState:
         """Returns fresh parameters and optimiser state, drawn with config.train.seed."""
         return init_state(self._spec, self._optimizer)
 
+    @needed()
     def __call__(
         self, state: TrainState, rows: np.ndarray | Array
     ) -> tuple[TrainState, dict[str, Array]]:
@@ -91,15 +97,19 @@ class TrainStep:
 
         `data.rows.RowLayout` describes the rows, int32 `[B, ...]`. Tokens are below the
         vocabulary's size; a target may also be `config.IGNORE`. The old state is donated, so it
-        cannot be used again. Raises `UserError` if the rows have another shape.
+        cannot be used again. Raises `UserError` if the rows have another shape or type, and, unless
+        they are jax's and on devices already, if a number in them is neither of these.
         """
         like = abstract_rows(self._spec)
+        rows = rows if isinstance(rows, Array) else np.asarray(rows)
         if rows.shape != like.shape:
             raise UserError(
                 f"rows of shape {rows.shape} must be of {like.shape}, as the config is."
             )
         if isinstance(rows, np.ndarray):
-            rows = put_rows(self.mesh, rows.astype(np.int32))
+            rows = put_rows(self.mesh, checked_rows(self.config, rows))
+        elif not np.can_cast(rows.dtype, np.int32):
+            raise UserError(f"rows of type {rows.dtype} must be int32, as jax has token ids.")
         else:
             rows = jax.device_put(rows.astype(like.dtype), like.sharding)
         state, metrics = self._step(state, rows)
@@ -109,6 +119,7 @@ class TrainStep:
         return state, metrics
 
 
+@needed()
 def make_train_step(
     config: Config, slices: Plan | None = None, devices: Devices | None = None
 ) -> TrainStep:
@@ -120,9 +131,11 @@ def make_train_step(
     num_layers = config.model.num_layers
     request = PlanRequest(config.mesh.pipe, batch_size, config.model.seq_len, num_layers=num_layers)
     check_plan("the plan", slices, request)
+    check_plan_serves("the plan", slices, config)
     return TrainStep(spec, slices)
 
 
+@needed()
 def train(config: Config, workdir: Path | str, devices: Devices | None = None) -> list[LoggedLine]:
     """Plans, trains, evaluates and saves, as `tpipe train` does in one process. Goes on where an
     earlier call has stopped.
@@ -151,6 +164,7 @@ class Model:
     def _generator(self) -> Generator:
         return Generator(self.spec, self.params)
 
+    @needed()
     def generate(
         self,
         prompt: str,
@@ -158,19 +172,27 @@ class Model:
         temperature: float = 0.7,
         top_p: float = 1.0,
         seed: int = 0,
+        top_k: int | None = None,
+        stop_at_end: bool = True,
     ) -> str:
         """Returns the text that the model adds to a prompt.
 
         Reads and writes text with the tokenizer of the run. Temperature 0 always takes the most
-        likely token. Raises `UserError` if the prompt is empty, or longer than the model's
-        `seq_len`, or if the run was trained on tokens of an unknown tokenizer.
+        likely token. Otherwise tokens are drawn, with this seed, from the `top_k` most likely ones,
+        and of these from the most likely ones that together have a probability of `top_p`. Stops
+        before the token that ends a document, if `stop_at_end` is set. Raises `UserError` if the
+        prompt is empty, or longer than the model's `seq_len`, or if the run was trained on tokens
+        of an unknown tokenizer.
         """
         tokenizer = tokenizer_of(self._workdir)
         remedy = "name its own in data.tokenizer of the run's config.json"
         tokens = encode_prompt("prompt", prompt, tokenizer, self.config.model, remedy)
-        following = self._generator.tokens_after(tokens, chooser(temperature, top_p, seed))
-        return "".join(tokenizer.stream(itertools.islice(following, max_tokens)))
+        choose = chooser(temperature, top_p, seed, top_k)
+        following = self._generator.tokens_after(tokens, choose)
+        ends = ends_of(self._workdir, tokenizer) if stop_at_end else set()
+        return "".join(tokenizer.stream(until_end(following, ends, max_tokens), tokens))
 
+    @needed()
     def logits(self, tokens: np.ndarray | Sequence[Any]) -> np.ndarray:
         """Returns the logits after each token, float32 `[B, L, V]`, or `[L, V]` for `[L]`.
 
@@ -188,6 +210,7 @@ class Model:
         logits_BLV = self._generator.logits(tokens_BL)
         return logits_BLV if np.ndim(tokens) > 1 else logits_BLV[0]
 
+    @needed()
     def evaluate(self, data: Path | str | None = None) -> Evaluation:
         """Returns the loss on all of some data, named as in `config.data.train`, or on what the run
         holds out. Raises `UserError` if the data cannot be read as tokens of the model.
@@ -206,6 +229,7 @@ class Model:
         export_gpt2(self._workdir, Path(folder), self.step)
 
 
+@needed()
 def load(
     workdir: Path | str,
     step: int | None = None,
@@ -222,7 +246,7 @@ def load(
     config = config or Config()
     path = Path(workdir) / RUN_FILE
     if path.exists():
-        config = replace(config, data=load_config(path).data)
+        config = replace(config, data=with_kept_tokenizer(load_config(path).data, path.parent))
     devices = devices or _devices(config.mesh)
     return Model(load_trained(Path(workdir), step, config, devices), Path(workdir))
 

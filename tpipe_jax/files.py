@@ -1,12 +1,18 @@
-"""Turns failed writes into user errors, and locks folders for one process. No jax."""
+"""Turns failed writes into user errors, locks folders, and waits for the disk. No jax."""
 
+import errno
 import fcntl
 import os
+import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from tpipe_jax.errors import UserError
+
+# What file systems answer that do not have a call, as Lustre, CIFS and those of FUSE.
+UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 @contextmanager
@@ -31,21 +37,50 @@ def writing_to(folder: Path, option: str = "--workdir") -> AbstractContextManage
 
 
 @contextmanager
-def locked(descriptor: int, sentence: str, is_needed: bool) -> Iterator[None]:
+def locked(descriptor: int, folder: Path, sentence: str) -> Iterator[None]:
     """Keeps other processes out of an open folder until the block or this process ends, and closes
     the folder.
 
     Raises `UserError` with `sentence` if another process has locked the folder. On a file system
-    without locks it raises OSError if the lock is needed; else other processes are not kept out.
+    without locks it says that other processes are not kept out.
     """
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(sentence) from None
-        except OSError:
-            if is_needed:
-                raise
+        except OSError as error:
+            note_once(
+                f"{folder} cannot be locked ({error.strerror}), so nothing keeps a second command "
+                "out of it: start none there before this one has ended"
+            )
         yield
     finally:
         os.close(descriptor)
+
+
+def sync(descriptor: int, what: str) -> None:
+    """Returns when an open file or folder is on the disk. On a file system that cannot tell, says
+    so once for `what`.
+    """
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        note_once(
+            f"this file system cannot say when {what} are on the disk ({error.strerror}): the "
+            "newest checkpoint may be lost, or found damaged, if the machine crashes"
+        )
+
+
+def note_once(text: str) -> None:
+    """Prints a line to stderr, the first time in this process."""
+    with _noting:
+        if text not in _noted:
+            _noted.add(text)
+            print(f"note: {text}", file=sys.stderr, flush=True)
+
+
+_noted: set[str] = set()
+_noting = threading.Lock()  # checkpoints are written in several threads

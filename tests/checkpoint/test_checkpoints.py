@@ -119,6 +119,31 @@ def test_keeps_the_newest(tmp_path: Path):
         assert_same(checkpoints.restore(10, like()), state_on(ONE, number=10))
 
 
+def test_a_reader_is_told_which_newer_checkpoints_are_damaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    folder = tmp_path / "checkpoints"
+    with open_folder(folder, keep=3) as checkpoints:
+        for step in (2, 4, 10):
+            checkpoints.save(step, state_on(ONE))
+    assert saving.newest_sound(tmp_path)[0] == folder / "10"
+    assert capsys.readouterr() == ("", "")
+    (folder / "10" / "foreign").write_text("")
+    (folder / "4" / manifest.MANIFEST).write_text("")
+    assert saving.newest_sound(tmp_path)[0] == folder / "2"
+    out, told = capsys.readouterr()
+    assert (out, told) == (
+        "",
+        f"warning: {folder} has newer checkpoints that are damaged (10: foreign does not belong "
+        "to it; 4: manifest.json or manifest.sha256 has changed): the one of step 2 is taken, "
+        "which is older.\n",
+    )
+    assert saving.newest_sound(tmp_path, 2)[0] == folder / "2"
+    with pytest.raises(UserError, match=r"no sound checkpoint .*10: foreign"):
+        saving.newest_sound(tmp_path, 10)
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_step_that_is_saved_already_stays_as_it_is(tmp_path: Path):
     with open_folder(tmp_path) as checkpoints:
         checkpoints.save(5, state_on(ONE, number=1))

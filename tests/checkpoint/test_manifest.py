@@ -1,12 +1,15 @@
 """What makes a folder a checkpoint, and how damage is named."""
 
+import errno
 import os
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from tpipe_jax import files
 from tpipe_jax.checkpoint import manifest
 
 IDENTITY = {"model": {"d_model": 16}}
@@ -190,3 +193,18 @@ def test_what_is_half_removed_is_no_checkpoint(tmp_path: Path, monkeypatch: pyte
     monkeypatch.undo()
     manifest.clean(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_checkpoint_is_saved_where_folders_cannot_be_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fail_for_folders(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(os, "fsync", fail_for_folders)
+    monkeypatch.setattr(files, "_noted", set())
+    for step in (3, 4):
+        assert manifest.check(make(tmp_path, step)).step == step
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("note: this file system cannot say when names in a folder are on the")

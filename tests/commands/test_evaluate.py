@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import decoders, models
+from tokenizers import decoders, models, pre_tokenizers
 
 from support import reference, runs
 from support.marks import slow
@@ -21,7 +21,7 @@ from tpipe_jax.commands.evaluate import evaluate
 from tpipe_jax.commands.trained_model import Trained
 from tpipe_jax.config.settings import BYTES, Config, MeshConfig, ModelConfig
 from tpipe_jax.data.sources import Share, open_shares
-from tpipe_jax.data.tokenizer import train_bpe
+from tpipe_jax.data.tokenizer import bytes_to_letters, train_bpe
 from tpipe_jax.devices.mesh import make_mesh, shardings
 from tpipe_jax.errors import UserError
 from tpipe_jax.model import transformer
@@ -110,6 +110,15 @@ def test_tokens_of_another_tokenizer(tmp_path: Path):
     shares = open_shares("--data", str(tmp_path / "tokens.bin"), 256, data)
     with_bytes = evaluate(trained.with_config(config), shares)
     assert with_bytes.num_bytes == with_bytes.num_tokens  # a byte each
+    letters = {letter: n + (n >= 97) for n, letter in enumerate(bytes_to_letters())}
+    swallowing = tokenizers.Tokenizer(models.BPE(letters | {"<x>": 97}, []))
+    swallowing.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    swallowing.decoder = decoders.ByteLevel()
+    swallowing.add_tokens([tokenizers.AddedToken("<x>", lstrip=True)])
+    swallowing.save(str(tmp_path / "swallowing.json"))
+    data = dataclasses.replace(data, tokenizer=str(tmp_path / "swallowing.json"))
+    config = dataclasses.replace(config, data=data)
+    assert evaluate(trained.with_config(config), shares).bits_per_byte is None
     words = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     words.decoder = decoders.ByteLevel()
     words.save(str(tmp_path / "words.json"))

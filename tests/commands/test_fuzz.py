@@ -60,6 +60,8 @@ WORDS = {  # good and bad ones of single fields, where those of their types don'
     "data.train": FILES,
     "data.eval": ([*FILES[0], "None"], FILES[1]),
     "data.field": (["text", "x", ""], ["y"]),
+    "data.end_token": (["None"], ["<|endoftext|>", ""]),
+    "data.text_separator": (["None", "<|endoftext|>"], [""]),
     "model.block": (["gpt2"], ["x", "", "text.txt:Block", "none.py:Block"]),
     "metrics.wandb": (["None"], ["x"]),
     "data.tokenizer": (["bytes"], ["x", "", "text.txt"]),

@@ -1,6 +1,8 @@
 """Continuing texts on the stages' caches: the same tokens as the plain model, and transformers."""
 
 import itertools
+import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,9 +13,11 @@ import jax
 import numpy as np
 import pytest
 
+import tpipe_jax
 from support import reference, runs
 from support.marks import slow
-from tpipe_jax.commands.generate import Generator, chooser
+from tpipe_jax.commands.generate import Generator, chooser, until_end
+from tpipe_jax.commands.prompts import encode_prompt, ends_of, read_prompt
 from tpipe_jax.commands.trained_model import load
 from tpipe_jax.config.settings import Config, MeshConfig, ModelConfig, PlanConfig, PrecisionConfig
 from tpipe_jax.data.tokenizer import open_tokenizer, train_bpe
@@ -119,6 +123,92 @@ def test_choices():
     assert [cold(logits) for _ in range(50)].count(0) > 45
 
 
+def test_choices_among_the_most_likely():
+    """With `top_p` too: among these, their probabilities again sum to 1."""
+    logits = np.log([0.1, 0.4, 0.2, 0.3])
+    for top_k, top_p, expected in (
+        (1, 1.0, {1}),
+        (2, 1.0, {1, 3}),
+        (9, 1.0, {0, 1, 2, 3}),
+        (2, 0.57, {1}),  # 0.4 of 0.7
+        (2, 0.58, {1, 3}),
+    ):
+        choose = chooser(1, top_p, 1, top_k)
+        assert {choose(logits) for _ in range(200)} == expected, (top_k, top_p)
+    equal = chooser(1, seed=1, top_k=2)
+    assert {equal(np.zeros(4)) for _ in range(100)} == {0, 1}
+
+
+def test_generation_ends_before_the_end_of_the_document():
+    assert list(until_end(iter([5, 6, 7, 8]), {7, 9}, 10)) == [5, 6]
+    assert list(until_end(iter([5, 6, 7, 8]), {7}, 1)) == [5]
+    assert list(until_end(itertools.count(), set(), 3)) == [0, 1, 2]
+
+
+def test_a_prompt_that_is_no_text(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes("Grüße\n".encode())
+    assert read_prompt(tmp_path / "a.txt") == "Grüße\n"
+    (tmp_path / "a.txt").write_bytes("Grüße".encode("latin-1"))
+    with pytest.raises(UserError, match=r"^--prompt-file=.*a.txt is not UTF-8 at byte 2: save it"):
+        read_prompt(tmp_path / "a.txt")
+    with pytest.raises(UserError, match=r"^--prompt-file=.* cannot be read \(No such file"):
+        read_prompt(tmp_path / "b.txt")
+    text = b"Gr\xfc".decode("utf-8", "surrogateescape")  # as an argument of a command is read
+    with pytest.raises(UserError, match=r"^--prompt is not UTF-8: write it in UTF-8\.$"):
+        encode_prompt("--prompt", text, open_tokenizer("--tokenizer", "bytes"), ModelConfig(), "")
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workdir with a model of bytes, made without torch."""
+    config = ModelConfig(num_layers=1, d_model=16, num_heads=2, seq_len=40)
+    params = params_of(config)
+    values = {
+        jax.tree_util.keystr(where, simple=True, separator="/"): np.array(value)
+        for where, value in jax.tree.leaves_with_path(params)
+    }
+    folder = tmp_path_factory.mktemp("bytes")
+    (folder / "made").mkdir()
+    gpt2_files.write_model(folder / "made", config, values.__getitem__, gpt2_files.SHARD_BYTES)
+    convert.import_gpt2(folder / "made", folder / "run")
+    return folder / "run"
+
+
+def test_it_stops_at_the_separator_of_the_run(workdir: Path, tmp_path: Path):
+    """Unless it should go on."""
+    copy = tmp_path / "run"
+    shutil.copytree(workdir, copy)
+    whole = tpipe_jax.load(copy, devices=jax.devices()[:1]).generate("ab", 9, 4, seed=2)
+    tokenizer = open_tokenizer("--tokenizer", "bytes")
+    made = Generator(*tpipe_jax.load(copy, devices=jax.devices()[:1]).trained[:2])
+    tokens = list(itertools.islice(made.tokens_after(list(b"ab"), chooser(4, seed=2)), 9))
+    assert "".join(tokenizer.stream(tokens)) == whole
+    assert tokens[5] not in tokens[:5]
+    content = json.loads((copy / "config.json").read_text())
+    content["data"]["separator"] = tokens[5]
+    (copy / "config.json").write_text(json.dumps(content))
+    assert ends_of(copy, tokenizer) == ends_of(copy, None) == {tokens[5]}
+    model = tpipe_jax.load(copy, devices=jax.devices()[:1])
+    assert model.generate("ab", 9, 4, seed=2) == "".join(tokenizer.stream(tokens[:5]))
+    assert model.generate("ab", 9, 4, seed=2, stop_at_end=False) == whole
+    ends = train_bpe(["a text"], 300)
+    ends.save(str(copy / "t.json"))
+    with_end = open_tokenizer("--tokenizer", str(copy / "t.json"))
+    assert ends_of(copy, with_end) == {tokens[5], with_end.end}
+
+
+def test_several_samples_of_a_prompt_in_a_file(workdir: Path, tmp_path: Path):
+    (tmp_path / "a.txt").write_text("The quick")
+    command = [sys.executable, "-m", "tpipe_jax", "generate", f"--workdir={workdir}"]
+    args = [f"--prompt-file={tmp_path / 'a.txt'}", "--num-samples=3", "--max-tokens=12"]
+    args += ["--temperature=9", "--top-k=100"]
+    done = subprocess.run([*command, *args], cwd=runs.ROOT, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    samples = done.stdout.decode().split("\n---\nThe quick")
+    assert len(set(samples)) == len(samples) == 3
+    assert samples[0].startswith("The quick")
+
+
 @pytest.fixture(scope="module")
 def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     """A GPT2LMHeadModel, and a workdir with its weights."""
@@ -199,7 +289,9 @@ def test_text_of_a_tokenizer(tmp_path: Path):
     ("args", "sentence"),
     [
         (["--prompt="], "error: --prompt is empty: give at least one token, from 0 to 255."),
-        ([], "error: give a text to continue, with either --prompt or --prompt-ids."),
+        ([], "error: give a text to continue, with either --prompt, --prompt-file or --prompt-ids"),
+        (["--prompt=a", "--prompt-file=b"], "error: give a text to continue, with either --prompt"),
+        (["--prompt=a", "--num-samples=2", "--temperature=0"], "--num-samples=2 would all be the"),
         (["--prompt-ids=3,x"], "error: --prompt-ids=3,x is no list of numbers, as 464,3290."),
         (["--prompt-ids=256"], "error: --prompt-ids has 256, which is no token: give at least"),
         (

@@ -334,3 +334,20 @@ def test_ctrl_c_saves_and_says_how_to_continue(tmp_path: Path):
     for expected in ("parameters", "mesh", "batch slices", "tokens/s", "held-out loss"):
         assert expected in out
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 31))
+
+
+def test_settings_that_are_rarely_meant_are_named(tmp_path: Path):
+    config = changed(
+        small_config(tmp_path),
+        train={"num_steps": 2},
+        model={"num_layers": 1},
+        optim={"warmup_steps": 5},
+    )
+    said = run(config, tmp_path / "run")
+    assert (
+        "config.optim.warmup_steps=5 is not less than config.train.num_steps=2, so the learning "
+        "rate never reaches config.optim.learning_rate=0.001"
+    ) in said
+    assert "1 stage of config.mesh.pipe=2 has no layer, with config.model.num_layers=1" in said
+    plain = changed(small_config(tmp_path), optim={"warmup_steps": 1})
+    assert not [line for line in run(plain, tmp_path / "plain") if "warmup" in line]

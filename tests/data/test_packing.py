@@ -327,15 +327,19 @@ REFUSED = {
         {"packing": "whole", "separator": 0},
         "has no index of its documents",
     ),
-    "empty document": (lambda p: jsonl(p, [{"text": ""}]), {}, "a document is text and not empty"),
+    "empty document": (
+        lambda p: jsonl(p, [{"text": ""}]),
+        {},
+        "is empty (skipped 1 empty document)",
+    ),
     "no text": (lambda p: jsonl(p, [{"body": "a"}]), {}, "has no text"),
     "no object": (lambda p: jsonl(p, ["a"]), {}, "has no text"),
-    "no documents": (lambda p: written(p, "\n\n"), {}, "has no documents"),
-    "no Parquet": (lambda p: written(p.with_suffix(".parquet"), "a"), {}, "is no Parquet file"),
+    "no documents": (lambda p: written(p, "\n\n"), {}, "is empty: give text"),
+    "no Parquet": (lambda p: written(p.with_suffix(".parquet"), "a"), {}, "holds text, though"),
     "no ArrayRecord": (
         lambda p: written(p.with_suffix(".array_record"), "a"),
         {},
-        "is no ArrayRecord file",
+        "holds text, though its name ends in .array_record",
     ),
 }
 

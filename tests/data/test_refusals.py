@@ -25,9 +25,9 @@ def test_missing_path(tmp_path: Path, name: str) -> None:
     config = settings(path) if name == "train" else settings("pydocs", path)
     assert_refused(
         config,
-        f"config.data.{name}={path} does not exist: give pydocs, a text file, one of "
-        "records (.jsonl, .parquet, .array_record), a folder of such files, or a token file "
-        "(.bin or .npy).",
+        f"config.data.{name}={path} does not exist: give pydocs, a file of text, of "
+        "records (JSON lines, Parquet, ArrayRecord) or of tokens (.bin or .npy), a folder of such "
+        "files, or a pattern.",
     )
 
 
@@ -36,8 +36,16 @@ def test_an_empty_name_is_not_the_current_folder() -> None:
         open_data(settings(""))
 
 
-@pytest.mark.parametrize("name", ["file.txt", "tokens.bin", "tokens.npy", "folder"])
-def test_empty_data(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("file.txt", " (skipped 1 empty file)"),
+        ("tokens.bin", ""),
+        ("tokens.npy", ""),
+        ("folder", " (1 file passed over (picture.png), skipped 1 empty file)"),
+    ],
+)
+def test_empty_data(tmp_path: Path, name: str, found: str) -> None:
     path = tmp_path / name
     if path.suffix == ".npy":
         np.save(path, np.zeros(0, np.int32))
@@ -49,8 +57,8 @@ def test_empty_data(tmp_path: Path, name: str) -> None:
         (path / "picture.png").write_bytes(b"\x89PNG")
     assert_refused(
         settings(path),
-        f"config.data.train={path} is empty: give a file that is not, or a folder with such files "
-        "that end in .txt, .md, .rst, .py, .jsonl, .parquet, .array_record.",
+        f"config.data.train={path} is empty{found}: give text, records or tokens, or a folder of "
+        "them.",
     )
 
 
@@ -142,10 +150,10 @@ def test_data_shorter_than_a_sequence(
     tmp_path: Path, num_train: int, num_eval: int | None, problem: str
 ) -> None:
     train, held_out = tmp_path / "train.txt", None
-    train.write_bytes(bytes(num_train))
+    train.write_bytes(b"x" * num_train)
     if num_eval is not None:
         held_out = tmp_path / "eval.txt"
-        held_out.write_bytes(bytes(num_eval))
+        held_out.write_bytes(b"x" * num_eval)
     names = {"train": train, "eval": held_out, "held_out": "config.data.held_out=0.1"}
     assert_refused(
         settings(train, held_out),
@@ -157,12 +165,12 @@ def test_data_shorter_than_a_sequence(
 @pytest.mark.parametrize(("num_train", "num_eval"), [(90, None), (9, 9)])
 def test_data_as_long_as_one_sequence(tmp_path: Path, num_train: int, num_eval: int | None) -> None:
     train, held_out = tmp_path / "train.txt", None
-    train.write_bytes(bytes(range(num_train)))
+    train.write_bytes(bytes(range(1, num_train + 1)))
     if num_eval is not None:
         held_out = tmp_path / "eval.txt"
-        held_out.write_bytes(bytes(range(81, 81 + num_eval)))
+        held_out.write_bytes(bytes(range(82, 82 + num_eval)))
     _, batches = open_data(settings(train, held_out))
-    np.testing.assert_array_equal(batches.batch(0), [np.arange(81, 90)] * B)
+    np.testing.assert_array_equal(batches.batch(0), [np.arange(82, 91)] * B)
 
 
 def test_python_without_its_documentation(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from support import runs
 from tpipe_jax.config.settings import Config, DataConfig, ModelConfig, TrainConfig
 from tpipe_jax.data import token_shards
 from tpipe_jax.data.batches import open_data, open_held_out
+from tpipe_jax.data.documents import HowToRead
 from tpipe_jax.data.sources import open_source
 from tpipe_jax.data.token_shards import cut, find_files, make_shards, texts
 from tpipe_jax.data.tokenizer import END_OF_TEXT, open_tokenizer, train_bpe
@@ -89,9 +91,11 @@ def test_parts_have_every_document_once(
 ):
     monkeypatch.setattr(token_shards, "PART_BYTES", part_bytes)
     expected = [text for own in write_inputs(tmp_path) for text in own]
-    parts = cut(find_files([tmp_path / "in"]))
+    parts = cut(find_files([tmp_path / "in"])[0], HowToRead())
     assert len(parts) >= {2**20: 3, 300: 8, 1: 40}[part_bytes]
-    assert [text for part in parts for text in texts(part, "text")] == expected
+    assert [
+        piece.text for part in parts for piece in texts(part, HowToRead(), Counter())
+    ] == expected
 
 
 def test_shards_hold_each_document_by_itself(tmp_path: Path, bpe: Path):
@@ -109,6 +113,7 @@ def test_shards_hold_each_document_by_itself(tmp_path: Path, bpe: Path):
         *(f"0000{i}.{kind}" for i in range(3) for kind in ("bin", "idx")),
         "index.json",
         "tokenizer.json",
+        "tokenizer_config.json",
     ]
     source = open_source("--data", str(out), 400, DataConfig())
     np.testing.assert_array_equal(source.read(0, len(source)), np.concatenate(expected))
@@ -130,9 +135,9 @@ def text_of(path: Path) -> str:
 def test_it_goes_on_where_it_stopped(tmp_path: Path):
     """A part that was done is not done again, unless its file has changed."""
     write_inputs(tmp_path)
-    (tmp_path / "in" / "e.jsonl").write_text('{"text": ""}\n')
-    with pytest.raises(UserError, match=r'e.jsonl at byte 0 has "" as its text: a document is'):
-        make_shards([tmp_path / "in"], tmp_path / "out", "bytes", "text", 1)
+    (tmp_path / "in" / "e.jsonl").write_text('{"text": 1}\n')
+    with pytest.raises(UserError, match=r"e.jsonl at byte 0 has 1 as its text, which is no text"):
+        make_shards([tmp_path / "in"], tmp_path / "out", "bytes", HowToRead(), 1)
     partial = tmp_path / "out.partial"
     assert not (tmp_path / "out").exists()
     done = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.bin")}
@@ -144,7 +149,7 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path):
         [tmp_path / "in"],
         tmp_path / "out",
         "bytes",
-        "text",
+        HowToRead(),
         2,
         lambda done, total: steps.append((done, total)),
     )
@@ -168,9 +173,9 @@ def test_what_was_made_otherwise_is_made_again(tmp_path: Path, bpe: Path):
     (tmp_path / "in" / "e.jsonl").write_text("{}")
     for tokenizer in (str(bpe), "bytes"):
         with pytest.raises(UserError, match=r"e.jsonl at byte 0 has no text"):
-            make_shards([tmp_path / "in"], tmp_path / "out", tokenizer, "text", 1)
+            make_shards([tmp_path / "in"], tmp_path / "out", tokenizer, HowToRead(), 1)
     (tmp_path / "in" / "e.jsonl").write_text('{"text": "mended"}')
-    make_shards([tmp_path / "in"], tmp_path / "out", "bytes", "text", 1)
+    make_shards([tmp_path / "in"], tmp_path / "out", "bytes", HowToRead(), 1)
     names = sorted(path.name for path in (tmp_path / "out").glob("*.bin"))
     assert [text_of(tmp_path / "out" / name) for name in names] == [
         TEXTS[0],
@@ -189,7 +194,7 @@ def test_two_commands_do_not_share_a_folder(tmp_path: Path):
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
         with pytest.raises(UserError, match=r"another command is at work on --out=.*/out: wait"):
-            make_shards([tmp_path / "in"], tmp_path / "out", "bytes", "text", 1)
+            make_shards([tmp_path / "in"], tmp_path / "out", "bytes", HowToRead(), 1)
     finally:
         os.close(descriptor)
 
@@ -255,13 +260,16 @@ def spoilt(folder: Path, name: str, content: bytes) -> list[str]:
 MISTAKES = {
     "nothing": (lambda f: [], "there is nothing to tokenize: name files or folders."),
     "nowhere": (lambda f: [str(f / "x")], "x is neither a file nor a folder"),
-    "no text": (lambda f: [str(f)], "has no file that ends in .txt"),
-    "empty": (lambda f: spoilt(f, "a.txt", b""), "a.txt is an empty document"),
-    "not UTF-8": (lambda f: spoilt(f, "a.txt", b"\xff"), "a.txt cannot be read as UTF-8"),
+    "no text": (lambda f: [str(f)], "has no file of text or records: name"),
+    "empty": (lambda f: spoilt(f, "a.txt", b""), "a.txt has no text in it"),
+    "not UTF-8": (
+        lambda f: spoilt(f, "a.txt", b"\xff"),
+        "a.txt holds no text, since it has bytes that",
+    ),
     "not JSON": (lambda f: spoilt(f, "a.jsonl", b"{}\n{x"), "a.jsonl at byte 0 has no text"),
     "no field": (
         lambda f: [*spoilt(f, "a.jsonl", b'{"text": "x"}'), "--field=body"],
-        "each record must be an object with the field body, or with prompt and completion, or name",
+        "its fields are text): each record must be an object with the field body, or with prompt",
     ),
     "half a character": (
         lambda f: spoilt(f, "a.jsonl", b'{"text": "a\\ud800b"}'),
@@ -301,4 +309,4 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"cannot write --out=.*: make room"):
-        make_shards([tmp_path / "a.txt"], tmp_path / "file" / "out", "bytes", "text", 1)
+        make_shards([tmp_path / "a.txt"], tmp_path / "file" / "out", "bytes", HowToRead(), 1)

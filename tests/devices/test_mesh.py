@@ -1,7 +1,7 @@
 """Devices to a mesh, and rows on it."""
 
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -73,13 +73,26 @@ def test_hosts_have_their_part_of_the_mesh() -> None:
 
 
 @pytest.mark.parametrize("num_devices", [5, 8])
-def test_mesh_that_does_not_fit_the_devices_is_refused(num_devices: int) -> None:
+@pytest.mark.parametrize(
+    ("platform", "remedy"),
+    [
+        ("gpu", "run on CPU devices with the environment variable JAX_PLATFORMS=cpu."),
+        (
+            "cpu",
+            "call jax.config.update('jax_num_cpu_devices', 6) before anything else uses jax, since "
+            "its first use fixes their number.",
+        ),
+    ],
+)
+def test_mesh_that_does_not_fit_the_devices_is_refused(
+    num_devices: int, platform: str, remedy: str
+) -> None:
+    devices: Any = [SimpleNamespace(platform=platform, device_kind="kind")] * num_devices
     with pytest.raises(UserError) as error:
-        mesh.make_mesh(MeshConfig(data=2, pipe=3), jax.devices()[:num_devices])
+        mesh.make_mesh(MeshConfig(data=2, pipe=3), devices)
     assert str(error.value) == (
         "config.mesh.data=2 * pipe=3 * model=1 asks for 6 devices, but there are "
-        f"{num_devices} (cpu): set the three so that their product is {num_devices}, "
-        "or run on CPU devices with the environment variable JAX_PLATFORMS=cpu."
+        f"{num_devices} (kind): set the three so that their product is {num_devices}, or {remedy}"
     )
 
 

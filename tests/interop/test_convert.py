@@ -1,9 +1,11 @@
 """GPT-2 folders in and out, beside transformers."""
 
 import json
+import os
 import re
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -17,10 +19,11 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from support import runs, zarr_files
+from tpipe_jax.checkpoint.arrays import read_array
 from tpipe_jax.checkpoint.checkpoints import Checkpoints
 from tpipe_jax.config.config_files import load_config
 from tpipe_jax.config.settings import CheckpointConfig, Config, ModelConfig
-from tpipe_jax.data.tokenizer import train_bpe
+from tpipe_jax.data.tokenizer import open_tokenizer, train_bpe
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.errors import UserError
 from tpipe_jax.interop import convert, gpt2
@@ -134,8 +137,8 @@ def test_all_but_parameters_are_as_in_a_fresh_state(folder: Path, tmp_path: Path
 def test_a_run_starts_from_imported_weights(folder: Path, tmp_path: Path):
     workdir = tmp_path / "run"
     convert.import_gpt2(folder, workdir)
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"{i % 10} and {i % 7}. " for i in range(300)).translate(LETTERS))
+    tokens = tmp_path / "tokens.bin"
+    (np.arange(3000) ** 2 % 53).astype(np.uint16).tofile(tokens)
     config = runs.changed(
         load_config(workdir / "config.json"),
         mesh={"pipe": 2},
@@ -148,7 +151,7 @@ def test_a_run_starts_from_imported_weights(folder: Path, tmp_path: Path):
             "sample_tokens": 0,
         },
         optim={"learning_rate": 0.0},
-        data={"train": str(text)},
+        data={"train": str(tokens)},
     )
     said = runs.run(config, workdir)
     assert "starting from imported weights" in said
@@ -157,9 +160,6 @@ def test_a_run_starts_from_imported_weights(folder: Path, tmp_path: Path):
     after = load_file(tmp_path / "out/model.safetensors")
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value, name)
-
-
-LETTERS = {code: code % 50 for code in range(128)}  # which the vocabulary has
 
 
 def edit(folder: Path, **settings: Any) -> None:
@@ -302,7 +302,11 @@ def test_the_command(folder: Path, tmp_path: Path):
     done = convert_by("import", f"--from={folder}", f"--workdir={run}")
     assert (done.returncode, done.stderr) == (0, "")
     assert "3 layers, width 24, 3 heads, vocabulary 53, as step 0" in done.stdout
-    assert f"python launch/multihost.py --workdir={run} --config.data.train=TOKENS" in done.stdout
+    further = f"--workdir={run} --config.data.train=TOKENS --config.optim.learning-rate=5e-05"
+    assert f"and no tokenizer; train it further with\n    python launch/multihost.py {further}" in (
+        done.stdout
+    )
+    assert load_config(run / "config.json").optim.learning_rate == 5e-5
     assert load_config(run / "config.json").model == MODEL
     done = convert_by("export", f"--workdir={run}", f"--to={back}", "--step=0")
     assert (done.returncode, done.stderr) == (0, "")
@@ -337,6 +341,106 @@ def test_the_tokenizer_goes_along(folder: Path, tmp_path: Path):
     with pytest.raises(UserError, match=r"config.data.tokenizer=.*own.json cannot be read"):
         convert.export_gpt2(run, tmp_path / "other", None)
     assert not (tmp_path / "other").exists()
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def test_files_can_be_read_as_usual_ones(folder: Path, tmp_path: Path):
+    before = os.umask(0o022)
+    try:
+        convert.import_gpt2(folder, tmp_path / "run")
+        convert.export_gpt2(tmp_path / "run", tmp_path / "out", None)
+        gpt2.write_model(made := tmp_path / "shards", MODEL, *reading(made, tmp_path, 4000))
+    finally:
+        os.umask(before)
+    for written in (tmp_path / "run", tmp_path / "out", made):
+        files = [path for path in written.rglob("*") if path.is_file()]
+        assert {mode(path) for path in files} == {0o644}
+    os.umask(0o077)
+    try:
+        convert.export_gpt2(tmp_path / "run", tmp_path / "own", None)
+    finally:
+        os.umask(before)
+    assert {mode(path) for path in (tmp_path / "own").iterdir()} == {0o600}
+
+
+def reading(made: Path, folder: Path, shard_bytes: int) -> tuple[Any, int]:
+    made.mkdir()
+    checkpoint = folder / "run" / "checkpoints" / "0"
+    return lambda name: read_array(checkpoint, f"params/{name}"), shard_bytes
+
+
+@pytest.mark.parametrize(
+    ("end", "told_in"),
+    [("</s>", "config.json"), ("</s>", "tokenizer_config.json"), ("<|endoftext|>", None)],
+)
+def test_tokenizer_and_end_are_kept_there_and_back(
+    end: str, told_in: str | None, folder: Path, tmp_path: Path
+):
+    """Also where another token has a usual name for the end."""
+    tokens = {"a": 0, "\u00fc": 1, "<|end_of_text|>": 2, end: 3}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(tokens, unk_token="a"))
+    made.save(str(folder / "tokenizer.json"))
+    if told_in == "config.json":
+        edit(folder, eos_token_id=3)
+    elif told_in:
+        (folder / told_in).write_text(json.dumps({"eos_token": {"content": end}}))
+    number = tokens[end]
+    config = convert.import_gpt2(folder, tmp_path / "run")
+    shutil.move(folder, tmp_path / "moved")
+    assert (config.data.end_token, config.data.separator) == (end, None)
+    tokenizer = open_tokenizer("--tokenizer", config.data.tokenizer, config.data.end_token)
+    assert (tokenizer.end, tokenizer.vocab_size) == (number, 4)
+    convert.export_gpt2(tmp_path / "run", tmp_path / "out", None)
+    told = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (told["eos_token_id"], told["bos_token_id"]) == (number, number)
+    told = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert told["eos_token"] == end
+    assert told.get("unk_token") == (end if end == "<|endoftext|>" else None)
+    kept = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert kept.get_vocab() == tokens
+    again = convert.import_gpt2(tmp_path / "out", tmp_path / "again")
+    assert again.data.end_token == end
+
+
+def test_the_end_is_kept_without_a_tokenizer(folder: Path, tmp_path: Path):
+    """Ids that the model does not have are not."""
+    for given, kept in ((53, None), (-1, None), ("x", None), (True, None), (7, 7), ([60, 9], 9)):
+        edit(folder, eos_token_id=given)
+        assert gpt2.read_end(folder, 53) == kept
+    config = convert.import_gpt2(folder, tmp_path / "run")
+    assert (config.data.tokenizer, config.data.separator) == ("bytes", 9)
+    convert.export_gpt2(tmp_path / "run", tmp_path / "out", None)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 9
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(folder: Path, tmp_path: Path):
+    train_bpe(["a text"], 300).save(str(folder / "tokenizer.json"))
+    with pytest.raises(
+        UserError, match=r"--from=.*tokenizer.json has .* but the model has 53: rem"
+    ):
+        convert.import_gpt2(folder, tmp_path / "run")
+    (folder / "tokenizer.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"--from=.*tokenizer.json cannot be read"):
+        convert.import_gpt2(folder, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_export_says_that_it_takes_an_older_checkpoint(folder: Path, tmp_path: Path):
+    convert.import_gpt2(folder, tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "7").mkdir()
+    args = ["export", f"--workdir={tmp_path / 'run'}", f"--to={tmp_path / 'out'}"]
+    command = [sys.executable, "launch/convert.py", *args]
+    done = subprocess.run(command, cwd=runs.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert re.fullmatch(
+        r"warning: .* damaged \(7: manifest.json is missing\): the one of step 0 is taken, which "
+        r"is older\.\n",
+        done.stderr,
+    )
+    assert "has the weights of step 0" in done.stdout
 
 
 @pytest.mark.slow

@@ -66,3 +66,32 @@ def test_a_plan_of_another_schedule_is_refused(tmp_path: Path):
     content.pop("schedule")
     path.write_text(json.dumps(content))
     assert load_plan(path, request).schedule == "terapipe"
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"optimal": "false"}, "optimal is 'false', neither true nor false"),
+        ({"optimal": 0}, "optimal is 0, neither true nor false"),
+        ({"lower_bound_seconds": 9.1}, "lower_bound_seconds=9.1 is above its predicted_step_se"),
+        ({"outside_seconds": 10}, "outside_seconds=10 is above its predicted_step_seconds=9"),
+        (
+            {"slice_transfer_seconds": [[0, 2.1]]},
+            r"slice_transfer_seconds\[0\]\[1\]=2.1 is above its slice_forward_seconds\[0\]\[1\]=2,",
+        ),
+        (
+            {"slice_transfer_seconds": [[1.0, 0]], "slice_backward_seconds": [[0.5, 2]]},
+            r"slice_transfer_seconds\[0\]\[0\]=1 is above its slice_backward_seconds\[0\]\[0\]=0.5",
+        ),
+    ],
+)
+def test_a_prediction_that_contradicts_itself_is_refused(
+    changes: dict[str, object], sentence: str, tmp_path: Path
+):
+    path, request = tmp_path / "plan.json", PlanRequest(2, 1, 4)
+    times = Prediction(9.0, 1.0, ((1.0, 2.0),), ((2.0, 3.0),), ((1.0, 2.0),), False, 9.0 + 1e-9)
+    Plan(2, (1,), ((3, 1),), times).save(path)
+    assert load_plan(path, request).prediction == times
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(UserError, match=f"is no plan: its .*{sentence}"):
+        load_plan(path, request)

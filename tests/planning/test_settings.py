@@ -1,6 +1,7 @@
 """What the settings say of a plan."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tpipe_jax
 from support import reference
 from tpipe_jax.config.settings import (
     Config,
@@ -165,6 +167,32 @@ def test_schedules_that_cannot_serve_are_refused(fields: dict, num_stages: int, 
     config = Config(mesh=MeshConfig(pipe=num_stages), plan=PlanConfig(**fields))
     with pytest.raises(UserError, match=sentence):
         read_settings(config)
+
+
+@pytest.mark.parametrize(
+    ("plan", "defers", "sentence"),
+    [
+        (Plan(1, (4, 4), ((256,),) * 2, None, "1f1b-deferred"), False, "shortens .*pipe=1 has one"),
+        (Plan(1, (8,), ((256,),), None, "interleaved", 2), False, "shortens .*pipe=1 has one"),
+        (Plan(2, (4, 4), ((256,),) * 2, None, "1f1b-deferred"), True, "keeps a part of the batch"),
+        (Plan(2, (4, 4), ((256,),) * 2, None, "1f1b"), True, "keeps a part of the batch"),
+    ],
+)
+def test_a_plan_is_judged_as_settings_are(plan: Plan, defers: bool, sentence: str, tmp_path: Path):
+    """From a file, and given to the library."""
+    plan.save(tmp_path / "plan.json")
+    config = Config(
+        mesh=MeshConfig(pipe=plan.num_stages), memory=MemoryConfig(None, "auto", defers)
+    )
+    from_file = replace(config, plan=PlanConfig(file=str(tmp_path / "plan.json")))
+    begin = f"has a schedule of {plan.schedule}, which {sentence}"
+    with pytest.raises(UserError, match=rf"^config\.plan\.file=.*plan\.json {begin}"):
+        read_settings(from_file)
+    with pytest.raises(UserError, match=f"^the plan {begin}"):
+        tpipe_jax.make_train_step(config, plan, jax.devices()[: plan.num_stages])
+    plan = replace(plan, schedule="terapipe", num_chunks=1)
+    plan.save(tmp_path / "plan.json")
+    assert read_settings(from_file) == plan
 
 
 def test_chunks_are_those_that_are_given_or_that_layers_allow():

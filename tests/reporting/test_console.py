@@ -1,7 +1,10 @@
 """What the terminal shows of a plan."""
 
+import io
 import re
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -168,10 +171,16 @@ def test_slices_of_one_length_share_a_line(capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.fixture
-def narrow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A terminal of 45 columns."""
+def narrow(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Console]:
+    """Makes a console on a terminal of 45 columns."""
     for name, value in {"FORCE_COLOR": "1", "COLUMNS": "45", "TERM": "xterm"}.items():
         monkeypatch.setenv(name, value)
+
+    def make() -> Console:
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        return Console()
+
+    return make
 
 
 def shown(text: str) -> list[str]:
@@ -182,9 +191,10 @@ def shown(text: str) -> list[str]:
 METRICS = {"loss": 2.5544, "tokens_per_second": 10599.0, "step_seconds": 0.0968}
 
 
-@pytest.mark.usefixtures("narrow")
-def test_nothing_falls_off_a_narrow_terminal(capsys: pytest.CaptureFixture[str]):
-    console = Console()
+def test_nothing_falls_off_a_narrow_terminal(
+    narrow: Callable[[], Console], capsys: pytest.CaptureFixture[str]
+):
+    console = narrow()
     with console.progress(12300, 100000):
         console.show_progress(12310, METRICS)
         time.sleep(0.02)  # the time that is left is shown from the second update on
@@ -202,9 +212,10 @@ def test_nothing_falls_off_a_narrow_terminal(capsys: pytest.CaptureFixture[str])
     assert not any("…" in line for line in lines)
 
 
-@pytest.mark.usefixtures("narrow")
-def test_words_stay_whole_and_commands_can_be_copied(capsys: pytest.CaptureFixture[str]):
-    console = Console()
+def test_words_stay_whole_and_commands_can_be_copied(
+    narrow: Callable[[], Console], capsys: pytest.CaptureFixture[str]
+):
+    console = narrow()
     console.say("a step takes 195 ms, predicted were 214 ms: this is more")
     console.say("    tpipe train --workdir=runs/mine --config.train.num-steps=600")
     assert [line.rstrip() for line in shown(capsys.readouterr().out)] == [
@@ -215,9 +226,10 @@ def test_words_stay_whole_and_commands_can_be_copied(capsys: pytest.CaptureFixtu
     ]
 
 
-@pytest.mark.usefixtures("narrow")
-def test_lines_stay_above_the_bar(capsys: pytest.CaptureFixture[str]):
-    console = Console()
+def test_lines_stay_above_the_bar(
+    narrow: Callable[[], Console], capsys: pytest.CaptureFixture[str]
+):
+    console = narrow()
     with console.progress(0, 20):
         console.show_progress(10, METRICS | {"eval_loss": 2.75})
     out = capsys.readouterr().out
@@ -248,6 +260,59 @@ def test_a_pipe_gets_plain_lines(
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["step 10: loss 2.554  10,599 tokens/s  97 ms/step", "profiling ..."]
     assert lines[2:] == ["a       b", "longer  " + "c " * 59 + "c"]
+
+
+@pytest.mark.parametrize("name", ["FORCE_COLOR", "TTY_COMPATIBLE"])
+def test_no_bar_fills_a_pipe(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Also where colours are asked for."""
+    monkeypatch.setenv(name, "1")
+    console = Console()
+    with console.progress(0, 20):
+        console.show_progress(10, METRICS)
+        time.sleep(0.6)  # a bar is drawn twice a second
+    console.show_facts({"a": "b"})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["step 10: loss 2.554  10,599 tokens/s  97 ms/step", "a  b"]
+
+
+MARKUP = "a[:x:2] runs/a:100:b [red]c[/red] :smile: [link=x]"
+
+
+def test_texts_are_printed_as_they_are(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    console = Console()
+    console.say(MARKUP)
+    console.show_facts({MARKUP: MARKUP})
+    console.show_table(MARKUP, [MARKUP], [[MARKUP]])
+    console.show_commands("next", {"look": MARKUP})
+    console.show_sample(MARKUP, MARKUP)
+    out = capsys.readouterr().out
+    assert out.count(MARKUP) == 9
+    assert "a held-out text ...\n" in out
+
+
+def test_a_bar_has_its_texts_as_they_are(
+    narrow: Callable[[], Console],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    with narrow().working("a[:x:2] :smile:") as move:
+        move(1, 2)
+    assert "a[:x:2] :smile:" in "".join(shown(capsys.readouterr().out))
+
+
+def test_what_the_output_cannot_show_is_escaped(monkeypatch: pytest.MonkeyPatch):
+    output = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(output, "ascii", errors="strict"))
+    Console().say("b\xe4 \u2192 \udcff")
+    Console().show_facts({"\xe4": "\u2192"})
+    sys.stdout.flush()
+    assert output.getvalue() == b"b\\xe4 \\u2192 \\udcff\n\\xe4  \\u2192\n"
 
 
 def test_the_comparison_is_one_line(capsys: pytest.CaptureFixture[str]):

@@ -31,7 +31,8 @@ def write_folder(path: Path) -> Path:
         "b/z.MD": TEXT[5:7],
         "c.py": TEXT[7:],
         "b/picture.png": b"\x89PNG",
-        "tokens.bin": b"12",
+        "notes.dat": b"12",
+        "index.json": b'{"name": "something"}',
     }.items():
         (path / name).write_bytes(part)
     return path

@@ -7,7 +7,13 @@ import optax
 import pytest
 
 from tpipe_jax.config.settings import Config, OptimConfig, TrainConfig
-from tpipe_jax.training.optimizer import clipped, global_norm, learning_rate, make_optimizer
+from tpipe_jax.training.optimizer import (
+    clipped,
+    global_norm,
+    learning_rate,
+    learning_rate_at,
+    make_optimizer,
+)
 
 NUM_STEPS = 20
 TRAIN = TrainConfig(num_steps=NUM_STEPS)
@@ -24,10 +30,11 @@ def formula(step: int, config: OptimConfig, num_steps: int) -> float:
 @pytest.mark.parametrize("warmup", [0, 1, 5, 19, 20, 50])
 def test_learning_rate(warmup: int):
     config = OptimConfig(learning_rate=0.3, warmup_steps=warmup)
-    schedule = learning_rate(Config(train=TRAIN, optim=config))
-    actual = [float(schedule(step)) for step in range(NUM_STEPS + 1)]
-    expected = [formula(step, config, NUM_STEPS) for step in range(NUM_STEPS + 1)]
-    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-8)
+    whole = Config(train=TRAIN, optim=config)
+    schedule, steps = learning_rate(whole), range(NUM_STEPS + 5)
+    expected = [formula(step, config, NUM_STEPS) for step in steps]
+    np.testing.assert_allclose([float(schedule(n)) for n in steps], expected, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose([learning_rate_at(whole, n) for n in steps], expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("grad_clip", [0.0, 1.0, 100.0])

@@ -38,6 +38,51 @@ def test_what_is_left_out_is_no_time_of_a_step(tmp_path: Path, monkeypatch: pyte
     assert [line["step_seconds"] for line in runs.metrics(tmp_path)] == [1.5, 1.5]
 
 
+def test_a_line_is_written_while_the_next_step_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Steps of 2 s, and lines of 1.5 s: that is a part of the next step, unless none runs yet."""
+    now = 0.0
+    monkeypatch.setattr(step_log.time, "monotonic", lambda: now)
+    config = runs.small_config(tmp_path)
+    mesh = make_mesh(config.mesh, jax.devices()[: config.mesh.num_devices])
+
+    def write_line(step: int) -> None:
+        nonlocal now
+        now += 1.5
+
+    console = runs.Lines(write_line)
+    names = "loss", "grad_norm", "skipped_steps", "loss_spikes", "consecutive_skips"
+    with closing(Metrics(tmp_path, 0)) as metrics, console.progress(0, 4):
+        log = step_log.StepLog(make_spec(config, mesh), Plan(2, (4,), ((16,),)), metrics, console)
+        for step in (1, 2, 3, 4):
+            is_behind = 1 < step < 4  # while a line was written
+            now += 0.5 if is_behind else 2
+            log.begin(step, {name: jnp.float32(0) for name in names})
+            log.finish(is_next_running=step < 3)
+    assert [line["step_seconds"] for line in runs.metrics(tmp_path)] == [2, 2, 2, 2]
+
+
+def test_a_line_does_not_wait_for_the_step_that_runs(tmp_path: Path):
+    config = runs.small_config(tmp_path)
+    mesh = make_mesh(config.mesh, jax.devices()[: config.mesh.num_devices])
+    console = runs.Lines()
+    names = "loss", "grad_norm", "skipped_steps", "loss_spikes", "consecutive_skips"
+
+    @jax.jit
+    def long(a: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, 1000, lambda i, a: jnp.tanh(a @ a), a)
+
+    next_step = long.lower(jnp.ones((256, 256))).compile()
+    with closing(Metrics(tmp_path, 0)) as metrics, console.progress(0, 2):
+        log = step_log.StepLog(make_spec(config, mesh), Plan(2, (4,), ((16,),)), metrics, console)
+        log.begin(1, {name: jax.block_until_ready(jnp.float32(0)) for name in names})
+        running = next_step(jnp.ones((256, 256)))
+        log.finish(is_next_running=True)
+        assert not running.is_ready()
+    jax.block_until_ready(running)
+
+
 def test_speed_wait_and_bubbles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Of steps of 2 s on two devices: the operations by hand, and predicted slices of 1 and 2 s."""
     now = 0.0

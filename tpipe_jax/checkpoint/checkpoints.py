@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,6 +45,8 @@ class Checkpoints:
     ) -> None:
         self._folder, self._config, self._model, self._say = folder, config, model, say
         self.num_chunks = 1  # chunks of each stage, in the states that are saved and restored
+        self.data_at: Callable[[int], dict[str, int]] | None = None
+        """What has been read of the data up to a step, which is saved with it (`Manifest.data`)."""
         self._identity = identity_of(model)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
@@ -118,6 +121,10 @@ class Checkpoints:
         Raises `UserError` if an array of it is missing or cannot be read.
         """
         return restore(self._folder / str(step), self._model, like, self.num_chunks)
+
+    def data(self, step: int) -> dict[str, int] | None:
+        """Returns what was saved with a step on the data up to it; None if nothing was."""
+        return manifest.read_manifest(self._folder / str(step)).data
 
     def raise_failure(self, timeout_seconds: float = math.inf) -> None:
         """Raises `UserError` if a save has failed in the background. Waits for a save that has been
@@ -211,7 +218,8 @@ class Checkpoints:
                     return answer["failure"]
                 known |= answer["files"]
             try:
-                manifest.finish(saving, step, self._identity, known)
+                data = self.data_at(step) if self.data_at else None
+                manifest.finish(saving, step, self._identity, known, data)
             except Exception as error:  # of any type, as above
                 return brief(error)
             return ""
@@ -239,9 +247,15 @@ class Checkpoints:
         )
 
 
-def newest_sound(workdir: Path, step: int | None = None) -> tuple[Path, ModelConfig]:
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def newest_sound(
+    workdir: Path, step: int | None = None, say: Callable[[str], None] = _warn
+) -> tuple[Path, ModelConfig]:
     """Returns the folder and the model of the newest sound checkpoint of a run, or of the
-    checkpoint of `step` if that is given. Changes nothing.
+    checkpoint of `step` if that is given. Changes nothing. Says which newer ones are damaged.
 
     Raises `UserError` if there is none.
     """
@@ -250,13 +264,21 @@ def newest_sound(workdir: Path, step: int | None = None) -> tuple[Path, ModelCon
     if step is not None and step not in steps:
         found = ", ".join(map(str, steps)) or "none"
         raise UserError(f"--step={step} is not in {folder}: it has these steps, {found}.")
-    damage = "it has none"
+    damage, damaged = "it has none", []
     for number in steps if step is None else [step]:
         try:
             identity = manifest.check(folder / str(number)).identity
-            return folder / str(number), ModelConfig(**identity["model"])
+            found = folder / str(number), ModelConfig(**identity["model"])
         except (DamagedError, OSError) as error:
             damage = f"{number}: {brief(error)}"
+            damaged.append(damage)
+            continue
+        if damaged:
+            say(
+                f"{folder} has newer checkpoints that are damaged ({'; '.join(damaged)}): the one "
+                f"of step {number} is taken, which is older."
+            )
+        return found
     raise UserError(
         f"--workdir={workdir} has no sound checkpoint ({damage}): name the folder of a run that "
         "has saved one."

@@ -22,6 +22,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tpipe_jax.files import sync
+from tpipe_jax.json_files import parse_json
+
 MANIFEST, MANIFEST_DIGEST = "manifest.json", "manifest.sha256"
 FORMAT = 1
 SAVING, REMOVING, DAMAGED = ".saving", ".removing", ".damaged"
@@ -44,6 +47,9 @@ class Manifest:
     """The settings that the checkpoint is bound to, nested as in `Config`."""
     files: Digests
     """All files but the manifest and its digest."""
+    data: dict[str, int] | None = None
+    """`sequences` that were read up to this step, and `tokens` of the training data; None in older
+    checkpoints, and in those of imported weights."""
 
 
 def list_steps(folder: Path) -> list[int]:
@@ -67,10 +73,16 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
     with path.open("wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
+        sync(file.fileno(), "files")
 
 
-def finish(saving: Path, step: int, identity: dict[str, Any], files: Digests) -> None:
+def finish(
+    saving: Path,
+    step: int,
+    identity: dict[str, Any],
+    files: Digests,
+    data: dict[str, int] | None = None,
+) -> None:
     """Writes the manifest of a checkpoint of these files, and gives the checkpoint its final name.
 
     Raises `FileNotFoundError` if one of the files is missing, `FileExistsError` if there are
@@ -81,7 +93,7 @@ def finish(saving: Path, step: int, identity: dict[str, Any], files: Digests) ->
         raise FileNotFoundError(f"{missing[0]} has gone")
     if foreign := sorted(found - files.keys()):
         raise FileExistsError(f"{_shown(foreign[0])} is of somebody else")
-    manifest = Manifest(FORMAT, step, identity, dict(sorted(files.items())))
+    manifest = Manifest(FORMAT, step, identity, dict(sorted(files.items())), data)
     content = json.dumps(asdict(manifest), indent=1).encode() + b"\n"
     write_file(saving / MANIFEST, content)
     write_file(saving / MANIFEST_DIGEST, f"{digest(content)}  {MANIFEST}\n".encode())
@@ -103,13 +115,20 @@ def read_manifest(checkpoint: Path) -> Manifest:
     if (checkpoint / MANIFEST_DIGEST).read_bytes() != expected:
         raise DamagedError(f"{MANIFEST} or {MANIFEST_DIGEST} has changed")
     try:
-        manifest = Manifest(**json.loads(content))
+        manifest = Manifest(**parse_json(content))
         files = {str(name): (int(size), str(sha)) for name, (size, sha) in manifest.files.items()}
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise DamagedError(f"{MANIFEST} is none ({error})") from None
     if manifest.format != FORMAT or str(manifest.step) != checkpoint.name.partition(".")[0]:
         raise DamagedError(f"{MANIFEST} is of step {manifest.step} in format {manifest.format}")
-    return Manifest(manifest.format, manifest.step, manifest.identity, files)
+    data = manifest.data
+    if data is not None and not (
+        isinstance(data, dict)
+        and data.keys() == {"sequences", "tokens"}
+        and all(type(number) is int and 0 <= number < 2**63 for number in data.values())
+    ):
+        raise DamagedError(f"{MANIFEST} has no numbers of sequences and tokens")
+    return Manifest(manifest.format, manifest.step, manifest.identity, files, data)
 
 
 def check(checkpoint: Path, reader: int = 0, num_readers: int = 1) -> Manifest:
@@ -201,6 +220,6 @@ def _sync_folder(folder: Path) -> None:
     """Returns when the names in a folder are on the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor, "names in a folder")
     finally:
         os.close(descriptor)

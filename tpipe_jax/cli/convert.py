@@ -18,12 +18,15 @@ def main(args: list[str], program: str) -> None:
     from tpipe_jax.interop import convert
 
     if isinstance(flags, ImportFlags):
-        model = convert.import_gpt2(flags.source, flags.workdir).model
+        config = convert.import_gpt2(flags.source, flags.workdir)
+        model, has_text = config.model, (flags.workdir / convert.TOKENIZER).exists()
         print(
             f"{flags.workdir} has a model of {model.num_layers} layers, width {model.d_model}, "
-            f"{model.num_heads} heads, vocabulary {model.vocab_size}, as step 0; train it with\n"
+            f"{model.num_heads} heads, vocabulary {model.vocab_size}, as step 0, "
+            f"{'and its tokenizer' if has_text else 'and no tokenizer'}; train it further with\n"
             f"    {command('train')} --workdir={shlex.quote(str(flags.workdir))} "
-            "--config.data.train=TOKENS"
+            f"--config.data.train={'TEXT' if has_text else 'TOKENS'} "
+            f"--config.optim.learning-rate={config.optim.learning_rate:g}"
         )
     else:
         step = convert.export_gpt2(flags.workdir, flags.to, flags.step, flags.tokenizer)

@@ -13,12 +13,14 @@ def main(args: list[str], program: str) -> None:
     from tpipe_jax.commands.evaluate import evaluate
     from tpipe_jax.commands.trained_model import load
     from tpipe_jax.data.batches import open_held_out
+    from tpipe_jax.data.carried import with_kept_tokenizer
     from tpipe_jax.data.sources import open_shares
     from tpipe_jax.devices.startup import find_devices
     from tpipe_jax.reporting.console import Console
 
     path, mesh = flags.workdir / RUN_FILE, flags.mesh.config()
     data = load_config(path).data if path.exists() else DataConfig()
+    data = with_kept_tokenizer(data, flags.workdir)
     if flags.tokenizer is not None:
         data = replace(data, tokenizer=flags.tokenizer)
     train = TrainConfig(batch_size=flags.batch_size * mesh.data)
@@ -30,8 +32,10 @@ def main(args: list[str], program: str) -> None:
         trained = trained.with_config(config)
     else:
         vocab_size = trained.config.model.vocab_size
-        shares = open_shares("--data", flags.data, vocab_size, data)
+        shares = open_shares("--data", flags.data, vocab_size, data, is_held_out=True)
     console = Console()
+    for note in dict.fromkeys(note for share in shares for note in share.source.notes):
+        console.say(note)
     with console.working("evaluating") as on_progress:
         result = evaluate(trained, shares, on_progress)
     text = f"loss {result.loss:.4f} nats per token, perplexity {result.perplexity:.4g}"

@@ -7,6 +7,7 @@ from tpipe_jax.config.command_line import exit_status
 from tpipe_jax.config.habits import nearest
 from tpipe_jax.config.invocation import command
 from tpipe_jax.errors import UserError
+from tpipe_jax.runtime.jax_options import set_needed
 from tpipe_jax.version import __version__
 
 COMMANDS = {
@@ -27,6 +28,7 @@ def run(name: str, args: list[str]) -> int:
     """Runs a command on its arguments; returns the exit status."""
 
     def program() -> int | None:
+        set_needed()
         module = importlib.import_module(f"tpipe_jax.cli.{name}")
         return module.main(args, command(name))
 
@@ -37,11 +39,9 @@ def main() -> int:
     """Runs `tpipe` with the arguments of this process; returns the exit status."""
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
-        print(_help())
-        return 0
+        return exit_status(lambda: print(_help()))
     if args[0] == "--version":
-        print(f"tpipe_jax {__version__}")
-        return 0
+        return exit_status(lambda: print(f"tpipe_jax {__version__}"))
     if args[0] in COMMANDS:
         return run(args[0], args[1:])
     return exit_status(lambda: _refuse(args[0]))

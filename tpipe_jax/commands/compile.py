@@ -292,4 +292,4 @@ def _write(path: Path, figures: dict[str, object]) -> None:
         lambda error: f"cannot write --json={path} ({error.strerror}): name another file."
     ):
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=2) + "\n")
+        path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")

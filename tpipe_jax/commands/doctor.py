@@ -71,7 +71,7 @@ def _memory() -> str:
     page, pages = os.sysconf("SC_PAGE_SIZE"), os.sysconf("SC_PHYS_PAGES")
     free = page * os.sysconf("SC_AVPHYS_PAGES")
     info = Path("/proc/meminfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
+    for line in info.read_text(encoding="utf-8").splitlines() if info.exists() else ():
         if line.startswith("MemAvailable:"):
             free = 1024 * int(line.split()[1])
     return f"{free / GIB:.1f} of {page * pages / GIB:.1f} GiB free"

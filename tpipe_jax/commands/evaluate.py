@@ -69,7 +69,8 @@ def evaluate(
     like = abstract_rows(spec)
     program = make_loss(spec, make_schedule(_plan(config)))
     loss = compile_checked(program, spec.mesh, trained.params, like)
-    count_bytes, num_bytes = _byte_counter(config), 0
+    count_bytes = _byte_counter(config)
+    num_bytes: int | None = 0
 
     def batches() -> Iterator[tuple[Array, int]]:
         nonlocal num_bytes
@@ -80,7 +81,8 @@ def evaluate(
             targets = layout.targets(rows)[layout.counts(rows)]
             yield put_rows(spec.mesh, rows), targets.size
             # From here on the loss of these rows is known.
-            num_bytes += count_bytes(targets) if count_bytes else 0
+            more = count_bytes(targets) if count_bytes else None
+            num_bytes = None if num_bytes is None or more is None else num_bytes + more
             on_progress(min(done + batch_size, num_sequences), num_sequences)
 
     mean, num_targets = mean_loss(loss, trained.params, batches())
@@ -88,27 +90,24 @@ def evaluate(
         raise UserError(
             f"{shares[0].source.setting} has nothing to predict: give longer documents."
         )
-    return Evaluation(num_targets, mean, num_bytes if count_bytes else None)
+    return Evaluation(num_targets, mean, num_bytes)
 
 
-def _byte_counter(config: Config) -> Callable[[np.ndarray], int] | None:
-    """Returns a function that counts the bytes of the text of tokens; None if the tokenizer is not
-    known, or cannot tell the bytes of each token by itself.
+def _byte_counter(config: Config) -> Callable[[np.ndarray], int | None] | None:
+    """Returns a function that counts the bytes of the text of tokens, or returns None where they do
+    not say; None if the tokenizer is not known.
     """
     if config.data.tokenizer == BYTES_NAME and config.model.vocab_size != BYTES:
         return None
     tokenizer = open_tokenizer("config.data.tokenizer", config.data.tokenizer)
-    if tokenizer.num_bytes is None:
-        return None
-    count = tokenizer.num_bytes
 
-    def checked(tokens: np.ndarray) -> int:
+    def checked(tokens: np.ndarray) -> int | None:
         if tokens.size and tokens.max() >= tokenizer.vocab_size:
             raise UserError(
                 f"config.data.tokenizer={config.data.tokenizer} has {tokenizer.vocab_size} tokens, "
                 f"but the data have token id {tokens.max()}: name the tokenizer that made them."
             )
-        return count(tokens)
+        return tokenizer.num_bytes(tokens) if tokenizer.num_bytes else None
 
     return checked
 

@@ -1,6 +1,7 @@
 """Continues a text token by token, on the attention caches of the stages."""
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence, Set
 
 import jax
 import numpy as np
@@ -17,12 +18,15 @@ PART = 64  # tokens of a prompt that are read at a time
 Choose = Callable[[np.ndarray], int]  # from logits `[V]` to a token
 
 
-def chooser(temperature: float, top_p: float = 1.0, seed: int = 0) -> Choose:
+def chooser(
+    temperature: float, top_p: float = 1.0, seed: int = 0, top_k: int | None = None
+) -> Choose:
     """Returns a function that chooses the next token from logits.
 
     At temperature 0 it takes the most likely token. Otherwise it divides logits by the temperature
-    and draws from their softmax, among the most likely tokens that together have a probability of
-    `top_p` (Holtzman et al. 2020, "nucleus sampling").
+    and draws from their softmax, among the `top_k` most likely tokens, and of these among the most
+    likely ones that together have a probability of `top_p` (Holtzman et al. 2020, "nucleus
+    sampling").
     """
     random = np.random.default_rng(seed)
 
@@ -30,8 +34,10 @@ def chooser(temperature: float, top_p: float = 1.0, seed: int = 0) -> Choose:
         if temperature == 0:
             return int(logits_V.argmax())
         scaled_V = logits_V.astype(np.float64) / temperature
+        order = np.argsort(-scaled_V, kind="stable") if top_p < 1 or top_k else np.empty(0, int)
+        if top_k:
+            scaled_V[order[top_k:]] = -np.inf
         if top_p < 1:
-            order = np.argsort(-scaled_V, kind="stable")
             probability = np.exp(scaled_V[order] - scaled_V[order[0]])
             before = np.cumsum(probability) - probability
             is_out = before >= top_p * probability.sum()
@@ -40,6 +46,13 @@ def chooser(temperature: float, top_p: float = 1.0, seed: int = 0) -> Choose:
         return int(np.argmax(scaled_V + random.gumbel(size=scaled_V.shape)))
 
     return choose
+
+
+def until_end(tokens: Iterator[int], ends: Set[int], max_tokens: int) -> Iterator[int]:
+    """Yields tokens up to one that ends a document, which is left out, and at most so many."""
+    return itertools.takewhile(
+        lambda token: token not in ends, itertools.islice(tokens, max_tokens)
+    )
 
 
 class Generator:

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 from tpipe_jax.config.settings import Config
+from tpipe_jax.data.carried import with_carried
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.errors import UserError
 from tpipe_jax.pipeline.spec import make_spec, spec_on_devices
@@ -46,6 +47,9 @@ def plan_run(
     `UserError` for settings that don't fit the devices, or that leave nothing to plan, and whatever
     `check` raises.
     """
+    config, carried = with_carried(config)
+    if carried:
+        console.say(carried)
     is_auto = config.mesh.auto
     if is_auto:  # checks what it can before minutes of measuring
         some_mesh = next(factorisations(config.mesh, len(devices)))

@@ -1,9 +1,11 @@
 """Texts to continue as tokens of a trained model, and its tokens as text."""
 
+import contextlib
 from pathlib import Path
 
 from tpipe_jax.config.config_files import RUN_FILE, load_config
 from tpipe_jax.config.settings import BYTES, BYTES_NAME, ModelConfig
+from tpipe_jax.data.carried import with_kept_tokenizer
 from tpipe_jax.data.tokenizer import Tokenizer, open_tokenizer
 from tpipe_jax.errors import UserError
 
@@ -12,8 +14,38 @@ def tokenizer_of(workdir: Path, name: str | None = None) -> Tokenizer:
     """Opens the tokenizer of this name, or the one with which the run has read its text."""
     path = workdir / RUN_FILE
     if name is None and path.exists():
-        return open_tokenizer("config.data.tokenizer", load_config(path).data.tokenizer)
+        data = with_kept_tokenizer(load_config(path).data, workdir)
+        return open_tokenizer("config.data.tokenizer", data.tokenizer, data.end_token)
     return open_tokenizer("--tokenizer", name or BYTES_NAME)
+
+
+def ends_of(workdir: Path, tokenizer: Tokenizer | None) -> set[int]:
+    """Returns the tokens that end a document in what the run has read: that of the tokenizer, and
+    the separator of the run's token files.
+
+    Without a tokenizer it is that of the run, if that can be read.
+    """
+    path = workdir / RUN_FILE
+    separator = load_config(path).data.separator if path.exists() else None
+    if tokenizer is None:
+        with contextlib.suppress(UserError):
+            tokenizer = tokenizer_of(workdir)
+    own = tokenizer.end if tokenizer else None
+    return {end for end in (separator, own) if end is not None}
+
+
+def read_prompt(path: Path) -> str:
+    """Returns the text of a file, as it is. Raises `UserError` if it cannot be read."""
+    try:
+        return path.read_bytes().decode()
+    except OSError as error:
+        raise UserError(
+            f"--prompt-file={path} cannot be read ({error.strerror}): name a file of text."
+        ) from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"--prompt-file={path} is not UTF-8 at byte {error.start}: save it as UTF-8."
+        ) from None
 
 
 def encode_prompt(
@@ -29,6 +61,10 @@ def encode_prompt(
             f"{name} is text of a tokenizer of {tokenizer.vocab_size} tokens, but the model "
             f"has {model.vocab_size}: {remedy}."
         )
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of a command line that are no text become surrogates
+        raise UserError(f"{name} is not UTF-8: write it in UTF-8.") from None
     return check_prompt(name, tokenizer.encode(text).tolist(), model)
 
 

@@ -1,6 +1,7 @@
 """A whole run, from start to end: `tpipe train`."""
 
 import math
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
@@ -15,12 +16,20 @@ from jax.sharding import Mesh
 from tpipe_jax.checkpoint.checkpoints import Checkpoints
 from tpipe_jax.commands.generate import Generator, chooser
 from tpipe_jax.config.invocation import command
+from tpipe_jax.config.paths import expanded
 from tpipe_jax.config.settings import BYTES, BYTES_NAME, GPT2, Config
+from tpipe_jax.data.carried import (
+    check_kept_tokenizer,
+    keep_tokenizer,
+    with_carried,
+    with_kept_tokenizer,
+)
 from tpipe_jax.data.rows import RowLayout
 from tpipe_jax.data.tokenizer import open_tokenizer
 from tpipe_jax.devices.mesh import host_parts, operators_span_hosts
 from tpipe_jax.devices.precision import is_slow
 from tpipe_jax.errors import Infeasible, brief
+from tpipe_jax.files import writing_to
 from tpipe_jax.model.block import Params
 from tpipe_jax.model.transformer import num_params
 from tpipe_jax.planning.placement import layer_counts
@@ -31,7 +40,12 @@ from tpipe_jax.profiling.mesh_search import choose_mesh, take_latencies
 from tpipe_jax.reporting.console import Console, count
 from tpipe_jax.reporting.metrics import Metrics
 from tpipe_jax.reporting.step_profile import ProfiledSteps
-from tpipe_jax.reporting.workdir import changed_settings, describe_in_files, run_lock
+from tpipe_jax.reporting.workdir import (
+    changed_settings,
+    describe_in_files,
+    left_as_found,
+    run_lock,
+)
 from tpipe_jax.runtime.failures import watched
 from tpipe_jax.runtime.processes import gathered, host_names
 from tpipe_jax.runtime.stop import MEASURING, TRAINING, Stop, Stopped
@@ -70,6 +84,11 @@ def train(
     except the measurements that choose a mesh. Then plans the slices, which may take a minute of
     measuring, and trains. Raises `UserError` if something does not fit.
     """
+    config, carried = with_carried(config)
+    if not os.path.exists(expanded("config.data.tokenizer", config.data.tokenizer)):
+        config = replace(config, data=with_kept_tokenizer(config.data, workdir))
+    if carried:
+        console.say(carried)
     with out_of_memory(), watched() as expect, Stop(console.say, MEASURING) as stop:
         services = Services(console, stop, expect, config.train.step_timeout_seconds)
         if config.mesh.auto:
@@ -104,16 +123,21 @@ def _run(
     config = run.config
     is_first = jax.process_index() == 0  # only process 0 writes, except checkpoints
     console.show_facts(_facts(run))
+    for note in dict.fromkeys([*run.train_data.notes, *run.held_out.notes, *_warnings(config)]):
+        console.say(note)
     if is_slow(config.precision, run.spec.device):
         console.say(
             "CPUs compute float16 in float32 and convert it back and forth, which is slow: "
             "config.precision.compute=float32 is faster here."
         )
+    if is_first:
+        check_kept_tokenizer(config.data, workdir)
     for change in changed_settings(run.described, workdir) if is_first else ():
         console.say(f"changed since the last start: {change}")
     _show_hosts(run.mesh, console)  # all processes wait here until process 0 has checked the folder
 
     with (
+        left_as_found(workdir / "checkpoints"),
         run_lock(workdir / "checkpoints") if is_first else nullcontext(),
         Checkpoints(
             workdir / "checkpoints", config.checkpoint, config.model, console.say
@@ -142,6 +166,7 @@ def _train(
                 f"--config.train.num-steps={2 * first_step}, or start another with --workdir."
             )
             return Ending(sentence, first_step)
+        _continue_data(run, checkpoints, saved_step, console)
         stop.check()
         within("planning slices", is_step=False)
         plan = _planned(run, workdir, console, stop.check)
@@ -162,6 +187,9 @@ def _train(
     held_out = [put_batch(run, run.held_out, i) for i in range(config.train.eval_batches)]
     metrics = None
     if jax.process_index() == 0:
+        with writing_to(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+            keep_tokenizer(config.data, workdir)
         describe_in_files(run.described, workdir, plan, work_factors(config, plan))
         metrics = Metrics(workdir, first_step, config)
     with closing(metrics) if metrics else nullcontext():
@@ -226,6 +254,25 @@ def _facts(run: Run) -> dict[str, str]:
     }
 
 
+def _warnings(config: Config) -> list[str]:
+    """Returns lines on settings that are allowed, and are rarely what is meant."""
+    found, train, optim = [], config.train, config.optim
+    if optim.warmup_steps >= train.num_steps:
+        found.append(
+            f"config.optim.warmup_steps={optim.warmup_steps} is not less than "
+            f"config.train.num_steps={train.num_steps}, so the learning rate never reaches "
+            f"config.optim.learning_rate={optim.learning_rate:g}"
+        )
+    idle = layer_counts(config.model.num_layers, config.mesh.pipe).count(0)
+    if idle:
+        found.append(
+            f"{count(idle, 'stage')} of config.mesh.pipe={config.mesh.pipe} "
+            f"{'has' if idle == 1 else 'have'} no layer, with config.model.num_layers="
+            f"{config.model.num_layers}"
+        )
+    return found
+
+
 def _show_hosts(mesh: Mesh, console: Console) -> None:
     hosts = host_names()
     console.show_hosts(host_parts(mesh, hosts))
@@ -248,6 +295,33 @@ def _planned(run: Run, workdir: Path, console: Console, check: Callable[[], None
     plan = as_first(run.plan)
     console.show_plan(plan, work_factors(config, plan))
     return plan
+
+
+def _continue_data(
+    run: Run, checkpoints: Checkpoints, saved_step: int | None, console: Console
+) -> None:
+    """Lets the run go on with the sequence after the last one that it has read, and says so if that
+    is not what the batch size tells, or if the data have changed.
+    """
+    data, first_step = run.train_data, saved_step or 0
+    saved = None if saved_step is None else checkpoints.data(saved_step)
+    if saved is not None:
+        usual = data.sequences_before(first_step)
+        if saved["sequences"] != usual:
+            console.say(
+                f"going on with training sequence {saved['sequences']:,}, since batches had "
+                "another size before"
+            )
+        if saved["tokens"] != data.num_tokens:
+            console.say(
+                f"the training data are not those of the last start: {saved['tokens']:,} tokens "
+                f"then, {data.num_tokens:,} now"
+            )
+        data.begin(first_step, saved["sequences"])
+    checkpoints.data_at = lambda step: {
+        "sequences": data.sequences_before(step),
+        "tokens": data.num_tokens,
+    }
 
 
 def _first_state(

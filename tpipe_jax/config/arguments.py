@@ -28,6 +28,7 @@ from tyro.constructors import (
 
 from tpipe_jax.config.fields import Range, check_field, parts_of
 from tpipe_jax.config.habits import FORMATS, advice
+from tpipe_jax.config.paths import NO_ADDRESS, is_address
 from tpipe_jax.config.settings import Config
 from tpipe_jax.errors import UserError
 
@@ -200,6 +201,7 @@ def _reader(bare: Any) -> tuple[Callable[[str], Any], str] | None:
         int: (_whole_number, "INT"),
         float: (_number, "FLOAT"),
         str: (str, "TEXT"),
+        Path: (_path, "PATH"),
     }.get(bare)
 
 
@@ -210,6 +212,12 @@ def spelled(value: Any) -> str:
     if isinstance(value, Path):
         return os.fspath(value)
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def _path(word: str) -> Path:
+    if is_address(word):
+        raise ValueError(f"={word} {NO_ADDRESS}")
+    return Path(os.path.expanduser(word))
 
 
 def _truth(word: str) -> bool:

@@ -1,9 +1,13 @@
 """The command line of each program: its flags, examples, and rules that join flags. No jax."""
 
+import io
 import math
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -38,14 +42,34 @@ AnyRunFlags = TypeVar("AnyRunFlags", Flags, PlanFlags, GpuPlanFlags, DoctorFlags
 
 
 STOPPED = 130, 143  # exit statuses after Ctrl-C and after SIGTERM
+UNREAD = 128 + signal.SIGPIPE  # exit status when nobody reads the output any more
 
 
 def exit_status(program: Callable[[], int | None]) -> int:
     """Runs a program and returns its exit status, or prints its `UserError` and returns 2.
 
     When the user stops the program (Ctrl-C or SIGTERM), the process ends at once, with status 130
-    or 143.
+    or 143. When its output is a pipe that nobody reads any more, as after `| head`, the program
+    ends without a word.
     """
+    _escape_what_cannot_be_shown()
+    try:
+        try:
+            status = _status_of(program)
+        except SystemExit:  # after help
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not (unread := [n for n in (1, 2) if _is_unread(n)]):
+            raise
+        for descriptor in unread:  # Python writes the rest when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        return UNREAD
+    return status
+
+
+def _status_of(program: Callable[[], int | None]) -> int:
     try:
         status = program() or 0
     except UserError as error:
@@ -55,9 +79,24 @@ def exit_status(program: Callable[[], int | None]) -> int:
         print("stopped", file=sys.stderr, flush=True)
         status = STOPPED[0]
     if status in STOPPED:  # sys.exit would wait for threads that still compile or save
-        sys.stdout.flush()
+        with suppress(BrokenPipeError):
+            sys.stdout.flush()
         os._exit(status)
     return status
+
+
+def _escape_what_cannot_be_shown() -> None:
+    """Lets characters be printed as escapes that the output's encoding does not have."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _is_unread(descriptor: int) -> bool:
+    """Returns whether an output is a pipe without a reader."""
+    poll = select.poll()
+    poll.register(descriptor, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def show_error(text: str) -> None:
@@ -138,8 +177,15 @@ def parse_generate(args: Sequence[str], program: str) -> GenerateFlags:
         "--workdir=runs/gpt2 --prompt-ids=464,3290",
     )
     flags = read_flags(GenerateFlags, args, program, examples)
-    if (flags.prompt is None) == (flags.prompt_ids is None):
-        raise UserError("give a text to continue, with either --prompt or --prompt-ids.")
+    if [flags.prompt, flags.prompt_ids, flags.prompt_file].count(None) != 2:
+        raise UserError(
+            "give a text to continue, with either --prompt, --prompt-file or --prompt-ids."
+        )
+    if flags.num_samples > 1 and flags.temperature == 0:
+        raise UserError(
+            f"--num-samples={flags.num_samples} would all be the same, since --temperature=0 "
+            "always takes the most likely token: leave out one of them."
+        )
     return flags
 
 

@@ -1,11 +1,12 @@
 """Settings from files: shipped configs, Python files, and the config.json of a run. No jax."""
 
-import json
 from pathlib import Path
 
+from tpipe_jax.config.paths import expanded
 from tpipe_jax.config.settings import GPT2, Config, from_dict, unresolved
 from tpipe_jax.config.user_code import load_file
 from tpipe_jax.errors import UserError
+from tpipe_jax.json_files import read_json
 
 RUN_FILE = "config.json"  # the settings of a run, in its workdir
 # An installed package has the folder inside, a checkout beside it.
@@ -18,7 +19,7 @@ def find_config(name: str) -> Path:
 
     Raises `UserError` if there is no such file.
     """
-    path, shipped = Path(name), CONFIGS / f"{name}.py"
+    path, shipped = expanded("--config", name), CONFIGS / f"{name}.py"
     if "/" not in name and shipped.is_file():
         return shipped
     if path.is_dir() and (path / RUN_FILE).is_file():
@@ -40,7 +41,7 @@ def load_config(path: Path) -> Config:
     """
     if path.suffix == ".json":
         try:
-            return unresolved(from_dict(json.loads(path.read_text())))
+            return unresolved(from_dict(read_json(path)))
         except (UserError, ValueError, AttributeError, TypeError, OSError) as error:
             raise UserError(f"--config={path} is not the config.json of a run ({error}).") from None
     if path.suffix != ".py":

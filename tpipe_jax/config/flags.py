@@ -216,7 +216,8 @@ class ExportFlags:
 class GenerateFlags:
     """Continues a text with the model of a run.
 
-    A text that grows beyond the model's seq_len is continued from its second half.
+    It stops where the model ends the document. A text that grows beyond the model's seq_len is
+    continued from its second half.
     """
 
     workdir: Path
@@ -228,10 +229,18 @@ class GenerateFlags:
     out."""
     prompt_ids: str | None = None
     """Token ids to continue instead of a text, as 464,3290."""
+    prompt_file: Path | None = None
+    """A file whose text is continued, as it is, in UTF-8."""
     max_tokens: Count = 200
-    """Number of tokens to generate."""
+    """Number of tokens to generate at most."""
+    stop_at_end: bool = True
+    """Whether to stop before the token that ends a document."""
+    num_samples: Count = 1
+    """Number of continuations, each drawn anew."""
     temperature: NonNegative = 0.7
     """Divides the logits before a token is drawn; 0 always takes the most likely token."""
+    top_k: Count | None = None
+    """Tokens are drawn from so many of the most likely ones; from all if left out."""
     top_p: Annotated[float, Range(0, high=1)] = 1.0
     """Tokens are drawn from the most likely ones that together have this probability."""
     seed: CountOrZero = 0
@@ -267,13 +276,13 @@ class TokenizeFlags:
     """Turns text into token shards to train on, in parallel.
 
     If it is stopped, the same command goes on.
-    A text file is a document, and so is each record of a .jsonl or .parquet file, in its field
-    --field, and of an .array_record file. Documents end with the tokenizer's <|endoftext|> if it
-    has that. Nothing is read from the network.
+    A text file is a document, and so is each record of JSON lines or Parquet, in its field --field,
+    and of ArrayRecord. Files may be compressed (.gz, .zst). Documents end with the tokenizer's own
+    token for that, if it has one. Nothing is read from the network.
     """
 
     inputs: tyro.conf.Positional[tuple[Path, ...]]
-    """Text files, files of records (.jsonl, .parquet, .array_record), and folders of them."""
+    """Text files, files of records (JSON lines, Parquet, ArrayRecord), patterns, and folders."""
     out: Path
     """A folder that does not exist yet."""
     tokenizer: str = "bytes"
@@ -282,5 +291,11 @@ class TokenizeFlags:
     """First makes a tokenizer of this many tokens from the same text, as OUT.tokenizer.json."""
     num_workers: Count = field(default_factory=lambda: len(os.sched_getaffinity(0)))
     """Processes that work at the same time."""
+    text_separator: str | None = None
+    """Text between the documents of a text file, as <|endoftext|>; each file is one if left out."""
+    end_token: str | None = None
+    """Token that ends a document; the tokenizer's own if left out."""
+    on_empty: Literal["skip", "refuse"] = "skip"
+    """What happens to empty files and documents. Those that are skipped are counted."""
     field: str = "text"  # last, since it hides the function `field`
     """Field that holds the document in a record of JSON lines or Parquet."""

@@ -185,6 +185,17 @@ class DataConfig:
     document."""
     separator: CountOrZero | None = None
     """The token between documents, in token files that don't say where documents begin."""
+    end_token: str | None = None
+    """The token of the tokenizer that ends a document; None means its own, as <|endoftext|> or
+    </s>."""
+    text_separator: str | None = None
+    """Text between the documents of a text file, as <|endoftext|>; None means that each file is a
+    document."""
+    on_empty: Literal["skip", "refuse"] = "skip"
+    """What happens to empty files and documents. Those that are skipped are counted."""
+    long_prompts: Literal["refuse", "skip", "truncate"] = "refuse"
+    """What happens to a record whose prompt and completion are longer than a sequence; truncate
+    keeps its beginning."""
 
     @property
     def marks_documents(self) -> bool:

@@ -5,6 +5,7 @@ whole documents as fit. Where the settings mark documents, a row says which docu
 belongs to.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -54,9 +55,9 @@ class Sequences:
 class Batches:
     """Batches of sequences, shuffled anew in each epoch or, without a seed, in the data's order.
 
-    Batch i holds `batch_size` sequences of an endless stream, from number i * batch_size on. It
-    depends on nothing but the seed and i. So it is the same in every process, and a resumed run has
-    to know only its step.
+    Batch i holds `batch_size` sequences of an endless stream, from number i * batch_size on, unless
+    it `begins` elsewhere. It depends on nothing but the seed and this number. So it is the same in
+    every process, and a resumed run has to know only how many sequences it has read.
     """
 
     def __init__(
@@ -68,8 +69,12 @@ class Batches:
     ) -> None:
         self.num_tokens = sum(len(share.positions) for share in shares)
         self.formats = sorted({name for share in shares for name in share.source.formats})
+        self.notes = [note for share in shares for note in share.source.notes]
+        """Lines on what was skipped or left out."""
         self.config = config
         """The settings, in which config.data.packing is no longer auto."""
+
+        self._begin = 0, 0
 
         def endless(own: Sequences) -> grain.MapDataset:
             dataset = grain.MapDataset.source(own)
@@ -81,13 +86,23 @@ class Batches:
         mixed, weights = list(map(endless, sequences)), [share.weight for share in shares]
         self._sequences = grain.MapDataset.mix(mixed, weights) if len(mixed) > 1 else mixed[0]
 
+    def begin(self, step: int, sequences: int) -> None:
+        """Lets batch `step` begin with sequence number `sequences`: batches before it may have had
+        another size.
+        """
+        self._begin = step, sequences
+
+    def sequences_before(self, step: int) -> int:
+        """Returns the number of the sequence with which batch `step` begins."""
+        first, sequences = self._begin
+        return sequences + (step - first) * self.config.train.batch_size
+
     def batch(self, index: int, rows: slice = slice(None)) -> np.ndarray:
         """Rows of batch `index`, as `make_row` makes them, `[rows, ...]`.
 
         Reads these rows only. Raises `UserError` if a token id lies outside the vocabulary.
         """
-        batch_size = self.config.train.batch_size
-        numbers = range(index * batch_size, (index + 1) * batch_size)[rows]
+        numbers = range(self.sequences_before(index), self.sequences_before(index + 1))[rows]
         # Any, since grain returns None for what is filtered out; here no sequence is filtered out.
         sequences: list[Any] = [self._sequences[number] for number in numbers]
         return np.stack(sequences)
@@ -184,20 +199,36 @@ def _pieces(config: Config, source: TokenSource, positions: range) -> list[Span]
     """Returns the documents that begin at these positions. A document too long for one sequence
     becomes several pieces; each piece begins with the last token of the piece before it.
 
-    Raises `UserError` if a document with a prompt is too long.
+    A document with a prompt is kept whole: if it is too long, config.data.long_prompts says what
+    becomes of it, and a line is added to the notes of the source. Raises `UserError` if it is to be
+    refused.
     """
     seq_len, starts = config.model.seq_len, source.document_starts
     bounds = np.append(starts, len(source))
     low, high = np.searchsorted(starts, (positions.start, positions.stop))
     pieces: list[Span] = []
+    changed: Counter[str] = Counter()
     for start, stop in zip(bounds[low:high].tolist(), bounds[low + 1 :].tolist(), strict=False):
-        if stop - start > seq_len + 1 and not source.is_learnt(start, stop).all():
-            raise UserError(
-                f"{source.setting} has a prompt and completion of {stop - start} tokens, more than "
-                f"config.model.seq_len={seq_len} and one: raise that, or shorten them."
-            )
+        if stop - start > seq_len + 1 and not (learnt := source.is_learnt(start, stop)).all():
+            if config.data.long_prompts == "refuse":
+                raise UserError(
+                    f"{source.setting} has a prompt and completion of {stop - start} tokens, more "
+                    f"than config.model.seq_len={seq_len} and one: raise that, shorten them, or "
+                    "set config.data.long_prompts to skip or truncate."
+                )
+            # Nothing would be learnt of a prompt that fills the sequence.
+            is_cut = config.data.long_prompts == "truncate" and learnt[: seq_len + 1].any()
+            changed["truncated" if is_cut else "skipped"] += 1
+            if is_cut:
+                pieces.append((start, start + seq_len + 1))
+            continue
         for first in range(start, stop - 1, seq_len):
             pieces.append((first, min(first + seq_len + 1, stop)))
+    for what, number in sorted(changed.items()):
+        source.notes.append(
+            f"{source.setting}: {number:,} with a prompt {what}, longer than "
+            f"config.model.seq_len={seq_len}"
+        )
     return pieces
 
 
@@ -206,7 +237,10 @@ def _shares(config: Config) -> tuple[list[Share], list[Share]]:
     data, vocab_size = config.data, config.model.vocab_size
     train = held_out = open_shares("config.data.train", data.train, vocab_size, data)
     if data.eval is not None:
-        held_out = open_shares("config.data.eval", data.eval, vocab_size, data)
+        name = "config.data.eval"
+        held_out = open_shares(name, data.eval, vocab_size, data, is_held_out=True)
+    elif any(share.source.held_out for share in train):
+        return _by_name(train, data.held_out)
     files, others = (
         {name for share in shares for name in share.source.files} for shares in (train, held_out)
     )
@@ -223,6 +257,22 @@ def _shares(config: Config) -> tuple[list[Share], list[Share]]:
             f"config.data.train={data.train}: keep their files apart, or leave out "
             "config.data.eval to hold out the end of config.data.train."
         )
+    return train, held_out
+
+
+def _by_name(shares: list[Share], fraction: float) -> tuple[list[Share], list[Share]]:
+    """Returns shares to train on, and held-out ones: the files that are named so, or else the last
+    part of a source.
+    """
+    train, held_out = [], []
+    for source, positions, weight in shares:
+        split = len(positions)
+        if apart := source.held_out:
+            held_out.append(Share(apart, range(len(apart)), weight))
+        else:
+            split -= int(fraction * split)
+            held_out.append(Share(source, range(split, len(positions)), weight))
+        train.append(Share(source, range(split), weight))
     return train, held_out
 
 

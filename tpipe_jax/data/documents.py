@@ -1,52 +1,92 @@
-"""Reads documents from files: text, JSON lines, Parquet and ArrayRecord."""
+"""Reads documents from files: text, JSON lines, Parquet and ArrayRecord.
+
+A document comes as one or several pieces of text, so that a file of any size takes little memory.
+"""
 
 import errno
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import grain
 
+from tpipe_jax.data.contents import (
+    COMPLETION,
+    MESSAGES,
+    PROMPT,
+    Content,
+    content_of,
+    reading,
+    texts_of,
+    unpacked,
+)
 from tpipe_jax.errors import UserError
+from tpipe_jax.json_files import parse_json
 
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")  # each file is a document
-JSON_LINES, PARQUET, ARRAY_RECORD = ".jsonl", ".parquet", ".array_record"
-RECORD_SUFFIXES = (JSON_LINES, PARQUET, ARRAY_RECORD)  # each record is a document
-PROMPT, COMPLETION = "prompt", "completion"  # fields of a record that has a prompt
+EMPTY_FILES, EMPTY_RECORDS = "empty file", "empty document"  # what is skipped
+LEARNT_ROLE = "assistant"
 
 
-class Document(NamedTuple):
-    """The text that a model learns, and the prompt before it."""
+class Piece(NamedTuple):
+    """A part of a document."""
 
     text: str
-    prompt: str = ""
-    """Text that comes first and is not learnt."""
+    is_learnt: bool = True
+    """False for a prompt."""
+    ends: bool = True
+    """Whether the document ends with it."""
 
 
-def read_documents(
-    path: Path, field: str, start: int = 0, stop: int | None = None
-) -> Iterator[Document]:
-    """Yields the documents of a file; of JSON lines, those that begin in bytes `[start, stop)`.
+class HowToRead(NamedTuple):
+    """What becomes a document."""
 
-    A record has its text in the field `field`, or else in the fields `prompt` and `completion`. A
-    record of ArrayRecord is the text itself. Raises `UserError` for a document that is empty or
-    cannot be read.
+    field: str = "text"
+    """The field of a record that holds its text."""
+    separator: str | None = None
+    """Text between the documents of a text file; None if each file is one document."""
+    on_empty: Literal["skip", "refuse"] = "skip"
+    """What happens to files and documents without any text."""
+
+
+def read_pieces(
+    path: Path,
+    how: HowToRead = HowToRead(),  # noqa: B008 - it is immutable
+    skipped: Counter[str] | None = None,
+    start: int = 0,
+    stop: int | None = None,
+) -> Iterator[Piece]:
+    """Yields the documents of a file in pieces; of text and of JSON lines, those that begin in
+    bytes `[start, stop)`. Counts in `skipped` what has no text.
+
+    A record has its text in the field `how.field`, or else in the fields `prompt` and `completion`,
+    or in `messages`, of which the answers are learnt. A record of ArrayRecord is the text itself.
+    Raises `UserError` for a document that cannot be read.
     """
-    suffix = path.suffix.lower()
+    skipped = Counter() if skipped is None else skipped
+    if how.separator == "":
+        raise UserError(
+            "config.data.text_separator or --text-separator is empty: give the text between "
+            "documents, or leave it out."
+        )
     try:
-        if suffix == JSON_LINES:
-            for where, line in _lines(path, start, stop):
-                yield _of_record(where, _parsed(where, line, field), field)
-        elif suffix == PARQUET:
-            for i, record in enumerate(_parquet(path)):
-                yield _of_record(f"{path} row {i}", record, field)
-        elif suffix == ARRAY_RECORD:
-            for i, content in enumerate(_array_record(path)):
-                yield Document(_decoded(f"{path} record {i}", content))
+        content = content_of(path, how.field)
+        if content.kind == "nothing":
+            if how.on_empty == "refuse":
+                raise _empty(f"{path} is empty")
+            skipped[EMPTY_FILES] += 1
+        elif content.is_records:
+            yield from _of_records(path, content, how, skipped, start, stop)
+        elif content.kind == "text":
+            texts = texts_of(path, content.packing, start, stop)
+            if how.separator is not None:
+                yield from _separated(texts, how, f"{path}", skipped)
+            else:
+                yield from _as_pieces(texts)
         else:
-            yield Document(_decoded(str(path), path.read_bytes()))
+            raise UserError(f"{path} holds tokens already: train on it, or name text.")
     except OSError as error:
         raise _unreadable(path, error) from None
 
@@ -60,36 +100,125 @@ def file_stat(path: Path) -> os.stat_result:
         raise _unreadable(path, error) from None
 
 
-def _lines(path: Path, start: int, stop: int | None) -> Iterator[tuple[str, bytes]]:
+def skipped_text(skipped: Mapping[str, int]) -> str:
+    """Returns what was skipped as a text; an empty one if that is nothing."""
+    parts = [f"{n:,} {what}{'s' * (n > 1)}" for what, n in sorted(skipped.items()) if n]
+    return f"skipped {' and '.join(parts)}" if parts else ""
+
+
+def _as_pieces(texts: Iterable[str]) -> Iterator[Piece]:
+    """Yields the pieces of a single document."""
+    last = ""
+    for text in filter(None, texts):
+        if last:
+            yield Piece(last, ends=False)
+        last = text
+    if last:
+        yield Piece(last)
+
+
+def _separated(
+    texts: Iterable[str], how: HowToRead, where: str, skipped: Counter[str]
+) -> Iterator[Piece]:
+    """Yields the documents between separators."""
+    separator, rest, has_begun = how.separator or "", "", False
+
+    def ended(text: str) -> Iterator[Piece]:
+        if text.strip() or has_begun:
+            yield Piece(text)
+        elif how.on_empty == "refuse" and text:
+            raise _empty(f"{where} has an empty document")
+        elif text:
+            skipped[EMPTY_RECORDS] += 1
+
+    for text in texts:
+        *whole, rest = (rest + text).split(separator)
+        for own in whole:
+            yield from ended(own)
+            has_begun = False
+        keep = len(separator) - 1  # it may be the beginning of a separator
+        if len(rest) > 2 * len(text) + keep:
+            yield Piece(rest[: len(rest) - keep], ends=False)
+            rest, has_begun = rest[len(rest) - keep :], True
+    if rest.strip() or has_begun:
+        yield Piece(rest)
+
+
+def _of_records(
+    path: Path,
+    content: Content,
+    how: HowToRead,
+    skipped: Counter[str],
+    start: int,
+    stop: int | None,
+) -> Iterator[Piece]:
+    if content.kind == "ArrayRecord":
+        for i, record in enumerate(_array_record(path)):
+            where = f"{path} record {i}"
+            text = _checked(where, _decoded(where, record), "text")
+            yield from _with_text([Piece(text)], where, how, skipped)
+        return
+    records = (
+        _parquet(path)
+        if content.kind == "Parquet"
+        else (
+            (where, _parsed(where, line, how.field))
+            for where, line in _lines(path, content.packing, start, stop)
+        )
+    )
+    for where, record in records:
+        yield from _with_text(_of_record(where, record, how.field), where, how, skipped)
+
+
+def _with_text(
+    pieces: list[Piece], where: str, how: HowToRead, skipped: Counter[str]
+) -> Iterator[Piece]:
+    """Yields the pieces of a document if some of its text is learnt."""
+    if any(piece.text for piece in pieces if piece.is_learnt):
+        yield from pieces
+    elif how.on_empty == "refuse":
+        raise _empty(f"{where} has an empty document")
+    else:
+        skipped[EMPTY_RECORDS] += 1
+
+
+def _lines(
+    path: Path, packing: str | None, start: int, stop: int | None
+) -> Iterator[tuple[str, bytes]]:
     """Yields the lines that are not empty, each with a text that says where it is."""
-    with path.open("rb") as file:
-        file.seek(start)
-        while stop is None or file.tell() < stop:
-            where = f"{path} at byte {file.tell()}"
+    with unpacked(path, packing) as file, reading(path):
+        if start:
+            file.seek(start)
+        at = start
+        while stop is None or at < stop:
             line = file.readline()
             if line.strip():
-                yield where, line.strip()
+                yield f"{path} at byte {at}", line.strip()
             elif not line:
                 return
+            at += len(line)
 
 
 def _parsed(where: str, line: bytes, field: str) -> Mapping[str, Any]:
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError as error:
-        raise _no_text(where, field, error) from None
+        raise _no_text(where, field, f"it is not JSON ({error})") from None
     if not isinstance(record, dict):
-        raise _no_text(where, field, TypeError(f"{type(record).__name__}, no object"))
+        raise _no_text(where, field, f"it is {type(record).__name__}, no object")
     return record
 
 
-def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
+def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     try:
-        yield from grain.experimental.ParquetIterDataset(str(path))
+        for i, record in enumerate(grain.experimental.ParquetIterDataset(str(path))):
+            yield f"{path} row {i}", record
     except ImportError:
         raise UserError(
             f"{path} needs pyarrow to be read: install it with pip install tpipe_jax[parquet]."
         ) from None
+    except UserError:
+        raise
     except Exception as error:  # pyarrow's own types; it may not be installed
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -104,25 +233,78 @@ def _array_record(path: Path) -> Iterator[bytes]:
     except Exception as error:  # the library raises plain ones
         raise UserError(f"{path} is no ArrayRecord file ({error}): write it again.") from None
     try:
-        yield from (source[i] for i in range(num_records))
+        for i in range(num_records):
+            record = source[i]
+            if _is_example(record):
+                raise UserError(
+                    f"{path} has records of tf.train.Example, as TensorFlow Datasets writes them, "
+                    "not of text: write the text itself, or JSON lines."
+                )
+            yield record
     except (RuntimeError, ValueError) as error:
         raise OSError(errno.EIO, str(error), str(path)) from None
 
 
-def _of_record(where: str, record: Mapping[str, Any], field: str) -> Document:
-    if field not in record and PROMPT in record and COMPLETION in record:
-        prompt = _checked(where, record[PROMPT], PROMPT, may_be_empty=True)
-        return Document(_checked(where, record[COMPLETION], COMPLETION), prompt)
-    if field not in record:
-        raise _no_text(where, field, KeyError(field))
-    return Document(_checked(where, record[field], field))
+def _is_example(record: bytes) -> bool:
+    """Whether a record is a protocol buffer `tf.train.Example`: a message of its whole length in
+    field 1, in which each entry of the map of features is field 1 again.
+    """
+    inner = _field_1(record)
+    return inner is not None and (not inner or _field_1(inner, is_whole=False) is not None)
 
 
-def _checked(where: str, text: Any, field: str, may_be_empty: bool = False) -> str:
-    if not isinstance(text, str) or not (text or may_be_empty):
+def _field_1(message: bytes, is_whole: bool = True) -> bytes | None:
+    """Returns the content of field 1 at the beginning of a message; None if there is none."""
+    if message[:1] != b"\x0a":
+        return None
+    size = 0
+    for n, byte in enumerate(message[1:6]):
+        size |= (byte & 127) << 7 * n
+        if byte < 128:
+            content = message[2 + n : 2 + n + size]
+            is_all = len(message) == 2 + n + size if is_whole else len(content) == size
+            return content if is_all else None
+    return None
+
+
+def _of_record(where: str, record: Mapping[str, Any], field: str) -> list[Piece]:
+    if field in record:
+        return [Piece(_checked(where, record[field], field))]
+    if PROMPT in record and COMPLETION in record:
+        prompt = _checked(where, record[PROMPT], PROMPT)
+        completion = Piece(_checked(where, record[COMPLETION], COMPLETION))
+        return [Piece(prompt, is_learnt=False, ends=False), completion] if prompt else [completion]
+    if MESSAGES in record:
+        return _of_messages(where, record[MESSAGES])
+    fields = ", ".join(map(str, record)) or "none"
+    raise _no_text(where, field, f"its fields are {fields[:200]}")
+
+
+def _of_messages(where: str, messages: Any) -> list[Piece]:
+    """Returns the pieces of a conversation: a line for each message, of which the answers and the
+    ends of their lines are learnt.
+    """
+    pieces = []
+    for message in messages if isinstance(messages, list) else [None]:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise UserError(
+                f"{where} has {MESSAGES} that are not a list of objects with role and content: "
+                "mend them, or write prompt and completion."
+            )
+        role = _checked(where, message["role"], "role")
+        content = _checked(where, message["content"], "content")
+        pieces.append(Piece(f"{role}: ", is_learnt=False, ends=False))
+        pieces.append(Piece(f"{content}\n", role == LEARNT_ROLE, ends=False))
+    if not any(piece.is_learnt for piece in pieces):
+        return []
+    return [*pieces[:-1], pieces[-1]._replace(ends=True)]
+
+
+def _checked(where: str, text: Any, field: str) -> str:
+    if not isinstance(text, str):
         raise UserError(
-            f"{where} has {json.dumps(text, default=str)[:40]} as its {field}: a document is text "
-            "and not empty."
+            f"{where} has {json.dumps(text, default=str)[:40]} as its {field}, which is no text: "
+            "mend it."
         )
     try:
         text.encode()
@@ -133,23 +315,24 @@ def _checked(where: str, text: Any, field: str, may_be_empty: bool = False) -> s
 
 def _decoded(where: str, content: bytes) -> str:
     try:
-        text = content.decode()
+        return content.decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{where} cannot be read as UTF-8 ({error}): mend it.") from None
-    if not text:
-        raise UserError(f"{where} is an empty document: remove it, or write something.")
-    return text
 
 
-def _no_text(where: str, field: str, error: Exception) -> UserError:
+def _no_text(where: str, field: str, reason: str) -> UserError:
     return UserError(
-        f"{where} has no text ({type(error).__name__}: {error}): each record must be an object "
-        f"with the field {field}, or with {PROMPT} and {COMPLETION}, or name another with --field, "
-        "or config.data.field."
+        f"{where} has no text ({reason}): each record must be an object with the field {field}, or "
+        f"with {PROMPT} and {COMPLETION}, or with {MESSAGES}, or name another with --field, or "
+        "config.data.field."
     )
+
+
+def _empty(what: str) -> UserError:
+    return UserError(f"{what}: remove it, or set config.data.on_empty or --on-empty to skip.")
 
 
 def _unreadable(path: Path, error: OSError) -> UserError:
     return UserError(
-        f"{path} cannot be read ({error.strerror}): see that you may, or leave it out."
+        f"{path} cannot be read ({error.strerror or error}): see that you may, or leave it out."
     )

@@ -1,12 +1,10 @@
 """Files of tokens and their formats: text, .npy, and the .bin files that other programs write.
 
-The name of a file and its first bytes tell its format. Text is read as bytes, one token each. So
-are records, which `sources` then reads again as records. A folder stands for the text files and
-records below it, sorted by path, with nothing between them.
+A file's content tells its format. Text is read as bytes, one token each. So are records and what
+is compressed, which `sources` then reads again as documents.
 """
 
 import errno
-import json
 import os
 import struct
 import tokenize
@@ -16,21 +14,18 @@ from typing import Any
 
 import numpy as np
 
-from tpipe_jax.data.documents import (
-    ARRAY_RECORD,
-    JSON_LINES,
-    PARQUET,
-    RECORD_SUFFIXES,
-    TEXT_SUFFIXES,
-)
+from tpipe_jax.config.paths import expanded
+from tpipe_jax.data.contents import TOKEN_SUFFIXES, Content, check_text, content_of
+from tpipe_jax.data.find import find
 from tpipe_jax.errors import UserError
+from tpipe_jax.json_files import read_json
 
 PYDOCS = "pydocs"
 INDEX = "index.json"  # in a folder of token shards, which `token_shards` writes
 TEXT = "bytes of text"  # a format
-# Formats, too, by suffix.
-RECORDS = {JSON_LINES: "JSON lines", PARQUET: "Parquet", ARRAY_RECORD: "ArrayRecord"}
 LLM_C_FORMAT = "llm.c"
+NPY = b"\x93NUMPY"
+TOKENS = Content("token file")
 
 # Files of karpathy's llm.c begin with a header of 256 int32. The first three are a magic number,
 # which stands for the type of the tokens, the version, and the number of tokens that follow.
@@ -56,6 +51,7 @@ class TokenFile:
     """The file format, in a few words."""
     starts: np.ndarray | None = None
     """Where each document begins, in tokens; None if the file does not say."""
+    content: Content = TOKENS
 
     def __len__(self) -> int:
         return self.num_tokens
@@ -71,46 +67,60 @@ class TokenFile:
             content = file.read((stop - start) * size)
         if len(content) < (stop - start) * size:
             raise OSError(errno.EIO, "shorter than at the start", str(self.path))
+        if self.content == Content("text"):
+            check_text(content, str(self.path), start)
         return np.frombuffer(content, self.dtype)
 
 
-def open_files(setting: str, value: str, vocab_size: int) -> list[TokenFile]:
-    """Opens the files of a path. Raises `UserError` if they hold no tokens, OSError if one cannot
-    be read.
+def open_files(
+    setting: str, value: str, vocab_size: int, field: str
+) -> tuple[list[TokenFile], list[TokenFile], list[str]]:
+    """Opens the files of a path, which a setting such as `config.data.train=x` names. Returns them,
+    those that are named as held-out ones, and lines on what is passed over.
+
+    Raises `UserError` if they hold neither tokens nor text, OSError if one cannot be read.
     """
-    path = Path(os.path.expanduser(value))
-    if value and (about := _about_shards(path)):
-        return _open_shards(setting, path, about, vocab_size)
-    if value and path.is_dir():  # Path("") is the current folder
-        files = sorted(file for file in path.rglob("*") if file.is_file())
-        suffixes = (*TEXT_SUFFIXES, *RECORD_SUFFIXES)
-        return [_open_text(file) for file in files if file.suffix.lower() in suffixes]
-    if not path.is_file():
+    name, path = setting.partition("=")[0], expanded(setting.partition("=")[0], value)
+    if value and (about := about_shards(path)):
+        return _open_shards(setting, path, about, vocab_size), [], []
+    found = find(name, value, field)
+    if found is None:
         raise UserError(
-            f"{setting} does not exist: give {PYDOCS}, a text file, one of records "
-            f"({', '.join(RECORD_SUFFIXES)}), a folder of such files, or a token file "
-            "(.bin or .npy)."
+            f"{setting} does not exist: give {PYDOCS}, a file of text, of records (JSON lines, "
+            "Parquet, ArrayRecord) or of tokens (.bin or .npy), a folder of such files, or a "
+            "pattern."
         )
-    if path.suffix == ".npy":
-        return [_open_npy(setting, path)]
-    if path.suffix == ".bin":
-        if path.with_suffix(".idx").exists():
-            return [_open_megatron(setting, path)]
-        with path.open("rb") as file:
-            content = file.read(12)
-        header = np.frombuffer(content, "<i4") if len(content) == 12 else np.zeros(3, "<i4")
-        if int(header[0]) in LLM_C:
-            return [_open_llm_c(setting, path, header)]
-        return [_open_raw(setting, path, vocab_size)]
-    return [_open_text(path)]
+
+    def opened(file: Path) -> TokenFile:
+        content = content_of(file, field)
+        is_empty = content.kind == "nothing" and file.suffix in TOKEN_SUFFIXES
+        if content.kind == "token file" or is_empty:
+            return _open_tokens(setting if file == path else f"{name}={file}", file, vocab_size)
+        return _open_text(file, content)
+
+    files, held_out = (list(map(opened, own)) for own in (found.files, found.held_out))
+    return files, held_out, found.notes(setting)
 
 
-def _about_shards(folder: Path) -> dict[str, Any] | None:
+def _open_tokens(setting: str, path: Path, vocab_size: int) -> TokenFile:
+    with path.open("rb") as file:
+        content = file.read(12)
+    if path.suffix == ".npy" or content.startswith(NPY):
+        return _open_npy(setting, path)
+    if path.with_suffix(".idx").exists():
+        return _open_megatron(setting, path)
+    header = np.frombuffer(content, "<i4") if len(content) == 12 else np.zeros(3, "<i4")
+    if int(header[0]) in LLM_C:
+        return _open_llm_c(setting, path, header)
+    return _open_raw(setting, path, vocab_size)
+
+
+def about_shards(folder: Path) -> dict[str, Any] | None:
     """Returns the index that `token_shards` has left in a folder; None if there is none."""
-    if not (folder / INDEX).is_file():
+    if not os.path.isfile(folder / INDEX):  # which is False for names that are too long
         return None
     try:
-        about = json.loads((folder / INDEX).read_text())
+        about = read_json(folder / INDEX)
     except (OSError, ValueError):
         return None
     return about if isinstance(about, dict) and "shards" in about else None
@@ -133,9 +143,9 @@ def _open_shards(
     return [_open_megatron(setting, folder / f"{name}.bin") for name in names]
 
 
-def _open_text(path: Path) -> TokenFile:
-    format, start = RECORDS.get(path.suffix.lower(), TEXT), np.zeros(1, np.int64)
-    return TokenFile(path, np.dtype(np.uint8), 0, _num_bytes(path), format, start)
+def _open_text(path: Path, content: Content) -> TokenFile:
+    format, start = (content.kind if content.is_records else TEXT), np.zeros(1, np.int64)
+    return TokenFile(path, np.dtype(np.uint8), 0, _num_bytes(path), format, start, content)
 
 
 def _open_raw(setting: str, path: Path, vocab_size: int) -> TokenFile:

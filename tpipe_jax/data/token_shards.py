@@ -16,26 +16,27 @@ import os
 import signal
 import struct
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from tpipe_jax.config.settings import BYTES_NAME
-from tpipe_jax.data.documents import (
-    JSON_LINES,
-    RECORD_SUFFIXES,
-    TEXT_SUFFIXES,
-    file_stat,
-    read_documents,
-)
+from tpipe_jax.data.contents import content_of
+from tpipe_jax.data.documents import HowToRead, Piece, file_stat, read_pieces
+from tpipe_jax.data.encode import encoded
+from tpipe_jax.data.end_token import SETTINGS, write_end
+from tpipe_jax.data.find import find
 from tpipe_jax.data.token_files import INDEX, MEGATRON
-from tpipe_jax.data.tokenizer import Tokenizer, open_tokenizer
+from tpipe_jax.data.tokenizer import Tokenizer, hugging_face, open_tokenizer
 from tpipe_jax.errors import UserError
 from tpipe_jax.files import locked
+from tpipe_jax.json_files import read_json
 
 PARTIAL = ".partial"
 PART_BYTES = 64 * 2**20  # bytes of input for one shard, if no document is longer
@@ -45,14 +46,14 @@ LARGEST = 2**16  # the largest vocabulary that fits into 16-bit tokens
 
 @dataclass(frozen=True)
 class ShardInput:
-    """The documents of a shard: text files, one document each, or the records of one file; of JSON
-    lines, some of them.
+    """The documents of a shard: text files, one document each, or those of one file; of JSON lines,
+    and of text with separators, some of them.
     """
 
     files: tuple[tuple[str, int, int], ...]
     """Path, size in bytes and time of change in ns of each file."""
     start: int
-    """The byte at which the records begin, if there is one file of JSON lines."""
+    """The byte at which the documents begin, if they are some of those of a file."""
     stop: int
 
 
@@ -63,46 +64,60 @@ class Result:
     name: str
     num_documents: int
     num_tokens: int
+    skipped: dict[str, int] = field(default_factory=dict)
+    """How many files and documents had no text."""
 
 
 def make_shards(
     inputs: Sequence[Path],
     out: Path,
     tokenizer: str,
-    field: str,
+    how_to_read: HowToRead,
     num_workers: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    end_token: str | None = None,
 ) -> list[Result]:
     """Tokenizes all documents; returns the shards. A shard that an earlier call has left behind is
-    kept if its input files, the field and the tokenizer have not changed.
+    kept if its input files, the way to read them and the tokenizer have not changed.
 
-    Raises `UserError` if an input cannot be read, a document has no text, or `out` exists already.
+    Raises `UserError` if an input cannot be read, no document has text, or `out` exists already.
     """
     if out.exists():
         raise UserError(f"--out={out} is there already: choose another folder, or remove it.")
-    parts = cut(find_files(inputs))
+    parts = cut(find_files(inputs, how_to_read.field)[0], how_to_read)
     out = out.absolute()
     partial = out.with_name(out.name + PARTIAL)
-    vocab_size = open_tokenizer("--tokenizer", tokenizer).vocab_size
+    opened = open_tokenizer("--tokenizer", tokenizer, end_token)
     content = b"" if tokenizer == BYTES_NAME else Path(tokenizer).read_bytes()
-    how = {"field": field, "tokenizer": hashlib.sha256(content).hexdigest()}
+    how = {
+        **how_to_read._asdict(),
+        "end": opened.end,
+        "tokenizer": hashlib.sha256(content).hexdigest(),
+    }
     busy = f"another command is at work on --out={out}: wait for its end, or stop it."
     try:
         partial.mkdir(parents=True, exist_ok=True)
-        with locked(os.open(partial, os.O_RDONLY), busy, is_needed=True):
-            results = _results(parts, partial, tokenizer, how, num_workers, on_progress)
+        with locked(os.open(partial, os.O_RDONLY), partial, busy):
+            worker = _Worker(tokenizer, how_to_read, end_token)
+            results = _results(parts, partial, worker, how, num_workers, on_progress)
+            if not any(result.num_tokens for result in results):
+                raise UserError(
+                    f"{', '.join(map(str, inputs))} has no text in it: name text to tokenize."
+                )
         (partial / TOKENIZER).unlink(missing_ok=True)
         if content:
             (partial / TOKENIZER).write_bytes(content)
+            write_end(partial, hugging_face("--tokenizer", tokenizer), opened.end)
         about = {
             "format": 1,
             "tokenizer": TOKENIZER if content else BYTES_NAME,
-            "vocab_size": vocab_size,
-            "shards": [asdict(result) for result in results],
+            "vocab_size": opened.vocab_size,
+            "end": opened.end,
+            "shards": [asdict(result) for result in results if result.num_tokens],
         }
-        (partial / INDEX).write_text(json.dumps(about, indent=1) + "\n")
+        (partial / INDEX).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
         for path in partial.glob("*.json"):
-            if path.name not in (INDEX, TOKENIZER):
+            if path.name not in (INDEX, TOKENIZER, SETTINGS[0]):
                 path.unlink()
         partial.rename(out)
     except OSError as error:
@@ -113,30 +128,30 @@ def make_shards(
     return results
 
 
-def find_files(inputs: Sequence[Path]) -> list[Path]:
-    """Returns the files named, and those below the folders named, in order. Raises `UserError` if
-    there are none.
+def find_files(inputs: Sequence[Path], field: str = "text") -> tuple[list[Path], list[str]]:
+    """Returns the files named, and those below the folders named, in order; and lines on what is
+    passed over. Raises `UserError` if there are none.
     """
     found: list[Path] = []
+    notes: list[str] = []
     for path in inputs:
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file())
-            found += [f for f in files if f.suffix.lower() in (*TEXT_SUFFIXES, *RECORD_SUFFIXES)]
-        elif path.is_file():
-            found.append(path)
-        else:
+        own = find("the input", str(path), field, for_tokens=False)
+        if own is None:
             raise UserError(f"{path} is neither a file nor a folder: name text to tokenize.")
+        found += own.files
+        notes += own.notes(str(path))
     if not found:
+        passed = f" ({'; '.join(notes)})" if notes else ""
         raise UserError(
-            f"{', '.join(map(str, inputs))} has no file that ends in "
-            f"{', '.join((*TEXT_SUFFIXES, *RECORD_SUFFIXES))}: name text to tokenize."
+            f"{', '.join(map(str, inputs))} has no file of text or records{passed}: name text to "
+            "tokenize."
         )
-    return found
+    return found, notes
 
 
-def cut(files: Sequence[Path]) -> list[ShardInput]:
-    """Cuts files into parts of about equal size: some text files, or some JSON lines. Any other
-    file of records is one part.
+def cut(files: Sequence[Path], how: HowToRead) -> list[ShardInput]:
+    """Cuts files into parts of about equal size: some text files, some JSON lines, or some
+    documents of a text file that has separators. Any other file is one part.
     """
     parts: list[ShardInput] = []
     files_of_part: list[tuple[str, int, int]] = []
@@ -148,12 +163,15 @@ def cut(files: Sequence[Path]) -> list[ShardInput]:
 
     num_bytes = 0
     for path in files:
-        stat = file_stat(path)
-        file = str(path.resolve()), stat.st_size, stat.st_mtime_ns
-        if path.suffix.lower() in RECORD_SUFFIXES:
+        stat, content = file_stat(path), content_of(path, how.field)
+        # Not resolved, since a link may have an ending that its target lacks.
+        file = os.path.abspath(path), stat.st_size, stat.st_mtime_ns
+        separator = how.separator if content.kind == "text" else None
+        if content.is_records or separator is not None:
             close()
-            is_cut = path.suffix.lower() == JSON_LINES
-            bounds = [*(_line_starts(path, stat.st_size) if is_cut else [0]), stat.st_size]
+            ends = b"\n" if separator is None else separator.encode()
+            is_cut = not content.packing and content.kind in ("JSON lines", "text")
+            bounds = [*(_starts(path, stat.st_size, ends) if is_cut else [0]), stat.st_size]
             parts += [ShardInput((file,), a, b) for a, b in itertools.pairwise(bounds) if a < b]
         else:
             num_bytes += stat.st_size
@@ -165,26 +183,28 @@ def cut(files: Sequence[Path]) -> list[ShardInput]:
     return parts
 
 
-def texts(part: ShardInput, field: str) -> Iterator[str]:
-    """Yields the documents of a part. Raises `UserError` for a document that is empty, cannot be
+def texts(part: ShardInput, how: HowToRead, skipped: Counter[str]) -> Iterator[Piece]:
+    """Yields the documents of a part, in pieces. Raises `UserError` for a document that cannot be
     read, or has a prompt: tokens do not mark prompts, so it would be learnt too.
     """
     for name, _, _ in part.files:
         stop = part.stop or None
-        for document in read_documents(Path(name), field, part.start, stop):
-            if document.prompt:
+        content = content_of(Path(name), how.field)
+        stop = None if content.packing or content.kind not in ("JSON lines", "text") else stop
+        for piece in read_pieces(Path(name), how, skipped, part.start, stop):
+            if not piece.is_learnt:
                 raise UserError(
                     f"{name} has prompts, which tokens cannot tell from what is to be learnt: "
                     f"train on the file itself, with config.data.train={name}."
                 )
-            yield document.text
+            yield piece
 
 
 def _results(
     parts: Sequence[ShardInput],
     folder: Path,
-    tokenizer: str,
-    how: dict[str, str],
+    worker: "_Worker",
+    how: dict[str, Any],
     num_workers: int,
     on_progress: Callable[[int, int], None],
 ) -> list[Result]:
@@ -195,7 +215,7 @@ def _results(
     # Not forked, since threads of the libraries that are imported here may hold locks.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(
-        max(min(num_workers, len(todo)), 1), context, _open_in_worker, (tokenizer,)
+        max(min(num_workers, len(todo)), 1), context, _open_in_worker, (worker,)
     ) as pool:
         tasks = {pool.submit(_write_shard, folder, i, parts[i], how): i for i in todo}
         try:
@@ -214,15 +234,25 @@ def _results(
     return [result for result in results if result is not None]
 
 
+class _Worker(NamedTuple):
+    """What a worker process is told."""
+
+    tokenizer: str
+    how: HowToRead
+    end_token: str | None
+
+
 _tokenizer: Tokenizer | None = None  # of a worker process
+_how = HowToRead()
 
 
-def _open_in_worker(value: str) -> None:
-    global _tokenizer
+def _open_in_worker(worker: _Worker) -> None:
+    global _tokenizer, _how
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are parallel already
-    _tokenizer = open_tokenizer("--tokenizer", value)
+    _tokenizer = open_tokenizer("--tokenizer", worker.tokenizer, worker.end_token)
+    _how = worker.how
 
 
 def _end_with_parent() -> None:
@@ -235,37 +265,41 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _write_shard(folder: Path, index: int, part: ShardInput, how: dict[str, str]) -> Result:
+def _write_shard(folder: Path, index: int, part: ShardInput, how: dict[str, Any]) -> Result:
     """Writes a shard. Its last file describes the input; with this file the shard is complete."""
     assert _tokenizer is not None
     is_short = _tokenizer.vocab_size <= LARGEST
     dtype, code = (np.dtype("<u2"), 8) if is_short else (np.dtype("<i4"), 4)
     name, lengths = f"{index:05}", []
-    end = [] if _tokenizer.end is None else [_tokenizer.end]
+    end, skipped = [] if _tokenizer.end is None else [_tokenizer.end], Counter[str]()
     with (folder / f"{name}.bin").open("wb") as file:
-        for text in texts(part, how["field"]):
-            tokens = np.concatenate([_tokenizer.encode(text), end]).astype(dtype)
-            lengths.append(len(tokens))
+        size = 0
+        for own in encoded(texts(part, _how, skipped), _tokenizer, part.files[0][0]):
+            tokens = np.concatenate([own.tokens, end * own.ends]).astype(dtype)
             file.write(tokens.tobytes())
+            size += len(tokens)
+            if own.ends:
+                lengths.append(size)
+                size = 0
     sizes = np.array(lengths, "<i4")
     starts = (np.cumsum(sizes, dtype=np.int64) - sizes) * dtype.itemsize
     index_content = MEGATRON + struct.pack("<QBQQ", 1, code, len(sizes), len(sizes) + 1)
     bounds = np.arange(len(sizes) + 1, dtype="<i8")
     index_content += sizes.tobytes() + starts.astype("<i8").tobytes() + bounds.tobytes()
     (folder / f"{name}.idx").write_bytes(index_content)
-    result = Result(name, len(lengths), int(sizes.sum()))
+    result = Result(name, len(lengths), int(sizes.astype(np.int64).sum()), dict(skipped))
     made_of = json.dumps({"part": asdict(part), "how": how, "result": asdict(result)})
-    (folder / f"{name}.json.new").write_text(made_of)
+    (folder / f"{name}.json.new").write_text(made_of, encoding="utf-8")
     (folder / f"{name}.json.new").rename(folder / f"{name}.json")
     return result
 
 
-def _left_behind(folder: Path, index: int, part: ShardInput, how: dict[str, str]) -> Result | None:
+def _left_behind(folder: Path, index: int, part: ShardInput, how: dict[str, Any]) -> Result | None:
     """Returns the result of an earlier call for the same part, made in the same way, if there is
     one.
     """
     try:
-        known = json.loads((folder / f"{index:05}.json").read_text())
+        known = read_json(folder / f"{index:05}.json")
         if known["how"] != how or known["part"] != json.loads(json.dumps(asdict(part))):
             return None
         return Result(**known["result"])
@@ -273,13 +307,28 @@ def _left_behind(folder: Path, index: int, part: ShardInput, how: dict[str, str]
         return None
 
 
-def _line_starts(path: Path, size: int) -> Iterator[int]:
-    """Yields where parts begin: at byte 0, and at the first line that begins at or after each
-    multiple of PART_BYTES.
+def _starts(path: Path, size: int, separator: bytes) -> Iterator[int]:
+    """Yields where parts begin: at byte 0, and behind the first separator at or after each multiple
+    of PART_BYTES.
     """
     yield 0
+    last = 0
     with path.open("rb") as file:
         for at in range(PART_BYTES, size, PART_BYTES):
-            file.seek(at - 1)
-            file.readline()
-            yield min(file.tell(), size)
+            if at < last:
+                continue
+            last = _behind(file, max(at - len(separator), 0), size, separator)
+            yield last
+
+
+def _behind(file: BinaryIO, start: int, size: int, separator: bytes) -> int:
+    """Returns the byte behind the first separator from `start` on, or the size of the file."""
+    file.seek(start)
+    rest = b""
+    while content := file.read(2**20):
+        text = rest + content
+        if (found := text.find(separator)) >= 0:
+            return start + found + len(separator)
+        keep = min(len(separator) - 1, len(text))
+        rest, start = text[len(text) - keep :], start + len(text) - keep
+    return size

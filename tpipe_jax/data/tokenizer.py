@@ -3,16 +3,22 @@
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from tpipe_jax.config.paths import expanded
 from tpipe_jax.config.settings import BYTES, BYTES_NAME
+from tpipe_jax.data.end_token import end_token
 from tpipe_jax.errors import UserError
+from tpipe_jax.json_files import parse_json
 
 MAX_PENDING = 8  # tokens that may wait for the rest of a character
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's token between documents
+
+CountBytes = Callable[[Sequence[int] | np.ndarray], int | None]
 
 
 @dataclass(frozen=True)
@@ -26,14 +32,16 @@ class Tokenizer:
     """Text to tokens `[n]`, int32."""
     decode: Callable[[Sequence[int]], str]
     """Tokens to text, with a replacement character where bytes are no text."""
-    num_bytes: Callable[[Sequence[int] | np.ndarray], int] | None
-    """The number of bytes in the text of tokens; special tokens have none. None where the text of a
-    token depends on its neighbours."""
+    num_bytes: CountBytes | None
+    """The number of bytes in the text of tokens; special tokens have none. None where the tokens
+    of a text do not say what its bytes are, and for tokens that swallow spaces beside them."""
 
-    def stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """Yields the text that each token adds; empty until all bytes of a character are there."""
-        seen: list[int] = []
-        first = shown = 0  # tokens shown last are decoded again, since spaces depend on them
+    def stream(self, tokens: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+        """Yields the text that each token adds to that of the tokens before; empty until all bytes
+        of a character are there.
+        """
+        seen = list(before)
+        first, shown = 0, len(seen)  # tokens shown last are decoded again: spaces depend on them
         for token in tokens:
             seen.append(token)
             text = self.decode(seen[first:])
@@ -46,21 +54,33 @@ class Tokenizer:
             yield self.decode(seen[first:])[len(self.decode(seen[first:shown])) :]
 
 
-def open_tokenizer(name: str, value: str) -> Tokenizer:
-    """Opens the tokenizer that a setting names. Raises `UserError` if it cannot be read."""
+def open_tokenizer(name: str, value: str, end: str | None = None) -> Tokenizer:
+    """Opens the tokenizer that a setting names; `end` names the token that ends a document. What
+    looks like a special token in a text is text.
+
+    Raises `UserError` if it cannot be read, or has no such token.
+    """
     if value == BYTES_NAME:
+        if end is not None:
+            raise UserError(
+                f"config.data.end_token={end} is no token of {name}=bytes: leave it out, or name a "
+                "tokenizer.json."
+            )
         return Tokenizer(BYTES, None, _to_bytes, _from_bytes, len)
     made = hugging_face(name, value)
+    made.encode_special_tokens = True
 
     def encode(text: str) -> np.ndarray:
-        return np.array(made.encode(text, add_special_tokens=False).ids, np.int32)
+        [found] = made.encode_batch_fast([text], add_special_tokens=False)  # without offsets
+        return np.array(found.ids, np.int32)
 
     def decode(tokens: Sequence[int]) -> str:
         return made.decode(list(tokens), skip_special_tokens=False)
 
     vocab_size = max(made.get_vocab().values()) + 1  # there may be gaps
-    end = made.token_to_id(END_OF_TEXT)
-    return Tokenizer(vocab_size, end, encode, decode, _byte_counter(made, vocab_size))
+    return Tokenizer(
+        vocab_size, end_token(made, value, end), encode, decode, _byte_counter(made, vocab_size)
+    )
 
 
 def hugging_face(name: str, value: str) -> tokenizers.Tokenizer:
@@ -75,8 +95,10 @@ def hugging_face(name: str, value: str) -> tokenizers.Tokenizer:
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
         made.decoder = decoders.ByteLevel()
         return made
+    path = expanded(name, value)
     try:
-        made = tokenizers.Tokenizer.from_file(value)
+        # Not from_file, which needs a locale that can write the path.
+        made = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
         made.no_truncation()
         made.no_padding()
     except Exception as error:  # the library raises plain ones
@@ -97,10 +119,12 @@ def bytes_to_letters() -> list[str]:
     return [chr(n if own else next(others)) for n, own in enumerate(is_own)]
 
 
-def tokenizer_settings(text: str, seq_len: int) -> str:
-    """Returns the tokenizer_config.json that goes with a tokenizer.json, for `transformers`."""
-    has_end = tokenizers.Tokenizer.from_str(text).token_to_id(END_OF_TEXT) is not None
-    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT) if has_end else {}
+def tokenizer_settings(end: str | None, seq_len: int) -> str:
+    """Returns the tokenizer_config.json that goes with a tokenizer.json, for `transformers`. `end`
+    is the token that ends a document, after which the next one begins.
+    """
+    names = ("bos_token", "eos_token", *(["unk_token"] if end == END_OF_TEXT else []))
+    special = dict.fromkeys(names, end) if end is not None else {}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len}
     return json.dumps(settings | special, indent=2) + "\n"
 
@@ -129,19 +153,60 @@ def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer
     return made
 
 
-def _byte_counter(
-    made: tokenizers.Tokenizer, vocab_size: int
-) -> Callable[[Sequence[int] | np.ndarray], int] | None:
-    if not isinstance(made.decoder, decoders.ByteLevel):
+_KEEPS_TEXT = "ByteLevel", "Digits", "Punctuation", "Split", "UnicodeScripts"  # pre-tokenizers
+
+
+def _byte_counter(made: tokenizers.Tokenizer, vocab_size: int) -> CountBytes | None:
+    """Returns a function that counts the bytes of the text of tokens (`Tokenizer.num_bytes`)."""
+    if not _writes_each_byte(made):
         return None
     # The vocabulary writes a token with one character for each byte, since a token may be only a
     # part of a character of the text.
-    sizes = np.zeros(vocab_size, np.int64)
+    sizes, unknown = np.zeros(vocab_size, np.int64), np.ones(vocab_size, bool)
     for token, number in made.get_vocab().items():
-        sizes[number] = len(token)
+        sizes[number], unknown[number] = len(token), False
     for number, token in made.get_added_tokens_decoder().items():
         sizes[number] = 0 if token.special else len(token.content.encode())
-    return lambda tokens: int(sizes[np.asarray(tokens)].sum())
+        unknown[number] = token.lstrip or token.rstrip  # it swallows spaces beside it
+
+    def count(tokens: Sequence[int] | np.ndarray) -> int | None:
+        given = np.asarray(tokens, np.int64)
+        return None if unknown[given].any() else int(sizes[given].sum())
+
+    return count
+
+
+def _writes_each_byte(made: tokenizers.Tokenizer) -> bool:
+    """Whether the tokens of a text have a letter for each of its bytes, and no others: nothing
+    changes the text before, as with a space in front, and no byte is unknown.
+    """
+    model = made.model
+    is_plain = (
+        isinstance(made.decoder, decoders.ByteLevel)
+        and isinstance(model, models.BPE)
+        and not (model.continuing_subword_prefix or model.end_of_word_suffix)
+        and set(bytes_to_letters()) <= made.get_vocab().keys()
+    )
+    if not is_plain or made.pre_tokenizer is None:
+        return False
+    normalizers = made.normalizer and parse_json(made.normalizer.__getstate__())
+    steps = _pre_tokenizers(parse_json(made.pre_tokenizer.__getstate__()))
+    return (
+        (not normalizers or normalizers.get("normalizers") == [])
+        and any(step["type"] == "ByteLevel" for step in steps)
+        and all(
+            step["type"] in _KEEPS_TEXT
+            and step.get("behavior") != "Removed"
+            and not (step["type"] == "ByteLevel" and step["add_prefix_space"])
+            for step in steps
+        )
+    )
+
+
+def _pre_tokenizers(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the steps of a pre-tokenizer, which may be a sequence of others."""
+    parts = state.get("pretokenizers")
+    return [state] if parts is None else [step for part in parts for step in _pre_tokenizers(part)]
 
 
 def _to_bytes(text: str) -> np.ndarray:

@@ -25,10 +25,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device]) -> Mesh:
             "config.mesh.data, pipe and model."
         )
     if len(devices) != config.num_devices:
+        remedy = "run on CPU devices with the environment variable JAX_PLATFORMS=cpu."
+        if devices[0].platform == "cpu":
+            remedy = (
+                f"call jax.config.update('jax_num_cpu_devices', {config.num_devices}) before "
+                "anything else uses jax, since its first use fixes their number."
+            )
         raise UserError(
             f"{asked_product(config)} devices, but there are {len(devices)} "
             f"({devices[0].device_kind}): set the three so that their product is {len(devices)}, "
-            "or run on CPU devices with the environment variable JAX_PLATFORMS=cpu."
+            f"or {remedy}"
         )
     return Mesh(place_devices(config, devices), AXES, axis_types=(AxisType.Auto,) * 3)
 

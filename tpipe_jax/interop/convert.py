@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import tokenizers
 from safetensors import SafetensorError
 
 from tpipe_jax.checkpoint import manifest
@@ -13,7 +14,18 @@ from tpipe_jax.checkpoint.arrays import read_array
 from tpipe_jax.checkpoint.checkpoints import newest_sound, write_checkpoint
 from tpipe_jax.checkpoint.layout import Fragment, arrays
 from tpipe_jax.config.config_files import RUN_FILE, load_config
-from tpipe_jax.config.settings import BYTES, BYTES_NAME, GPT2, Config, MeshConfig, resolved
+from tpipe_jax.config.settings import (
+    BYTES,
+    BYTES_NAME,
+    GPT2,
+    Config,
+    DataConfig,
+    MeshConfig,
+    OptimConfig,
+    resolved,
+)
+from tpipe_jax.data.carried import with_kept_tokenizer
+from tpipe_jax.data.end_token import end_token
 from tpipe_jax.data.tokenizer import hugging_face, tokenizer_settings
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.errors import UserError
@@ -27,24 +39,31 @@ from tpipe_jax.training.optimizer import make_optimizer
 from tpipe_jax.training.state import abstract_state
 
 PARAMS = "params/"
+FINE_TUNING_RATE = 5e-5  # a peak learning rate that does not undo what the weights have learnt
 TOKENIZER, TOKENIZER_SETTINGS = "tokenizer.json", "tokenizer_config.json"
 
 
 def import_gpt2(source: Path, workdir: Path) -> Config:
     """Makes a workdir from a Hugging Face folder, and returns its config.
 
-    The checkpoint of step 0 has the weights of the folder, and config.json its model. Raises
-    `UserError` if the folder has no model that can be imported, or if the workdir is not empty.
+    The checkpoint of step 0 has the weights of the folder, and config.json its model, its tokenizer
+    and the token that ends a document, if it has them. The learning rate is one to train on with.
+    Raises `UserError` if the folder has no model that can be imported, or if the workdir is not
+    empty.
     """
     model = gpt2.read_model(source)
     read = gpt2.Reader(source, model)
     if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
         raise UserError(f"--workdir={workdir} is not empty: choose a folder for a new run.")
-    config = resolved(Config(model=model))
+    data, text = _read_tokenizer(source, workdir, model.vocab_size)
+    optim = OptimConfig(learning_rate=FINE_TUNING_RATE)
+    config = resolved(Config(model=model, data=data, optim=optim))
     with writing_to(workdir):
         is_new = not workdir.exists()
         try:
             write_checkpoint(workdir / "checkpoints", 0, config.model, _parts(config, read))
+            if text is not None:
+                (workdir / TOKENIZER).write_text(text, encoding="utf-8")
             write_config(config, workdir)
         except BaseException:
             for path in workdir.iterdir() if workdir.exists() else ():
@@ -61,8 +80,8 @@ def export_gpt2(workdir: Path, target: Path, step: int | None, tokenizer: str | 
 
     Takes the newest sound checkpoint if `step` is None, and the tokenizer of the run's settings if
     `tokenizer` is None. Writes no tokenizer if the run was trained on tokens of an unknown one.
-    Raises `UserError` if there is no sound
-    checkpoint, if its layers are not GPT-2's, or if `target` is not empty or cannot be written.
+    The token that ends a document goes along. Raises `UserError` if there is no sound checkpoint,
+    if its layers are not GPT-2's, or if `target` is not empty or cannot be written.
     """
     checkpoint, model = newest_sound(workdir, step)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -72,18 +91,23 @@ def export_gpt2(workdir: Path, target: Path, step: int | None, tokenizer: str | 
             f"--workdir={workdir} has layers of config.model.block={model.block}, which "
             "Hugging Face's GPT-2 has not: only runs with its own can be exported."
         )
-    text = _tokenizer_text(workdir, tokenizer, model.vocab_size)
+    text, end, end_name = _tokenizer_of(workdir, tokenizer, model.vocab_size)
     target = target.absolute()
     saving = target.with_name(target.name + manifest.SAVING)
     try:
         saving.mkdir(parents=True)
         try:
             gpt2.write_model(
-                saving, model, lambda name: read_array(checkpoint, PARAMS + name), gpt2.SHARD_BYTES
+                saving,
+                model,
+                lambda name: read_array(checkpoint, PARAMS + name),
+                gpt2.SHARD_BYTES,
+                end,
             )
             if text is not None:
-                (saving / TOKENIZER).write_text(text)
-                (saving / TOKENIZER_SETTINGS).write_text(tokenizer_settings(text, model.seq_len))
+                (saving / TOKENIZER).write_text(text, encoding="utf-8")
+                settings = tokenizer_settings(end_name, model.seq_len)
+                (saving / TOKENIZER_SETTINGS).write_text(settings, encoding="utf-8")
             saving.replace(target)
         finally:
             shutil.rmtree(saving, ignore_errors=True)
@@ -100,23 +124,51 @@ def export_gpt2(workdir: Path, target: Path, step: int | None, tokenizer: str | 
     return int(checkpoint.name)
 
 
-def _tokenizer_text(workdir: Path, name: str | None, vocab_size: int) -> str | None:
-    """Returns the tokenizer.json of this name, or of the run's settings; None if it is unknown."""
+def _read_tokenizer(source: Path, workdir: Path, vocab_size: int) -> tuple[DataConfig, str | None]:
+    """Returns data settings with the tokenizer of a folder and the token that ends a document, and
+    the tokenizer.json for the workdir, if the folder has one.
+    """
+    path, end = source / TOKENIZER, gpt2.read_end(source, vocab_size)
+    if not path.is_file():
+        return DataConfig(separator=end), None
+    made = _fitting("--from", str(path), vocab_size, "remove it from the folder")
+    if end is None:
+        end = end_token(made, str(path), None)
+    name = None if end is None else made.id_to_token(end)
+    kept = str(workdir.absolute() / TOKENIZER)
+    separator = end if name is None else None
+    return DataConfig(tokenizer=kept, end_token=name, separator=separator), made.to_str()
+
+
+def _tokenizer_of(
+    workdir: Path, name: str | None, vocab_size: int
+) -> tuple[str | None, int | None, str | None]:
+    """Returns the tokenizer.json of this name, or of the run's settings, None if that is unknown;
+    the token that ends a document, and its name, if they are known.
+    """
     path, setting = workdir / RUN_FILE, "--tokenizer"
+    data = load_config(path).data if path.exists() else DataConfig()
+    data = with_kept_tokenizer(data, workdir)
     if name is None:
-        if not path.exists():
-            return None
-        name, setting = load_config(path).data.tokenizer, "config.data.tokenizer"
-        if name == BYTES_NAME and vocab_size != BYTES:
-            return None  # the run was trained on tokens of a tokenizer that it does not know
+        if data.tokenizer == BYTES_NAME and (vocab_size != BYTES or not path.exists()):
+            return None, data.separator, None  # trained on tokens of a tokenizer that is not known
+        name, setting = data.tokenizer, "config.data.tokenizer"
+    made = _fitting(setting, name, vocab_size, "name its own with --tokenizer")
+    given = data.end_token if setting == "config.data.tokenizer" else None
+    end = end_token(made, name, given)
+    end = data.separator if end is None else end
+    return made.to_str(), end, None if end is None else made.id_to_token(end)
+
+
+def _fitting(setting: str, name: str, vocab_size: int, remedy: str) -> tokenizers.Tokenizer:
+    """Returns a tokenizer. Raises `UserError` if it has more tokens than the model."""
     made = hugging_face(setting, name)
     size = max(made.get_vocab().values()) + 1  # there may be gaps
     if size > vocab_size:
         raise UserError(
-            f"{setting}={name} has {size} tokens, but the model has {vocab_size}: "
-            "name its own with --tokenizer."
+            f"{setting}={name} has {size} tokens, but the model has {vocab_size}: {remedy}."
         )
-    return made.to_str()
+    return made
 
 
 def _parts(config: Config, read: gpt2.Reader) -> Iterator[Fragment]:

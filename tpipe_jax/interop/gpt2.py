@@ -10,6 +10,7 @@ then all values; here query, key and value of a head lie together (`model.gpt2`)
 
 import json
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from safetensors.numpy import save_file
 
 from tpipe_jax.config.settings import Config, ModelConfig
 from tpipe_jax.errors import UserError
+from tpipe_jax.json_files import read_json
 
 SETTINGS, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
@@ -121,6 +123,14 @@ def read_model(folder: Path) -> ModelConfig:
         raise UserError(f"--from={folder} has a {SETTINGS} that cannot be used: {error}") from None
 
 
+def read_end(folder: Path, vocab_size: int) -> int | None:
+    """Returns the token that ends a document for the folder's model; None if it has none."""
+    given = _read_json(folder / SETTINGS).get("eos_token_id")
+    ends = given if isinstance(given, list) else [given]
+    known = [end for end in ends if type(end) is int and 0 <= end < vocab_size]
+    return known[0] if known else None
+
+
 class Reader:
     """Reads the weights of a folder, one at a time. Raises `UserError` if they don't fit the
     model.
@@ -188,10 +198,14 @@ class Reader:
 
 
 def write_model(
-    folder: Path, model: ModelConfig, read: Callable[[str], np.ndarray], shard_bytes: int
+    folder: Path,
+    model: ModelConfig,
+    read: Callable[[str], np.ndarray],
+    shard_bytes: int,
+    end: int | None = None,
 ) -> None:
     """Writes a model into a folder, which must exist and be empty. `read` returns a parameter by
-    its name here.
+    its name here. `end` is the token that ends a document, after which the next one begins.
 
     At most `shard_bytes` of weights are in memory at a time, or one weight if that is larger.
     """
@@ -215,7 +229,7 @@ def write_model(
             PREFIX + weight.there: np.ascontiguousarray(weight.to_there(read(weight.name)))
             for weight in shard
         }
-        save_file(tensors, folder / name, metadata={"format": "pt"})
+        _save(tensors, folder / name)
     if len(shards) > 1:
         places = {
             PREFIX + weight.there: name
@@ -227,8 +241,18 @@ def write_model(
     settings |= {there: getattr(model, name) for name, (there, _) in SIZES.items()}
     settings |= {name: allowed[0] for name, allowed in FIXED.items()}
     settings |= dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
-    settings |= dict.fromkeys(("bos_token_id", "eos_token_id"))
+    settings |= dict.fromkeys(("bos_token_id", "eos_token_id"), end)
     _write_json(folder / SETTINGS, settings)
+
+
+def _save(tensors: dict[str, np.ndarray], path: Path) -> None:
+    """Writes a file of tensors with the permissions of a usual one: the library's are for its owner
+    alone.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(stat.S_IMODE(mode))
 
 
 def _files(folder: Path) -> dict[str, tuple[Path, str]]:
@@ -265,7 +289,7 @@ def _dtype(file: Any, key: str) -> str:
 def _read_json(path: Path) -> dict[str, Any]:
     reason = "it is no object"
     try:
-        value = json.loads(path.read_text())
+        value = read_json(path)
         if isinstance(value, dict):
             return value
     except (OSError, ValueError) as error:
@@ -276,4 +300,4 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

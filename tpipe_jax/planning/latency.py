@@ -309,7 +309,7 @@ class LatencyTable:
         if self.profile:
             content["profile"] = dataclasses.asdict(self.profile)
         partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(content) + "\n")
+        partial.write_text(json.dumps(content) + "\n", encoding="utf-8")
         partial.replace(path)
 
 

@@ -1,7 +1,6 @@
 """Reads `latency.json`, and refuses what the slicer cannot use."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tpipe_jax.errors import UserError
+from tpipe_jax.json_files import read_json
 from tpipe_jax.planning.latency import (
     DEFERRED,
     Deferral,
@@ -67,7 +67,7 @@ def load_table(path: Path) -> LatencyTable:
         )
 
     try:
-        content = json.loads(path.read_text())
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise wrong(f"it cannot be read ({error})") from error
     if not isinstance(content, dict):

@@ -9,10 +9,12 @@ import numpy as np
 
 from tpipe_jax.config.settings import ScheduleName
 from tpipe_jax.errors import UserError
+from tpipe_jax.json_files import read_json
 
 Nested = tuple[tuple[float, ...], ...]
 CHUNKS = 2, 4  # numbers of chunks per stage that the planner tries
 MAX_SECONDS = 1e9  # longest time that a file may hold, so that sums are finite
+ROUNDED = 1e-6  # by which a part may exceed the whole, since latency.json has nine digits
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ class Plan:
 
     def save(self, path: Path) -> None:
         """Writes `plan.json`."""
-        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def load_plan(path: Path, request: PlanRequest) -> Plan:
     settings.
     """
     try:
-        plan = read_plan(json.loads(path.read_text()))
+        plan = read_plan(read_json(path))
     except (OSError, ValueError) as error:
         is_file = isinstance(error, OSError)
         what = f"it cannot be read ({error.strerror})" if is_file else str(error)
@@ -234,9 +236,11 @@ def _read_prediction(content: dict[str, Any]) -> Prediction | None:
             slice_backward_seconds=times("slice_backward_seconds"),
             slice_transfer_seconds=times("slice_transfer_seconds", none),
             slice_weight_seconds=times("slice_weight_seconds") if has_weights else None,
-            is_optimal=bool(content["optimal"]),
+            is_optimal=content["optimal"],
             lower_bound_seconds=_seconds(content["lower_bound_seconds"]),
         )
+        if not isinstance(prediction.is_optimal, bool):
+            raise ValueError(f"optimal is {prediction.is_optimal!r}, neither true nor false")
         if (content.get("schedule") == "1f1b-deferred") != has_weights:
             raise ValueError("times of gradients of weights are of 1f1b-deferred")
     except KeyError as error:
@@ -251,7 +255,30 @@ def _read_prediction(content: dict[str, Any]) -> Prediction | None:
     ):
         if list(map(len, nested)) != list(map(len, slices)):
             raise ValueError("its predicted times are not of its slices")
+    _check_sums(prediction)
     return prediction
+
+
+def _check_sums(prediction: Prediction) -> None:
+    """Raises ValueError if a part of a predicted time is longer than the whole."""
+    whole = prediction.step_seconds
+    for name, part in (
+        ("outside_seconds", prediction.outside_seconds),
+        ("lower_bound_seconds", prediction.lower_bound_seconds),
+    ):
+        if part > whole * (1 + ROUNDED):
+            raise ValueError(f"its {name}={part:g} is above its predicted_step_seconds={whole:g}")
+    for name, nested in (
+        ("slice_forward_seconds", prediction.slice_forward_seconds),
+        ("slice_backward_seconds", prediction.slice_backward_seconds),
+    ):
+        for i, rows in enumerate(zip(prediction.slice_transfer_seconds, nested, strict=True)):
+            for j, (transfer, seconds) in enumerate(zip(*rows, strict=True)):
+                if transfer > seconds * (1 + ROUNDED):
+                    raise ValueError(
+                        f"its slice_transfer_seconds[{i}][{j}]={transfer:g} is above its "
+                        f"{name}[{i}][{j}]={seconds:g}, of which it is a part"
+                    )
 
 
 def _seconds(value: Any) -> float:

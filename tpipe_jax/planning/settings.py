@@ -1,8 +1,8 @@
 """Reads the plan in the settings: a complete plan, or the limits of the planner."""
 
 from dataclasses import replace
-from pathlib import Path
 
+from tpipe_jax.config.paths import expanded
 from tpipe_jax.config.settings import Config, ScheduleName
 from tpipe_jax.errors import UserError
 from tpipe_jax.planning.placement import chunk_factors
@@ -54,7 +54,9 @@ def read_settings(config: Config) -> Plan | PlanRequest:
             )
         if config.plan.schedule == "auto":
             request = replace(request, schedule=None)  # the file decides
-        return load_plan(Path(config.plan.file), request)
+        plan = load_plan(expanded("config.plan.file", config.plan.file), request)
+        check_plan_serves(f"config.plan.file={config.plan.file}", plan, config)
+        return plan
     if batch_slices and token_slices:
         slices = batch_slices, (token_slices,) * len(batch_slices)
         schedule = schedule or "terapipe"
@@ -85,16 +87,7 @@ def _read_schedule(config: Config, batch_slices: tuple[int, ...] | None) -> Sche
                 f"config.{'plan.batch_slices' if num_rows > 1 else 'train.batch_size'} so that "
                 "there are several."
             )
-        if config.memory.defer_weight_grads:
-            raise UserError(
-                f"config.plan.schedule={schedule} keeps a part of the batch at a time, and "
-                "config.memory.defer_weight_grads=true needs all of it: leave one of them out."
-            )
-    if schedule in ("interleaved", "1f1b-deferred") and mesh.pipe == 1:
-        raise UserError(
-            f"config.plan.schedule={schedule} shortens the time in which stages wait for each "
-            "other, and config.mesh.pipe=1 has one: set another schedule, or more stages."
-        )
+    _check_serves(f"config.plan.schedule={schedule}", schedule, config)
     if chunks and schedule != "interleaved":
         raise UserError(
             f"config.plan.chunks={chunks} is for config.plan.schedule=interleaved, not {schedule}: "
@@ -111,6 +104,26 @@ def _read_schedule(config: Config, batch_slices: tuple[int, ...] | None) -> Sche
     if schedule == "auto":
         return "terapipe" if config.memory.defer_weight_grads else None
     return schedule
+
+
+def check_plan_serves(name: str, plan: Plan, config: Config) -> None:
+    """Raises `UserError` if the settings refuse the schedule of a plan, as they would if they named
+    the schedule themselves; `name` begins the sentence.
+    """
+    _check_serves(f"{name} has a schedule of {plan.schedule}, which", plan.schedule, config)
+
+
+def _check_serves(begin: str, schedule: str, config: Config) -> None:
+    if schedule in ("1f1b", "1f1b-deferred") and config.memory.defer_weight_grads:
+        raise UserError(
+            f"{begin} keeps a part of the batch at a time, and "
+            "config.memory.defer_weight_grads=true needs all of it: leave one of them out."
+        )
+    if schedule in ("interleaved", "1f1b-deferred") and config.mesh.pipe == 1:
+        raise UserError(
+            f"{begin} shortens the time in which stages wait for each other, and "
+            "config.mesh.pipe=1 has one: set another schedule, or more stages."
+        )
 
 
 def unit_tokens(config: Config) -> int:

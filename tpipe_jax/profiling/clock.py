@@ -12,6 +12,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.stages import Compiled
 
+from tpipe_jax.runtime.jax_options import needed
+
 REPEATS = 10  # for medians
 POLL_SECONDS = 0.5  # between two looks at whether the user wants to stop
 
@@ -61,7 +63,7 @@ def prepared(jobs: Mapping[str, Sequence[Job]], on_progress: OnProgress) -> dict
     if jax.process_count() > 1:
         return {name: [_done(job, on_progress) for job in own] for name, own in jobs.items()}
     pool = ThreadPoolExecutor(min(os.cpu_count() or 1, 8))
-    futures = {name: [pool.submit(job) for job in own] for name, own in jobs.items()}
+    futures = {name: [pool.submit(needed()(job)) for job in own] for name, own in jobs.items()}
     pending = {future for own in futures.values() for future in own}
     try:
         while pending:

@@ -53,17 +53,24 @@ class Console:
     """Prints to the terminal; `is_quiet` silences all but one process of a run."""
 
     def __init__(self, is_quiet: bool = False) -> None:
-        self._rich = RichConsole(quiet=is_quiet, highlight=False, soft_wrap=True)
-        if not self._rich.is_terminal and "COLUMNS" not in os.environ:
+        self._rich = RichConsole(
+            quiet=is_quiet, highlight=False, soft_wrap=True, markup=False, emoji=False
+        )
+        # A variable such as FORCE_COLOR asks for colours in a pipe too, but bars would fill it.
+        self._is_terminal = self._rich.is_terminal and self._rich.file.isatty()
+        if not self._is_terminal and "COLUMNS" not in os.environ:
             self._rich.width = PIPE_COLUMNS
         self._progress = self._make_progress("step")
 
     def say(self, text: str) -> None:
         """Prints a text. On a terminal, words stay whole, but lines that begin with four spaces are
-        commands, which can be copied only if the terminal breaks them itself.
+        commands, which can be copied only if the terminal breaks them itself. Characters that the
+        output does not have are printed as escapes.
         """
-        is_whole = not self._rich.is_terminal or text.startswith("    ")
-        self._rich.print(text, markup=False, soft_wrap=is_whole)
+        encoding = self._rich.encoding
+        text = text.encode(encoding, "backslashreplace").decode(encoding)
+        is_whole = not self._is_terminal or text.startswith("    ")
+        self._rich.print(text, soft_wrap=is_whole)
 
     def show_facts(self, facts: dict[str, str]) -> None:
         """Prints a line for each fact."""
@@ -266,7 +273,7 @@ class Console:
     @contextmanager
     def profiling(self) -> Iterator[Callable[[int, int], None]]:
         """Shows a bar while latencies are measured; yields a function `(done, all)` to move it."""
-        if not self._rich.is_terminal:
+        if not self._is_terminal:
             self.say("profiling ...")
         with self.working("profiling") as show:
             yield show
@@ -293,22 +300,22 @@ class Console:
         numbers = loss if self._rich.width <= NARROW else f"{loss}  {each}"
         numbers = f"{loss}  {speed}  {each}" if self._rich.width > WIDE else numbers
         self._progress.update(self._progress.task_ids[0], completed=step, numbers=numbers)
-        if not self._rich.is_terminal:
+        if not self._is_terminal:
             self.say(f"step {step}: {loss}  {speed}  {each}")
         if "eval_loss" in metrics:
             self.say(f"step {step}: held-out loss {metrics['eval_loss']:.3f} nats per token")
 
     def show_sample(self, prompt: str, continuation: str) -> None:
         """Prints the end of a held-out text, and how the model continues it."""
-        self._rich.print("[dim]a held-out text ...[/dim]")
+        self._rich.print("a held-out text ...", style="dim")
         self.say(prompt)
-        self._rich.print("[dim]... and how the model continues it[/dim]")
+        self._rich.print("... and how the model continues it", style="dim")
         self.say(continuation)
 
     def _print_table(self, table: Table) -> None:
         for column in table.columns:
             column.overflow = "fold"  # so that nothing is cut off on a narrow terminal
-        if self._rich.is_terminal:
+        if self._is_terminal:
             self._rich.print(table, soft_wrap=False)  # cells that are too wide are wrapped
             return
         with self._rich.capture() as printed:
@@ -319,15 +326,15 @@ class Console:
     def _make_progress(self, what: str) -> Progress:
         bars = [BarColumn(bar_width=40 if self._rich.width > WIDE else 10)]
         return Progress(
-            TextColumn(what),
+            TextColumn(what, markup=False),
             MofNCompleteColumn(table_column=Column(no_wrap=True)),
             *(bars if self._rich.width > NARROW else []),
-            TextColumn("{task.fields[numbers]}", table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[numbers]}", markup=False, table_column=Column(no_wrap=True)),
             TimeLeft(table_column=Column(no_wrap=True)),
             console=self._rich,
             refresh_per_second=2,  # not more often, since the cores are busy
             transient=True,
-            disable=not self._rich.is_terminal,
+            disable=not self._is_terminal,
         )
 
 

@@ -1,6 +1,5 @@
 """Draws loss.png: the losses of runs over their steps, and the learning rates below. No jax."""
 
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from tpipe_jax.errors import UserError
 from tpipe_jax.files import writing_to
+from tpipe_jax.json_files import parse_json
 
 FILE = "loss.png"
 SMOOTHED = 0.8  # share of the mean so far in an exponential mean over logged steps
@@ -28,8 +28,8 @@ def read_metrics(workdir: Path) -> list[LoggedLine]:
     """
     path = workdir / "metrics.jsonl"
     try:
-        texts = path.read_text().splitlines(keepends=True)
-        lines = [json.loads(text) for text in texts if text.endswith("\n")]
+        texts = path.read_bytes().splitlines(keepends=True)
+        lines = [parse_json(text) for text in texts if text.endswith(b"\n")]
         if not all(isinstance(line, dict) and isinstance(line["step"], int) for line in lines):
             raise ValueError("a line has no step")
     except OSError as error:

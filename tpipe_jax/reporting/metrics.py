@@ -26,6 +26,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tpipe_jax.config.settings import Config, to_dict
 from tpipe_jax.errors import UserError, brief
 from tpipe_jax.files import as_user_error
+from tpipe_jax.json_files import parse_json
 from tpipe_jax.reporting.loss_plot import FILE, draw_losses
 
 DRAW_SECONDS = 20  # between two pictures of the losses
@@ -128,10 +129,10 @@ def _tracker(config: Config, workdir: Path) -> Any:
     with _tracking():
         workdir.mkdir(parents=True, exist_ok=True)
         if not kept.exists():
-            kept.write_text(secrets.token_hex(8))
+            kept.write_text(secrets.token_hex(8), encoding="utf-8")
         return wandb.init(
             project=config.metrics.wandb,
-            id=kept.read_text(),
+            id=kept.read_text(encoding="utf-8"),
             resume="allow",
             dir=workdir,
             name=workdir.name,
@@ -157,7 +158,7 @@ def _drop_after(last_step: int, path: Path) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     whole = [line for line in lines if line.endswith(b"\n")]
     try:
-        kept = [line for line in whole if json.loads(line)["step"] <= last_step]
+        kept = [line for line in whole if parse_json(line)["step"] <= last_step]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} has lines that are no metrics of a run: move it away, or choose another "

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tpipe_jax.json_files import read_json
 from tpipe_jax.planning.schedule import Schedule
 from tpipe_jax.planning.simulate import Box, Timeline
 
@@ -69,15 +70,16 @@ def read_timeline(events: list[dict[str, Any]], schedule: Schedule) -> tuple[str
 
 def write_trace(path: Path, events: list[dict[str, Any]]) -> None:
     """Writes events to a file that Perfetto opens."""
-    path.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n")
+    text = json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def read_trace(path: Path, kind: int) -> list[dict[str, Any]]:
     """Returns the events of one kind in a trace file; none if it is missing or not a trace."""
     try:
-        return [
-            event for event in json.loads(path.read_text())["traceEvents"] if event["pid"] == kind
-        ]
+        events = [event for event in read_json(path)["traceEvents"] if event["pid"] == kind]
+        work_of(events)  # raises if they are no events of slices
+        return events
     except (OSError, ValueError, KeyError, TypeError):
         return []
 

@@ -3,13 +3,14 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from tpipe_jax.config.settings import Config, differences, from_dict, to_dict
 from tpipe_jax.errors import UserError
 from tpipe_jax.files import locked, writing_to
+from tpipe_jax.json_files import read_json
 from tpipe_jax.model.flops import forward_flops
 from tpipe_jax.planning.estimator import predicted_timeline
 from tpipe_jax.planning.plan import Plan
@@ -45,7 +46,7 @@ def changed_settings(config: Config, workdir: Path) -> list[str]:
             if foreign:
                 raise UserError(f"{foreign[0]} without one")
             return []
-        before = to_dict(from_dict(json.loads(path.read_text())))
+        before = to_dict(from_dict(read_json(path)))
     except (UserError, ValueError, OSError, AttributeError) as error:
         raise UserError(
             f"--workdir={workdir} is not the folder of a run, which has a config.json ({error}): "
@@ -91,7 +92,7 @@ def describe_in_files(
 def write_config(config: Config, workdir: Path) -> None:
     """Writes config.json, in one step, since others may read it. Raises OSError."""
     new = workdir / "config.json.new"
-    new.write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    new.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
     os.replace(new, workdir / "config.json")
 
 
@@ -123,6 +124,21 @@ def _write_timelines(workdir: Path, plan: Plan, events: list[dict[str, Any]]) ->
 
 
 @contextmanager
+def left_as_found(folder: Path) -> Iterator[None]:
+    """Removes the folder, and those above it, if they are new and empty when a `UserError` ends the
+    block: a run that is refused leaves nothing behind.
+    """
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except UserError:
+        for path in new:
+            with suppress(OSError):  # it is not empty
+                path.rmdir()
+        raise
+
+
+@contextmanager
 def run_lock(folder: Path) -> Iterator[None]:
     """Makes a folder of a workdir, and keeps other runs out of it.
 
@@ -135,5 +151,5 @@ def run_lock(folder: Path) -> Iterator[None]:
         f"another run is at work in --workdir={folder.parent}: wait for its end, stop it, or "
         "choose another folder."
     )
-    with locked(descriptor, sentence, is_needed=False):
+    with locked(descriptor, folder, sentence):
         yield

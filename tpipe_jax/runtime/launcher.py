@@ -93,14 +93,14 @@ def start_local(argv: Sequence[str], flags: Flags | PlanFlags, children: list[Ch
 def _start(command: Sequence[str], is_relayed: bool = False) -> Child:
     """Starts a process in a session of its own, so that only this process sends it signals."""
     if not is_relayed:
-        return subprocess.Popen(command, text=True, start_new_session=True)
+        return subprocess.Popen(command, encoding="locale", start_new_session=True)
     width = get_terminal_size().columns - len("[0] ")
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
+        encoding="locale",  # which the process has too
         errors="replace",
         env=os.environ | {"PYTHONUNBUFFERED": "1", "COLUMNS": str(width)},
         start_new_session=True,

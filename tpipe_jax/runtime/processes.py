@@ -30,6 +30,8 @@ from tpipe_jax.config.flags import Flags, PlanFlags, ProcessFlags
 from tpipe_jax.config.settings import FLASH_PACKAGES, differences, to_dict
 from tpipe_jax.errors import UserError
 from tpipe_jax.runtime.failures import ending_together, print_error
+from tpipe_jax.runtime.network import hidden, host_and_port, place_gloo, proxies
+from tpipe_jax.runtime.schedulers import check_alone, misleading
 from tpipe_jax.version import __version__
 
 PACKAGE = Path(__file__).parents[1]
@@ -124,7 +126,7 @@ def _connect(flags: ProcessFlags) -> bool:
     if listening and flags.process_id == 0:
         _check_listening(listening)  # jax may crash if it cannot listen
     jax.config.update("jax_enable_preemption_service", False)  # until `stop_notices`
-    with _giving_up(flags):
+    with _giving_up(flags), hidden([*proxies(), *misleading(os.environ)]):
         try:
             jax.distributed.initialize(
                 flags.coordinator,
@@ -139,26 +141,14 @@ def _connect(flags: ProcessFlags) -> bool:
             )
         except Exception as error:  # libraries of schedulers raise errors of any type
             if flags.coordinator is None and "coordinator_address" in str(error):
-                _check_started_alone()
+                check_alone(os.environ)
                 return False
             raise UserError(
                 f"jax cannot join the processes of this run ({error}): tell it about them with "
                 "--coordinator, --num-processes and --process-id."
             ) from error
+    place_gloo()
     return True
-
-
-def _check_started_alone() -> None:
-    """Raises `UserError` if Open MPI has started this process with others. jax, which has found no
-    scheduler, does not know its versions from 5 on.
-    """
-    size = os.environ.get("OMPI_COMM_WORLD_SIZE", "1")
-    if size != "1":
-        raise UserError(
-            f"mpirun has started {size} processes, but jax cannot tell how they find each other: "
-            "start them as launch/mpi.sh does, with --coordinator, --num-processes and "
-            "--process-id."
-        )
 
 
 @contextmanager
@@ -203,7 +193,7 @@ def _listening_address(coordinator: str) -> str:
     """Returns where process 0 listens: at the coordinator's address if it is a number, else at all
     addresses of its host. A host's name may mean another address on that host than on others.
     """
-    host, port = _host_and_port(coordinator)
+    host, port = host_and_port(coordinator)
     try:
         ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
     except ValueError:
@@ -213,7 +203,7 @@ def _listening_address(coordinator: str) -> str:
 
 def _check_listening(address: str) -> None:
     """Raises `UserError` if no program can listen at the address."""
-    host, port = _host_and_port(address)
+    host, port = host_and_port(address)
     if host == "::" and not socket.has_dualstack_ipv6():
         host = "0.0.0.0"
     try:
@@ -230,15 +220,10 @@ def _check_listening(address: str) -> None:
 
 def _answers(address: str) -> bool:
     try:
-        socket.create_connection(_host_and_port(address), 3).close()
+        socket.create_connection(host_and_port(address), 3).close()
     except (OSError, ValueError):
         return False
     return True
-
-
-def _host_and_port(address: str) -> tuple[str, int]:
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
 
 
 def _agree(flags: Flags | PlanFlags) -> None:

@@ -73,7 +73,8 @@ class Loop:
                         log.leave_out(self._start_profile())
                         within(f"step {step}")
                     state, values = self.programs.train_step(state, rows)
-                    log.finish()  # waits for the step before; meanwhile devices go on to this one
+                    # Waits for the step before; meanwhile devices go on to this one.
+                    log.finish(is_next_running=True)
                 log.add_wait(wait_seconds)
                 log.begin(step, values)
                 if self.profiled.is_last(step):

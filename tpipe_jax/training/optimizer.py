@@ -1,5 +1,6 @@
 """The optimiser: AdamW with linear warm-up, cosine decay and clipping by the global norm."""
 
+import math
 from typing import Any
 
 import jax
@@ -23,6 +24,17 @@ def learning_rate(config: Config) -> optax.Schedule:
     warmup = optax.linear_schedule(peak / max(1, warmup_steps), peak, max(1, warmup_steps - 1))
     decay = optax.cosine_decay_schedule(peak, max(1, num_steps - warmup_steps), FINAL_FRACTION)
     return optax.join_schedules([warmup, decay], [warmup_steps])
+
+
+def learning_rate_at(config: Config, step: int) -> float:
+    """Returns what `learning_rate` is at a step, computed without the devices: they would compute
+    it only after the step that they are at.
+    """
+    peak, warmup_steps = config.optim.learning_rate, config.optim.warmup_steps
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    share = min(1.0, (step - warmup_steps) / max(1, config.train.num_steps - warmup_steps))
+    return peak * (FINAL_FRACTION + (1 - FINAL_FRACTION) * (1 + math.cos(math.pi * share)) / 2)
 
 
 def make_optimizer(config: Config) -> optax.GradientTransformation:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import Array, lax
 from jax.sharding import PartitionSpec
@@ -183,6 +184,52 @@ def make_loss(spec: StageSpec, schedule: Schedule) -> Wrapped:
         return psum(total, "data") / _count(batch.targets_BT)
 
     return over_mesh(spec, local, lambda _: PartitionSpec())
+
+
+def checked_rows(config: Config, rows: np.ndarray) -> np.ndarray:
+    """Returns rows of the shape that `RowLayout` says, as int32.
+
+    Raises `UserError`, which names the first bad place, if they are not whole numbers, or if the
+    model would take a place for something else than what it says. Sound rows are read once or
+    twice, which takes no time beside a step.
+    """
+    if not np.issubdtype(rows.dtype, np.integer):
+        raise UserError(
+            f"rows of type {rows.dtype} must be whole numbers: give token ids as int32."
+        )
+    size, marks_documents = config.model.vocab_size, config.data.marks_documents
+    tokens, starts = (rows[:, :2], rows[:, 2]) if marks_documents else (rows, None)
+    lowest = int(tokens.min())
+    if lowest < IGNORE or tokens.max() >= size or (marks_documents and tokens[:, 0].min() < 0):
+        is_bad = (tokens < IGNORE) | (tokens >= size)
+        if marks_documents:
+            is_bad[:, 0] |= tokens[:, 0] < 0
+        raise UserError(
+            f"{_first(rows, is_bad)} is no token: ids are from 0 to {size - 1}, and a target that "
+            f"does not count is tpipe_jax.config.IGNORE={IGNORE}."
+        )
+    if starts is not None:
+        is_bad = (starts < 0) | (starts > np.arange(starts.shape[1]))
+        if is_bad.any():
+            is_bad = np.stack([np.zeros_like(is_bad)] * 2 + [is_bad], 1)
+            raise UserError(
+                f"{_first(rows, is_bad)} is no start of a document: that is the place of its first "
+                "input, from 0 to the place of this one."
+            )
+    elif lowest == IGNORE:
+        is_bad = (rows[:, :-1] == IGNORE) & (rows[:, 1:] != IGNORE)
+        if is_bad.any():
+            raise UserError(
+                f"{_first(rows, is_bad)} is the input for a token that counts: only the end of a "
+                "row may be IGNORE, unless config.data.packing=whole keeps targets apart."
+            )
+    return rows.astype(np.int32, copy=False)
+
+
+def _first(rows: np.ndarray, is_bad: np.ndarray) -> str:
+    """Returns the first bad place of rows, with its value, as text."""
+    place = tuple(np.argwhere(is_bad)[0].tolist())
+    return f"rows[{', '.join(map(str, place))}]={rows[place]}"
 
 
 class _Batch(NamedTuple):

@@ -5,10 +5,10 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 from jax import Array
 
 from tpipe_jax.devices.hardware import peak_flops
@@ -20,7 +20,7 @@ from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.settings import work_factors
 from tpipe_jax.reporting.console import Console
 from tpipe_jax.reporting.metrics import Metrics
-from tpipe_jax.training.optimizer import learning_rate
+from tpipe_jax.training.optimizer import learning_rate_at
 
 COMPARED_STEPS = 20  # to time before prediction and measurement are compared
 STEP_METRICS = ("loss", "grad_norm", "loss_scale", "skipped_steps", "loss_spikes")
@@ -54,13 +54,14 @@ class StepLog:
         if plan.prediction:
             self._bubble = predicted_timeline(plan, work_factors(config, plan)).bubble
         self._tokens_per_step = config.train.batch_size * config.model.seq_len
-        self._learning_rate = learning_rate(config)
+        self._learning_rate = partial(learning_rate_at, config)
         self._running: tuple[int, dict[str, Array]] | None = None
         self.start()
 
-    def start(self) -> None:
-        """Counts time from now on."""
-        self._num_timed, self._since, self._wait_seconds = 0, time.monotonic(), 0.0
+    def start(self, since: float | None = None) -> None:
+        """Counts time from `since`, a time of `time.monotonic`, or from now on."""
+        self._since = time.monotonic() if since is None else since
+        self._num_timed, self._wait_seconds = 0, 0.0
 
     def begin(self, step: int, values: dict[str, Array]) -> None:
         self._running = step, values
@@ -81,16 +82,21 @@ class StepLog:
         """Leaves out `seconds` that did not belong to a step."""
         self._since += seconds
 
-    def finish(self, evaluate: Callable[[], float] | None = None) -> None:
+    def finish(
+        self, evaluate: Callable[[], float] | None = None, is_next_running: bool = False
+    ) -> None:
         """Waits for the step that was begun, if there is one, and logs it if it is due.
 
-        `evaluate` returns a held-out loss, and makes the step due. Raises `UserError` if the run
-        has diverged.
+        `evaluate` returns a held-out loss, and makes the step due. If the next step has been
+        dispatched already, the time for writing the line belongs to that step. Nothing here may use
+        the devices then, since they would do it after that step. Raises `UserError` if the run has
+        diverged.
         """
         if self._running is None:
             return
         (step, values), self._running = self._running, None
         values = jax.device_get(values)  # sorts the names; STEP_METRICS has their order
+        now = time.monotonic()
         line = {name: values[name].item() for name in STEP_METRICS if name in values}
         self._num_timed += 1
         is_finite = math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"])
@@ -105,11 +111,11 @@ class StepLog:
             or step == self._train.num_steps
         ):
             return
-        step_seconds = (time.monotonic() - self._since) / self._num_timed
+        step_seconds = (now - self._since) / self._num_timed
         # Updates of the optimiser before this step: earlier steps that were not skipped.
         num_updates = step - 1 - line["skipped_steps"] + (not is_finite)
         line |= {
-            "learning_rate": np.asarray(self._learning_rate(num_updates)).item(),
+            "learning_rate": self._learning_rate(num_updates),
             "step_seconds": step_seconds,
             **self._speed(step_seconds),
             "data_wait_seconds": self._wait_seconds / self._num_timed,
@@ -134,7 +140,7 @@ class StepLog:
         if has_diverged:
             raise UserError(self._divergence(step, num_bad))
         self._compare(step, step_seconds)
-        self.start()
+        self.start(now if is_next_running else None)
 
     def _speed(self, step_seconds: float) -> dict[str, float]:
         tokens, flops = (n / step_seconds for n in (self._tokens_per_step, self._flops))
