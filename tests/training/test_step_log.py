@@ -133,3 +133,21 @@ def test_peaks_of_known_devices():
     assert peak("cpu") is None
     assert peak("NVIDIA H200", "float32") is None
     assert peak("cpu", "float32", peak_tflops=2.0) == 2e12
+
+
+@pytest.mark.parametrize(("losses", "is_said"), [("0123456789", True), ("0123426789", False)])
+def test_a_loss_that_only_rises_is_told_once(losses: str, is_said: bool, tmp_path: Path):
+    config = runs.changed(runs.small_config(tmp_path), train={"num_steps": 20})
+    mesh = make_mesh(config.mesh, jax.devices()[: config.mesh.num_devices])
+    console = runs.Lines()
+    names = "loss", "grad_norm", "skipped_steps", "loss_spikes", "consecutive_skips"
+    with closing(Metrics(tmp_path, 0)) as metrics, console.progress(0, 20):
+        log = step_log.StepLog(make_spec(config, mesh), Plan(2, (4,), ((16,),)), metrics, console)
+        for step, loss in enumerate(losses, 1):
+            log.begin(step, {name: jnp.float32(0) for name in names} | {"loss": jnp.float32(loss)})
+            log.finish()
+    said = [line for line in console.said if "has risen" in line]
+    assert said == [
+        "step 9: the loss has risen in 8 lines in a row, from 0.000 to 8.000: lower "
+        "config.optim.learning_rate=0.001, or look at the data"
+    ] * is_said

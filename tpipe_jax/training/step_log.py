@@ -22,6 +22,7 @@ from tpipe_jax.reporting.console import Console
 from tpipe_jax.reporting.metrics import Metrics
 from tpipe_jax.training.optimizer import learning_rate_at
 
+RISES = 8  # of the loss from line to line, after which it is told; noise alone: one in 8!
 COMPARED_STEPS = 20  # to time before prediction and measurement are compared
 STEP_METRICS = ("loss", "grad_norm", "loss_scale", "skipped_steps", "loss_spikes")
 
@@ -53,6 +54,7 @@ class StepLog:
         self._bubble = None
         if plan.prediction:
             self._bubble = predicted_timeline(plan, work_factors(config, plan)).bubble
+        self._rising: list[float] = []  # the losses of the lines since the last that did not rise
         self._tokens_per_step = config.train.batch_size * config.model.seq_len
         self._learning_rate = partial(learning_rate_at, config)
         self._running: tuple[int, dict[str, Array]] | None = None
@@ -139,6 +141,7 @@ class StepLog:
         self._console.show_progress(step, line)
         if has_diverged:
             raise UserError(self._divergence(step, num_bad))
+        self._watch(step, line["loss"])
         self._compare(step, step_seconds)
         self.start(now if is_next_running else None)
 
@@ -164,6 +167,18 @@ class StepLog:
             f"config.optim.warmup_steps={self._optim.warmup_steps}, and the same command goes on "
             "from the last checkpoint, which is untouched, or starts again with another --workdir."
         )
+
+    def _watch(self, step: int, loss: float) -> None:
+        """Says it, once, if the loss only rises."""
+        if self._rising and not loss > self._rising[-1]:
+            self._rising = []
+        self._rising.append(loss)
+        if len(self._rising) == RISES + 1:
+            self._console.say(
+                f"step {step}: the loss has risen in {RISES} lines in a row, from "
+                f"{self._rising[0]:.3f} to {loss:.3f}: lower "
+                f"config.optim.learning_rate={self._optim.learning_rate:g}, or look at the data"
+            )
 
     def _compare(self, step: int, step_seconds: float) -> None:
         """Shows once how well prediction and measurement agree, when enough steps have been timed.
