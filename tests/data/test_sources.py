@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from support.text_data import TEXT, B, T, settings, write_folder
 from tpipe_jax.data.batches import Batches, open_data
-from tpipe_jax.data.sources import Documents, TokenSource
+from tpipe_jax.data.reader import Documents
+from tpipe_jax.data.sources import TokenSource
 from tpipe_jax.errors import UserError
 
 

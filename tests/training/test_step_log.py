@@ -147,7 +147,11 @@ def test_a_loss_that_only_rises_is_told_once(losses: str, is_said: bool, tmp_pat
             log.begin(step, {name: jnp.float32(0) for name in names} | {"loss": jnp.float32(loss)})
             log.finish()
     said = [line for line in console.said if "has risen" in line]
-    assert said == [
-        "step 9: the loss has risen in 8 lines in a row, from 0.000 to 8.000: lower "
-        "config.optim.learning_rate=0.001, or look at the data"
-    ] * is_said
+    assert (
+        said
+        == [
+            "step 9: the loss has risen in 8 lines in a row, from 0.000 to 8.000: lower "
+            "config.optim.learning_rate=0.001, or look at the data"
+        ]
+        * is_said
+    )
