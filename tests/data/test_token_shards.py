@@ -310,3 +310,45 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(UserError, match=r"cannot write --out=.*: make room"):
         make_shards([tmp_path / "a.txt"], tmp_path / "file" / "out", "bytes", HowToRead(), 1)
+
+
+def test_of_two_commands_one_makes_the_folder(tmp_path: Path):
+    """With the tokenizer and the tokens of the same text."""
+    contents = ["one text, over and over. " * 200, "zwei Texte, immer wieder. " * 200]
+    commands = []
+    for i, text in enumerate(contents):
+        (tmp_path / f"{i}.txt").write_text(text)
+        args = [f"--out={tmp_path / 'out'}", "--train-bpe=300", str(tmp_path / f"{i}.txt")]
+        commands.append([sys.executable, "launch/tokenize.py", *args])
+    children = [
+        subprocess.Popen(own, cwd=runs.ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        for own in commands
+    ]
+    said = [child.communicate()[1].decode() for child in children]
+    assert sorted(child.returncode for child in children) == [0, 2], said
+    assert "is at work on --out=" in "".join(said) or "is there already" in "".join(said)
+    winner = [child.returncode for child in children].index(0)
+    tokenizer = open_tokenizer("x", str(tmp_path / "out" / "tokenizer.json"))
+    source = open_source("x", str(tmp_path / "out"), 300, DataConfig())
+    tokens = [t for t in source.read(0, len(source)).tolist() if t != tokenizer.end]
+    assert tokenizer.decode(tokens) == contents[winner]
+    assert (tmp_path / "out.tokenizer.json").read_bytes() == (
+        tmp_path / "out" / "tokenizer.json"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["../secret", "/ABSOLUTE", "link"])
+def test_an_index_does_not_lead_out_of_its_folder(name: str, tmp_path: Path):
+    """Shards may be a stranger's."""
+    (tmp_path / "a.txt").write_text("some text")
+    for folder in ("out", "other"):
+        make_shards([tmp_path / "a.txt"], tmp_path / folder, "bytes", HowToRead(), 1)
+    for suffix in (".bin", ".idx"):
+        (tmp_path / "other" / f"00000{suffix}").rename(tmp_path / f"secret{suffix}")
+        (tmp_path / "out" / f"link{suffix}").symlink_to(tmp_path / f"secret{suffix}")
+    index = tmp_path / "out" / "index.json"
+    about = json.loads(index.read_text())
+    about["shards"][0]["name"] = name.replace("ABSOLUTE", str(tmp_path / "secret").lstrip("/"))
+    index.write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"index.json that names '.*', which is not in that folder"):
+        open_source("x", str(tmp_path / "out"), 256, DataConfig())

@@ -140,6 +140,14 @@ def _open_shards(
             f"{setting} was made with a tokenizer of {size} tokens, more than "
             f"config.model.vocab_size={vocab_size}: set that to at least as many."
         )
+    for name in names:
+        # The index may be a stranger's: what it names must be in its folder.
+        path = folder / f"{name}.bin"
+        if Path(name).name != name or path.resolve().parent != folder.resolve():
+            raise UserError(
+                f"{setting} has an {INDEX} that names {name!r}, which is not in that folder: make "
+                "the shards again, or name the file itself."
+            )
     return [_open_megatron(setting, folder / f"{name}.bin") for name in names]
 
 

@@ -26,14 +26,16 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from tpipe_jax.config.paths import expanded
 from tpipe_jax.config.settings import BYTES_NAME
 from tpipe_jax.data.contents import content_of
 from tpipe_jax.data.documents import HowToRead, Piece, file_stat, read_pieces
 from tpipe_jax.data.encode import encoded
 from tpipe_jax.data.end_token import SETTINGS, write_end
+from tpipe_jax.data.end_token import end_token as find_end
 from tpipe_jax.data.find import find
 from tpipe_jax.data.token_files import INDEX, MEGATRON
-from tpipe_jax.data.tokenizer import Tokenizer, hugging_face, open_tokenizer
+from tpipe_jax.data.tokenizer import Tokenizer, hugging_face, open_tokenizer, train_bpe
 from tpipe_jax.errors import UserError
 from tpipe_jax.files import locked
 from tpipe_jax.json_files import read_json
@@ -71,61 +73,96 @@ class Result:
 def make_shards(
     inputs: Sequence[Path],
     out: Path,
-    tokenizer: str,
+    tokenizer: str | int,
     how_to_read: HowToRead,
     num_workers: int,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
     end_token: str | None = None,
 ) -> list[Result]:
-    """Tokenizes all documents; returns the shards. A shard that an earlier call has left behind is
-    kept if its input files, the way to read them and the tokenizer have not changed.
+    """Tokenizes all documents; returns the shards. `tokenizer` is bytes, a tokenizer.json, or the
+    number of tokens of one that is first learnt from the documents, and also written beside `out`.
+    A shard that an earlier call has left behind is kept if its input files, the way to read them
+    and the tokenizer have not changed.
 
-    Raises `UserError` if an input cannot be read, no document has text, or `out` exists already.
+    Raises `UserError` if an input cannot be read, no document has text, another command is at work
+    on `out`, or `out` exists already.
     """
+    there = f"--out={out} is there already: choose another folder, or remove it."
     if out.exists():
-        raise UserError(f"--out={out} is there already: choose another folder, or remove it.")
+        raise UserError(there)
     parts = cut(find_files(inputs, how_to_read.field)[0], how_to_read)
     out = out.absolute()
     partial = out.with_name(out.name + PARTIAL)
-    opened = open_tokenizer("--tokenizer", tokenizer, end_token)
-    content = b"" if tokenizer == BYTES_NAME else Path(tokenizer).read_bytes()
-    how = {
-        **how_to_read._asdict(),
-        "end": opened.end,
-        "tokenizer": hashlib.sha256(content).hexdigest(),
-    }
     busy = f"another command is at work on --out={out}: wait for its end, or stop it."
     try:
         partial.mkdir(parents=True, exist_ok=True)
+        # All of an output is written by one command: its tokenizer must be that of its tokens.
         with locked(os.open(partial, os.O_RDONLY), partial, busy):
-            worker = _Worker(tokenizer, how_to_read, end_token)
-            results = _results(parts, partial, worker, how, num_workers, on_progress)
+            if out.exists():  # the other command has ended between the two
+                raise UserError(there)
+            worker = _prepared(tokenizer, end_token, parts, partial, out, how_to_read)
+            results = _results(parts, partial, worker, num_workers, on_progress)
             if not any(result.num_tokens for result in results):
                 raise UserError(
                     f"{', '.join(map(str, inputs))} has no text in it: name text to tokenize."
                 )
-        (partial / TOKENIZER).unlink(missing_ok=True)
-        if content:
-            (partial / TOKENIZER).write_bytes(content)
-            write_end(partial, hugging_face("--tokenizer", tokenizer), opened.end)
-        about = {
-            "format": 1,
-            "tokenizer": TOKENIZER if content else BYTES_NAME,
-            "vocab_size": opened.vocab_size,
-            "end": opened.end,
-            "shards": [asdict(result) for result in results if result.num_tokens],
-        }
-        (partial / INDEX).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-        for path in partial.glob("*.json"):
-            if path.name not in (INDEX, TOKENIZER, SETTINGS[0]):
-                path.unlink()
-        partial.rename(out)
+            _publish(partial, out, worker, results)
     except OSError as error:
         raise UserError(
             f"cannot write --out={out} ({error.strerror}: {error.filename}): make room, or choose "
             "another folder; the same command goes on."
         ) from None
     return results
+
+
+def _prepared(
+    tokenizer: str | int,
+    end: str | None,
+    parts: Sequence[ShardInput],
+    partial: Path,
+    out: Path,
+    how: HowToRead,
+) -> "_Worker":
+    """Puts the tokenizer into the folder. Returns what worker processes are told."""
+    own = partial / TOKENIZER
+    for name in (TOKENIZER, SETTINGS[0]):
+        (partial / name).unlink(missing_ok=True)
+    if tokenizer == BYTES_NAME:
+        return _Worker(BYTES_NAME, how, open_tokenizer("--tokenizer", BYTES_NAME, end).end, None)
+    if isinstance(tokenizer, int):
+        documents = (piece.text for part in parts for piece in texts(part, how, Counter()))
+        content = train_bpe(documents, tokenizer).to_str(pretty=True).encode()
+        out.with_name(f"{out.name}.{TOKENIZER}").write_bytes(content)
+        named = str(own)
+    else:
+        named = tokenizer
+        hugging_face("--tokenizer", named)  # raises if it is none
+        content = expanded("--tokenizer", named).read_bytes()
+    own.write_bytes(content)
+    made = hugging_face("--tokenizer", str(own))
+    found = find_end(made, named, end)
+    write_end(partial, made, found)
+    return _Worker(str(own), how, found, hashlib.sha256(content).hexdigest())
+
+
+def _publish(partial: Path, out: Path, worker: "_Worker", results: Sequence[Result]) -> None:
+    """Completes the folder, and gives it its name."""
+    if worker.digest is not None:
+        content = (partial / TOKENIZER).read_bytes()
+        if hashlib.sha256(content).hexdigest() != worker.digest:
+            raise UserError(f"{partial / TOKENIZER} has changed meanwhile: run the command again.")
+    about = {
+        "format": 1,
+        "tokenizer": BYTES_NAME if worker.digest is None else TOKENIZER,
+        "vocab_size": open_tokenizer("--tokenizer", worker.tokenizer).vocab_size,
+        "end": worker.end,
+        "shards": [asdict(result) for result in results if result.num_tokens],
+    }
+    (partial / INDEX).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    for path in partial.glob("*.json"):
+        if path.name not in (INDEX, TOKENIZER, SETTINGS[0]):
+            path.unlink()
+    partial.rename(out)
 
 
 def find_files(inputs: Sequence[Path], field: str = "text") -> tuple[list[Path], list[str]]:
@@ -204,10 +241,10 @@ def _results(
     parts: Sequence[ShardInput],
     folder: Path,
     worker: "_Worker",
-    how: dict[str, Any],
     num_workers: int,
     on_progress: Callable[[int, int], None],
 ) -> list[Result]:
+    how = worker.as_made
     results: list[Result | None] = [_left_behind(folder, i, p, how) for i, p in enumerate(parts)]
     todo = [i for i, result in enumerate(results) if result is None]
     done = len(parts) - len(todo)
@@ -239,20 +276,28 @@ class _Worker(NamedTuple):
 
     tokenizer: str
     how: HowToRead
-    end_token: str | None
+    end: int | None
+    """The token that ends a document."""
+    digest: str | None
+    """Of the tokenizer's file."""
+
+    @property
+    def as_made(self) -> dict[str, Any]:
+        """What the tokens depend on, beside the input."""
+        return {**self.how._asdict(), "end": self.end, "tokenizer": self.digest}
 
 
 _tokenizer: Tokenizer | None = None  # of a worker process
-_how = HowToRead()
+_how, _end = HowToRead(), np.array([], np.int32)
 
 
 def _open_in_worker(worker: _Worker) -> None:
-    global _tokenizer, _how
+    global _tokenizer, _how, _end
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are parallel already
-    _tokenizer = open_tokenizer("--tokenizer", worker.tokenizer, worker.end_token)
-    _how = worker.how
+    _tokenizer = open_tokenizer("--tokenizer", worker.tokenizer)
+    _how, _end = worker.how, np.array([] if worker.end is None else [worker.end], np.int32)
 
 
 def _end_with_parent() -> None:
@@ -271,11 +316,13 @@ def _write_shard(folder: Path, index: int, part: ShardInput, how: dict[str, Any]
     is_short = _tokenizer.vocab_size <= LARGEST
     dtype, code = (np.dtype("<u2"), 8) if is_short else (np.dtype("<i4"), 4)
     name, lengths = f"{index:05}", []
-    end, skipped = [] if _tokenizer.end is None else [_tokenizer.end], Counter[str]()
+    skipped = Counter[str]()
     with (folder / f"{name}.bin").open("wb") as file:
         size = 0
         for own in encoded(texts(part, _how, skipped), _tokenizer, part.files[0][0]):
-            tokens = np.concatenate([own.tokens, end * own.ends]).astype(dtype)
+            tokens = np.concatenate([own.tokens, _end] if own.ends else [own.tokens])
+            assert tokens.max(initial=0) < _tokenizer.vocab_size
+            tokens = tokens.astype(dtype)
             file.write(tokens.tobytes())
             size += len(tokens)
             if own.ends:
