@@ -205,6 +205,7 @@ def test_a_block_that_would_not_be_used_is_refused(imported: tuple[Any, Path]):
         tpipe_jax.load(imported[1], config=named, devices=jax.devices()[:1])
 
 
+@pytest.mark.slow
 def test_a_loaded_model_is_saved_for_transformers(imported: tuple[Any, Path], tmp_path: Path):
     """With its tokenizer, here of bytes; both give what the model here gives."""
     reason = 'needs torch and transformers: pip install -e ".[interop]"'

@@ -105,6 +105,7 @@ def test_figures_and_what_is_shown(tmp_path: Path):
     assert any("The limit is config.memory.limit_gib." in text for text in console.said)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize("gib", [0.003, 0.0001], ids=["by XLA's plan", "by shapes alone"])
 def test_what_does_not_fit_is_shown_and_refused(gib: float, tmp_path: Path):
@@ -118,6 +119,7 @@ def test_what_does_not_fit_is_shown_and_refused(gib: float, tmp_path: Path):
     assert "memory of a device with config.memory.remat=full" in console.tables
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("here")
 def test_the_first_policy_that_fits_is_taken():
     dots = compile_for(flags(with_limit(1, remat="dots"))).figures()["peak_bytes"]

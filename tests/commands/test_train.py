@@ -195,7 +195,7 @@ def test_a_scale_that_is_too_large_costs_a_few_steps_only(config: Config, tmp_pa
         is_skipped = line["grad_norm"] is None
         assert line["loss_scale"] == scale
         rate = float(learning_rate(config)(n - skipped))
-        assert line["learning_rate"] == pytest.approx(rate)
+        assert line["learning_rate"] == pytest.approx(rate, rel=1e-5)  # that is float32
         scale = scale / 2**10 if is_skipped else min(scale * 2**10, 2.0**32)
         skipped += is_skipped
         assert line["skipped_steps"] == skipped

@@ -74,6 +74,7 @@ def test_batches_of_another_size_go_on_with_the_next_sequence(
     assert then.sequences_before(5) == 3 * before + 2 * after
 
 
+@pytest.mark.slow
 def test_a_run_with_another_batch_size_reads_each_sequence_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -97,6 +98,7 @@ def test_a_run_with_another_batch_size_reads_each_sequence_once(
     assert "going on with training sequence 24, since batches had another size before" in said
 
 
+@pytest.mark.slow
 def test_data_that_have_changed_are_named(tmp_path: Path):
     config = runs.changed(runs.small_config(tmp_path), train={"num_steps": 1})
     runs.run(config, tmp_path / "run")

@@ -291,6 +291,7 @@ def test_a_full_disk_leaves_nothing(folder: Path, tmp_path: Path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "run"]
 
 
+@pytest.mark.slow
 def test_the_command(folder: Path, tmp_path: Path):
     """There and back; a mistake is one sentence."""
     run, back = tmp_path / "run", tmp_path / "back"

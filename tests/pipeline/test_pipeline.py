@@ -191,6 +191,7 @@ def test_gradients_on_chosen_meshes(case: Case) -> None:
     check_gradients(case.config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 @pytest.mark.parametrize(
     "case",

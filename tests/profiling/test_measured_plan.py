@@ -122,6 +122,7 @@ def test_another_precision_is_measured_anew(config: Config, tmp_path: Path, call
     assert calls[0] == "profile"
 
 
+@pytest.mark.slow
 def test_what_was_measured_for_more_schedules_serves_fewer(
     config: Config, tmp_path: Path, calls: list[str]
 ):
@@ -205,6 +206,7 @@ def test_latencies_of_another_origin_are_not_overwritten(
         assert calls == []
 
 
+@pytest.mark.slow
 def test_a_run_is_not_planned_over(config: Config, tmp_path: Path, calls: list[str]):
     run(config, tmp_path)
     plan_run(config, tmp_path, jax.devices()[:2], Lines())

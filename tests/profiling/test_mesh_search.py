@@ -106,6 +106,7 @@ def test_a_run_trains_on_the_mesh_that_is_found(config: Config, tmp_path: Path):
     assert not any("changed since" in text for text in console.said if "num_steps" not in text)
 
 
+@pytest.mark.slow
 def test_what_is_planned_is_what_a_run_finds(config: Config, tmp_path: Path):
     """Nothing is measured again, and the state of the optimiser is divided as on that mesh."""
     workdir, console = tmp_path / "run", Seen()
