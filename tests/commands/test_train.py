@@ -336,6 +336,7 @@ def test_ctrl_c_saves_and_says_how_to_continue(tmp_path: Path):
     assert [line["step"] for line in metrics(tmp_path)] == list(range(1, 31))
 
 
+@pytest.mark.slow
 def test_settings_that_are_rarely_meant_are_named(tmp_path: Path):
     config = changed(
         small_config(tmp_path),

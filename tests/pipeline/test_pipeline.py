@@ -346,6 +346,7 @@ def test_gradients_of_weights_come_later_whatever_is_saved(remat: str) -> None:
     check_gradients(dataclasses.replace(config, memory=MemoryConfig(remat=remat)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh", "seq_len", "batch_slices", "tokens", "part"),
     [

@@ -175,6 +175,7 @@ def test_of_a_short_run_the_last_step_is_traced(tmp_path: Path):
     timeline_file.check_measured(tmp_path / "run", 2, 2, 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("why", ["one stage", "profiled"])
 def test_some_steps_are_not_traced(why: str, tmp_path: Path):
     config = runs.changed(runs.small_config(tmp_path), train={"num_steps": 2, "trace_step": 2})

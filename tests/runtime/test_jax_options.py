@@ -98,6 +98,7 @@ def one_step(folder: Path) -> tuple[float, dict[str, np.dtype]]:
     return float(metrics["loss"]), types
 
 
+@pytest.mark.slow
 def test_the_library_computes_the_same_whatever_the_options(
     tmp_path: Path, request: pytest.FixtureRequest
 ):
