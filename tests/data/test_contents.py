@@ -16,6 +16,7 @@ import zstandard
 from support.text_data import settings
 from support.token_files import megatron
 from tpipe_jax.config.settings import DataConfig
+from tpipe_jax.data import contents, documents, reader
 from tpipe_jax.data.batches import open_data
 from tpipe_jax.data.contents import content_of
 from tpipe_jax.data.sources import TokenSource, open_source
@@ -119,6 +120,37 @@ def test_what_is_neither_text_nor_tokens_is_refused(
         open_data(settings(tmp_path / name))
     assert what in str(error.value)
     assert str(tmp_path / name) in str(error.value)
+
+
+def test_what_grows_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A small compressed file may hold one endless record or text."""
+    monkeypatch.setattr(documents, "MOST_RECORD_BYTES", 1000)
+    monkeypatch.setattr(reader, "MOST_TOKENS", 5000)
+    (tmp_path / "a.jsonl").write_bytes(zst(b'{"text": "' + b"x" * 2000 + b'"}\n'))
+    with pytest.raises(UserError, match=r"has a record of more than 1,000 bytes at byte 0"):
+        opened(tmp_path / "a.jsonl")
+    (tmp_path / "a.txt").write_bytes(zst(b"x" * 10_000))
+    with pytest.raises(UserError, match=r"has more than 5,000 tokens, which a run does not keep"):
+        opened(tmp_path / "a.txt")
+    packed, sizes = zst(b"x" * 2**27), []
+    (tmp_path / "b.txt").write_bytes(packed)
+    assert len(packed) < 2**15
+    with contents.unpacked(tmp_path / "b.txt", "Zstandard") as file:
+        raw: Any = file
+        while content := raw.read1(2**26):
+            sizes.append(max(len(content), len(raw.raw._rest)))
+    assert max(sizes) <= 2**25
+
+
+def test_an_empty_compressed_file_counts_once(tmp_path: Path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b""))
+    (tmp_path / "b.txt").write_text("some text")
+    assert opened(tmp_path).notes == [f"--data={tmp_path}: skipped 1 empty file"]
+
+
+def test_a_mark_of_the_byte_order_hides_no_records(tmp_path: Path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbf" + LINES)
+    assert bytes(tokens(opened(tmp_path / "a.txt"))) == b"helloworld"
 
 
 def test_a_nul_far_inside_of_a_text_is_found_when_it_is_read(tmp_path: Path):

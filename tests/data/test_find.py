@@ -46,7 +46,23 @@ def test_a_folder_of_token_files(train: str, val: str, others: list[str], tmp_pa
     notes = [note.removeprefix(f"config.data.train={tmp_path}: ") for note in batches.notes]
     number = {0: [], 1: ["1 file passed over"], 2: ["2 files passed over"]}[len(others)]
     passed = [f"{text} ({', '.join(sorted(others))})" for text in number]
-    assert notes == [*passed, f"{val} held out, as the name says"]
+    assert notes == [*passed, f"{val} not trained on, as the name says"]
+    assert held_out.notes == [
+        f"config.data.train={tmp_path}: the held-out part is {val}, as the name says"
+    ]
+
+
+def test_test_data_are_not_looked_at_if_others_are_held_out(tmp_path: Path):
+    for name, first in (("train.bin", 300), ("test.bin", 400), ("val.bin", 200)):
+        token_file(tmp_path / name, first)
+    found = find("x", str(tmp_path))
+    assert found
+    assert [path.name for path in found.held_out] == ["val.bin"]
+    assert [path.name for path in found.passed_over] == ["test.bin"]
+    (tmp_path / "val.bin").unlink()
+    found = find("x", str(tmp_path))
+    assert found
+    assert [path.name for path in found.held_out] == ["test.bin"]
 
 
 def test_held_out_data_may_be_named_by_its_folder(tmp_path: Path):

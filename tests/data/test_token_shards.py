@@ -17,6 +17,7 @@ from support import runs
 from tpipe_jax.config.settings import Config, DataConfig, ModelConfig, TrainConfig
 from tpipe_jax.data import token_shards
 from tpipe_jax.data.batches import open_data, open_held_out
+from tpipe_jax.data.carried import with_carried
 from tpipe_jax.data.documents import HowToRead
 from tpipe_jax.data.sources import open_source
 from tpipe_jax.data.token_shards import cut, find_files, make_shards, texts
@@ -350,5 +351,9 @@ def test_an_index_does_not_lead_out_of_its_folder(name: str, tmp_path: Path):
     about = json.loads(index.read_text())
     about["shards"][0]["name"] = name.replace("ABSOLUTE", str(tmp_path / "secret").lstrip("/"))
     index.write_text(json.dumps(about))
-    with pytest.raises(UserError, match=r"index.json that names '.*', which is not in that folder"):
+    with pytest.raises(UserError, match=r"index.json names '.*', which is not in that folder"):
         open_source("x", str(tmp_path / "out"), 256, DataConfig())
+    about |= {"tokenizer": "../secret.json", "vocab_size": 300}
+    index.write_text(json.dumps(about))
+    with pytest.raises(UserError, match=r"index.json names '../secret.json', which is not in"):
+        with_carried(Config(data=DataConfig(train=str(tmp_path / "out"))))

@@ -125,7 +125,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
     if data is not None and not (
         isinstance(data, dict)
         and data.keys() == {"sequences", "tokens"}
-        and all(type(number) is int and 0 <= number < 2**63 for number in data.values())
+        and all(type(number) is int and 0 <= number < 2**48 for number in data.values())
     ):
         raise DamagedError(f"{MANIFEST} has no numbers of sequences and tokens")
     return Manifest(manifest.format, manifest.step, manifest.identity, files, data)

@@ -8,7 +8,7 @@ from pathlib import Path
 from tpipe_jax.config.paths import expanded
 from tpipe_jax.config.settings import BYTES, BYTES_NAME, Config, DataConfig
 from tpipe_jax.data.end_token import end_token, write_end
-from tpipe_jax.data.token_files import about_shards
+from tpipe_jax.data.token_files import about_shards, tokenizer_of_shards
 from tpipe_jax.data.tokenizer import hugging_face
 from tpipe_jax.errors import UserError
 
@@ -22,11 +22,11 @@ def with_carried(config: Config) -> tuple[Config, str]:
     data, model = config.data, config.model
     folder = expanded("config.data.train", data.train)
     about = about_shards(folder) if data.train else None
-    if about is None or about.get("tokenizer", BYTES_NAME) == BYTES_NAME:
+    if about is None or (own := tokenizer_of_shards(folder, about)) is None:
         return config, ""
     changes = []
     if data.tokenizer == BYTES_NAME:
-        data = replace(data, tokenizer=str(folder / str(about["tokenizer"])))
+        data = replace(data, tokenizer=str(own))
         changes.append(f"config.data.tokenizer={data.tokenizer}")
     size = about.get("vocab_size")
     if model.vocab_size == BYTES and isinstance(size, int) and size > BYTES:

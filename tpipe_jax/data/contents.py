@@ -27,6 +27,7 @@ PACKED_SUFFIXES = (".gz", ".zst")
 SOURCE_SUFFIXES = (".py", ".md", ".rst")  # text, even if it begins with a JSON object
 TABLE_SUFFIXES = (".csv", ".tsv")
 HEAD_BYTES = 2**16
+FRAME_BYTES = 2**10  # of a compressed file, which may become 32 MB when they are unpacked
 PROMPT, COMPLETION, MESSAGES = "prompt", "completion", "messages"  # fields of a record
 
 _GZIP, _ZSTANDARD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
@@ -135,7 +136,7 @@ class _Zstandard(io.RawIOBase):
     def readinto(self, buffer: Any) -> int:
         while not self._rest:
             content = self._frame.unused_data if self._frame.eof else b""
-            content = content or self._file.read(HEAD_BYTES)
+            content = content or self._file.read(FRAME_BYTES)
             if not content:
                 if not self._frame.eof:
                     raise EOFError("its last frame does not end")
@@ -256,6 +257,7 @@ def _kind_of_text(path: Path, head: bytes, suffix: str, field: str) -> Kind:
 
 
 def _first_line(head: bytes) -> bytes:
+    head = head.removeprefix(codecs.BOM_UTF8)
     return next((line for line in head.splitlines() if line.strip()), b"").strip()
 
 

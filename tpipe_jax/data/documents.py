@@ -27,6 +27,7 @@ from tpipe_jax.errors import UserError
 from tpipe_jax.json_files import parse_json
 
 EMPTY_FILES, EMPTY_RECORDS = "empty file", "empty document"  # what is skipped
+MOST_RECORD_BYTES = 2**26  # of a line, so that no file takes memory without bound
 LEARNT_ROLE = "assistant"
 
 
@@ -191,7 +192,12 @@ def _lines(
             file.seek(start)
         at = start
         while stop is None or at < stop:
-            line = file.readline()
+            line = file.readline(MOST_RECORD_BYTES + 1)
+            if len(line) > MOST_RECORD_BYTES:
+                raise UserError(
+                    f"{path} has a record of more than {MOST_RECORD_BYTES:,} bytes at byte {at}: "
+                    "split it."
+                )
             if line.strip():
                 yield f"{path} at byte {at}", line.strip()
             elif not line:

@@ -28,7 +28,7 @@ def end_token(made: tokenizers.Tokenizer, path: str, given: str | None) -> int |
                 "leave it out."
             )
         return token
-    for name in (*_in_settings(Path(path).parent), *NAMES):
+    for name in (*_in_settings(Path(path).expanduser().parent), *NAMES):
         if (token := made.token_to_id(name)) is not None:
             return token
     return None

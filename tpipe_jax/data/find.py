@@ -15,9 +15,9 @@ from tpipe_jax.errors import UserError
 MOST_NAMED = 3  # files that are named where many are passed over
 _PATTERN = re.compile(r"[*?\[]")
 # How nanoGPT and llm.c name the files of a data set: train.bin and val.bin, x_train_000001.bin.
-_TRAIN, _VAL = (
+_TRAIN, _VAL, _TEST = (
     re.compile(rf"(?:^|[_.-])(?:{names})(?:[_.-]|$)", re.IGNORECASE)
-    for names in ("train|training", "val|valid|validation|eval|test")
+    for names in ("train|training", "val|valid|validation|eval|dev", "test")
 )
 
 
@@ -116,12 +116,14 @@ def _is_text(path: Path, field: str) -> bool:
 
 def _divided(files: Sequence[Path], others: Sequence[Path]) -> Found:
     """Returns files, with those apart that are named as held-out ones beside training ones."""
-    held_out = [path for path in files if _VAL.search(path.stem)]
-    train = [path for path in files if path not in set(held_out)]
-    named = [path for path in train if _TRAIN.search(path.stem)]
+    val, test, named = (
+        [path for path in files if names.search(path.stem)] for names in (_VAL, _TEST, _TRAIN)
+    )
+    held_out = val or test  # test data are not looked at if there are others
+    named = [path for path in named if path not in {*val, *test}]
     if not named or not held_out:
         return Found(tuple(files), passed_over=tuple(others))
-    rest = [path for path in train if path not in set(named)]
+    rest = [path for path in files if path not in {*named, *held_out}]
     return Found(tuple(named), tuple(held_out), (*rest, *others))
 
 

@@ -15,6 +15,7 @@ from tpipe_jax.data.token_files import TEXT, TokenFile
 from tpipe_jax.data.tokenizer import Tokenizer
 from tpipe_jax.errors import UserError
 
+MOST_TOKENS = 2**30  # of a file whose tokens are kept in memory: 4 GB
 BY_TOKENIZER = "text by its tokenizer"  # a format
 
 
@@ -76,6 +77,7 @@ class Reader:
                     f"{part.path} is empty: remove it, or set config.data.on_empty to skip."
                 )
             self._skipped[EMPTY_FILES] += 1
+            return []
         if not len(part):
             return []
         if isinstance(part, TokenFile) and part.content.kind == "token file":
@@ -134,6 +136,11 @@ class Reader:
             tokens += own
             is_learnt.append(np.full(size, part.is_learnt))
             at, is_new = at + size, part.ends
+            if at > MOST_TOKENS:
+                raise UserError(
+                    f"{where} has more than {MOST_TOKENS:,} tokens, which a run does not keep in "
+                    "memory: make shards of it with tpipe tokenize."
+                )
         self._has_documents |= not is_file and len(starts) > 1
         if not at:
             return None

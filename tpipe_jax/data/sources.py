@@ -199,7 +199,8 @@ def _listed(name: str, value: str) -> list[str]:
             f"{name}={value} cannot be read ({error}): name a file with a source and its weight in "
             "each line, as a.bin:0.7."
         ) from None
-    sources = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    lines = [line.strip() for line in lines]
+    sources = [line for line in lines if line and not line.startswith("#")]
     if not sources:
         raise UserError(f"{name}={value} lists no sources: write a line for each, as a.bin:0.7.")
     return [own if own.startswith("~") else str(path.parent / own) for own in sources]
@@ -235,8 +236,9 @@ def open_source(name: str, value: str, vocab_size: int, data: DataConfig) -> Tok
     notes += reader.notes
     if held_out_parts:
         names = ", ".join(file.path.name for file in held_out[:3] if isinstance(file, TokenFile))
-        notes.append(f"{setting}: {names} held out, as the name says")
-        apart = _source(f"{setting} (held out)", vocab_size, held_out_parts, [], data)
+        notes.append(f"{setting}: {names} not trained on, as the name says")
+        said = [f"{setting}: the held-out part is {names}, as the name says"]
+        apart = _source(f"{setting} (held out)", vocab_size, held_out_parts, said, data)
         return _source(setting, vocab_size, parts, notes, data, apart)
     return _source(setting, vocab_size, parts, notes, data)
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from tpipe_jax.config.paths import expanded
+from tpipe_jax.config.settings import BYTES_NAME
 from tpipe_jax.data.contents import TOKEN_SUFFIXES, Content, check_text, content_of
 from tpipe_jax.data.find import find
 from tpipe_jax.errors import UserError
@@ -126,6 +127,25 @@ def about_shards(folder: Path) -> dict[str, Any] | None:
     return about if isinstance(about, dict) and "shards" in about else None
 
 
+def tokenizer_of_shards(folder: Path, about: dict[str, Any]) -> Path | None:
+    """Returns the tokenizer.json of token shards, from their index; None if tokens are bytes.
+
+    Raises `UserError` if the index, which may be a stranger's, names one outside of its folder.
+    """
+    name = about.get("tokenizer", BYTES_NAME)
+    return None if name == BYTES_NAME else _inside(folder, str(name))
+
+
+def _inside(folder: Path, name: str) -> Path:
+    path = folder / name
+    if Path(name).name != name or path.resolve().parent != folder.resolve():
+        raise UserError(
+            f"{folder / INDEX} names {name!r}, which is not in that folder: make the shards again, "
+            "or name the file itself."
+        )
+    return path
+
+
 def _open_shards(
     setting: str, folder: Path, about: dict[str, Any], vocab_size: int
 ) -> list[TokenFile]:
@@ -141,14 +161,8 @@ def _open_shards(
             f"config.model.vocab_size={vocab_size}: set that to at least as many."
         )
     for name in names:
-        # The index may be a stranger's: what it names must be in its folder.
-        path = folder / f"{name}.bin"
-        if Path(name).name != name or path.resolve().parent != folder.resolve():
-            raise UserError(
-                f"{setting} has an {INDEX} that names {name!r}, which is not in that folder: make "
-                "the shards again, or name the file itself."
-            )
-    return [_open_megatron(setting, folder / f"{name}.bin") for name in names]
+        _inside(folder, f"{name}.idx")
+    return [_open_megatron(setting, _inside(folder, f"{name}.bin")) for name in names]
 
 
 def _open_text(path: Path, content: Content) -> TokenFile:
