@@ -14,6 +14,7 @@ from tpipe_jax.config.settings import Config, DataConfig, ModelConfig
 from tpipe_jax.data.batches import Batches, open_data
 from tpipe_jax.data.carried import with_carried
 from tpipe_jax.data.documents import HowToRead
+from tpipe_jax.data.sources import open_source
 from tpipe_jax.data.token_shards import make_shards
 from tpipe_jax.data.tokenizer import train_bpe
 from tpipe_jax.errors import UserError
@@ -129,3 +130,16 @@ def test_a_run_keeps_its_tokenizer(shards: Path, tmp_path: Path):
     own = runs.changed(own, data={"tokenizer": str(tmp_path / "other.json")})
     with pytest.raises(UserError, match=r"other.json is not the tokenizer that this run began"):
         runs.run(own, tmp_path / "run")
+
+
+def test_shards_of_another_tokenizer_are_refused(shards: Path, tmp_path: Path):
+    """A copy of their own serves."""
+    (tmp_path / "copy.json").write_bytes((shards / "tokenizer.json").read_bytes())
+    train_bpe(["quite another text, other words"], 262).save(str(tmp_path / "other.json"))
+    for name, is_own in (("copy.json", True), ("other.json", False)):
+        data = DataConfig(train=str(shards), tokenizer=str(tmp_path / name))
+        if is_own:
+            assert len(open_source("x", str(shards), 300, data))
+        else:
+            with pytest.raises(UserError, match=r"was made with another tokenizer than .*other"):
+                open_source("x", str(shards), 300, data)

@@ -12,10 +12,18 @@ from typing import NamedTuple
 import numpy as np
 
 from tpipe_jax.config.paths import expanded
-from tpipe_jax.config.settings import DataConfig
+from tpipe_jax.config.settings import BYTES_NAME, DataConfig
 from tpipe_jax.data.reader import Documents, Reader, Segment
-from tpipe_jax.data.token_files import LLM_C_FORMAT, PYDOCS, TEXT, TokenFile, open_files
-from tpipe_jax.data.tokenizer import open_tokenizer
+from tpipe_jax.data.token_files import (
+    LLM_C_FORMAT,
+    PYDOCS,
+    TEXT,
+    TokenFile,
+    about_shards,
+    open_files,
+    tokenizer_of_shards,
+)
+from tpipe_jax.data.tokenizer import hugging_face, open_tokenizer
 from tpipe_jax.errors import UserError
 
 _WEIGHTED = re.compile(r":(\d*\.?\d+(?:[eE][+-]?\d+)?)$")  # how each of several sources ends
@@ -219,6 +227,7 @@ def open_source(name: str, value: str, vocab_size: int, data: DataConfig) -> Tok
         if value == PYDOCS:
             files, held_out, notes = [_pydocs(setting)], [], []
         else:
+            _check_tokenizer(setting, expanded(name, value), data)
             files, held_out, notes = open_files(setting, value, vocab_size, data.field)
         parts, held_out_parts = (
             [part for file in own for part in reader.in_tokens(file)] for own in (files, held_out)
@@ -241,6 +250,23 @@ def open_source(name: str, value: str, vocab_size: int, data: DataConfig) -> Tok
         apart = _source(f"{setting} (held out)", vocab_size, held_out_parts, said, data)
         return _source(setting, vocab_size, parts, notes, data, apart)
     return _source(setting, vocab_size, parts, notes, data)
+
+
+def _check_tokenizer(setting: str, folder: Path, data: DataConfig) -> None:
+    """Raises `UserError` if shards were made with another tokenizer than that of the settings."""
+    about = about_shards(folder)
+    own = tokenizer_of_shards(folder, about) if about else None
+    if own is None or data.tokenizer == BYTES_NAME or not own.is_file():
+        return
+    one, other = (
+        hugging_face(name, str(path)).get_vocab()
+        for name, path in (("config.data.tokenizer", data.tokenizer), (setting, own))
+    )
+    if one != other:
+        raise UserError(
+            f"{setting} was made with another tokenizer than config.data.tokenizer="
+            f"{data.tokenizer}: name {own}, or leave it out."
+        )
 
 
 def _in_brackets(notes: Sequence[str], setting: str) -> str:
