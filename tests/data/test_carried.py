@@ -127,7 +127,9 @@ def test_a_run_keeps_its_tokenizer(shards: Path, tmp_path: Path):
     own = runs.changed(own, data={"train": str(tmp_path / "moved")}, train={"num_steps": 2})
     assert runs.run(own, tmp_path / "run")[-1].startswith("Trained 2 steps")
     train_bpe(["quite another text"], 260).save(str(tmp_path / "other.json"))
-    own = runs.changed(own, data={"tokenizer": str(tmp_path / "other.json")})
+    (tmp_path / "own.txt").write_text("quite another text " * 200)  # not of any tokenizer
+    others = {"tokenizer": str(tmp_path / "other.json"), "train": str(tmp_path / "own.txt")}
+    own = runs.changed(own, data=others)
     with pytest.raises(UserError, match=r"other.json is not the tokenizer that this run began"):
         runs.run(own, tmp_path / "run")
 

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence, Set
 from functools import cached_property
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
