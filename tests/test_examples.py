@@ -153,7 +153,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     }
     (folder / "there").mkdir()
     write_model(folder / "there", config, values.__getitem__, 2**30)
-    convert.import_gpt2(folder / "there", folder / "run")
+    convert.import_model(folder / "there", folder / "run")
     return params, folder / "run"
 
 

@@ -32,7 +32,7 @@ from tpipe_jax.data.sources import open_shares
 from tpipe_jax.devices.mesh import put_rows
 from tpipe_jax.devices.startup import find_devices
 from tpipe_jax.errors import UserError
-from tpipe_jax.interop.convert import export_gpt2
+from tpipe_jax.interop.convert import export_model
 from tpipe_jax.pipeline.spec import StageSpec, spec_on_devices
 from tpipe_jax.planning.latency import LatencyTable
 from tpipe_jax.planning.plan import Plan, PlanRequest, check_plan
@@ -222,11 +222,11 @@ class Model:
         return evaluate(self.trained, open_shares("data", str(data), size, self.config.data))
 
     def save(self, folder: Path | str) -> None:
-        """Writes a folder that `transformers.GPT2LMHeadModel.from_pretrained` loads, with the
+        """Writes a folder that `transformers` loads, with the
         tokenizer of the run. Raises `UserError` if the folder is not empty, or if the model is not
         GPT-2's.
         """
-        export_gpt2(self._workdir, Path(folder), self.step)
+        export_model(self._workdir, Path(folder), self.step)
 
 
 @needed()

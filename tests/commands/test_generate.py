@@ -170,7 +170,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bytes")
     (folder / "made").mkdir()
     gpt2_files.write_model(folder / "made", config, values.__getitem__, gpt2_files.SHARD_BYTES)
-    convert.import_gpt2(folder / "made", folder / "run")
+    convert.import_model(folder / "made", folder / "run")
     return folder / "run"
 
 
@@ -222,7 +222,7 @@ def gpt2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
         parameter.data += 0.2 * torch.randn_like(parameter)
     folder = tmp_path_factory.mktemp("gpt2")
     made.save_pretrained(folder / "there")
-    convert.import_gpt2(folder / "there", folder / "run")
+    convert.import_model(folder / "there", folder / "run")
     return made, folder / "run"
 
 
@@ -270,7 +270,7 @@ def test_text_of_a_tokenizer(tmp_path: Path):
     }
     source.mkdir()
     gpt2_files.write_model(source, config, values.__getitem__, gpt2_files.SHARD_BYTES)
-    convert.import_gpt2(source, workdir)
+    convert.import_model(source, workdir)
     tokenizer = open_tokenizer("--tokenizer", str(path))
     prompt = tokenizer.encode("Grüße").tolist()
     ids = run_launcher(workdir, "--prompt-ids=" + ",".join(map(str, prompt)), "--max-tokens=20")

@@ -90,7 +90,7 @@ def test_logits_of_imported_weights_are_those_of_transformers(
     source = tmp_path / "source"
     gpt.save_pretrained(source, max_shard_size=max_shard_size)
     assert (source / "model.safetensors").exists() == (max_shard_size == "5GB")
-    config = convert.import_gpt2(source, tmp_path / "run")
+    config = convert.import_model(source, tmp_path / "run")
     assert config.model == MODEL
     params = restored(tmp_path / "run", config).params
     params = jax.tree.map(np.asarray, params)
@@ -113,8 +113,8 @@ def test_a_round_trip_changes_no_bit(
     transformers = pytest.importorskip("transformers", reason=REASON)
     monkeypatch.setattr(gpt2, "SHARD_BYTES", shard_bytes)
     gpt, source = saved
-    convert.import_gpt2(source, tmp_path / "run")
-    assert convert.export_gpt2(tmp_path / "run", tmp_path / "back", None) == 0
+    convert.import_model(source, tmp_path / "run")
+    assert convert.export_model(tmp_path / "run", tmp_path / "back", None) == 0
     assert (tmp_path / "back" / gpt2.INDEX).exists() == (shard_bytes == 10_000)
     again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "back")
     weights = again.state_dict()
@@ -125,7 +125,7 @@ def test_a_round_trip_changes_no_bit(
 
 def test_all_but_parameters_are_as_in_a_fresh_state(folder: Path, tmp_path: Path):
     """On a mesh of several stages too."""
-    config = convert.import_gpt2(folder, tmp_path / "run")
+    config = convert.import_model(folder, tmp_path / "run")
     config = runs.changed(config, mesh={"data": 3, "pipe": 2})
     state = restored(tmp_path / "run", config)
     mesh = make_mesh(config.mesh, jax.devices()[:6])
@@ -136,7 +136,7 @@ def test_all_but_parameters_are_as_in_a_fresh_state(folder: Path, tmp_path: Path
 @pytest.mark.slow
 def test_a_run_starts_from_imported_weights(folder: Path, tmp_path: Path):
     workdir = tmp_path / "run"
-    convert.import_gpt2(folder, workdir)
+    convert.import_model(folder, workdir)
     tokens = tmp_path / "tokens.bin"
     (np.arange(3000) ** 2 % 53).astype(np.uint16).tofile(tokens)
     config = runs.changed(
@@ -156,7 +156,7 @@ def test_a_run_starts_from_imported_weights(folder: Path, tmp_path: Path):
     said = runs.run(config, workdir)
     assert "starting from imported weights" in said
     before = load_file(folder / "model.safetensors")
-    assert convert.export_gpt2(workdir, tmp_path / "out", None) == 2
+    assert convert.export_model(workdir, tmp_path / "out", None) == 2
     after = load_file(tmp_path / "out/model.safetensors")
     for name, value in before.items():
         np.testing.assert_array_equal(after[name], value, name)
@@ -232,7 +232,7 @@ def test_what_cannot_be_imported_is_named_and_nothing_written(
 ):
     spoil(folder)
     with pytest.raises(UserError, match=sentence):
-        convert.import_gpt2(folder, tmp_path / "run")
+        convert.import_model(folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -241,7 +241,7 @@ def test_masks_and_a_head_that_is_the_embedding_do_not_matter(folder: Path, tmp_
     values = {n.removeprefix("transformer."): v for n, v in load_file(path).items()}
     mask = np.ones((1, 1, 20, 20), np.uint8)
     save_file(values | {"h.0.attn.bias": mask, "lm_head.weight": values["wte.weight"]}, path)
-    convert.import_gpt2(folder, tmp_path / "run")
+    convert.import_model(folder, tmp_path / "run")
     tokens = zarr_files.read_array(tmp_path / "run/checkpoints/0/params/embed/tokens")
     np.testing.assert_array_equal(tokens, values["wte.weight"])
 
@@ -252,40 +252,40 @@ def test_short_formats_become_float32(folder: Path, tmp_path: Path):
     path = folder / "model.safetensors"
     values = {n: v.astype(ml_dtypes.bfloat16) for n, v in load_file(path).items()}
     save_file(values, path)
-    convert.import_gpt2(folder, tmp_path / "run")
+    convert.import_model(folder, tmp_path / "run")
     tokens = zarr_files.read_array(tmp_path / "run/checkpoints/0/params/embed/tokens")
     np.testing.assert_array_equal(tokens, values["transformer.wte.weight"].astype(np.float32))
 
 
 def test_folders_that_hold_something_stay_as_they_are(folder: Path, tmp_path: Path):
     run, out = tmp_path / "run", tmp_path / "out"
-    convert.import_gpt2(folder, run)
+    convert.import_model(folder, run)
     with pytest.raises(UserError, match=rf"--workdir={run} is not empty"):
-        convert.import_gpt2(folder, run)
+        convert.import_model(folder, run)
     out.mkdir()
     (out / "mine").write_text("")
     with pytest.raises(UserError, match=rf"--to={out} is not empty"):
-        convert.export_gpt2(run, out, None)
+        convert.export_model(run, out, None)
     assert [p.name for p in out.iterdir()] == ["mine"]
     with pytest.raises(UserError, match=r"--step=3 is not in .*these steps, 0\."):
-        convert.export_gpt2(run, tmp_path / "new", 3)
+        convert.export_model(run, tmp_path / "new", 3)
     with pytest.raises(UserError, match=r"has no sound checkpoint \(it has none\)"):
-        convert.export_gpt2(out, tmp_path / "new", None)
+        convert.export_model(out, tmp_path / "new", None)
     (run / "checkpoints/0/params/norm/scale/0").write_bytes(b"short")
     with pytest.raises(UserError, match=r"no sound checkpoint \(0: params/norm/scale/0 has 5"):
-        convert.export_gpt2(run, tmp_path / "new", None)
+        convert.export_model(run, tmp_path / "new", None)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "out", "run"]
 
 
 def test_a_full_disk_leaves_nothing(folder: Path, tmp_path: Path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    convert.import_gpt2(folder, tmp_path / "run")
+    convert.import_model(folder, tmp_path / "run")
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, hard))
     try:
         with pytest.raises(UserError, match=re.escape(f"cannot write to --workdir={tmp_path}/new")):
-            convert.import_gpt2(folder, tmp_path / "new")
+            convert.import_model(folder, tmp_path / "new")
         with pytest.raises(UserError, match=re.escape(f"cannot write --to={tmp_path}/out")):
-            convert.export_gpt2(tmp_path / "run", tmp_path / "out", None)
+            convert.export_model(tmp_path / "run", tmp_path / "out", None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "run"]
@@ -324,23 +324,23 @@ def test_the_command(folder: Path, tmp_path: Path):
 def test_the_tokenizer_goes_along(folder: Path, tmp_path: Path):
     """That of the run's settings, or another one that is named."""
     run = tmp_path / "run"
-    convert.import_gpt2(folder, run)
+    convert.import_model(folder, run)
     tokens = {"a": 0, "b": 1, "<|endoftext|>": 2}
     path = tmp_path / "own.json"
     tokenizers.Tokenizer(tokenizers.models.WordLevel(tokens, unk_token="a")).save(str(path))
     settings = json.loads((run / "config.json").read_text())
     settings["data"]["tokenizer"] = str(path)
     (run / "config.json").write_text(json.dumps(settings))
-    convert.export_gpt2(run, tmp_path / "own", None)
+    convert.export_model(run, tmp_path / "own", None)
     assert json.loads((tmp_path / "own" / "tokenizer.json").read_text())["model"]["vocab"] == tokens
     told = json.loads((tmp_path / "own" / "tokenizer_config.json").read_text())
     assert (told["model_max_length"], told["eos_token"]) == (20, "<|endoftext|>")
 
     with pytest.raises(UserError, match=r"--tokenizer=bytes has 256 tokens, but the model has 53"):
-        convert.export_gpt2(run, tmp_path / "other", None, "bytes")
+        convert.export_model(run, tmp_path / "other", None, "bytes")
     path.unlink()
     with pytest.raises(UserError, match=r"config.data.tokenizer=.*own.json cannot be read"):
-        convert.export_gpt2(run, tmp_path / "other", None)
+        convert.export_model(run, tmp_path / "other", None)
     assert not (tmp_path / "other").exists()
 
 
@@ -351,8 +351,8 @@ def mode(path: Path) -> int:
 def test_files_can_be_read_as_usual_ones(folder: Path, tmp_path: Path):
     before = os.umask(0o022)
     try:
-        convert.import_gpt2(folder, tmp_path / "run")
-        convert.export_gpt2(tmp_path / "run", tmp_path / "out", None)
+        convert.import_model(folder, tmp_path / "run")
+        convert.export_model(tmp_path / "run", tmp_path / "out", None)
         gpt2.write_model(made := tmp_path / "shards", MODEL, *reading(made, tmp_path, 4000))
     finally:
         os.umask(before)
@@ -361,7 +361,7 @@ def test_files_can_be_read_as_usual_ones(folder: Path, tmp_path: Path):
         assert {mode(path) for path in files} == {0o644}
     os.umask(0o077)
     try:
-        convert.export_gpt2(tmp_path / "run", tmp_path / "own", None)
+        convert.export_model(tmp_path / "run", tmp_path / "own", None)
     finally:
         os.umask(before)
     assert {mode(path) for path in (tmp_path / "own").iterdir()} == {0o600}
@@ -389,12 +389,12 @@ def test_tokenizer_and_end_are_kept_there_and_back(
     elif told_in:
         (folder / told_in).write_text(json.dumps({"eos_token": {"content": end}}))
     number = tokens[end]
-    config = convert.import_gpt2(folder, tmp_path / "run")
+    config = convert.import_model(folder, tmp_path / "run")
     shutil.move(folder, tmp_path / "moved")
     assert (config.data.end_token, config.data.separator) == (end, None)
     tokenizer = open_tokenizer("--tokenizer", config.data.tokenizer, config.data.end_token)
     assert (tokenizer.end, tokenizer.vocab_size) == (number, 4)
-    convert.export_gpt2(tmp_path / "run", tmp_path / "out", None)
+    convert.export_model(tmp_path / "run", tmp_path / "out", None)
     told = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (told["eos_token_id"], told["bos_token_id"]) == (number, number)
     told = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
@@ -402,7 +402,7 @@ def test_tokenizer_and_end_are_kept_there_and_back(
     assert told.get("unk_token") == (end if end == "<|endoftext|>" else None)
     kept = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert kept.get_vocab() == tokens
-    again = convert.import_gpt2(tmp_path / "out", tmp_path / "again")
+    again = convert.import_model(tmp_path / "out", tmp_path / "again")
     assert again.data.end_token == end
 
 
@@ -411,9 +411,9 @@ def test_the_end_is_kept_without_a_tokenizer(folder: Path, tmp_path: Path):
     for given, kept in ((53, None), (-1, None), ("x", None), (True, None), (7, 7), ([60, 9], 9)):
         edit(folder, eos_token_id=given)
         assert gpt2.read_end(folder, 53) == kept
-    config = convert.import_gpt2(folder, tmp_path / "run")
+    config = convert.import_model(folder, tmp_path / "run")
     assert (config.data.tokenizer, config.data.separator) == ("bytes", 9)
-    convert.export_gpt2(tmp_path / "run", tmp_path / "out", None)
+    convert.export_model(tmp_path / "run", tmp_path / "out", None)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 9
 
 
@@ -422,15 +422,15 @@ def test_a_tokenizer_that_does_not_fit_is_refused(folder: Path, tmp_path: Path):
     with pytest.raises(
         UserError, match=r"--from=.*tokenizer.json has .* but the model has 53: rem"
     ):
-        convert.import_gpt2(folder, tmp_path / "run")
+        convert.import_model(folder, tmp_path / "run")
     (folder / "tokenizer.json").write_text("[" * 100_000)
     with pytest.raises(UserError, match=r"--from=.*tokenizer.json cannot be read"):
-        convert.import_gpt2(folder, tmp_path / "run")
+        convert.import_model(folder, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def test_an_export_says_that_it_takes_an_older_checkpoint(folder: Path, tmp_path: Path):
-    convert.import_gpt2(folder, tmp_path / "run")
+    convert.import_model(folder, tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "7").mkdir()
     args = ["export", f"--workdir={tmp_path / 'run'}", f"--to={tmp_path / 'out'}"]
     command = [sys.executable, "launch/convert.py", *args]
@@ -456,9 +456,9 @@ def test_a_learnt_tokenizer_is_loaded_by_transformers(folder: Path, tmp_path: Pa
     }
     (tmp_path / "there").mkdir()
     gpt2.write_model(tmp_path / "there", config, values.__getitem__, gpt2.SHARD_BYTES)
-    convert.import_gpt2(tmp_path / "there", run)
+    convert.import_model(tmp_path / "there", run)
     made.save(str(tmp_path / "own.json"))
-    convert.export_gpt2(run, tmp_path / "out", None, str(tmp_path / "own.json"))
+    convert.export_model(run, tmp_path / "out", None, str(tmp_path / "own.json"))
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     text = "the quick, Grüße <|endoftext|>fox"
     assert loaded(text)["input_ids"] == made.encode(text).ids

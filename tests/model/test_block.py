@@ -20,7 +20,7 @@ from support.own_blocks import LLAMA, B, T, make_config
 from tpipe_jax import load
 from tpipe_jax.commands.generate import Generator, chooser
 from tpipe_jax.config.settings import (
-    GPT2,
+    BUILT_IN,
     IGNORE,
     Config,
     MemoryConfig,
@@ -88,7 +88,7 @@ def document_logits(config: ModelConfig, params: Params, tokens_T: Array) -> Arr
     x = params["embed"]["tokens"][tokens_T] + params["embed"]["positions"][: len(tokens_T)]
     for layer in params["blocks"]:
         x = llama_layer(layer, x, config.num_heads)
-    return transformer.final_norm(params["norm"], x) @ params["embed"]["tokens"].T
+    return transformer.final_norm(config, params["norm"], x) @ params["embed"]["tokens"].T
 
 
 def expected_loss(config: ModelConfig, rows_B3T: np.ndarray, params: Params) -> Array:
@@ -126,7 +126,7 @@ def drawn_params(config: ModelConfig) -> Params:
     """Larger than at the start of training, so that attention attends to something."""
     params = transformer.init(config, jax.random.key(1))
     params["embed"] = jax.tree.map(lambda a: 20 * a, params["embed"])
-    if config.block == GPT2:
+    if config.block == BUILT_IN:
         params["blocks"] = jax.tree.map(lambda a: 4 * a, params["blocks"])
     return params
 
@@ -157,7 +157,7 @@ def loss_and_grads(config: Config, rows: np.ndarray) -> tuple[float, float, Para
 
 @pytest.mark.parametrize(
     ("block", "is_apart"),
-    [(GPT2, True), (LLAMA, True), (LLAMA, False)],
+    [(BUILT_IN, True), (LLAMA, True), (LLAMA, False)],
     ids=["gpt2, documents", "llama, documents", "llama"],
 )
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
@@ -191,8 +191,8 @@ def test_documents_that_follow_each_other_in_the_same_rows():
     [
         (LLAMA, MemoryConfig(remat="full")),
         (LLAMA, MemoryConfig(remat="none")),
-        (GPT2, MemoryConfig(remat="full")),
-        (GPT2, MemoryConfig(remat="dots", defer_weight_grads=True)),
+        (BUILT_IN, MemoryConfig(remat="full")),
+        (BUILT_IN, MemoryConfig(remat="dots", defer_weight_grads=True)),
     ],
     ids=["llama-full", "llama-none", "gpt2-full", "gpt2-deferred"],
 )
@@ -337,5 +337,5 @@ def test_a_run_with_another_block(tmp_path: Path):
     trained = load(tmp_path / "run", config=Config(config.model)).trained
     assert (trained.step, trained.config.model.block) == (6, LLAMA)
     with pytest.raises(UserError, match=r"has layers of config\.model\.block=.*LlamaBlock, which"):
-        convert.export_gpt2(tmp_path / "run", tmp_path / "out", None)
+        convert.export_model(tmp_path / "run", tmp_path / "out", None)
     assert not (tmp_path / "out").exists()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from support.own_blocks import LLAMA, make_config
-from tpipe_jax.config.settings import MeshConfig
+from tpipe_jax.config.settings import MeshConfig, ModelConfig
 from tpipe_jax.errors import UserError
 from tpipe_jax.model.sharding import check_model
 
@@ -100,7 +100,12 @@ def test_mistakes_are_answered(tmp_path: Path, name: str, sentence: str):
         check_model(config, MeshConfig())
 
 
-def test_keys_that_model_does_not_divide():
+def test_heads_that_model_does_not_divide():
+    """More devices than heads of keys are right: each has a copy."""
     config = make_config(LLAMA, MeshConfig()).model
-    with pytest.raises(UserError, match=r"mesh\.model=4 does not divide the keys' heads of .* 2:"):
-        check_model(config, MeshConfig(model=4))
+    check_model(config, MeshConfig(model=4))
+    with pytest.raises(UserError, match=r"mesh\.model=8 does not divide the heads of .* 4:"):
+        check_model(config, MeshConfig(model=8))
+    config = ModelConfig(num_heads=6, num_kv_heads=3, d_model=24, d_ff=64, family="llama")
+    with pytest.raises(UserError, match=r"mesh\.model=2 neither divides the 3 heads of keys nor"):
+        check_model(config, MeshConfig(model=2))

@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
 from support import reference
-from tpipe_jax.config.settings import IGNORE, MeshConfig
+from tpipe_jax.config.settings import IGNORE, MeshConfig, ModelConfig
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.pipeline import vocab_parallel
 from tpipe_jax.pipeline.vocab_parallel import Head
@@ -88,35 +88,45 @@ def parts(batch_size: int) -> list[slice]:
     return [slice(1), slice(1, None)] if batch_size > 1 else [slice(1)]
 
 
+def model_of(vocab_size: int) -> ModelConfig:
+    return ModelConfig(d_model=D, vocab_size=vocab_size)
+
+
 def cross_entropy_and_grads(
-    head: Head, y: Array, targets: Array, vocab_size: int
+    model: ModelConfig, head: Head, y: Array, targets: Array, is_tied: bool = True
 ) -> tuple[Array, Head, Array]:
     """Of one part of the batch after another, with gradients of WEIGHT times the loss."""
-    nothing = {"tokens": head.table_VD, "positions": jnp.zeros((1, D))}
-    sums, d_y = vocab_parallel.no_sums(nothing, head.norm), []
+    params = {"embed": {"tokens": head.table_VD, "positions": jnp.zeros((1, D))}, "norm": head.norm}
+    if not is_tied:
+        params["head"] = {"table": head.table_VD}
+    sums, d_y = vocab_parallel.no_sums(params), []
     for rows in parts(len(y)):
-        of_part = y[rows], targets[rows], vocab_size, WEIGHT
-        sums, d_y_part = vocab_parallel.add_cross_entropy_and_grads(sums, head, *of_part)
+        of_part = y[rows], targets[rows], WEIGHT
+        sums, d_y_part = vocab_parallel.add_cross_entropy_and_grads(model, sums, head, *of_part)
         d_y.append(d_y_part)
-    d_table = vocab_parallel.embed_gradients(sums, WEIGHT)["tokens"]
-    d_head = Head(lax.psum(sums.d_norm, "pipe"), d_table)
+    found = vocab_parallel.gradients_of(sums, WEIGHT)
+    if is_tied:
+        return sums.loss, Head(found["norm"], found["embed"]["tokens"]), jnp.concatenate(d_y)
+    d_head = Head(found["norm"], found["head"]["table"] + found["embed"]["tokens"])
     return sums.loss, d_head, jnp.concatenate(d_y)
 
 
 def embed_grads(params: Params, tokens: Array, d_x: Array) -> Params:
     """Of one part of the batch after another."""
-    sums = vocab_parallel.no_sums(params, {})
+    sums = vocab_parallel.no_sums({"embed": params, "norm": {}})
     for rows in parts(len(tokens)):
         d_embed = vocab_parallel.add_embed_grads(sums.d_embed, tokens[rows], d_x[rows], WEIGHT)
         sums = sums._replace(d_embed=d_embed)
-    return vocab_parallel.embed_gradients(sums, WEIGHT)
+    return vocab_parallel.gradients_of(sums, WEIGHT)["embed"]
 
 
-def check_loss(config: MeshConfig, vocab_size: int) -> None:
+def check_loss(config: MeshConfig, vocab_size: int, is_tied: bool = True) -> None:
+    model = model_of(vocab_size)
+
     def local(head: Head, y: Array, targets: Array) -> tuple[Array, Array, Head, Array]:
         y = at_stage(config.pipe - 1, y)
-        only_value = vocab_parallel.cross_entropy(head, y, targets, vocab_size)
-        value, d_head, d_y = cross_entropy_and_grads(head, y, targets, vocab_size)
+        only_value = vocab_parallel.cross_entropy(model, head, y, targets)
+        value, d_head, d_y = cross_entropy_and_grads(model, head, y, targets, is_tied)
         return *lax.psum((only_value, value, d_head), "data"), d_y[None]
 
     head, y, targets = draw(vocab_size)
@@ -140,6 +150,11 @@ def test_cross_entropy_equals_plain_jax(config: MeshConfig, vocab_size: int) -> 
     check_loss(config, vocab_size)
 
 
+def test_a_head_with_a_table_of_its_own() -> None:
+    """The embedding gets no gradients of the head then, not even zeros that are wrong."""
+    check_loss(MeshConfig(data=2, pipe=2), 37, is_tied=False)
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_gradients_in_short_formats(dtype: Any) -> None:
     """Those of a head whose products are short, by rounding what goes into them: 2^-9 or 2^-12 of
@@ -153,7 +168,7 @@ def test_gradients_in_short_formats(dtype: Any) -> None:
 
     def local(head: Head, y: Array, targets: Array) -> tuple[Head, Array]:
         short = head._replace(table_VD=head.table_VD.astype(dtype))
-        _, d_head, d_y = cross_entropy_and_grads(short, y, targets, 74)
+        _, d_head, d_y = cross_entropy_and_grads(model_of(74), short, y, targets)
         return lax.psum(d_head, "data"), d_y
 
     specs = HEAD_SPECS, PartitionSpec(("data", "pipe"))
@@ -175,7 +190,8 @@ def test_logits_may_be_large() -> None:
     head, y, targets = draw(37)
     head = head._replace(table_VD=60 * head.table_VD)
     assert jnp.abs(reference_logits(head, y)).max() > 88
-    local = lambda *args: lax.psum(vocab_parallel.cross_entropy(*args, 37), "data")  # noqa: E731
+    loss = partial(vocab_parallel.cross_entropy, model_of(37))
+    local = lambda *args: lax.psum(loss(*args), "data")  # noqa: E731
     run = over(open_mesh(MeshConfig(pipe=2)), local, (HEAD_SPECS, DATA, DATA), ALL)
     value = run(head._replace(table_VD=pad(head.table_VD, 2)), y, targets)
     reference.assert_close(value, reference_loss(head, y, targets), TOLERANCE)
@@ -185,7 +201,7 @@ def test_logits_may_be_large() -> None:
 def test_logits_of_padding_are_the_least(vocab_size: int) -> None:
     head, y, _ = draw(vocab_size)
     padded = head._replace(table_VD=pad(head.table_VD, 4))
-    local = partial(vocab_parallel.logits, vocab_size=vocab_size)
+    local = partial(vocab_parallel.logits, model_of(vocab_size))
     specs = HEAD_SPECS, ALL
     got = over(open_mesh(MeshConfig(pipe=4)), local, specs, PartitionSpec(None, "pipe"))(
         padded, y[0]
@@ -235,6 +251,7 @@ def check_embedding(config: MeshConfig, vocab_size: int) -> None:
 @pytest.mark.parametrize("function", [vocab_parallel.cross_entropy, cross_entropy_and_grads])
 def test_logits_are_never_whole_in_memory(function: Any) -> None:
     num_tokens, vocab_size = 32 * 1024, 2048
+    model = model_of(vocab_size)
     y = jax.ShapeDtypeStruct((1, num_tokens, D), jnp.float32)
     targets = jax.ShapeDtypeStruct((1, num_tokens), jnp.int32)
     vector = jax.ShapeDtypeStruct((D,), jnp.float32)
@@ -243,8 +260,8 @@ def test_logits_are_never_whole_in_memory(function: Any) -> None:
 
     def local(*inputs: Array) -> Any:
         if function is vocab_parallel.cross_entropy:
-            return lax.psum(vocab_parallel.cross_entropy(*inputs, vocab_size), "data")
-        value, d_head, d_y = cross_entropy_and_grads(*inputs, vocab_size)
+            return lax.psum(vocab_parallel.cross_entropy(model, *inputs), "data")
+        value, d_head, d_y = cross_entropy_and_grads(model, *inputs)
         return *lax.psum((value, d_head), "data"), d_y[None]
 
     d_y_spec = PartitionSpec("pipe", "data")

@@ -1,6 +1,6 @@
 """What tests compare with: the same mathematics, simpler than the package."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -57,13 +57,11 @@ def to_stages(params: Params, mesh: Mesh, num_chunks: int = 1) -> Params:
         [padding if layer is None else blocks[layer] for layer in slot]
         for slot in _places(len(blocks), num_stages, num_chunks)
     ]
-    table_VD = params["embed"]["tokens"]
-    num_rows = padded_vocab_size(ModelConfig(vocab_size=len(table_VD)), mesh)
-    fill = num_rows - len(table_VD)
-    return params | {
-        "embed": params["embed"] | {"tokens": jnp.pad(table_VD, ((0, fill), (0, 0)))},
-        "blocks": [jax.tree.map(lambda *stages: jnp.stack(stages), *slot) for slot in slots],
-    }
+    num_tokens = len(params["embed"]["tokens"])
+    fill = padded_vocab_size(ModelConfig(vocab_size=num_tokens), mesh) - num_tokens
+    blocks = [jax.tree.map(lambda *stages: jnp.stack(stages), *slot) for slot in slots]
+    padded = _with_tables(params, lambda a: jnp.pad(a, ((0, fill), (0, 0))))
+    return padded | {"blocks": blocks}
 
 
 def from_stages(params: Params, num_layers: int, vocab_size: int, num_chunks: int = 1) -> Params:
@@ -78,8 +76,14 @@ def from_stages(params: Params, num_layers: int, vocab_size: int, num_chunks: in
         jax.tree.map(lambda a, s=stage: a[s], params["blocks"][n])
         for n, stage in (places[layer] for layer in range(num_layers))
     ]
-    tokens = params["embed"]["tokens"][:vocab_size]
-    return params | {"embed": params["embed"] | {"tokens": tokens}, "blocks": blocks}
+    return _with_tables(params, lambda a: a[:vocab_size]) | {"blocks": blocks}
+
+
+def _with_tables(params: Params, change: Callable[[Any], Any]) -> Params:
+    """The parameters with the tables of the vocabulary changed."""
+    embed = params["embed"] | {"tokens": change(params["embed"]["tokens"])}
+    head = {"head": {"table": change(params["head"]["table"])}} if "head" in params else {}
+    return params | {"embed": embed} | head
 
 
 def _places(num_layers: int, num_stages: int, num_chunks: int) -> list[list[int | None]]:

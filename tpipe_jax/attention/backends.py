@@ -87,6 +87,8 @@ def _obstacle(backend: Backend, config: Config, device: DeviceFacts, heads: Head
         )
     if not config.data.cross_document_attention:
         return "does not know where documents begin, as cross_document_attention=false needs"
+    if config.model.window is not None:
+        return f"has no sliding window, as config.model.sliding_window={config.model.window} needs"
     if backend == "flash":
         return _obstacle_of_flash(config, capability, heads)
     return _obstacle_of_cudnn(config, device, capability, heads)

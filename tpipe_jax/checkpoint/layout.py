@@ -23,6 +23,10 @@ ArrayShape = tuple[int, ...]
 Index = tuple[slice, ...]  # with start and stop
 
 
+# Tables with a row for each token, which are padded on a mesh.
+TABLES = (DictKey("embed"), DictKey("tokens")), (DictKey("head"), DictKey("table"))
+
+
 class Fragment(NamedTuple):
     """A part of an array of the model, on this process's host."""
 
@@ -107,7 +111,7 @@ class _Leaf:
         if self._place is not None:
             layers = stage_layers(config.num_layers, shape[0], num_chunks)
             self._layers: list[int] = layers[path[self._place].idx].tolist()
-        self._is_vocabulary = path[-2:] == (DictKey("embed"), DictKey("tokens"))
+        self._is_vocabulary = path[-2:] in TABLES
 
     def parts(self, bounds: Index) -> Iterator[tuple[str, ArrayShape, Index, Index]]:
         """Yields the model's arrays that overlap a region of this array. For each: name, shape, the

@@ -1,4 +1,4 @@
-"""`tpipe convert`: weights from and to the folders of Hugging Face's GPT-2."""
+"""`tpipe convert`: weights from and to Hugging Face folders."""
 
 import shlex
 
@@ -18,7 +18,7 @@ def main(args: list[str], program: str) -> None:
     from tpipe_jax.interop import convert
 
     if isinstance(flags, ImportFlags):
-        config = convert.import_gpt2(flags.source, flags.workdir)
+        config = convert.import_model(flags.source, flags.workdir, flags.seq_len)
         model, has_text = config.model, (flags.workdir / convert.TOKENIZER).exists()
         print(
             f"{flags.workdir} has a model of {model.num_layers} layers, width {model.d_model}, "
@@ -29,10 +29,13 @@ def main(args: list[str], program: str) -> None:
             f"--config.optim.learning-rate={config.optim.learning_rate:g}"
         )
     else:
-        step = convert.export_gpt2(flags.workdir, flags.to, flags.step, flags.tokenizer)
+        step = convert.export_model(
+            flags.workdir, flags.to, flags.step, flags.tokenizer, flags.dtype
+        )
         has_text = (flags.to / convert.TOKENIZER).exists()
         tokenizer = "and the tokenizer" if has_text else "and no tokenizer: the run names none"
         print(f"{flags.to} has the weights of step {step}, {tokenizer}; load it with")
-        print(f"    transformers.GPT2LMHeadModel.from_pretrained({str(flags.to)!r})")
+        loader = convert.class_of(flags.to)
+        print(f"    transformers.{loader}.from_pretrained({str(flags.to)!r})")
         if has_text:
             print(f"    transformers.AutoTokenizer.from_pretrained({str(flags.to)!r})")

@@ -5,13 +5,15 @@ import shlex
 from pathlib import Path
 
 from tpipe_jax.config.invocation import command
-from tpipe_jax.config.settings import BYTES, BYTES_NAME, GPT2, Config
+from tpipe_jax.config.settings import BYTES, BYTES_NAME, Config
 
 
 def next_steps(config: Config, workdir: Path, num_steps: int) -> dict[str, str]:
     """Returns commands for a run of `num_steps` steps, each by what it is for."""
     run, block = f"--workdir={shlex.quote(str(workdir))}", config.model.block
-    named = run if block == GPT2 else f"{run} --config.model.block={shlex.quote(block)}"
+    named = run
+    if config.model.has_own_block:
+        named += f" --config.model.block={shlex.quote(block)}"
     is_text = config.data.tokenizer != BYTES_NAME or config.model.vocab_size == BYTES
     prompt = '--prompt="The "' if is_text else "--prompt-ids=1,2,3"
     picture, timeline = (shlex.quote(str(workdir / n)) for n in ("loss.png", "timeline.png"))
@@ -22,7 +24,7 @@ def next_steps(config: Config, workdir: Path, num_steps: int) -> dict[str, str]:
         "measure the loss": f"{command('evaluate')} {named}",
         "train longer": f"{command('train')} {named} --config.train.num-steps={2 * num_steps}",
     }
-    if block == GPT2:
+    if not config.model.has_own_block:
         folder = shlex.quote(str(workdir / "transformers"))
         steps["export it"] = f"{command('convert')} export {run} --to={folder}"
     text = "docs" if Path("docs").is_dir() else "FILE"

@@ -17,7 +17,7 @@ from tpipe_jax.checkpoint.checkpoints import Checkpoints
 from tpipe_jax.commands.generate import Generator, chooser
 from tpipe_jax.config.invocation import command
 from tpipe_jax.config.paths import expanded
-from tpipe_jax.config.settings import BYTES, BYTES_NAME, GPT2, Config
+from tpipe_jax.config.settings import BYTES, BYTES_NAME, Config
 from tpipe_jax.data.carried import (
     check_kept_tokenizer,
     keep_tokenizer,
@@ -218,7 +218,9 @@ def _ending(
     console, stop, within = services.console, services.stop, services.within
     if step < num_steps:
         block = config.model.block
-        named = "" if block == GPT2 else f" --config.model.block={shlex.quote(block)}"
+        named = ""
+        if config.model.has_own_block:
+            named = f" --config.model.block={shlex.quote(block)}"
         return Ending(
             f"Interrupted after step {step}: the same command continues from here, and so does\n"
             f"    {command('train')} --workdir={shlex.quote(str(workdir))}{named}",

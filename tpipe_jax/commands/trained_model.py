@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from tpipe_jax.checkpoint.arrays import restore
 from tpipe_jax.checkpoint.checkpoints import newest_sound
-from tpipe_jax.config.settings import GPT2, Config, PlanConfig
+from tpipe_jax.config.settings import Config, PlanConfig
 from tpipe_jax.errors import UserError
 from tpipe_jax.model.block import Params
 from tpipe_jax.pipeline.spec import StageSpec, spec_on_devices
@@ -47,19 +47,18 @@ def load(workdir: Path, step: int | None, config: Config, devices: Sequence[jax.
     is missing, if there is no sound checkpoint, or if its model does not fit the mesh.
     """
     checkpoint, model = newest_sound(workdir, step)
-    named = config.model.block
-    if model.block != GPT2:
-        if named == GPT2:
+    if model.has_own_block:
+        if not config.model.has_own_block:
             raise UserError(
                 f"the model in {workdir} has config.model.block={model.block}, which is code and "
                 "is only loaded if you name it: read that file, then add "
                 f"--config.model.block={model.block}."
             )
-        model = replace(model, block=named)
-    elif named != GPT2:
+        model = replace(model, block=config.model.block)
+    elif config.model.has_own_block:
         raise UserError(
-            f"config.model.block={named} would not be used, since the model in {workdir} has "
-            "GPT-2's blocks: leave it out."
+            f"config.model.block={config.model.block} would not be used, since the model in "
+            f"{workdir} has the blocks of its family: leave it out."
         )
     config = replace(config, model=model, plan=PlanConfig())  # one chunk for each stage
     spec = spec_on_devices(config, devices[: config.mesh.num_devices])

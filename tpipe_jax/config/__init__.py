@@ -4,8 +4,8 @@ Config files and users' own programs import these names from here.
 """
 
 from tpipe_jax.config.settings import (
+    BUILT_IN,
     BYTES,
-    GPT2,
     IGNORE,
     AttentionConfig,
     CheckpointConfig,
@@ -27,8 +27,8 @@ from tpipe_jax.config.settings import (
 from tpipe_jax.errors import UserError
 
 __all__ = [
+    "BUILT_IN",
     "BYTES",
-    "GPT2",
     "IGNORE",
     "AttentionConfig",
     "CheckpointConfig",

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tpipe_jax.config.paths import expanded
-from tpipe_jax.config.settings import GPT2, Config, from_dict, unresolved
+from tpipe_jax.config.settings import Config, from_dict, unresolved
 from tpipe_jax.config.user_code import load_file
 from tpipe_jax.errors import UserError
 from tpipe_jax.json_files import read_json
@@ -68,7 +68,7 @@ def check_block_is_named(path: Path, config: Config, is_named: bool) -> None:
     A block is code, and a run may come from somebody else.
     """
     block = config.model.block
-    if path.suffix == ".json" and block != GPT2 and not is_named:
+    if path.suffix == ".json" and config.model.has_own_block and not is_named:
         raise UserError(
             f"{path} has config.model.block={block}, which is code and is only loaded if you name "
             f"it: read the file, then add --config.model.block={block}."

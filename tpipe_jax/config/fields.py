@@ -15,11 +15,16 @@ class Range:
     low: float
     high: float = math.inf
     below: float = math.inf
+    is_open: bool = False
+    """Whether `low` itself is left out."""
 
     def __contains__(self, value: float) -> bool:
-        return self.low <= value <= self.high and value < self.below
+        is_enough = value > self.low if self.is_open else value >= self.low
+        return is_enough and value <= self.high and value < self.below
 
     def __str__(self) -> str:
+        if self.is_open:
+            return f"more than {self.low:g}"
         if self.high < math.inf:
             return f"between {self.low:g} and {self.high:g}"
         return f"at least {self.low:g}" + (
@@ -31,6 +36,7 @@ MAX_INT = 2**31 - 1  # the devices count in int32
 Count = Annotated[int, Range(1)]
 CountOrZero = Annotated[int, Range(0)]
 NonNegative = Annotated[float, Range(0)]
+Positive = Annotated[float, Range(0, is_open=True)]
 Fraction = Annotated[float, Range(0, below=1)]
 
 

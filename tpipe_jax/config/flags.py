@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from tpipe_jax.config.fields import Count, CountOrZero, NonNegative, Range
-from tpipe_jax.config.settings import GPT2, Config, MeshConfig, ScheduleName
+from tpipe_jax.config.settings import BUILT_IN, Config, MeshConfig, ScheduleName
 
 Gpu = Literal["v100", "v100-32", "a100", "a100-40", "h100", "h200", "b200"]
 
@@ -189,17 +189,21 @@ class MeshFlags:
 
 @dataclass(frozen=True)
 class ImportFlags:
-    """Makes a workdir with the weights of a Hugging Face folder of GPT-2 as its step 0."""
+    """Makes a workdir with the weights of a Hugging Face folder as its step 0: of GPT-2, Llama,
+    Mistral, Qwen2 or Qwen3.
+    """
 
     source: Annotated[Path, tyro.conf.arg(name="from")]
     """The folder, with config.json and model.safetensors, in one file or several."""
     workdir: Path
     """A folder for a new run."""
+    seq_len: Count | None = None
+    """Tokens of a sequence; those that the folder names if left out. GPT-2's are fixed."""
 
 
 @dataclass(frozen=True)
 class ExportFlags:
-    """Writes the weights of a run as a Hugging Face folder of GPT-2."""
+    """Writes the weights of a run as a Hugging Face folder."""
 
     workdir: Path
     """The run's folder."""
@@ -210,6 +214,9 @@ class ExportFlags:
     tokenizer: str | None = None
     """Tokenizer to write beside the weights: bytes or a tokenizer.json; config.data.tokenizer of
     the run if left out."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Format of the weights; that of the folder that the run was imported from if left out, else
+    float32."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +254,7 @@ class GenerateFlags:
     """Seed of the draws."""
     step: CountOrZero | None = None
     """Step of the checkpoint; the newest if left out."""
-    block: Annotated[str, tyro.conf.arg(name="config.model.block")] = GPT2
+    block: Annotated[str, tyro.conf.arg(name="config.model.block")] = BUILT_IN
     """A block of your own, FILE:CLASS, if the run has one: it is code, so it has to be named."""
     mesh: MeshFlags = MeshFlags()
 
@@ -266,7 +273,7 @@ class EvaluateFlags:
     """Sequences that a data shard works on together."""
     step: CountOrZero | None = None
     """Step of the checkpoint; the newest if left out."""
-    block: Annotated[str, tyro.conf.arg(name="config.model.block")] = GPT2
+    block: Annotated[str, tyro.conf.arg(name="config.model.block")] = BUILT_IN
     """A block of your own, FILE:CLASS, if the run has one: it is code, so it has to be named."""
     mesh: MeshFlags = MeshFlags()
 

@@ -119,10 +119,13 @@ def bytes_to_letters() -> list[str]:
     return [chr(n if own else next(others)) for n, own in enumerate(is_own)]
 
 
-def tokenizer_settings(end: str | None, seq_len: int) -> str:
+def tokenizer_settings(end: str | None, seq_len: int, kept: dict[str, Any] | None = None) -> str:
     """Returns the tokenizer_config.json that goes with a tokenizer.json, for `transformers`. `end`
-    is the token that ends a document, after which the next one begins.
+    is the token that ends a document, after which the next one begins. `kept` are the settings of
+    the folder that the tokenizer comes from.
     """
+    if kept is not None:
+        return json.dumps(kept | {"model_max_length": seq_len}, indent=2) + "\n"
     names = ("bos_token", "eos_token", *(["unk_token"] if end == END_OF_TEXT else []))
     special = dict.fromkeys(names, end) if end is not None else {}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len}

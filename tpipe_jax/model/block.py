@@ -6,7 +6,7 @@ sequence meet. A block may compute anything else, as long as it treats each toke
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
@@ -44,10 +44,15 @@ class Block(nnx.Module):
     scale into the layer's kernel, and the methods get a scale of 1 and a bias of 0 (`folding`)."""
     specs: ClassVar[Params] = None
     """How the axis 'model' divides the parameters, a tree of `PartitionSpec`; None leaves the
-    parameters whole."""
+    parameters whole. What depends on the config is in `specs_of`."""
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> None:
         raise NotImplementedError
+
+    @classmethod
+    def specs_of(cls, config: ModelConfig) -> Params:
+        """Returns `specs` for a config."""
+        return cls.specs
 
     def qkv(self, x_BLD: Array, positions_BL: Array, tape: Tape) -> tuple[Array, Array, Array]:
         """Returns queries `[B, L, G H, K]`, and keys and values `[B, L, H, K]`, of tokens at these
@@ -65,6 +70,16 @@ class Block(nnx.Module):
         `[B, L, G H, K]`.
         """
         raise NotImplementedError
+
+
+class Family(NamedTuple):
+    """An architecture: its block, and what the frame around the blocks is (`transformer`)."""
+
+    block: type[Block]
+    norm: Callable[..., nnx.Module]
+    """Makes the final norm from a width, `epsilon` and `rngs`; its result is float32."""
+    has_positions: bool
+    """Whether learned positions are added to the embedding of tokens."""
 
 
 def merge_heads(a_BLHK: Array) -> Array:

@@ -11,7 +11,7 @@ from jax import Array
 from jax.sharding import PartitionSpec
 
 from tpipe_jax.attention.base import Heads
-from tpipe_jax.config.settings import GPT2, ModelConfig
+from tpipe_jax.config.settings import ModelConfig
 from tpipe_jax.errors import UserError
 from tpipe_jax.model.block import Params, Tape
 from tpipe_jax.model.registry import block_class
@@ -32,12 +32,24 @@ class BlockFunctions(NamedTuple):
     """As `Block.norms`."""
 
 
-def block_functions(config: ModelConfig, dtype: jnp.dtype) -> BlockFunctions:
-    """Returns the pure functions of one block, which compute in `dtype`."""
+def block_functions(
+    config: ModelConfig, dtype: jnp.dtype, num_key_heads: int | None = None
+) -> BlockFunctions:
+    """Returns the pure functions of one block, which compute in `dtype`. If `num_key_heads` is a
+    multiple of the block's heads of keys and values, each of these is returned as often.
+    """
     own = block_class(config)
     graph, _ = nnx.split(nnx.eval_shape(lambda: own(config, dtype, nnx.Rngs(0))))
+
+    def qkv(params: Params, x: Array, at: Array, tape: Tape) -> tuple[Array, Array, Array]:
+        q, k, v = nnx.merge(graph, params).qkv(x, at, tape)
+        if num_key_heads in (None, k.shape[2]):
+            return q, k, v
+        copies = num_key_heads // k.shape[2]
+        return q, jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)
+
     return BlockFunctions(
-        qkv=lambda params, x, at, tape: nnx.merge(graph, params).qkv(x, at, tape),
+        qkv=qkv,
         query=lambda params, x, at, tape: nnx.merge(graph, params).query(x, at, tape),
         finish=lambda params, x, attn, tape: nnx.merge(graph, params).finish(x, attn, tape),
         linears=own.linears,
@@ -91,7 +103,7 @@ def _shapes(config: ModelConfig) -> tuple[tuple[Any, Any, Any], dict[str, Any]]:
         _traced(config, jnp.dtype(jnp.bfloat16))
         _check_declared(config, result[1])
     except Exception as error:  # whatever a block's code raises is for its author to mend
-        if config.block == GPT2:
+        if not config.has_own_block:
             raise
         raise UserError(
             f"config.model.block={config.block} cannot be run ({type(error).__name__}: {error}): "
@@ -154,7 +166,7 @@ def _check_declared(config: ModelConfig, values: dict[str, Any]) -> None:
             raise ValueError(f"norms has {layer}, which is no layer that {name} can be part of")
         if params[name]["scale"].shape != params[layer]["kernel"].shape[:1]:
             raise ValueError(f"{name} is not as wide as the input of {layer}")
-    if own.specs is not None:
-        structure = jax.tree.structure(own.specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
+    if (specs := own.specs_of(config)) is not None:
+        structure = jax.tree.structure(specs, is_leaf=lambda s: isinstance(s, PartitionSpec))
         if structure != jax.tree.structure(params):
             raise ValueError("specs is not a tree like that of its parameters")

@@ -10,14 +10,14 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec
 
 from tpipe_jax.config.settings import ModelConfig
-from tpipe_jax.model.block import Block, Tape, merge_heads
+from tpipe_jax.model.block import Block, Family, Tape, merge_heads
 
-NORM_SPECS = {"scale": PartitionSpec(), "bias": PartitionSpec()}
+_NORM = {"scale": PartitionSpec(), "bias": PartitionSpec()}
 _COLUMNS = {"kernel": PartitionSpec(None, "model"), "bias": PartitionSpec("model")}
 _ROWS = {"kernel": PartitionSpec("model"), "bias": PartitionSpec()}
 
 # Without a dtype it returns float32, the dtype of its parameters.
-layer_norm = partial(nnx.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+_layer_norm = partial(nnx.LayerNorm, use_fast_variance=False)
 
 
 class GPT2Block(Block):
@@ -39,10 +39,10 @@ class GPT2Block(Block):
     norms: ClassVar = {"norm_1": "attn_in", "norm_2": "ff_in"}
     # Divided by attention heads and by feed-forward width (Megatron-LM, Shoeybi et al. 2019).
     specs: ClassVar = {
-        "norm_1": NORM_SPECS,
+        "norm_1": _NORM,
         "attn_in": _COLUMNS,
         "attn_out": _ROWS,
-        "norm_2": NORM_SPECS,
+        "norm_2": _NORM,
         "ff_in": _COLUMNS,
         "ff_out": _ROWS,
     }
@@ -53,10 +53,10 @@ class GPT2Block(Block):
         residual_init = nnx.initializers.normal(0.02 * (2 * config.num_layers) ** -0.5)
         linear = partial(nnx.Linear, dtype=dtype, rngs=rngs)
         self.num_heads, self.dtype = config.num_heads, dtype
-        self.norm_1 = layer_norm(D, rngs=rngs)
+        norm = partial(_layer_norm, D, epsilon=config.norm_eps, rngs=rngs)
+        self.norm_1, self.norm_2 = norm(), norm()
         self.attn_in = linear(D, 3 * D, kernel_init=init)
         self.attn_out = linear(D, D, kernel_init=residual_init)
-        self.norm_2 = layer_norm(D, rngs=rngs)
         self.ff_in = linear(D, F, kernel_init=init)
         self.ff_out = linear(F, D, kernel_init=residual_init)
 
@@ -86,3 +86,6 @@ class GPT2Block(Block):
         activation_BLF = nnx.gelu(hidden_BLF.astype(jnp.float32), approximate=True)
         activation_BLF = tape("gelu", activation_BLF.astype(self.dtype))
         return tape("out", middle_BLD + self.ff_out(activation_BLF))
+
+
+FAMILY = Family(GPT2Block, _layer_norm, has_positions=True)

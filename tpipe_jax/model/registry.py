@@ -1,4 +1,4 @@
-"""Finds the block that a config names: GPT-2's, or a class in a file of the user."""
+"""Finds the family that a config names, and its block: the family's, or a class of the user's."""
 
 import hashlib
 import inspect
@@ -6,16 +6,24 @@ from functools import cache
 from pathlib import Path
 
 from tpipe_jax.config.paths import expanded
-from tpipe_jax.config.settings import GPT2, ModelConfig
+from tpipe_jax.config.settings import BUILT_IN, ModelConfig
 from tpipe_jax.config.user_code import load_file
 from tpipe_jax.errors import UserError
-from tpipe_jax.model.block import Block
-from tpipe_jax.model.gpt2 import GPT2Block
+from tpipe_jax.model import gpt2, llama
+from tpipe_jax.model.block import Block, Family
+
+
+_FAMILIES: dict[str, Family] = {"gpt2": gpt2.FAMILY, "llama": llama.FAMILY}
+
+
+def family(config: ModelConfig) -> Family:
+    """Returns the architecture that config.model.family names."""
+    return _FAMILIES[config.family]
 
 
 def block_digest(config: ModelConfig) -> str | None:
-    """Returns the SHA-256 digest of the file of a user's own block; None for GPT-2's block."""
-    if config.block == GPT2:
+    """Returns the SHA-256 digest of the file of a user's own block; None for a family's block."""
+    if not config.has_own_block:
         return None
     return hashlib.sha256(_file_and_class(config.block)[0].read_bytes()).hexdigest()
 
@@ -24,8 +32,8 @@ def block_class(config: ModelConfig) -> type[Block]:
     """Returns the class that config.model.block names. Raises `UserError` if there is no such class
     derived from `Block`.
     """
-    if config.block == GPT2:
-        return GPT2Block
+    if not config.has_own_block:
+        return family(config).block
     return _load(config.block)
 
 
@@ -39,7 +47,7 @@ def _load(setting: str) -> type[Block]:
     path, name = _file_and_class(setting)
     if not path.is_file() or path.suffix != ".py":
         raise UserError(
-            f"config.model.block={setting} names no Python file: give {GPT2}, or a file and a "
+            f"config.model.block={setting} names no Python file: give {BUILT_IN}, or a file and a "
             "class, as my_block.py:MyBlock."
         )
     try:

@@ -7,7 +7,7 @@ from tpipe_jax.config.settings import MemoryConfig
 from tpipe_jax.errors import UserError
 
 DOTS = ("q", "attn", "middle", "hidden")
-EVERYTHING = (*DOTS, "norm_1", "norm_2", "gelu")
+EVERYTHING = (*DOTS, "norm_1", "norm_2", "gelu", "swiglu")
 POLICIES = {"none": EVERYTHING, "dots": DOTS, "full": ()}
 # From the fastest to the smallest. `none` is no faster than `dots` (docs/design.md).
 CANDIDATES = ("dots", "attn", "full")

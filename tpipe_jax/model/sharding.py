@@ -3,22 +3,13 @@
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-from tpipe_jax.config.settings import GPT2, MeshConfig, ModelConfig
+from tpipe_jax.config.settings import MeshConfig, ModelConfig
 from tpipe_jax.devices.mesh import is_spec
 from tpipe_jax.errors import UserError
 from tpipe_jax.model.block import Params
 from tpipe_jax.model.functional import heads, param_shapes
-from tpipe_jax.model.gpt2 import NORM_SPECS
 from tpipe_jax.model.registry import block_class
-
-# How the parameters are divided: the vocabulary over all stages and 'model', the blocks over the
-# stages, and each block as `Block.specs` says. A parameter whose spec names no axis is on all
-# devices.
-_OTHERS = {
-    "embed": {"tokens": PartitionSpec(("pipe", "model")), "positions": PartitionSpec()},
-    "norm": NORM_SPECS,
-}
-
+from tpipe_jax.model.transformer import frame_specs
 
 MAX_LAYERS = 10_000
 
@@ -32,17 +23,24 @@ def check_model(config: ModelConfig, mesh: MeshConfig) -> None:
             f"config.model.num_layers={config.num_layers} is more than the {MAX_LAYERS} that can "
             "be compiled, each as a part of the program: give fewer."
         )
-    if config.block == GPT2:
-        divided = {"config.model.num_heads": config.num_heads, "config.model.d_ff": config.ff_width}
+    if config.has_own_block:
+        divided = {f"the heads of config.model.block={config.block}, ": heads(config).num_queries}
     else:
-        divided = {f"the keys' heads of config.model.block={config.block},": heads(config).num_keys}
+        divided = {
+            "config.model.num_heads=": config.num_heads,
+            "config.model.d_ff=": config.ff_width,
+        }
     for name, value in divided.items():
         if value % mesh.model:
-            sign = "=" if config.block == GPT2 else " "
             raise UserError(
-                f"config.mesh.model={mesh.model} does not divide {name}{sign}{value}: "
-                "pick a divisor."
+                f"config.mesh.model={mesh.model} does not divide {name}{value}: pick a divisor."
             )
+    num_keys = heads(config).num_keys
+    if num_keys % mesh.model and mesh.model % num_keys:
+        raise UserError(
+            f"config.mesh.model={mesh.model} neither divides the {num_keys} heads of keys nor is a "
+            "multiple of them: pick a divisor or a multiple."
+        )
 
 
 def padded_vocab_size(config: ModelConfig, mesh: Mesh) -> int:
@@ -62,10 +60,12 @@ def param_specs(config: ModelConfig, num_blocks: int) -> Params:
 
     Block n of the tree stacks the nth block of every stage, `[P, ...]`, with zeros where a stage
     has no nth block. The layers of one stage are separate arrays, since XLA may copy a layer out of
-    a stack for each use. The token embedding has `padded_vocab_size` rows.
+    a stack for each use. Tables of the vocabulary have `padded_vocab_size` rows. Blocks are divided
+    over the stages, and each as `Block.specs` says. A parameter whose spec names no axis is on all
+    devices.
     """
-    specs = block_class(config).specs
+    specs = block_class(config).specs_of(config)
     if specs is None:
         specs = jax.tree.map(lambda _: PartitionSpec(), param_shapes(config))
     block = jax.tree.map(lambda spec: PartitionSpec("pipe", *spec), specs, is_leaf=is_spec)
-    return _OTHERS | {"blocks": [block] * num_blocks}
+    return frame_specs(config) | {"blocks": [block] * num_blocks}

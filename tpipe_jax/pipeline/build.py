@@ -18,6 +18,7 @@ from tpipe_jax.model.folding import fold, unfold_gradients
 from tpipe_jax.model.functional import block_functions, param_shapes, value_widths
 from tpipe_jax.model.registry import block_class
 from tpipe_jax.model.sharding import param_specs
+from tpipe_jax.model.transformer import head_table
 from tpipe_jax.pipeline import vocab_parallel
 from tpipe_jax.pipeline.buffers import (
     Gradients,
@@ -76,7 +77,7 @@ def _own_block(block: Params) -> Params:
 
 def make_head(spec: StageSpec, params: Params) -> vocab_parallel.Head:
     """Makes the head from the parameters of this device."""
-    return vocab_parallel.Head(params["norm"], params["embed"]["tokens"].astype(spec.dtype))
+    return vocab_parallel.Head(params["norm"], head_table(params).astype(spec.dtype))
 
 
 def make_stage(
@@ -90,7 +91,7 @@ def make_stage(
     """
     places = chunk_places(spec.chunk_layers)
     return Stage(
-        block_functions(spec.config.model, spec.dtype),
+        block_functions(spec.config.model, spec.dtype, spec.heads.num_keys),
         spec.heads.num_queries,
         spec.attention,
         params["blocks"],
@@ -101,6 +102,7 @@ def make_stage(
         packing,
         DEFERRED_TOKENS.get(spec.device.platform, 1024),
         starts_BT1,
+        spec.config.model.window,
         skips=spec.skips,
     )
 
@@ -149,6 +151,7 @@ def gradients_of(
     """
     model, block_type = spec.config.model, block_class(spec.config.model)
     shapes = {n: a for n, a in param_shapes(model).items() if n not in block_type.norms}
+    has_biases = any("bias" in shapes[name] for name in block_type.linears)
     return empty_gradients(
         caches_of(spec, jnp.float32, num_rows),
         shapes,
@@ -156,7 +159,7 @@ def gradients_of(
         spec.weight_grads,
         outputs or (num_rows, model.seq_len),
         spec.dtype,
-        spec.joins_arrays and spec.weight_grads == "at once",
+        spec.joins_arrays and spec.weight_grads == "at once" and has_biases,
     )
 
 

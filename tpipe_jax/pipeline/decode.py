@@ -45,8 +45,9 @@ def make_decode(spec: StageSpec, is_for_all: bool = False) -> Wrapped:
         num_stages, (B, L) = lax.axis_size("pipe"), tokens_BL.shape
         params = for_compute(spec, params)
         stage, head = make_stage(spec, params), make_head(spec, params)
-        positions_LD = lax.dynamic_slice_in_dim(params["embed"]["positions"], first, L)
-        embed = params["embed"] | {"positions": positions_LD}
+        embed = {**params["embed"]}
+        if "positions" in embed:
+            embed["positions"] = lax.dynamic_slice_in_dim(embed["positions"], first, L)
 
         def work(
             chunk: int, x_BLD: Array, at: Position, caches: list[KVCache]
@@ -66,7 +67,7 @@ def make_decode(spec: StageSpec, is_for_all: bool = False) -> Wrapped:
         if not is_for_all:
             y_BLD = lax.dynamic_slice_in_dim(y_BLD, index, 1, axis=1)
         y_BLD = from_stage(-1, y_BLD)
-        logits_BLV = vocab_parallel.logits(head, y_BLD, spec.config.model.vocab_size)
+        logits_BLV = vocab_parallel.logits(spec.config.model, head, y_BLD)
         return logits_BLV, jax.tree.map(lambda a: a[None], caches)
 
     specs = manual_part(param_specs(spec.config.model, spec.layers_per_stage))

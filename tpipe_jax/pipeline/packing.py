@@ -75,13 +75,13 @@ class JoinedBiases(NamedTuple):
 
 
 def join_biases(linears: Mapping[str, Any], params: Params) -> JoinedBiases:
-    """Joins the biases of linear layers."""
+    """Joins the biases of linear layers, of which there is one at least."""
     kept = {
         name: {kind: a for kind, a in layer.items() if kind != "bias"} if name in linears else layer
         for name, layer in params.items()
     }
     biases = [params[name]["bias"] for name in _with_bias(linears, params)]
-    return JoinedBiases(jnp.concatenate(biases) if biases else jnp.zeros(0, jnp.float32), kept)
+    return JoinedBiases(jnp.concatenate(biases), kept)
 
 
 def split_biases(linears: Mapping[str, Any], joined: JoinedBiases, like: Params) -> Params:
@@ -101,8 +101,6 @@ def sum_of_outputs(
     the layers' outputs `[B, L, width]`, summed over tokens in float32 by one kernel.
     """
     targets = [linears[name][1] for name in _with_bias(linears, params)]
-    if not targets:
-        return jnp.zeros(0, jnp.float32)
     joined = jnp.concatenate([d_outputs[target] for target in targets], -1)
     return joined.astype(jnp.float32).sum((0, 1))
 

@@ -35,6 +35,8 @@ class StageSpec:
     dtype: jnp.dtype
     """Format of matrix products and activations."""
     heads: Heads
+    """Heads of attention. Where 'model' has more devices than there are heads of keys, each device
+    has a copy of the one that it needs, and the copies are counted."""
     attention: Attention
     weight_grads: WeightGrads
     saved_names: tuple[str, ...]
@@ -84,6 +86,7 @@ def make_spec(config: Config, mesh: Mesh, device: DeviceFacts | None = None) -> 
     device = device or facts_of(mesh)
     config = resolve_precision(resolved(config), device)
     of_block = heads(config.model)
+    of_block = of_block._replace(num_keys=max(of_block.num_keys, mesh.shape["model"]))
     config = resolve_attention(config, device, of_block)
     return StageSpec(
         config,

@@ -60,6 +60,8 @@ class Stage(NamedTuple):
     starts_BT1: Array | None = None
     """Where the document of each token begins in its sequence, `[B, T, 1]` int32, if documents do
     not see each other; None if they do."""
+    window: int | None = None
+    """Tokens that a token sees, itself included; None means all before it."""
     shares_gradient_rows: bool = False
     """Whether parts of the batch go backward one after another in the same rows of
     `Gradients.cache`."""
@@ -161,7 +163,7 @@ class Stage(NamedTuple):
         q, k, v = self.block.qkv(self.params[n], x_BLD, _positions(at, L, starts_BL1), record)
         # What is read next is what was written: else XLA reads the old cache, and so copies it.
         cache = self.skips.read_first(self.attention.layout.write(cache, k, v, at))
-        attn, lse = self.attention.forward(Slice(q, cache, at, starts_BL1))
+        attn, lse = self.attention.forward(self._slice(q, cache, at, starts_BL1))
         y_BLD = self.block.finish(self.params[n], x_BLD, attn, record)
         own = {"x": x_BLD, "q": merge_heads(q), "attn": merge_heads(attn), "lse": lse}
         return y_BLD, cache, values | own
@@ -203,7 +205,7 @@ class Stage(NamedTuple):
             replay(self.block.finish), others, taps, x_BLD, attn, has_aux=True
         )
         d_others, d_taps, d_x_BLD, d_attn = finish_vjp(d_y_BLD)
-        own = Slice(q, cache, at, starts_BL1)
+        own = self._slice(q, cache, at, starts_BL1)
         d_q, d_kv, d_cache = self.attention.backward(own, attn, lse, d_attn, d_cache)
         positions = _positions(at, L, starts_BL1)
         _, qkv_vjp, seen_before = jax.vjp(
@@ -251,7 +253,7 @@ class Stage(NamedTuple):
             positions = _positions(at, x_BLD.shape[1], starts_BL1)
             q = self.block.query(self.params[n], x_BLD, positions, _of_block(values).get)
         if "attn" not in values:
-            return q, *self.attention.forward(Slice(q, cache, at, starts_BL1))
+            return q, *self.attention.forward(self._slice(q, cache, at, starts_BL1))
         return q, split_heads(values["attn"], num_queries), values["lse"]
 
     def _deferred(self, n: int, saved: Saved, d_outputs: dict[str, Array]) -> Params:
@@ -312,6 +314,17 @@ class Stage(NamedTuple):
         if self.starts_BT1 is None:
             return None
         return read(self.starts_BT1, at._replace(row=at.batch_row), num_rows, num_tokens)
+
+    def _slice(
+        self, q_BLNK: Array, cache: KVCache, at: Position, starts_BL1: Array | None
+    ) -> Slice:
+        """Returns a slice that sees what its documents and the window let it see."""
+        if self.window is not None:
+            B, L, _, _ = q_BLNK.shape
+            first_L1 = jnp.maximum(at.token + jnp.arange(1 - self.window, L + 1 - self.window), 0)
+            first_BL1 = jnp.broadcast_to(first_L1[:, None], (B, L, 1))
+            starts_BL1 = first_BL1 if starts_BL1 is None else jnp.maximum(starts_BL1, first_BL1)
+        return Slice(q_BLNK, cache, at, starts_BL1)
 
     def _each_layer(
         self,

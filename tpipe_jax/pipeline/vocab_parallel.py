@@ -1,8 +1,8 @@
 """Embedding, head and cross-entropy. The vocabulary is sharded, so that all stages share the work.
 
 This is code of one device inside `shard_map`, with the axis 'pipe' manual. Each stage holds V / P
-rows of the tied embedding, and GSPMD divides these rows over 'model'. Rows beyond the vocabulary
-are padding. The method is Megatron-LM's parallel cross-entropy (Shoeybi et al. 2019, section 3),
+rows of the embedding, and of the head's own table if it has one. GSPMD divides these rows over
+'model'. Rows beyond the vocabulary are padding. The method is Megatron-LM's parallel cross-entropy (Shoeybi et al. 2019, section 3),
 with all-reduces over 'pipe' only.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from jax import Array, lax
 
 from tpipe_jax.attention.base import MASKED
-from tpipe_jax.config.settings import IGNORE
+from tpipe_jax.config.settings import IGNORE, ModelConfig
 from tpipe_jax.devices.collectives import from_stage, pmax, psum, sum_over_stages, varying
 from tpipe_jax.devices.inplace import Position, write
 from tpipe_jax.model.block import Params
@@ -33,7 +33,7 @@ class Head(NamedTuple):
 
     norm: Params
     table_VD: Array
-    """This stage's rows of the token embedding."""
+    """This stage's rows: of the head's own table, or of the token embedding."""
 
 
 class Sums(NamedTuple):
@@ -42,32 +42,40 @@ class Sums(NamedTuple):
     loss: Array
     """Negative log-likelihood in nats."""
     d_embed: Params
-    """Gradients of the embedding. Each stage has its own rows of the token table, which the head
-    shares. The table's gradients are stored divided by weight / SCALE. So a GPU computes each
-    product and adds it to the sum in one operation."""
+    """Gradients of the embedding. Each stage has its own rows of the token table. The gradients of
+    tables are stored divided by weight / SCALE. So a GPU computes each product and adds it to the
+    sum in one operation."""
+    d_table: Array | None
+    """Gradients of the head's own table; None where the head is the token table."""
     d_norm: Params
     """Gradients of the final norm. Each stage has the share that comes from its own logits."""
 
 
-def no_sums(embed: Params, norm: Params) -> Sums:
-    """Returns zeroed sums for these parameters."""
+def no_sums(params: Params) -> Sums:
+    """Returns zeroed sums for the parameters of the frame (`transformer`)."""
     zeros = partial(jax.tree.map, partial(jnp.zeros_like, dtype=jnp.float32))
     d_embed = {
-        "tokens": varying(zeros(embed["tokens"])),
-        "positions": varying(zeros(embed["positions"]), ("data",)),
+        name: varying(zeros(a)) if name == "tokens" else varying(zeros(a), ("data",))
+        for name, a in params["embed"].items()
     }
-    return Sums(varying(jnp.float32(0), ("data",)), d_embed, varying(zeros(norm)))
+    d_table = varying(zeros(params["head"]["table"])) if "head" in params else None
+    loss = varying(jnp.float32(0), ("data",))
+    return Sums(loss, d_embed, d_table, varying(zeros(params["norm"])))
 
 
-def embed_gradients(sums: Sums, weight: Array) -> Params:
-    """Returns the gradients of the embedding, whose table is also the head's, for a loss with this
-    weight.
+def gradients_of(sums: Sums, weight: Array) -> Params:
+    """Returns the gradients of the frame's parameters for a loss with this weight, summed over the
+    stages where all have a parameter.
     """
-    return sums.d_embed | {"tokens": weight / SCALE * sums.d_embed["tokens"]}
+    factor = weight / SCALE
+    d_embed = sums.d_embed | {"tokens": factor * sums.d_embed["tokens"]}
+    d_head = {} if sums.d_table is None else {"head": {"table": factor * sums.d_table}}
+    return {"embed": d_embed, "norm": psum(sums.d_norm, "pipe")} | d_head
 
 
 def embed(params: Params, tokens_BT: Array, dtype: Any, starts_BT1: Array | None = None) -> Array:
-    """Returns token plus position embeddings `[B, T, D]`, the same on all stages.
+    """Returns token embeddings `[B, T, D]`, plus those of positions if there are any. They are the
+    same on all stages.
 
     Positions count from the starts of documents, if these are given. The sum is in float32, the
     format of the parameters, and is then rounded to `dtype`.
@@ -79,11 +87,13 @@ def embed(params: Params, tokens_BT: Array, dtype: Any, starts_BT1: Array | None
         found_BLD = _own_rows(
             _read(tokens_BT, here, num_tokens), len(table_VD), lambda rows: table_VD[rows]
         )
-        if starts_BT1 is None:
-            added = lax.dynamic_slice_in_dim(params["positions"], here.token, num_tokens)
-        else:
-            added = params["positions"][_positions(starts_BT1, here, num_tokens)]
-        return write(x_BTD, found_BLD + added, Position(0, here.token)), None
+        if "positions" in params:
+            if starts_BT1 is None:
+                added = lax.dynamic_slice_in_dim(params["positions"], here.token, num_tokens)
+            else:
+                added = params["positions"][_positions(starts_BT1, here, num_tokens)]
+            found_BLD += added
+        return write(x_BTD, found_BLD, Position(0, here.token)), None
 
     empty = varying(jnp.zeros((B, T, table_VD.shape[-1]), dtype), ("data",))
     return lax.scan(tile, empty, tiles)[0]
@@ -110,22 +120,23 @@ def add_embed_grads(
         d_x_BLD = jnp.where(here.is_new_L[:, None], d_x_BLD, 0)
         rows_BL, is_own_BL = _find_rows(_read(tokens_BT, here, num_tokens), num_rows)
         d_own_BLD = jnp.where(is_own_BL[..., None], SCALE / weight * d_x_BLD, 0)
-        d_positions = d_params["positions"]
-        if starts_BT1 is None:
-            before_LD = lax.dynamic_slice_in_dim(d_positions, here.token, num_tokens)
-            d_positions = lax.dynamic_update_slice_in_dim(
-                d_positions, before_LD + d_x_BLD.sum(0), here.token, 0
-            )
-        else:
-            where_BL = _positions(starts_BT1, here, num_tokens)
-            d_positions = d_positions.at[where_BL].add(d_x_BLD)
-        d_tokens = d_params["tokens"].at[rows_BL].add(d_own_BLD)
-        return {"tokens": d_tokens, "positions": d_positions}, None
+        sums = {"tokens": d_params["tokens"].at[rows_BL].add(d_own_BLD)}
+        if "positions" in d_params:
+            d_positions = d_params["positions"]
+            if starts_BT1 is None:
+                before_LD = lax.dynamic_slice_in_dim(d_positions, here.token, num_tokens)
+                sums["positions"] = lax.dynamic_update_slice_in_dim(
+                    d_positions, before_LD + d_x_BLD.sum(0), here.token, 0
+                )
+            else:
+                where_BL = _positions(starts_BT1, here, num_tokens)
+                sums["positions"] = d_positions.at[where_BL].add(d_x_BLD)
+        return sums, None
 
     return lax.scan(tile, d_params, tiles)[0]
 
 
-def cross_entropy(head: Head, y_BTD: Array, targets_BT: Array, vocab_size: int) -> Array:
+def cross_entropy(model: ModelConfig, head: Head, y_BTD: Array, targets_BT: Array) -> Array:
     """Returns the negative log-likelihood of this data shard's tokens in nats, summed, float32, on
     all stages.
 
@@ -135,14 +146,14 @@ def cross_entropy(head: Head, y_BTD: Array, targets_BT: Array, vocab_size: int) 
 
     def tile(total: Array, here: _Tile) -> tuple[Array, None]:
         y_BLD = from_stage(-1, _read(y_BTD, here, num_tokens))
-        value = _tile_loss(logits(head, y_BLD, vocab_size), _targets(targets_BT, here))
+        value = _tile_loss(logits(model, head, y_BLD), _targets(targets_BT, here))
         return total + value, None
 
     return lax.scan(tile, varying(jnp.float32(0), ("data",)), tiles)[0]
 
 
 def add_cross_entropy_and_grads(
-    sums: Sums, head: Head, y_BTD: Array, targets_BT: Array, vocab_size: int, weight: Array
+    model: ModelConfig, sums: Sums, head: Head, y_BTD: Array, targets_BT: Array, weight: Array
 ) -> tuple[Sums, Array]:
     """Adds `cross_entropy` to the sums, and the gradients of `weight` times `cross_entropy` with
     respect to the head.
@@ -159,10 +170,10 @@ def add_cross_entropy_and_grads(
         targets_BL = _targets(targets_BT, here)
 
         y_BLD = varying(from_stage(-1, here_BLD))
-        normed_BLD, norm_vjp = jax.vjp(final_norm, head.norm, y_BLD)
+        normed_BLD, norm_vjp = jax.vjp(partial(final_norm, model), head.norm, y_BLD)
         normed_BLD = normed_BLD.astype(dtype)
         value, d_logits_BLV = _tile_loss_and_grads(
-            _logits(head.table_VD, normed_BLD, vocab_size), targets_BL, dtype
+            _logits(model, head.table_VD, normed_BLD), targets_BL, dtype
         )
         more_VD = _dot("blv,bld->vd", d_logits_BLV, normed_BLD)
         d_normed_BLD = _dot("blv,vd->bld", d_logits_BLV, head.table_VD)
@@ -176,25 +187,29 @@ def add_cross_entropy_and_grads(
             write(buffer_BTD, d_y_BLD, Position(0, here.token)),
         ), None
 
-    start = sums.loss, sums.d_embed["tokens"], sums.d_norm, varying(y_BTD)
+    is_tied = sums.d_table is None
+    d_table_VD = sums.d_embed["tokens"] if is_tied else sums.d_table
+    start = sums.loss, d_table_VD, sums.d_norm, varying(y_BTD)
     (total, d_table_VD, d_norm, d_y_BTD), _ = lax.scan(tile, start, tiles)
-    return Sums(total, sums.d_embed | {"tokens": d_table_VD}, d_norm), d_y_BTD
+    if is_tied:
+        return Sums(total, sums.d_embed | {"tokens": d_table_VD}, None, d_norm), d_y_BTD
+    return Sums(total, sums.d_embed, d_table_VD, d_norm), d_y_BTD
 
 
-def logits(head: Head, y: Array, vocab_size: int) -> Array:
+def logits(model: ModelConfig, head: Head, y: Array) -> Array:
     """Returns the logits of tokens `y` `[..., D]` over this stage's rows of the vocabulary,
     `[..., V / P]` float32.
 
     `y` is the same on all stages.
     """
-    normed = final_norm(head.norm, y).astype(head.table_VD.dtype)
-    return _logits(head.table_VD, normed, vocab_size)
+    normed = final_norm(model, head.norm, y).astype(head.table_VD.dtype)
+    return _logits(model, head.table_VD, normed)
 
 
-def _logits(table_VD: Array, normed: Array, vocab_size: int) -> Array:
+def _logits(model: ModelConfig, table_VD: Array, normed: Array) -> Array:
     num_rows = len(table_VD)
     logits = _dot("...d,vd->...v", normed, table_VD)
-    is_token_V = lax.axis_index("pipe") * num_rows + jnp.arange(num_rows) < vocab_size
+    is_token_V = lax.axis_index("pipe") * num_rows + jnp.arange(num_rows) < model.vocab_size
     return jnp.where(is_token_V, logits, MASKED)
 
 

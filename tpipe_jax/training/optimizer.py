@@ -56,10 +56,11 @@ def global_norm(grads: Params) -> Array:
     Each stage adds up its own squares. So stages exchange one number in all, and not one for each
     array as with `optax.tree.norm`.
     """
-    blocks, table_VD = grads["blocks"], grads["embed"]["tokens"]
-    num_stages = jax.tree.leaves(blocks)[0].shape[0]
-    divided = blocks, table_VD.reshape(num_stages, -1, table_VD.shape[-1])
-    whole = grads["embed"]["positions"], grads["norm"]
+    num_stages = jax.tree.leaves(grads["blocks"])[0].shape[0]
+    embed = {**grads["embed"]}
+    tables = [embed.pop("tokens"), *jax.tree.leaves(grads.get("head"))]
+    divided = grads["blocks"], [a.reshape(num_stages, -1, a.shape[-1]) for a in tables]
+    whole = embed, grads["norm"]
 
     def squares(tree: Any, first_axis: int) -> Array:
         leaves = jax.tree.leaves(tree)
@@ -77,7 +78,9 @@ def clipped(config: OptimConfig, grads: Params, norm: Array) -> Params:
 
 
 def _is_decayed(params: Params) -> Params:
-    """Returns True for the matrices of blocks. Norms, biases and embeddings are not decayed."""
+    """Returns True for the matrices of blocks. Norms, biases and tables of the vocabulary are not
+    decayed.
+    """
 
     def is_matrix(path: tuple[Any, ...], a: Any) -> bool:
         # A user's block may name a matrix differently. The first axis of blocks is the stages.

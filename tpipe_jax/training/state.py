@@ -95,13 +95,16 @@ def _new_params(spec: StageSpec) -> Params:
             lambda a: jnp.where(is_layer_P.reshape(-1, *[1] * (a.ndim - 1)), a, 0), drawn
         )
 
-    table_VD = params["embed"]["tokens"]
-    fill = padded_vocab_size(model, spec.mesh) - len(table_VD)
-    embed = params["embed"] | {"tokens": jnp.pad(table_VD, ((0, fill), (0, 0)))}
-    if is_local:
+    def padded(table_VD: Array) -> Array:
+        fill = padded_vocab_size(model, spec.mesh) - len(table_VD)
+        return jnp.pad(table_VD, ((0, fill), (0, 0)))
+
+    embed = params["embed"] | {"tokens": padded(params["embed"]["tokens"])}
+    if is_local and "positions" in embed:
         embed["positions"] = local_positions(model)
     return params | {
         "embed": embed,
+        **({"head": jax.tree.map(padded, params["head"])} if "head" in params else {}),
         "blocks": [
             blocks(layer_P)
             for layer_P in stage_layers(model.num_layers, spec.num_stages, spec.num_chunks)

@@ -94,7 +94,7 @@ def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
     config.memory.defer_weight_grads.
     """
     _check_weight_grads(spec, schedule)
-    V, packing = spec.config.model.vocab_size, packing_of(spec, schedule.longest_shape[1])
+    model, packing = spec.config.model, packing_of(spec, schedule.longest_shape[1])
 
     def local(params: Params, rows: Array, scale: Array) -> tuple[Array, Params]:
         batch, given, params = _Batch.of(spec.config, rows), params, for_compute(spec, params)
@@ -108,7 +108,7 @@ def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
         def losses(y_BTD: Array, row: Array | int, sums: Sums) -> tuple[Array, Sums]:
             targets = batch.part(row, len(y_BTD)).targets_BT
             sums, d_y_BTD = vocab_parallel.add_cross_entropy_and_grads(
-                sums, head, y_BTD, targets, V, weight
+                model, sums, head, y_BTD, targets, weight
             )
             return d_y_BTD, sums
 
@@ -131,15 +131,12 @@ def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
             _trunk(spec, schedule),
             saved_of(spec, packing, schedule.num_rows),
             gradients_of(spec, schedule.num_gradient_rows, _slot_buffer_shape(schedule)),
-            vocab_parallel.no_sums(params["embed"], head.norm),
+            vocab_parallel.no_sums(params),
             spec.skips,
         )
         d_blocks = stage.param_gradients(saved, gradients)
-        grads = {
-            "embed": vocab_parallel.embed_gradients(sums, weight),
-            "blocks": block_gradients(spec, given, d_blocks),
-            "norm": psum(sums.d_norm, "pipe"),
-        }
+        blocks = {"blocks": block_gradients(spec, given, d_blocks)}
+        grads = vocab_parallel.gradients_of(sums, weight) | blocks
         total, grads = psum((sums.loss, grads), "data")
         return total / count, jax.tree.map(lambda g: g / scale, grads)
 
@@ -161,7 +158,7 @@ def _check_weight_grads(spec: StageSpec, schedule: Schedule) -> None:
 
 def make_loss(spec: StageSpec, schedule: Schedule) -> Wrapped:
     """`(params, rows)` (`RowLayout`) to the mean loss in nats per token."""
-    V = spec.config.model.vocab_size
+    model = spec.config.model
 
     def local(params: Params, rows: Array) -> Array:
         batch, params = _Batch.of(spec.config, rows), for_compute(spec, params)
@@ -170,7 +167,7 @@ def make_loss(spec: StageSpec, schedule: Schedule) -> Wrapped:
 
         def losses(y_BTD: Array, row: Array | int, total: Array) -> tuple[Array, Array]:
             targets = batch.part(row, len(y_BTD)).targets_BT
-            return y_BTD, total + vocab_parallel.cross_entropy(head, y_BTD, targets, V)
+            return y_BTD, total + vocab_parallel.cross_entropy(model, head, y_BTD, targets)
 
         _, _, total = execute(
             schedule,

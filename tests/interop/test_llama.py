@@ -1,0 +1,236 @@
+"""Llama, Mistral, Qwen2 and Qwen3 beside the classes of transformers, and there and back."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from support import reference
+from tpipe_jax.config.settings import ModelConfig, resolved_model
+from tpipe_jax.errors import UserError
+from tpipe_jax.interop import convert, hugging_face, llama
+from tpipe_jax.interop.hugging_face import Reader
+from tpipe_jax.model import reference as plain_model
+
+REASON = 'needs torch and transformers: pip install -e ".[interop]"'
+torch = pytest.importorskip("torch", reason=REASON)
+transformers = pytest.importorskip("transformers", reason=REASON)
+
+# Shapes of which none equals another, and heads whose width does not follow from d_model.
+SIZES = {
+    "hidden_size": 24,
+    "intermediate_size": 28,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "vocab_size": 53,
+    "max_position_embeddings": 24,
+}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "rope_theta": 500.0,
+    "original_max_position_embeddings": 8,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+    "rope_theta": 300.0,
+}
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {"head_dim": 6, "rms_norm_eps": 1e-3}),
+    "llama 3.1": ("llama", {"head_dim": 8, "rope_parameters": LLAMA3}),
+    "linear": (
+        *("llama",),
+        {"head_dim": 6, "rope_parameters": {"rope_type": "linear", "factor": 3.0}},
+    ),
+    "tied": ("llama", {"head_dim": 4, "tie_word_embeddings": True}),
+    "mistral": ("mistral", {"head_dim": 6, "sliding_window": 5}),
+    "mistral 0.3": ("mistral", {"head_dim": 6, "sliding_window": None}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 6, "rope_parameters": YARN}),
+}
+T = 24
+
+
+def made(kind: str, **more: Any) -> Any:
+    """A random model of transformers; norms and biases are random too."""
+    name, own = KINDS[kind]
+    config = transformers.AutoConfig.for_model(name, **{**SIZES, **own, **more})
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def read(folder: Path) -> tuple[ModelConfig, Any]:
+    """The model in a folder, and its parameters."""
+    adapter, model = hugging_face.read_model(folder, convert.ADAPTERS)
+    reader = Reader(folder, adapter, model)
+    return model, as_tree(model, adapter.all_weights(model), reader)
+
+
+def as_tree(model: ModelConfig, weights: list[Any], value: Callable[[str], Any]) -> Any:
+    """Parameters by their names as the model has them."""
+    params: Any = {"blocks": [{} for _ in range(model.num_layers)]}
+    for weight in weights:
+        *path, last = weight.name.split("/")
+        at = params
+        for key in path:
+            at = at[int(key)] if isinstance(at, list) else at.setdefault(key, {})
+        at[last] = jnp.asarray(value(weight.name))
+        assert at[last].shape == weight.shape, weight.name
+    return params
+
+
+def test_logits_and_gradients_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    gpt = made(kind)
+    gpt.save_pretrained(tmp_path)
+    model, params = read(tmp_path)
+    rows = np.random.default_rng(0).integers(0, 53, (2, T + 1))
+    got = plain_model.logits(model, params, jnp.asarray(rows[:, :-1]))
+    outcome = gpt(torch.from_numpy(rows[:, :-1]), use_cache=False).logits
+    np.testing.assert_allclose(got, outcome.detach().numpy(), rtol=0, atol=1e-4)
+
+    loss = torch.nn.functional.cross_entropy(
+        outcome.reshape(-1, 53), torch.from_numpy(rows[:, 1:]).reshape(-1)
+    )
+    loss.backward()
+    there = {n.removeprefix("model."): p.grad.numpy() for n, p in gpt.named_parameters()}
+    weights = {weight.name: weight for weight in llama.ADAPTER.all_weights(model)}
+
+    def gradient(name: str) -> np.ndarray:
+        weight = weights[name]
+        return weight.to_here([there[one] for one in weight.there])
+
+    want = as_tree(model, list(weights.values()), gradient)
+    grads = jax.grad(lambda p: reference.loss(model, p, jnp.asarray(rows)))(params)
+    reference.assert_close(grads, want, 1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("shard_bytes", [hugging_face.SHARD_BYTES, 4000])
+def test_there_and_back_changes_no_bit(
+    dtype: str, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the folder's own format, with what the folder says beside its weights."""
+    monkeypatch.setattr(hugging_face, "SHARD_BYTES", shard_bytes)
+    kind = {"bfloat16": "qwen2", "float16": "mistral", "float32": "llama 3.1"}[dtype]
+    gpt = made(kind).to(getattr(torch, dtype))
+    gpt.generation_config.top_k = 7
+    gpt.save_pretrained(tmp_path / "source", max_shard_size=shard_bytes)
+    convert.import_model(tmp_path / "source", tmp_path / "run")
+    convert.export_model(tmp_path / "run", tmp_path / "back", None)
+    assert (tmp_path / "back" / hugging_face.INDEX).exists() == (shard_bytes == 4000)
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    assert type(again) is type(gpt)
+    assert again.generation_config.top_k == 7
+    before, after = gpt.state_dict(), again.state_dict()
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert value.dtype == after[name].dtype
+        assert torch.equal(value, after[name]), name
+    differing = {
+        name
+        for name, value in gpt.config.to_dict().items()
+        if again.config.to_dict().get(name) != value
+    }
+    assert differing <= {"_name_or_path", "transformers_version", "attention_dropout"}
+
+
+def test_an_export_without_a_source_is_loaded(kind: str, tmp_path: Path) -> None:
+    """As a model that was trained here from the start: logits of the class that loads it."""
+    gpt = made(kind)
+    gpt.save_pretrained(tmp_path / "source")
+    convert.import_model(tmp_path / "source", tmp_path / "run")
+    (tmp_path / "run" / convert.SOURCE).unlink()
+    convert.export_model(tmp_path / "run", tmp_path / "back", None)
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "back", attn_implementation="eager"
+    )
+    tokens = torch.arange(T)[None] % 53
+    with torch.no_grad():
+        want, got = (m(tokens, use_cache=False).logits for m in (gpt, again))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+def test_what_is_meant_by_settings_that_are_left_out() -> None:
+    """transformers fills them in with the same values."""
+    for name in llama.KINDS:
+        default = transformers.AutoConfig.for_model(name).to_dict()
+        meant = llama.read_model({"model_type": name})
+        told = llama.read_model(default)
+        assert resolved_model(meant) == resolved_model(told), name
+
+
+def test_older_folders_name_rotary_positions_otherwise(tmp_path: Path) -> None:
+    made("llama 3.1").save_pretrained(tmp_path)
+    expected, _ = read(tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text())
+    old = settings.pop("rope_parameters")
+    settings |= {"rope_theta": old.pop("rope_theta"), "rope_scaling": old}
+    path.write_text(json.dumps(settings))
+    assert read(tmp_path)[0] == expected
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "biases": ({"attention_bias": True}, "attention_bias=True, but the model here has False"),
+    "activation": ({"hidden_act": "gelu"}, "hidden_act=gelu"),
+    "ntk": ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "of type dynamic"),
+    "part": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
+    "untruncated": ({"rope_parameters": YARN | {"truncate": False}}, "truncate=False"),
+    "no number": ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta=x is no number"),
+    "layers": ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+    "odd heads": ({"head_dim": 5}, "head_width=5 is odd"),
+    "heads": ({"num_key_value_heads": 4}, "num_kv_heads=4 does not divide"),
+    "eps": ({"rms_norm_eps": "x"}, "norm_eps='x' must be of type float"),
+}
+
+
+@pytest.mark.parametrize(("changes", "sentence"), REFUSED.values(), ids=REFUSED)
+def test_what_would_compute_something_else_is_refused(
+    changes: dict[str, Any], sentence: str, tmp_path: Path
+) -> None:
+    settings = {"model_type": "llama", **SIZES, "head_dim": 6, **changes}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=sentence):
+        hugging_face.read_model(tmp_path, convert.ADAPTERS)
+
+
+@pytest.mark.parametrize("change", ["missing", "shape", "foreign", "untied"])
+def test_weights_that_do_not_belong_are_named(change: str, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    made("tied" if change == "untied" else "llama").save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    if change == "missing":
+        del tensors[name]
+    elif change == "shape":
+        tensors[name] = tensors[name][:-1]
+    elif change == "foreign":
+        name = "model.layers.1.self_attn.sinks"
+        tensors[name] = np.zeros(6, np.float32)
+    else:
+        name = "lm_head.weight"
+        tensors[name] = np.zeros((53, 24), np.float32)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=name.removeprefix("model.")):
+        read(tmp_path)
