@@ -1,4 +1,4 @@
-"""Qwen3 4B, tuned on sequences of 262144 tokens, two a step, on 12 H100 (docs/long-context.md).
+"""Qwen3 4B, tuned on sequences of 262144 tokens, two a step, on 16 H100 (docs/long-context.md).
 
     python launch/multihost.py --config=qwen3_4b_256k --config.data.train=tokens.bin
 
@@ -35,7 +35,7 @@ def get_config() -> Config:
             norm_eps=1e-6,
             qk_norm=True,
         ),
-        mesh=MeshConfig(pipe=12),
+        mesh=MeshConfig(pipe=8, model=2),
         plan=PlanConfig(token_slices="uniform:128"),
         memory=MemoryConfig(remat="attn"),
         train=TrainConfig(num_steps=500, batch_size=2, eval_every=1000, sample_tokens=0),
