@@ -16,3 +16,9 @@ class Infeasible(UserError):
 def brief(error: Exception) -> str:
     """The message of an error in at most 160 characters."""
     return textwrap.shorten(str(error) or type(error).__name__, 160, placeholder=" ...")
+
+
+def shown(value: object) -> str:
+    """Returns a value of a file, which may be anything, as it can be printed within a sentence."""
+    text = str(value) if str(value).isprintable() else ascii(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,7 +1,9 @@
 """Converts checkpoints from and to Hugging Face folders of GPT-2, array by array, without a run."""
 
+import os
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
@@ -13,7 +15,8 @@ from tpipe_jax.checkpoint import manifest
 from tpipe_jax.checkpoint.arrays import read_array
 from tpipe_jax.checkpoint.checkpoints import newest_sound, write_checkpoint
 from tpipe_jax.checkpoint.layout import Fragment, arrays
-from tpipe_jax.config.config_files import RUN_FILE, load_config
+from tpipe_jax.config.config_files import load_config
+from tpipe_jax.config.own_runs import RUN_FILE, check_named
 from tpipe_jax.config.settings import (
     BYTES,
     BYTES_NAME,
@@ -25,11 +28,11 @@ from tpipe_jax.config.settings import (
     resolved,
 )
 from tpipe_jax.data.carried import with_kept_tokenizer
-from tpipe_jax.data.end_token import end_token
+from tpipe_jax.data.end_token import SETTINGS, end_token
 from tpipe_jax.data.tokenizer import hugging_face, tokenizer_settings
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.errors import UserError
-from tpipe_jax.files import writing_to
+from tpipe_jax.files import locked, writing_to
 from tpipe_jax.interop import gpt2
 from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.reporting.workdir import write_config
@@ -93,14 +96,13 @@ def export_gpt2(workdir: Path, target: Path, step: int | None, tokenizer: str | 
         )
     text, end, end_name = _tokenizer_of(workdir, tokenizer, model.vocab_size)
     target = target.absolute()
-    saving = target.with_name(target.name + manifest.SAVING)
+    shapes = {weight.name: weight.shape for weight in gpt2.weights_of(model)}
     try:
-        saving.mkdir(parents=True)
-        try:
+        with _saved_as(target) as saving:
             gpt2.write_model(
                 saving,
                 model,
-                lambda name: read_array(checkpoint, PARAMS + name),
+                lambda name: read_array(checkpoint, PARAMS + name, shapes[name]),
                 gpt2.SHARD_BYTES,
                 end,
             )
@@ -108,9 +110,6 @@ def export_gpt2(workdir: Path, target: Path, step: int | None, tokenizer: str | 
                 (saving / TOKENIZER).write_text(text, encoding="utf-8")
                 settings = tokenizer_settings(end_name, model.seq_len)
                 (saving / TOKENIZER_SETTINGS).write_text(settings, encoding="utf-8")
-            saving.replace(target)
-        finally:
-            shutil.rmtree(saving, ignore_errors=True)
     except ValueError as error:  # from TensorStore
         raise UserError(
             f"the checkpoint in {checkpoint} cannot be read any more ({error}): a run may have "
@@ -124,6 +123,38 @@ def export_gpt2(workdir: Path, target: Path, step: int | None, tokenizer: str | 
     return int(checkpoint.name)
 
 
+@contextmanager
+def _saved_as(target: Path) -> Iterator[Path]:
+    """Yields an empty folder beside the target, which gets its name at the end; if the block fails,
+    it is removed. What a killed export has left there is removed first.
+
+    Raises `UserError` if another export is at work there, or if the folder holds something else.
+    """
+    saving = target.with_name(target.name + manifest.SAVING)
+    saving.mkdir(parents=True, exist_ok=True)
+    if saving.is_symlink() or any(not _is_of_export(path) for path in saving.iterdir()):
+        raise UserError(
+            f"{saving}, where --to={target} is written first, has files that are not of an export: "
+            "move it away, or choose another folder."
+        )
+    descriptor = os.open(saving, os.O_RDONLY)
+    with locked(
+        descriptor, saving, f"another export writes --to={target}: wait for its end, or stop it."
+    ):
+        for path in saving.iterdir():
+            path.unlink()
+        try:
+            yield saving
+            saving.replace(target)
+        finally:
+            shutil.rmtree(saving, ignore_errors=True)
+
+
+def _is_of_export(path: Path) -> bool:
+    is_one = path.name in (TOKENIZER, TOKENIZER_SETTINGS) or gpt2.is_written(path.name)
+    return is_one and path.is_file() and not path.is_symlink()
+
+
 def _read_tokenizer(source: Path, workdir: Path, vocab_size: int) -> tuple[DataConfig, str | None]:
     """Returns data settings with the tokenizer of a folder and the token that ends a document, and
     the tokenizer.json for the workdir, if the folder has one.
@@ -131,6 +162,8 @@ def _read_tokenizer(source: Path, workdir: Path, vocab_size: int) -> tuple[DataC
     path, end = source / TOKENIZER, gpt2.read_end(source, vocab_size)
     if not path.is_file():
         return DataConfig(separator=end), None
+    for name in (TOKENIZER, *SETTINGS):
+        gpt2.check_inside(source, source / name)
     made = _fitting("--from", str(path), vocab_size, "remove it from the folder")
     if end is None:
         end = end_token(made, str(path), None)
@@ -152,6 +185,7 @@ def _tokenizer_of(
     if name is None:
         if data.tokenizer == BYTES_NAME and (vocab_size != BYTES or not path.exists()):
             return None, data.separator, None  # trained on tokens of a tokenizer that is not known
+        check_named(path, Config(data=data), {"data.tokenizer": "add --tokenizer={}"})
         name, setting = data.tokenizer, "config.data.tokenizer"
     made = _fitting(setting, name, vocab_size, "name its own with --tokenizer")
     given = data.end_token if setting == "config.data.tokenizer" else None

@@ -9,6 +9,7 @@ then all values; here query, key and value of a head lie together (`model.gpt2`)
 """
 
 import json
+import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from tpipe_jax.config.settings import Config, ModelConfig
-from tpipe_jax.errors import UserError
+from tpipe_jax.errors import UserError, brief, shown
 from tpipe_jax.json_files import read_json
 
 SETTINGS, WEIGHTS = "config.json", "model.safetensors"
@@ -45,6 +46,10 @@ SIZES = {  # names there, and the size that is meant if a folder leaves one out
     "vocab_size": ("vocab_size", 50257),
     "seq_len": ("n_positions", 1024),
 }
+BLOBS = "blobs"  # folder of Hugging Face's cache, which links in its folder `snapshots` lead to
+WRITTEN = re.compile(  # names of files that `write_model` writes
+    r"config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+)
 MASKS = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")  # constant masks, in older files
 PREFIX = "transformer."
 
@@ -100,27 +105,50 @@ def weights_of(model: ModelConfig) -> list[Weight]:
     return weights + norm("norm", "ln_f")
 
 
+def is_written(name: str) -> bool:
+    """Whether `write_model` writes files of this name."""
+    return bool(WRITTEN.fullmatch(name))
+
+
+def check_inside(folder: Path, path: Path) -> None:
+    """Raises `UserError` if a file of a folder is a link that leads out of it; but a folder of
+    Hugging Face's cache consists of links to the cache.
+    """
+    root, target = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    allowed = [root]
+    if root.parent.name == "snapshots":
+        allowed.append(root.parent.parent / BLOBS)
+    if not any(target.is_relative_to(place) for place in allowed):
+        raise UserError(
+            f"--from={folder} has {shown(path.name)} as a link to {shown(target)}, out of that "
+            "folder: put the file itself in its place."
+        )
+
+
 def read_model(folder: Path) -> ModelConfig:
     """Reads the settings of a folder's model. Raises `UserError` if the model here differs."""
+    check_inside(folder, folder / SETTINGS)
     settings = _read_json(folder / SETTINGS)
     kind = settings.get("model_type")
     if kind != "gpt2":
         raise UserError(
-            f"--from={folder} has a model of type {kind}: only gpt2 can be imported, GPT-2 and "
-            "what has its architecture."
+            f"--from={folder} has a model of type {shown(kind)}: only gpt2 can be imported, "
+            "GPT-2 and what has its architecture."
         )
     for name, allowed in FIXED.items():
         value = settings.get(name, allowed[0])
         if value not in allowed:
             raise UserError(
-                f"--from={folder} has {name}={value} in {SETTINGS}, but the model here has "
+                f"--from={folder} has {name}={shown(value)} in {SETTINGS}, but the model here has "
                 f"{allowed[0]} always: it would compute something else."
             )
     try:
         sizes = {name: settings.get(there, size) for name, (there, size) in SIZES.items()}
         return Config(model=ModelConfig(**sizes)).model  # raises if a value is wrong
     except UserError as error:
-        raise UserError(f"--from={folder} has a {SETTINGS} that cannot be used: {error}") from None
+        raise UserError(
+            f"--from={folder} has a {SETTINGS} that cannot be used: {brief(error)}"
+        ) from None
 
 
 def read_end(folder: Path, vocab_size: int) -> int | None:
@@ -139,6 +167,13 @@ class Reader:
     def __init__(self, folder: Path, model: ModelConfig) -> None:
         self._folder = folder
         self._files = _files(folder)
+        # First, since a list is made of all weights that the settings ask for.
+        layers = {name.split(".")[1] for name in self._files if name.startswith("h.")}
+        if len(layers) < model.num_layers:
+            raise UserError(
+                f"--from={folder} has weights of {len(layers)} layers, but {SETTINGS} asks for "
+                f"{model.num_layers}: see that all files of the model are there."
+            )
         self._weights = {weight.name: weight for weight in weights_of(model)}
         expected = {weight.there for weight in self._weights.values()}
         if missing := sorted(expected - self._files.keys()):
@@ -149,8 +184,8 @@ class Reader:
         others = {name for name in self._files.keys() - expected if not MASKS.fullmatch(name)}
         if foreign := sorted(others - {"lm_head.weight"}):
             raise UserError(
-                f"--from={folder} has a weight {foreign[0]}, which GPT-2 has not: only gpt2 can be "
-                "imported."
+                f"--from={folder} has a weight {shown(foreign[0])}, which GPT-2 has not: only gpt2 "
+                "can be imported."
             )
         for weight in self._weights.values():
             self._check(weight)
@@ -259,6 +294,7 @@ def _files(folder: Path) -> dict[str, tuple[Path, str]]:
     """Returns the file of each weight and its name in that file, by its name without the prefix
     that models with a head have.
     """
+    check_inside(folder, folder / INDEX)
     if (folder / INDEX).exists():
         places = _read_json(folder / INDEX).get("weight_map")
         if not isinstance(places, dict):
@@ -270,11 +306,12 @@ def _files(folder: Path) -> dict[str, tuple[Path, str]]:
 
 
 def _keys(folder: Path, path: Path) -> Iterator[str]:
-    if path.parent != folder or not path.is_file():
+    if path.parent != folder or not os.path.isfile(path):
         raise UserError(
-            f"--from={folder} has no {path.name}: give a folder with {SETTINGS} and {WEIGHTS}, or "
-            f"{INDEX} and the files that it names."
+            f"--from={folder} has no {shown(path.name)}: give a folder with {SETTINGS} and "
+            f"{WEIGHTS}, or {INDEX} and the files that it names."
         )
+    check_inside(folder, path)
     try:
         with safe_open(path, "numpy") as file:
             yield from file.keys()

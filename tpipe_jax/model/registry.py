@@ -1,23 +1,13 @@
 """Finds the block that a config names: GPT-2's, or a class in a file of the user."""
 
-import hashlib
 import inspect
 from functools import cache
-from pathlib import Path
 
-from tpipe_jax.config.paths import expanded
 from tpipe_jax.config.settings import GPT2, ModelConfig
-from tpipe_jax.config.user_code import load_file
+from tpipe_jax.config.user_code import file_and_class, load_file
 from tpipe_jax.errors import UserError
 from tpipe_jax.model.block import Block
 from tpipe_jax.model.gpt2 import GPT2Block
-
-
-def block_digest(config: ModelConfig) -> str | None:
-    """Returns the SHA-256 digest of the file of a user's own block; None for GPT-2's block."""
-    if config.block == GPT2:
-        return None
-    return hashlib.sha256(_file_and_class(config.block)[0].read_bytes()).hexdigest()
 
 
 def block_class(config: ModelConfig) -> type[Block]:
@@ -29,14 +19,9 @@ def block_class(config: ModelConfig) -> type[Block]:
     return _load(config.block)
 
 
-def _file_and_class(setting: str) -> tuple[Path, str]:
-    file, _, name = setting.rpartition(":")
-    return expanded("config.model.block", file), name
-
-
 @cache
 def _load(setting: str) -> type[Block]:
-    path, name = _file_and_class(setting)
+    path, name = file_and_class(setting)
     if not path.is_file() or path.suffix != ".py":
         raise UserError(
             f"config.model.block={setting} names no Python file: give {GPT2}, or a file and a "
