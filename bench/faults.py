@@ -3,11 +3,16 @@
     python bench/faults.py
     python bench/faults.py --faults=8 --seed=3 --kinds kill flip
     python bench/faults.py --processes=4 --faults=20
+    python bench/faults.py --beside --faults=60 --kinds kill terminate hangup
 
 Trains a small GPT, disturbs it by random faults in random order, and starts it again after each; at
 the end its parameters and metrics must be, bit for bit, those of a run that nothing has disturbed.
 After each fault the run must have ended by itself, with the status and the words that belong to it,
 and go on from the newest checkpoint that is sound. Ends with status 1 where any of this fails.
+
+With --beside, other commands (bench/beside.py) work on the run all the time: plan, generate,
+evaluate, list checkpoints, export and import. The run keeps only two checkpoints, so it removes old
+ones while they are read. All must have their own right results.
 
 The table says, for each kind: how often; seconds from the fault to the end of all processes; steps
 done twice; seconds from the next start to its first step.
@@ -26,13 +31,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from beside import Beside
 from faulty_run import EVERY, Fault, Run
 from tpipe_jax.checkpoint import manifest
 
 MAX_STEPS = 20  # between a start and its fault
+STEP_SECONDS = 8, 60  # the limit of a step, alone and with other commands beside
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,10 @@ KINDS = {
     "freeze": Kind((1, 134), "and was killed: it may be the one that hangs"),
     "terminate": Kind((143,), "the same command", loses=False),
     "interrupt": Kind((130,), "the same command", loses=False),
+    "hangup": Kind((129,), "the same command", loses=False),
+    "hangup, outputs closed": Kind((129,), loses=False),
+    "launcher killed": Kind((-signal.SIGKILL,), loses=False),
+    "output not read": Kind((143,), loses=False),
     "raise": Kind((1,), "ZeroDivisionError: a fault", is_inside=True),
     "hang": Kind((1,), "has taken longer than", is_inside=True),
     "kill in a save": Kind((137,), "was ended by SIGKILL", is_inside=True),
@@ -68,7 +80,9 @@ KINDS = {
     "second run": Kind((143,), "the same command", loses=False),
 }
 DAMAGES = ("flip", "truncate", "remove", "add")
-EARLY = ("kill", "freeze", "terminate", "interrupt")  # which may also come before the first step
+# Those that may also come before the first step, and those beside which other commands may run.
+EARLY = ("kill", "freeze", "terminate", "interrupt", "hangup", "launcher killed")
+BESIDE = ("kill", "terminate", "interrupt", "hangup", "launcher killed", "output not read")
 
 
 @dataclass(frozen=True)
@@ -85,7 +99,13 @@ class Outcome:
 def main() -> None:
     args = parse_args()
     random.seed(args.seed)
-    kinds = [name for name in KINDS if name in args.kinds]
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # of the runs too, where nohup has started this
+    allowed = BESIDE if args.beside else list(KINDS)
+    kinds = [name for name in KINDS if name in (args.kinds or allowed)]
+    if not set(kinds) <= set(allowed):
+        sys.exit(f"--beside goes with the kinds {', '.join(BESIDE)}")
+    args.keep = 2 if args.beside else 3
+    args.step_timeout = STEP_SECONDS[args.beside]
     with tempfile.TemporaryDirectory() as folder:
         disk = Path(folder) / "disk"
         disk.mkdir()
@@ -115,7 +135,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--faults", type=int, default=3 * len(KINDS))
     parser.add_argument("--seed", type=int, default=random.randrange(10**6))
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=KINDS)
+    parser.add_argument("--beside", action="store_true")
     return parser.parse_args()
 
 
@@ -127,26 +148,30 @@ def mount(disk: Path) -> bool:
 def soak(args: argparse.Namespace, names: list[str], workdir: Path, undisturbed: Path) -> None:
     print(f"seed {args.seed}: {len(names)} faults, {args.processes} processes", flush=True)
     start = time.monotonic()
-    run = Run(args, undisturbed, None)
+    run = Run(args, undisturbed, None, is_kept=args.beside)
     if run.end(args.num_steps):
         run.fail("the run that nothing disturbs has failed")
     print(f"{args.num_steps} steps undisturbed: {time.monotonic() - start:.0f} s", flush=True)
+    beside = Beside(workdir, undisturbed.with_name("beside"), args.data) if args.beside else None
     outcomes: list[Outcome] = []
-    for number, name in enumerate(names):
-        run, outcome = disturb(args, name, workdir)
-        if outcomes:
-            outcomes[-1] = replace(outcomes[-1], recovery_seconds=run.start_seconds)
-        outcomes.append(outcome)
-        print(
-            f"{number + 1:3} {name:22} ended in {outcome.ended_seconds:5.1f} s, "
-            f"{outcome.lost_steps:3} steps lost",
-            flush=True,
-        )
-    run = Run(args, workdir, None)
-    if status := run.end(args.num_steps):
-        run.fail(f"the last start ended with status {status}")
-    outcomes[-1] = replace(outcomes[-1], recovery_seconds=run.start_seconds)
+    with beside or nullcontext():
+        for number, name in enumerate(names):
+            run, outcome = disturb(args, name, workdir)
+            if outcomes:
+                outcomes[-1] = replace(outcomes[-1], recovery_seconds=run.start_seconds)
+            outcomes.append(outcome)
+            print(
+                f"{number + 1:3} {name:22} ended in {outcome.ended_seconds:5.1f} s, "
+                f"{outcome.lost_steps:3} steps lost",
+                flush=True,
+            )
+        run = Run(args, workdir, None)
+        if status := run.end(args.num_steps):
+            run.fail(f"the last start ended with status {status}")
+        outcomes[-1] = replace(outcomes[-1], recovery_seconds=run.start_seconds)
     compare(workdir, undisturbed, args.num_steps)
+    if beside:
+        beside.check(undisturbed)
     print_table(outcomes)
 
 
@@ -195,7 +220,10 @@ def disturb(args: argparse.Namespace, name: str, workdir: Path) -> tuple[Run, Ou
     if name in DAMAGES:
         damage(workdir, name)
     remaining = sound_steps(workdir)
-    lost_steps = max(run.step - (remaining[0] if remaining else 0), 0)
+    done = run.step
+    if done and not kind.loses:  # else its metrics are still those of the start before
+        done = max(done, run.logged_step())
+    lost_steps = max(done - (remaining[0] if remaining else 0), 0)
     if lost_steps > (2 * EVERY if kind.loses else 0) + (MAX_STEPS if name in DAMAGES else 0):
         run.fail(f"{fault} lost {lost_steps} steps")
     return run, Outcome(name, ended_seconds, lost_steps)
@@ -222,6 +250,19 @@ def inflict(args: argparse.Namespace, name: str, run: Run, process: int) -> Call
     workdir = run.workdir
     if name in signals:
         os.kill(run.children()[process], signals[name])
+    elif name == "hangup":
+        run.process.send_signal(signal.SIGHUP)
+    elif name == "hangup, outputs closed":
+        run.stop_reading()
+        run.process.send_signal(signal.SIGHUP)
+    elif name == "launcher killed":
+        run.kill_launcher()
+    elif name == "output not read":
+        run.stop_reading()
+        step = run.logged_step()
+        run.wait_for(lambda: run.logged_step() > step + EVERY)  # it goes on
+        run.fault_at = time.monotonic()
+        run.process.send_signal(signal.SIGTERM)
     elif name in ("interrupt", *DAMAGES):
         run.process.send_signal(signal.SIGINT)
     elif name == "disk full":

@@ -14,7 +14,8 @@ from typing import Any
 
 from tpipe_jax.checkpoint import manifest
 from tpipe_jax.commands.launch import launch
-from tpipe_jax.config.command_line import exit_status, parse
+from tpipe_jax.config.command_line import parse
+from tpipe_jax.runtime.exits import exit_status
 
 FAULT = "TPIPE_JAX_FAULT"
 HAPPENS = "the fault happens now"  # printed when it does

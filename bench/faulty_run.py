@@ -18,7 +18,7 @@ from faulty import FAULT, HAPPENS
 
 PROGRAM = Path(__file__).with_name("faulty.py")
 EVERY = 5  # steps between checkpoints
-TIMEOUT_SECONDS = 8  # of a step
+KEPT_EVERY = 25  # the same, where all are kept
 LIMIT_SECONDS = 120  # in which a fault must have ended the run, on a slow machine too
 
 SETTINGS = [
@@ -35,9 +35,6 @@ SETTINGS = [
     "--config.train.sample-tokens=0",
     "--config.train.trace-step=0",  # what is measured differs from run to run
     "--config.train.compare-steps=0",
-    f"--config.train.step-timeout-seconds={TIMEOUT_SECONDS}",
-    f"--config.checkpoint.every={EVERY}",
-    "--config.checkpoint.keep=3",
 ]
 
 
@@ -53,10 +50,12 @@ class Fault:
 class Run:
     """A run that has been started, and what it prints."""
 
-    def __init__(self, args: argparse.Namespace, workdir: Path, inside: Fault | None) -> None:
+    def __init__(
+        self, args: argparse.Namespace, workdir: Path, inside: Fault | None, is_kept: bool = False
+    ) -> None:
         self.workdir, self.lines = workdir, list[str]()
         self.step = 0
-        """The last one that it has logged."""
+        """The last one that it has printed."""
         self.start_seconds: float | None = None
         """From the start to its first step."""
         self.fault_at = self._started = time.monotonic()
@@ -71,12 +70,16 @@ class Run:
                 f"--config.train.num-steps={args.num_steps}",
                 f"--config.mesh.pipe={args.processes}",
                 f"--local-processes={args.processes}",
+                f"--config.checkpoint.keep={args.num_steps if is_kept else args.keep}",
+                f"--config.checkpoint.every={KEPT_EVERY if is_kept else EVERY}",
+                f"--config.train.step-timeout-seconds={args.step_timeout}",
             ],
             env=os.environ | {FAULT: json.dumps(inside and vars(inside))},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
+        self._orphans = list[int]()
         self._reader = threading.Thread(target=self._read)
         self._reader.start()
 
@@ -90,6 +93,25 @@ class Run:
             if HAPPENS in line:
                 self.fault_at = now
             self.lines.append(line)
+
+    def logged_step(self) -> int:
+        """The last step in its metrics."""
+        path = self.workdir / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        whole = text[: text.rfind("\n") + 1].splitlines()
+        return json.loads(whole[-1])["step"] if whole else 0
+
+    def stop_reading(self) -> None:
+        """Closes its outputs on this side, as a terminal or a reader that goes away."""
+        assert self.process.stdout is not None
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, self.process.stdout.fileno())  # the reader finds its end, and goes
+        os.close(nothing)
+
+    def kill_launcher(self) -> None:
+        """Kills the launcher alone; `end` then waits for its processes too."""
+        self._orphans = self.children()
+        self.process.kill()
 
     def has_said(self, words: str) -> bool:
         return any(words in line for line in self.lines)
@@ -113,10 +135,25 @@ class Run:
         except subprocess.TimeoutExpired:
             self.fail(f"it had not ended after {seconds} s")
         self._reader.join()
+        deadline = time.monotonic() + seconds
+        while any(map(_is_running, self._orphans)):
+            if time.monotonic() > deadline:
+                self.fail("its processes have not ended with their launcher")
+            time.sleep(0.01)
         return self.process.returncode
 
     def fail(self, why: str) -> NoReturn:
         if self.process.poll() is None:
             for pid in (*self.children(), self.process.pid):
                 os.kill(pid, signal.SIGKILL)
+        for pid in filter(_is_running, self._orphans):
+            os.kill(pid, signal.SIGKILL)
         sys.exit(f"{''.join(self.lines[-60:])}\nFAILED: {why}")
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"  # ended, and not yet noticed by init

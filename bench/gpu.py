@@ -43,7 +43,6 @@ from jax.stages import Compiled
 
 from gpu_report import Program, Trace, figures, report, report_traces
 from gpu_trace import kernel_times
-from tpipe_jax.config.command_line import exit_status
 from tpipe_jax.config.settings import (
     AttentionConfig,
     Backend,
@@ -67,6 +66,7 @@ from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.planning.settings import read_settings
 from tpipe_jax.profiling.profiler import Profiler
+from tpipe_jax.runtime.exits import exit_status
 from tpipe_jax.training.memory import GIB, limit_bytes, program_bytes
 from tpipe_jax.training.optimizer import make_optimizer
 from tpipe_jax.training.state import abstract_rows, abstract_state, init_state

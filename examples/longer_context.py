@@ -16,9 +16,7 @@ FACTOR, STEPS = 4, 20
 def main(source: str, text: str, workdir: str) -> None:
     config = import_model(source, workdir)  # its checkpoint of step 0 has the weights
     short, mesh = config.model.seq_len, MeshConfig(pipe=2)
-    model = replace(
-        config.model, seq_len=FACTOR * short, rope_scaling=f"yarn:{FACTOR},{short}"
-    )
+    model = replace(config.model, seq_len=FACTOR * short, rope_scaling=f"yarn:{FACTOR},{short}")
     longer = replace(
         config,
         model=model,

@@ -25,6 +25,9 @@ jax.config.update("jax_num_cpu_devices", 8)
 # next time; other processes that tests start find it too.
 PROGRAMS = Path(__file__).parents[1] / ".pytest_cache" / "programs"
 MAX_PROGRAMS_BYTES = 4 * 2**30
+# Tests note their runs here, and not in the home folder of the user.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["XDG_STATE_HOME"] = str(PROGRAMS.with_name("state") / str(os.getpid()))
 for name, value in {
     "compilation_cache_dir": PROGRAMS,
     "persistent_cache_min_compile_time_secs": 0,
@@ -41,6 +44,12 @@ def pytest_configure(config: pytest.Config) -> None:
         sizes = [path.stat().st_size for path in PROGRAMS.iterdir()]
         if sum(sizes) > MAX_PROGRAMS_BYTES:
             shutil.rmtree(PROGRAMS)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """The notes of runs are of no use to later tests."""
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(os.environ["XDG_STATE_HOME"], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

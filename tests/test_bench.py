@@ -29,13 +29,13 @@ BENCH = several_processes.ROOT / "bench"
 @pytest.mark.slow
 def test_faults_lose_nothing_but_steps_since_the_last_checkpoint():
     """A short form of the soak; it judges itself."""
-    kinds = ["kill in a save", "flip"]
+    kinds = ["kill in a save", "flip", "launcher killed"]
     options = ["--seed=3", f"--faults={len(kinds)}", "--kinds", *kinds]
     done = subprocess.run(
         [sys.executable, BENCH / "faults.py", *options], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 faults" in done.stdout
+    assert "3 faults" in done.stdout
     rows = re.findall(
         r"^([a-z ]+?)  +1 +([\d.]+), +[\d.]+ +(\d+), +\d+ +[\d.]+$", done.stdout, re.M
     )

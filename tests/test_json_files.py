@@ -4,6 +4,7 @@ import ast
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,10 +16,13 @@ from tpipe_jax.errors import UserError
 from tpipe_jax.interop import gpt2
 from tpipe_jax.json_files import MAX_DEPTH, parse_json, read_json
 from tpipe_jax.planning.latency_file import load_table
-from tpipe_jax.planning.plan import PlanRequest, load_plan
-from tpipe_jax.reporting.loss_plot import read_metrics
+from tpipe_jax.planning.plan import Plan, PlanRequest, load_plan
+from tpipe_jax.planning.schedule import make_schedule
+from tpipe_jax.planning.simulate import simulate
+from tpipe_jax.reporting import loss_plot
+from tpipe_jax.reporting.loss_plot import draw_losses, read_metrics
 from tpipe_jax.reporting.metrics import Metrics
-from tpipe_jax.reporting.trace_file import read_trace
+from tpipe_jax.reporting.trace_file import read_timeline, read_trace, trace_events
 from tpipe_jax.reporting.workdir import changed_settings
 
 DEEP = 100_000 * "["
@@ -29,6 +33,7 @@ BAD = {
     "text": ("not JSON", r"it is no JSON, expecting value at line 1, column 1"),
     "digits": ("1" * 5000, "it has a number of thousands of digits"),
     "bytes": (b'{"a": "\xff"}', "its byte 7 is not UTF-8"),
+    "twice": ('[{"a": 1, "b": 2, "a": 3}]', "it gives a twice in an object"),
 }
 
 
@@ -63,6 +68,95 @@ def test_a_text_that_is_too_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for path in (tmp_path / "a.json", Path("/dev/zero")):
         with pytest.raises(ValueError, match="it has more than 1 MiB"):
             read_json(path)
+
+
+def test_a_short_text_of_many_values(monkeypatch: pytest.MonkeyPatch):
+    """Each empty list takes thirty times the memory of its text."""
+    monkeypatch.setattr(json_files, "MAX_VALUES", 2**20)
+    for value in ("[]", "{}", "0", '""'):
+        assert len(parse_json("[" + f"{value}," * 2**18 + "0]")) == 2**18 + 1
+        with pytest.raises(ValueError, match="it has more than 1 million values"):
+            parse_json("[" + f"{value}," * 2**20 + "0]")
+
+
+def test_a_name_given_twice_among_many_is_found_soon():
+    members = "".join(f'"{n}": 0, ' for n in range(300_000))
+    with pytest.raises(ValueError, match="it gives 299999 twice"):
+        parse_json("{" + members + '"299999": 1}')
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ('{"step": true}', "a line has no step"),
+        ('{"step": 1.0}', "a line has no step"),
+        ('{"step": "1"}', "a line has no step"),
+        ('{"step": null}', "a line has no step"),
+        ('{"step": 1, "loss": true}', "loss is True, no number"),
+        ('{"step": 1, "loss": "2"}', "loss is '2', no number"),
+        ('{"step": 1, "loss": NaN}', "loss is nan, no number"),
+        ('{"step": 1, "loss": 1e400}', "loss is inf, no number"),
+        ('{"step": 1, "eval_loss": [1]}', r"eval_loss is \[1\], no number"),
+        ('{"step": 1, "learning_rate": -1e308}', "learning_rate is -1e[+]308, no number"),
+        ('{"step": 1' + "0" * 4000 + "}", r"step is 10*\.\.\., no number"),
+        ('{"step": 1, "x": "' + "y" * 70_000 + '"}', "a line has more than 65536 bytes"),
+    ],
+)
+def test_lines_that_cannot_be_drawn(line: str, what: str, tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n' + line + "\n")
+    with pytest.raises(UserError, match=what) as error:
+        draw_losses([tmp_path], tmp_path / "loss.png")
+    assert len(str(error.value)) < 600
+
+
+def test_more_lines_than_can_be_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loss_plot, "MAX_LINES", 3)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n' * 3)
+    assert len(read_metrics(tmp_path)) == 3
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n' * 4)
+    with pytest.raises(UserError, match="there are more than 3"):
+        read_metrics(tmp_path)
+
+
+def test_names_of_folders_are_no_formulas(tmp_path: Path):
+    for name in ("a$\\frac{$", "$x_{"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"step": 1, "loss": 2.5}\n')
+    draw_losses([tmp_path / name for name in ("a$\\frac{$", "$x_{")], tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").exists()
+
+
+SCHEDULE = make_schedule(Plan(2, (1,), ((2, 2),)))
+EVENTS = trace_events(1, "measured, step 1", SCHEDULE, simulate(SCHEDULE, [1, 1], [1, 1]))
+
+
+@pytest.mark.parametrize(
+    ("number", "changes"),
+    [
+        (0, {"pid": True}),
+        (0, {"args": [1]}),
+        (0, {"args": {"name": "$\\frac{$", "step_seconds": 6.0}}),
+        (0, {"args": {"name": "measured, step 1", "step_seconds": True}}),
+        (0, {"args": {"name": "measured, step 1", "step_seconds": 1e308}}),
+        (-1, {"tid": True}),
+        (-1, {"tid": 5}),
+        (-1, {"tid": 0.0}),
+        (-1, {"cat": "x"}),
+        (-1, {"ts": "1"}),
+        (-1, {"ts": 1e300}),
+        (-1, {"dur": -1}),
+        (-1, {"name": 1}),
+        (-1, EVENTS[-2]),
+    ],
+)
+def test_values_of_a_timeline(number: int, changes: dict[str, Any], tmp_path: Path):
+    events = [dict(event) for event in EVENTS]
+    path = tmp_path / "timeline.json"
+    path.write_text(json.dumps({"traceEvents": events}))
+    assert read_timeline(read_trace(path, 1), SCHEDULE)
+    events[number] |= changes
+    path.write_text(json.dumps({"traceEvents": events}))
+    assert read_timeline(read_trace(path, 1), SCHEDULE) is None
 
 
 def test_the_mark_in_front_of_utf_8_is_no_part_of_it(tmp_path: Path):

@@ -24,7 +24,8 @@ from tpipe_jax.commands.prompts import encode_prompt, ends_of, tokenizer_of
 from tpipe_jax.commands.train import train as run_training
 from tpipe_jax.commands.trained_model import Trained
 from tpipe_jax.commands.trained_model import load as load_trained
-from tpipe_jax.config.config_files import RUN_FILE, load_config
+from tpipe_jax.config.config_files import load_config
+from tpipe_jax.config.own_runs import RUN_FILE, check_named
 from tpipe_jax.config.settings import Config, MeshConfig
 from tpipe_jax.data.batches import open_held_out
 from tpipe_jax.data.carried import with_kept_tokenizer
@@ -48,6 +49,8 @@ from tpipe_jax.training.state import TrainState, abstract_rows, init_state
 from tpipe_jax.training.step import checked_rows
 
 Devices = Sequence[jax.Device]
+
+KEEP = "copy {} to tokenizer.json in the run's folder"
 
 
 @needed()
@@ -184,7 +187,7 @@ class Model:
         prompt is empty, or longer than the model's `seq_len`, or if the run was trained on tokens
         of an unknown tokenizer.
         """
-        tokenizer = tokenizer_of(self._workdir)
+        tokenizer = tokenizer_of(self._workdir, remedy=KEEP)
         remedy = "name its own in data.tokenizer of the run's config.json"
         tokens = encode_prompt("prompt", prompt, tokenizer, self.config.model, remedy)
         choose = chooser(temperature, top_p, seed, top_k)
@@ -213,8 +216,14 @@ class Model:
     @needed()
     def evaluate(self, data: Path | str | None = None) -> Evaluation:
         """Returns the loss on all of some data, named as in `config.data.train`, or on what the run
-        holds out. Raises `UserError` if the data cannot be read as tokens of the model.
+        holds out. Raises `UserError` if the data cannot be read as tokens of the model, or if a
+        run that is not the user's own names them.
         """
+        path, named = self._workdir / RUN_FILE, {"data.tokenizer": KEEP}
+        if data is None:
+            named |= dict.fromkeys(("data.train", "data.eval"), "call evaluate({})")
+        if path.exists():
+            check_named(path, self.config, named)
         if data is None:
             config, shares = open_held_out(self.config)
             return evaluate(self.trained.with_config(config), shares)

@@ -113,7 +113,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no pairs": (lambda c: forge(c, manifest_text('{"a": 1}')), "manifest.json is none"),
     "infinite": (lambda c: forge(c, manifest_text('{"a": [1e999, ""]}')), "manifest.json is none"),
     "outside": (
-        lambda c: forge(c, manifest_text('{"../../kept": [1, ""]}')),
+        lambda c: forge(c, manifest_text(f'{{"../../kept": [1, "{64 * "a"}"]}}')),
         "../../kept is missing",
     ),
     "another step": (lambda c: c.rename(c.with_name("13")), "manifest.json is of step 12"),

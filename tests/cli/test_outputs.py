@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tpipe_jax.config.command_line import exit_status
 from tpipe_jax.errors import UserError
+from tpipe_jax.runtime.exits import exit_status
 
 
 def head(

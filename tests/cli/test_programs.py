@@ -15,7 +15,7 @@ import pytest
 from tpipe_jax.cli.main import COMMANDS, main, run
 from tpipe_jax.cli.next_steps import next_steps
 from tpipe_jax.config import command_line
-from tpipe_jax.config.command_line import exit_status, parse
+from tpipe_jax.config.command_line import parse
 from tpipe_jax.config.flags import GpuPlanFlags
 from tpipe_jax.config.invocation import command
 from tpipe_jax.config.settings import (
@@ -24,6 +24,7 @@ from tpipe_jax.config.settings import (
     ModelConfig,
 )
 from tpipe_jax.errors import UserError
+from tpipe_jax.runtime.exits import exit_status
 from tpipe_jax.version import __version__
 
 

@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import io
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from tpipe_jax.config.settings import (
     to_dict,
 )
 from tpipe_jax.errors import UserError
+from tpipe_jax.reporting.workdir import write_config
 
 BY_HAND = ("--coordinator=host:1234", "--num-processes=2")
 
@@ -253,7 +253,7 @@ def a_run(workdir: Path, **model: Any) -> Config:
     model = {"num_layers": 2, "d_model": 32, "num_heads": 2} | model
     config = Config(ModelConfig(**model), MeshConfig(pipe=2), data=DataConfig("book.txt"))
     workdir.mkdir()
-    (workdir / "config.json").write_text(json.dumps(to_dict(resolved(config))))
+    write_config(resolved(config), workdir)
     return config
 
 

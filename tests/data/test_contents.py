@@ -16,7 +16,7 @@ import zstandard
 from support.text_data import settings
 from support.token_files import megatron
 from tpipe_jax.config.settings import DataConfig
-from tpipe_jax.data import contents, documents, reader
+from tpipe_jax.data import contents, reader
 from tpipe_jax.data.batches import open_data
 from tpipe_jax.data.contents import content_of
 from tpipe_jax.data.sources import TokenSource, open_source
@@ -124,11 +124,10 @@ def test_what_is_neither_text_nor_tokens_is_refused(
 
 def test_what_grows_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A small compressed file may hold one endless record or text."""
-    monkeypatch.setattr(documents, "MOST_RECORD_BYTES", 1000)
     monkeypatch.setattr(reader, "MOST_TOKENS", 5000)
     (tmp_path / "a.jsonl").write_bytes(zst(b'{"text": "' + b"x" * 2000 + b'"}\n'))
-    with pytest.raises(UserError, match=r"has a record of more than 1,000 bytes at byte 0"):
-        opened(tmp_path / "a.jsonl")
+    with pytest.raises(UserError, match=r"at byte 0 has a record of more than 1,048 bytes"):
+        opened(tmp_path / "a.jsonl", max_record_mib=0.001)
     (tmp_path / "a.txt").write_bytes(zst(b"x" * 10_000))
     with pytest.raises(UserError, match=r"has more than 5,000 tokens, which a run does not keep"):
         opened(tmp_path / "a.txt")

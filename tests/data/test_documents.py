@@ -224,14 +224,28 @@ def test_a_long_text_has_the_same_tokens_in_pieces(
 def test_what_cannot_be_cut_is_refused_where_it_is_too_long(
     metaspace: Path, bpe: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    """SentencePiece begins each text with a space. A long word has no place to cut."""
+    """A long word has no place to cut."""
     monkeypatch.setattr(encode, "PIECE", 500)
     monkeypatch.setattr(encode, "MOST", 4000)
-    for path, text in ((metaspace, prose(0, 3000)), (bpe, "x" * 9000)):
+    for path, text in ((metaspace, "fox" * 3000), (bpe, "x" * 9000)):
         tokenizer = open_tokenizer("x", str(path))
-        with pytest.raises(UserError, match=r"a.txt has a document of more than 4,000 characters"):
+        with pytest.raises(UserError, match=r"a.txt has a document of more than 4,000 bytes"):
             list(encoded([Piece(text)], tokenizer, "a.txt"))
         assert len(list(encoded([Piece(text[:3000])], tokenizer, "a.txt"))) == 1
+
+
+def test_a_text_without_lines_is_cut_at_spaces(
+    metaspace: Path, bpe: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """SentencePiece begins each text with a space, so there the space is that of the next part."""
+    monkeypatch.setattr(encode, "PIECE", 500)
+    for path in (metaspace, bpe):
+        tokenizer, text = open_tokenizer("x", str(path)), prose(5, 3000).replace("\n", " ")
+        found = list(encoded([Piece(text)], tokenizer, "a.txt"))
+        assert len(found) > 10
+        np.testing.assert_array_equal(
+            np.concatenate([own.tokens for own in found]), tokenizer.encode(text)
+        )
 
 
 def test_a_corpus_in_one_file_takes_little_memory(bpe: Path, tmp_path: Path):

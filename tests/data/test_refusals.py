@@ -108,10 +108,8 @@ def test_broken_npy(tmp_path: Path) -> None:
     path = tmp_path / "tokens.npy"
     np.save(path, np.arange(1000))
     whole = path.read_bytes()
-    np.save(path, np.array([{}]), allow_pickle=True)
-    pickled = path.read_bytes()
     cut_header = b"\x93NUMPY\x01\x00\x04\x00{{{{"
-    for content in [b"", b"some text", whole[:50], whole[:-1], cut_header, pickled]:
+    for content in [b"", b"some text", whole[:50], whole[:-1], cut_header]:
         path.write_bytes(content)
         with pytest.raises(UserError) as error:
             open_data(settings(path))

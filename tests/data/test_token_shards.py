@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from support import runs
+from support.marks import slow
 from tpipe_jax.config.settings import Config, DataConfig, ModelConfig, TrainConfig
 from tpipe_jax.data import token_shards
 from tpipe_jax.data.batches import open_data, open_held_out
@@ -313,7 +315,8 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path):
         make_shards([tmp_path / "a.txt"], tmp_path / "file" / "out", "bytes", HowToRead(), 1)
 
 
-def test_of_two_commands_one_makes_the_folder(tmp_path: Path):
+@pytest.mark.parametrize("delay", [0, *map(slow, (0.1, 0.3, 0.5, 1))])
+def test_of_two_commands_one_makes_the_folder(delay: float, tmp_path: Path):
     """With the tokenizer and the tokens of the same text."""
     contents = ["one text, over and over. " * 200, "zwei Texte, immer wieder. " * 200]
     commands = []
@@ -321,10 +324,12 @@ def test_of_two_commands_one_makes_the_folder(tmp_path: Path):
         (tmp_path / f"{i}.txt").write_text(text)
         args = [f"--out={tmp_path / 'out'}", "--train-bpe=300", str(tmp_path / f"{i}.txt")]
         commands.append([sys.executable, "launch/tokenize.py", *args])
-    children = [
-        subprocess.Popen(own, cwd=runs.ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        for own in commands
-    ]
+    children = []
+    for own in commands:
+        children.append(
+            subprocess.Popen(own, cwd=runs.ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        )
+        time.sleep(delay)
     said = [child.communicate()[1].decode() for child in children]
     assert sorted(child.returncode for child in children) == [0, 2], said
     assert "is at work on --out=" in "".join(said) or "is there already" in "".join(said)

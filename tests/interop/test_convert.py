@@ -1,5 +1,6 @@
 """GPT-2 folders in and out, beside transformers."""
 
+import fcntl
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ import tokenizers
 from safetensors.numpy import load_file, save_file
 
 from support import runs, zarr_files
+from support.forged import bounded_memory
 from tpipe_jax.checkpoint.arrays import read_array
 from tpipe_jax.checkpoint.checkpoints import Checkpoints
 from tpipe_jax.config.config_files import load_config
@@ -30,6 +33,7 @@ from tpipe_jax.interop import convert, gpt2
 from tpipe_jax.model import reference as plain_model
 from tpipe_jax.model import transformer
 from tpipe_jax.pipeline.spec import make_spec
+from tpipe_jax.reporting.workdir import write_config
 from tpipe_jax.training.optimizer import make_optimizer
 from tpipe_jax.training.state import abstract_state, init_state
 
@@ -328,9 +332,8 @@ def test_the_tokenizer_goes_along(folder: Path, tmp_path: Path):
     tokens = {"a": 0, "b": 1, "<|endoftext|>": 2}
     path = tmp_path / "own.json"
     tokenizers.Tokenizer(tokenizers.models.WordLevel(tokens, unk_token="a")).save(str(path))
-    settings = json.loads((run / "config.json").read_text())
-    settings["data"]["tokenizer"] = str(path)
-    (run / "config.json").write_text(json.dumps(settings))
+    config = load_config(run / "config.json")
+    write_config(runs.changed(config, data={"tokenizer": str(path)}), run)
     convert.export_model(run, tmp_path / "own", None)
     assert json.loads((tmp_path / "own" / "tokenizer.json").read_text())["model"]["vocab"] == tokens
     told = json.loads((tmp_path / "own" / "tokenizer_config.json").read_text())
@@ -370,7 +373,8 @@ def test_files_can_be_read_as_usual_ones(folder: Path, tmp_path: Path):
 def reading(made: Path, folder: Path, shard_bytes: int) -> tuple[Any, int]:
     made.mkdir()
     checkpoint = folder / "run" / "checkpoints" / "0"
-    return lambda name: read_array(checkpoint, f"params/{name}"), shard_bytes
+    shapes = {weight.name: weight.shape for weight in gpt2.weights_of(MODEL)}
+    return lambda name: read_array(checkpoint, f"params/{name}", shapes[name]), shard_bytes
 
 
 @pytest.mark.parametrize(
@@ -465,3 +469,79 @@ def test_a_learnt_tokenizer_is_loaded_by_transformers(folder: Path, tmp_path: Pa
     assert loaded.decode(made.encode(text).ids) == text
     assert loaded.eos_token_id == made.token_to_id("<|endoftext|>")
     assert len(loaded) == config.vocab_size
+
+
+def test_a_killed_export_does_not_block_the_next(folder: Path, tmp_path: Path):
+    run, out, saving = tmp_path / "run", tmp_path / "out", tmp_path / "out.saving"
+    convert.import_model(folder, run)
+    saving.mkdir()
+    (saving / "model-00001-of-00002.safetensors").write_bytes(b"half")
+    (saving / "tokenizer.json").write_bytes(b"half")
+    descriptor = os.open(saving, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)  # as an export that is still at work
+    with pytest.raises(UserError, match=rf"another export writes --to={out}: wait for its end"):
+        convert.export_model(run, out, None)
+    assert len(list(saving.iterdir())) == 2
+    os.close(descriptor)
+    (saving / "mine").write_text("")
+    with pytest.raises(UserError, match=r"out\.saving, where .* has files that are not of an exp"):
+        convert.export_model(run, out, None)
+    (saving / "mine").unlink()
+    assert convert.export_model(run, out, None) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert not saving.exists()
+
+
+SETTINGS = {"n_layer": 10**6, "vocab_size": 10**9, "n_positions": 2**31 - 1, "n_embd": 3 * 2**20}
+
+
+@pytest.mark.parametrize(("name", "value"), SETTINGS.items(), ids=SETTINGS)
+def test_settings_that_ask_for_more_than_there_is(
+    folder: Path, tmp_path: Path, name: str, value: int
+):
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {name: value}))
+    before = time.monotonic()
+    with bounded_memory(2**28), pytest.raises(UserError, match=r"config\.json asks for"):
+        convert.import_model(folder, tmp_path / "run")
+    assert time.monotonic() - before < 30
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_import_follows_no_link_out_of_the_folder(folder: Path, tmp_path: Path):
+    """But those of Hugging Face's cache."""
+    (folder / "tokenizer.json").write_text("{}")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        outside = tmp_path / f"outside-{name}"
+        (folder / name).rename(outside)
+        (folder / name).symlink_to(outside)
+        with pytest.raises(UserError, match=rf"has {name} as a link to {outside}, out of that"):
+            convert.import_model(folder, tmp_path / "run")
+        outside.rename(folder / name)
+    (folder / "tokenizer.json").unlink()
+    index = {"weight_map": {"wte.weight": "../outside.safetensors", "x": 5000 * "a", "y": "a\0b"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"has no .*: give a folder"):
+        convert.import_model(folder, tmp_path / "run")
+    (folder / "model.safetensors.index.json").unlink()
+    snapshot = tmp_path / "models--x" / "snapshots" / "1a2b"
+    snapshot.mkdir(parents=True)
+    folder.rename(tmp_path / "models--x" / "blobs")
+    for name in ("config.json", "model.safetensors"):
+        (snapshot / name).symlink_to(f"../../blobs/{name}")
+    convert.import_model(snapshot, tmp_path / "run")
+
+
+def test_an_import_executes_nothing(folder: Path, tmp_path: Path):
+    code = f"import pathlib\npathlib.Path({str(tmp_path / 'executed')!r}).touch()\n"
+    (folder / "modeling.py").write_text(code)
+    named = {"auto_map": {"AutoModelForCausalLM": "modeling.Model"}, "trust_remote_code": True}
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | named))
+    tokens = {"a": 0, "b": 1}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(tokens, unk_token="a"))
+    made.save(str(folder / "tokenizer.json"))
+    named |= {"auto_map": {"AutoTokenizer": ["modeling.Tokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    convert.import_model(folder, tmp_path / "run")
+    assert not (tmp_path / "executed").exists()

@@ -15,7 +15,8 @@ from tpipe_jax.config.settings import ScheduleName
 from tpipe_jax.devices.mesh import HostPart
 from tpipe_jax.planning.plan import Plan, Prediction
 from tpipe_jax.planning.planner import Alternative, Option, Planning
-from tpipe_jax.reporting.console import Console, TimeLeft, count, milliseconds
+from tpipe_jax.reporting.console import Console, count, milliseconds
+from tpipe_jax.reporting.terminal import TimeLeft
 
 # Four batch slices, of which two are alike; 14 ms and 28 ms of work on each of 2 stages.
 FORWARD = ((0.001, 0.002), (0.001, 0.002), (0.003,), (0.005,))
@@ -341,3 +342,18 @@ def test_counts():
         "2 layers",
         "3,000 layers",
     ]
+
+
+class Unread(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_a_reader_that_goes_away_does_not_end_a_program_that_trains(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "stdout", Unread())
+    console = Console()
+    console.say("one")
+    console.say("two")
+    assert capsys.readouterr().err.count("nobody reads the output any more") == 1

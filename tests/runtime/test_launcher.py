@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -29,11 +31,25 @@ if what == "restart":
         if status < 0:
             os.kill(os.getpid(), -status)
         sys.exit(status)
-if what == "interrupt":
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(f"saved {index}"))
+if what in ("interrupt", "orphan"):
+    from tpipe_jax.runtime.launcher import end_with_launcher
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, lambda *_: sys.exit(f"saved {index}"))
+    if what == "orphan":
+        def save(*_):
+            open(f"{arguments['folder']}/{index}", "x").close()
+            os._exit(0)
+        signal.signal(signal.SIGHUP, save)
+    end_with_launcher()
     print("ready", flush=True)
     while True:
         time.sleep(0.1)  # a signal between two statements does not end a sleep that follows
+if what == "much":
+    print("ready", flush=True)
+    time.sleep(0.5)
+    for _ in range(100):
+        print("x" * 10000)
+    sys.exit()
 if index == 1 and what == "fail":
     sys.exit(7)
 if index == 1 and what == "kill":
@@ -160,23 +176,76 @@ def test_what_has_failed_is_started_again_as_often_as_it_may_be(
         assert f"; {max_restarts - 1} more restarts are allowed" in again[0]
 
 
-def test_interruptions_are_passed_on(program: str, tmp_path: Path):
-    caller = tmp_path / "caller.py"
-    caller.write_text(
+@pytest.fixture
+def caller(tmp_path: Path) -> str:
+    """A launcher in a process of its own."""
+    path = tmp_path / "caller.py"
+    path.write_text(
         "import sys; from pathlib import Path; from tpipe_jax.runtime.launcher import supervise\n"
         "from tpipe_jax.config import *; from tpipe_jax.config.flags import *\n"
+        "from tpipe_jax.runtime.exits import exit_status\n"
+        "from tpipe_jax.runtime.outputs import leave_out\n"
         "processes = ProcessFlags(local_processes=2, max_restarts=3)\n"
         "flags = Flags(Config(mesh=MeshConfig(pipe=2)), Path('w'), processes)\n"
-        "sys.exit(supervise(sys.argv[1:], flags))\n"
+        "def main():\n"
+        "    if 'run=1' in sys.argv:\n"
+        "        leave_out(Path(sys.argv[1]).parent)\n"
+        "    return supervise(sys.argv[1:], flags)\n"
+        "sys.exit(exit_status(main))\n"
     )
-    child = several_processes.start(program, "what=interrupt", program=str(caller))
+    return str(path)
+
+
+def started(caller: str, *args: str) -> subprocess.Popen[str]:
+    child = several_processes.start(*args, program=caller)
     assert child.stdout is not None
     assert sorted(child.stdout.readline() for _ in range(2)) == ["[0] ready\n", "[1] ready\n"]
-    child.send_signal(signal.SIGINT)
+    return child
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_signals_are_passed_on(program: str, caller: str, number: signal.Signals):
+    child = started(caller, program, "what=interrupt")
+    child.send_signal(number)
     _, err = child.communicate(timeout=400)
     assert sorted(err.splitlines())[:2] == ["[0] saved 0", "[1] saved 1"]
     assert "starting again" not in err  # who stops a run does not want it started again
     assert child.returncode == 1
+
+
+def test_signals_that_come_before_a_process_reach_it(program: str):
+    lifeline, _ = ends = os.pipe()
+    children = launcher.Children(lifeline)
+    children.pass_on(signal.SIGKILL)
+    assert children.start([sys.executable, program]).wait(60) == -signal.SIGKILL
+    for end in ends:
+        os.close(end)
+
+
+def test_processes_whose_launcher_is_killed_save_and_end(program: str, caller: str, tmp_path: Path):
+    child = started(caller, program, "what=orphan", f"folder={tmp_path}")
+    child.kill()
+    child.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "0").exists() or not (tmp_path / "1").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize(("kind", "status", "said"), [("run=1", 0, True), ("run=0", 141, False)])
+def test_what_processes_print_is_read_though_nobody_reads_it_here(
+    program: str, caller: str, kind: str, status: int, said: bool
+):
+    """Each prints more than a pipe holds, so it would wait for ever, or end by that."""
+    child = started(caller, program, "what=much", kind)
+    assert child.stdout is not None
+    assert child.stderr is not None
+    child.stdout.close()
+    with child.stderr as errors:
+        err = errors.read()
+    assert child.wait(60) == status
+    assert ("note: standard output cannot be written (Broken pipe)" in err) == said
+    assert err.count("\n") == said
 
 
 def test_devices_that_do_not_divide_are_refused():

@@ -38,6 +38,35 @@ def test_a_signal_in_the_middle_of_output_is_kept_too():
         assert stop.is_due()
 
 
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU])
+def test_signals_of_terminals_and_schedulers_stop_too_but_never_without_saving(
+    number: signal.Signals,
+):
+    """Terminals and kernels send them more than once, and schedulers SIGTERM after them."""
+    said: list[str] = []
+    before = signal.getsignal(number)
+    with Stop(said.append) as stop:
+        for each in (number, number, signal.SIGTERM):
+            os.kill(os.getpid(), each)
+        assert stop.is_due()
+        assert stop.status() == 128 + number
+        assert len(said) == 1
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.getsignal(number) == before
+
+
+def test_a_run_under_nohup_goes_on_when_the_terminal_closes():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop(print) as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.is_due()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 HANGING = """
 import jax
 from tpipe_jax.runtime.stop import Stop

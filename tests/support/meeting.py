@@ -4,8 +4,9 @@ import sys
 
 import jax
 
-from tpipe_jax.config.command_line import exit_status, parse
+from tpipe_jax.config.command_line import parse
 from tpipe_jax.devices.startup import find_devices
+from tpipe_jax.runtime.exits import exit_status
 from tpipe_jax.runtime.processes import joined
 
 

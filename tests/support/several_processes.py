@@ -20,7 +20,7 @@ from tpipe_jax.checkpoint import checkpoints as saving
 from tpipe_jax.checkpoint.checkpoints import Checkpoints
 from tpipe_jax.commands.launch import launch
 from tpipe_jax.commands.train import train
-from tpipe_jax.config.command_line import exit_status, parse
+from tpipe_jax.config.command_line import parse
 from tpipe_jax.config.settings import Config, resolved
 from tpipe_jax.devices.mesh import make_mesh, put_read_rows, put_rows
 from tpipe_jax.errors import UserError
@@ -28,6 +28,7 @@ from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.profiling import measured_plan
 from tpipe_jax.reporting.console import Console
 from tpipe_jax.runtime import failures, processes
+from tpipe_jax.runtime.exits import exit_status
 from tpipe_jax.training.optimizer import make_optimizer
 from tpipe_jax.training.state import abstract_state, init_state
 

@@ -21,12 +21,26 @@ import jax
 
 from tpipe_jax.checkpoint import manifest
 from tpipe_jax.checkpoint.arrays import PyTree, restore, write_arrays
+from tpipe_jax.checkpoint.described import model_of
 from tpipe_jax.checkpoint.layout import Fragment, fragments
 from tpipe_jax.checkpoint.manifest import DamagedError
-from tpipe_jax.config.settings import CheckpointConfig, ModelConfig, differences
-from tpipe_jax.errors import UserError, brief
+from tpipe_jax.config.own_runs import CHECKPOINTS, check_links
+from tpipe_jax.config.settings import (
+    CheckpointConfig,
+    ModelConfig,
+    differences,
+    resolved_model,
+)
+from tpipe_jax.config.user_code import block_digest
+from tpipe_jax.errors import UserError, brief, shown
 from tpipe_jax.files import as_user_error
 from tpipe_jax.runtime.processes import from_all, from_first, gathered
+
+
+# Settings of the model that no parameter of Llama's family depends on.
+FREE = tuple(
+    f"config.model.{name}" for name in ("seq_len", "rope_theta", "rope_scaling", "sliding_window")
+)
 
 
 class Checkpoints:
@@ -47,7 +61,7 @@ class Checkpoints:
         self.num_chunks = 1  # chunks of each stage, in the states that are saved and restored
         self.data_at: Callable[[int], dict[str, int]] | None = None
         """What has been read of the data up to a step, which is saved with it (`Manifest.data`)."""
-        self._identity = identity_of(model)
+        self._identity, self._block = identity_of(model), _digest_or_none(model)
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._saving: tuple[int, Future[None]] | None = None
         self._last_step: int | None = None  # the last that was found or saved
@@ -189,11 +203,25 @@ class Checkpoints:
             self._say(f"the checkpoint of step {step} is damaged ({damage}): it is now {aside}")
 
     def _check_identity(self, step: int) -> None:
-        saved = _completed(manifest.read_manifest(self._folder / str(step)).identity)
-        found = [
-            f"{name}={then}, but this run has {now}"
-            for name, now, then in differences(self._identity, saved)
-        ]
+        """Raises `UserError` if a checkpoint is of another model. Says so if it was written with
+        another file of the user's own block, or with other settings of what is no parameter.
+        """
+        about = manifest.read_manifest(self._folder / str(step))
+        saved = _completed(about.identity)
+        if about.block is not None and self._model.has_own_block:
+            if isinstance(saved.get("model"), dict):  # the file may have moved
+                saved["model"]["block"] = self._model.block
+            if line := block_change(self._model.block, self._block, about.block):
+                self._say(line)
+        found = []
+        for name, now, then in differences(self._identity, saved):
+            if self._model.family == "llama" and name in FREE:
+                self._say(
+                    f"the checkpoint of step {step} was written with {name}={shown(then)}: this "
+                    f"run goes on from it with {now}"
+                )
+            else:
+                found.append(f"{name}={shown(then)}, but this run has {now}")
         if found:
             raise UserError(
                 f"the checkpoint in {self._folder} was written with {'; with '.join(found)}: "
@@ -219,7 +247,7 @@ class Checkpoints:
                 known |= answer["files"]
             try:
                 data = self.data_at(step) if self.data_at else None
-                manifest.finish(saving, step, self._identity, known, data)
+                manifest.finish(saving, step, self._identity, known, data, self._block)
             except Exception as error:  # of any type, as above
                 return brief(error)
             return ""
@@ -247,19 +275,21 @@ class Checkpoints:
         )
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
+    """Prints a warning to stderr."""
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def newest_sound(
-    workdir: Path, step: int | None = None, say: Callable[[str], None] = _warn
+    workdir: Path, step: int | None = None, say: Callable[[str], None] = warn
 ) -> tuple[Path, ModelConfig]:
     """Returns the folder and the model of the newest sound checkpoint of a run, or of the
     checkpoint of `step` if that is given. Changes nothing. Says which newer ones are damaged.
 
-    Raises `UserError` if there is none.
+    Raises `UserError` if there is none, or if the run is a stranger's and a link leads out of it.
     """
-    folder = workdir / "checkpoints"
+    check_links(workdir)
+    folder = workdir / CHECKPOINTS
     steps = manifest.list_steps(folder) if folder.is_dir() else []
     if step is not None and step not in steps:
         found = ", ".join(map(str, steps)) or "none"
@@ -267,8 +297,7 @@ def newest_sound(
     damage, damaged = "it has none", []
     for number in steps if step is None else [step]:
         try:
-            identity = manifest.check(folder / str(number)).identity
-            found = folder / str(number), ModelConfig(**identity["model"])
+            found = folder / str(number), model_of(manifest.check(folder / str(number)))
         except (DamagedError, OSError) as error:
             damage = f"{number}: {brief(error)}"
             damaged.append(damage)
@@ -303,6 +332,26 @@ def write_checkpoint(
         raise
 
 
+def block_change(block: str, now: str | None, then: str | None) -> str:
+    """Returns a line if a checkpoint was written with another file of the user's own block; else an
+    empty one. The digests are None where they are not known.
+    """
+    if now is None or then is None or now == then:
+        return ""
+    return (
+        f"the file of config.model.block={block} has SHA-256 {now}, but the checkpoint was written "
+        f"with {then}: if more than comments has changed, this is another model, and what it "
+        "computes is wrong"
+    )
+
+
+def _digest_or_none(model: ModelConfig) -> str | None:
+    try:
+        return block_digest(model)
+    except OSError:
+        return None
+
+
 def _completed(identity: dict[str, Any]) -> dict[str, Any]:
     """Completes the identity of an old checkpoint: settings added since then get their defaults,
     which do what the old model did.
@@ -315,4 +364,4 @@ def _completed(identity: dict[str, Any]) -> dict[str, Any]:
 
 def identity_of(model: ModelConfig) -> dict[str, Any]:
     """Returns the settings that a checkpoint is bound to."""
-    return {"model": asdict(model)}
+    return {"model": asdict(resolved_model(model))}

@@ -18,7 +18,7 @@ import re
 import shutil
 import stat
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,9 @@ class Manifest:
     data: dict[str, int] | None = None
     """`sequences` that were read up to this step, and `tokens` of the training data; None in older
     checkpoints, and in those of imported weights."""
+    block: str | None = None
+    """SHA-256 of the file of a block of the user's own; None for GPT-2's, and in older
+    checkpoints."""
 
 
 def list_steps(folder: Path) -> list[int]:
@@ -82,6 +85,7 @@ def finish(
     identity: dict[str, Any],
     files: Digests,
     data: dict[str, int] | None = None,
+    block: str | None = None,
 ) -> None:
     """Writes the manifest of a checkpoint of these files, and gives the checkpoint its final name.
 
@@ -93,8 +97,11 @@ def finish(
         raise FileNotFoundError(f"{missing[0]} has gone")
     if foreign := sorted(found - files.keys()):
         raise FileExistsError(f"{_shown(foreign[0])} is of somebody else")
-    manifest = Manifest(FORMAT, step, identity, dict(sorted(files.items())), data)
-    content = json.dumps(asdict(manifest), indent=1).encode() + b"\n"
+    manifest = Manifest(FORMAT, step, identity, dict(sorted(files.items())), data, block)
+    fields = asdict(manifest)
+    if block is None:
+        del fields["block"]
+    content = json.dumps(fields, indent=1).encode() + b"\n"
     write_file(saving / MANIFEST, content)
     write_file(saving / MANIFEST_DIGEST, f"{digest(content)}  {MANIFEST}\n".encode())
     for folder in (*(path for path in saving.rglob("*") if path.is_dir()), saving):
@@ -104,7 +111,9 @@ def finish(
 
 
 def read_manifest(checkpoint: Path) -> Manifest:
-    """Reads the manifest of a checkpoint. Raises `DamagedError` if it is not as it was written."""
+    """Reads the manifest of a checkpoint. Raises `DamagedError` if it is not as it was written, or
+    if it is none.
+    """
     names = {path.name for path in checkpoint.iterdir()}
     for name in (MANIFEST, MANIFEST_DIGEST):
         if name not in names:
@@ -116,19 +125,44 @@ def read_manifest(checkpoint: Path) -> Manifest:
         raise DamagedError(f"{MANIFEST} or {MANIFEST_DIGEST} has changed")
     try:
         manifest = Manifest(**parse_json(content))
-        files = {str(name): (int(size), str(sha)) for name, (size, sha) in manifest.files.items()}
-    except (ValueError, TypeError, AttributeError, OverflowError) as error:
+    except (ValueError, TypeError) as error:
         raise DamagedError(f"{MANIFEST} is none ({error})") from None
+    _check_types(manifest)
     if manifest.format != FORMAT or str(manifest.step) != checkpoint.name.partition(".")[0]:
         raise DamagedError(f"{MANIFEST} is of step {manifest.step} in format {manifest.format}")
-    data = manifest.data
+    return replace(manifest, files={name: tuple(about) for name, about in manifest.files.items()})
+
+
+def _check_types(manifest: Manifest) -> None:
+    """Raises `DamagedError` if a value has the wrong type."""
+    for name, hint in {"format": int, "step": int, "identity": dict, "files": dict}.items():
+        if type(getattr(manifest, name)) is not hint:
+            raise DamagedError(f"{MANIFEST} is none (its {name} has the wrong type)")
+    for name, about in manifest.files.items():
+        if not (
+            isinstance(about, list)
+            and len(about) == 2
+            and _is_count(about[0])
+            and _is_digest(about[1])
+        ):
+            raise DamagedError(f"{MANIFEST} is none (it has no size and digest of {_shown(name)})")
+    data, block = manifest.data, manifest.block
     if data is not None and not (
         isinstance(data, dict)
         and data.keys() == {"sequences", "tokens"}
-        and all(type(number) is int and 0 <= number < 2**48 for number in data.values())
+        and all(map(_is_count, data.values()))
     ):
         raise DamagedError(f"{MANIFEST} has no numbers of sequences and tokens")
-    return Manifest(manifest.format, manifest.step, manifest.identity, files, data)
+    if block is not None and not _is_digest(block):
+        raise DamagedError(f"{MANIFEST} has no digest of a block")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**48
+
+
+def _is_digest(value: Any) -> bool:
+    return isinstance(value, str) and bool(_DIGEST.fullmatch(value))
 
 
 def check(checkpoint: Path, reader: int = 0, num_readers: int = 1) -> Manifest:
@@ -187,6 +221,7 @@ def clean(folder: Path) -> None:
 
 
 _STEP = re.compile("0|[1-9][0-9]*")
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def _delete(path: Path) -> None:

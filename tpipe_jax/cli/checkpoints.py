@@ -4,12 +4,14 @@ from pathlib import Path
 
 from tpipe_jax.checkpoint import manifest
 from tpipe_jax.config.command_line import parse_checkpoints
+from tpipe_jax.config.own_runs import check_links
 from tpipe_jax.errors import UserError
 
 
 def main(args: list[str], program: str) -> int:
     """Runs the command; returns 1 if a checkpoint is damaged, else 0."""
     workdir = parse_checkpoints(args, program).workdir
+    check_links(workdir)
     folder = workdir / "checkpoints"
     if not folder.is_dir():
         raise UserError(f"{workdir} has no folder checkpoints: give the workdir of a run.")

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from tpipe_jax.config.command_line import parse_evaluate
-from tpipe_jax.config.config_files import RUN_FILE, load_config
+from tpipe_jax.config.config_files import load_config
+from tpipe_jax.config.own_runs import RUN_FILE, check_named
 from tpipe_jax.config.settings import Config, DataConfig, ModelConfig, TrainConfig
 
 
@@ -21,6 +22,10 @@ def main(args: list[str], program: str) -> None:
     path, mesh = flags.workdir / RUN_FILE, flags.mesh.config()
     data = load_config(path).data if path.exists() else DataConfig()
     data = with_kept_tokenizer(data, flags.workdir)
+    named = {} if flags.tokenizer is not None else {"data.tokenizer": "add --tokenizer={}"}
+    if flags.data is None:
+        named |= dict.fromkeys(("data.train", "data.eval"), "add --data={}")
+    check_named(path, Config(data=data), named)
     if flags.tokenizer is not None:
         data = replace(data, tokenizer=flags.tokenizer)
     train = TrainConfig(batch_size=flags.batch_size * mesh.data)

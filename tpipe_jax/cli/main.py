@@ -3,10 +3,10 @@
 import importlib
 import sys
 
-from tpipe_jax.config.command_line import exit_status
 from tpipe_jax.config.habits import nearest
 from tpipe_jax.config.invocation import command
 from tpipe_jax.errors import UserError
+from tpipe_jax.runtime.exits import exit_status
 from tpipe_jax.runtime.jax_options import set_needed
 from tpipe_jax.version import __version__
 

@@ -28,7 +28,7 @@ def _plan_from_file(flags: FilePlanFlags) -> None:
     from tpipe_jax.planning.latency_file import load_table
     from tpipe_jax.planning.placement import chunk_factors
     from tpipe_jax.planning.plan import PlanRequest
-    from tpipe_jax.planning.planner import GIB, find_plan
+    from tpipe_jax.planning.planner import GIB, check_request, find_plan
     from tpipe_jax.reporting.console import Console
     from tpipe_jax.reporting.plan_report import draw_plan
 
@@ -43,6 +43,7 @@ def _plan_from_file(flags: FilePlanFlags) -> None:
         num_chunks=flags.chunks,
         num_layers=flags.num_layers,
     )
+    check_request(request)
     factors = flags.stage_factors or chunk_factors(
         flags.num_layers or flags.num_stages, flags.num_stages
     )

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tpipe_jax.config.command_line import parse_plot
+from tpipe_jax.config.own_runs import check_links
 
 
 def main(args: list[str], program: str) -> None:
@@ -11,6 +12,8 @@ def main(args: list[str], program: str) -> None:
     from tpipe_jax.reporting.loss_plot import FILE, draw_losses
 
     workdirs = list(flags.workdirs)
+    for workdir in workdirs:
+        check_links(workdir)
     if len(workdirs) > 1:  # as runs/*, which may have a folder of a plan
         for workdir in flags.workdirs:
             if not (workdir / "metrics.jsonl").exists():

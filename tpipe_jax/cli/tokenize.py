@@ -21,7 +21,9 @@ def main(args: list[str], program: str) -> None:
     console = Console()
     if flags.out.exists():
         raise UserError(f"--out={flags.out} is there already: choose another folder, or remove it.")
-    how = HowToRead(flags.field, flags.text_separator, flags.on_empty)
+    how = HowToRead(
+        flags.field, flags.text_separator, flags.on_empty, int(flags.max_record_mib * 2**20)
+    )
     for note in find_files(flags.inputs, flags.field)[1]:
         console.say(note)
     tokenizer = flags.train_bpe or flags.tokenizer

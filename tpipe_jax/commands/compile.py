@@ -19,6 +19,7 @@ from tpipe_jax.files import as_user_error
 from tpipe_jax.model.transformer import num_params
 from tpipe_jax.pipeline.spec import StageSpec, spec_on_devices
 from tpipe_jax.pipeline.tick_program import Exchanges, TickProgram, layers_in_a_tick, read_tick
+from tpipe_jax.planning.bounds import check_devices
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import Schedule, make_schedule
 from tpipe_jax.planning.settings import read_settings
@@ -102,6 +103,7 @@ def compile_for(flags: CompileFlags) -> CompiledFor:
             "config.mesh.auto=true needs measurements on the devices, which are not here: set "
             "config.mesh.data, pipe and model."
         )
+    check_devices("config.mesh", mesh.num_devices)
     plan = _given_plan(flags.config)
     with without_noise():  # of compilers that miss their devices
         target = _target(flags)

@@ -18,12 +18,13 @@ from tpipe_jax.model.flops import step_flops
 from tpipe_jax.model.remat import candidates
 from tpipe_jax.model.transformer import num_params
 from tpipe_jax.pipeline.spec import StageSpec, spec_on_devices
+from tpipe_jax.planning.bounds import check_devices, fits_times
 from tpipe_jax.planning.estimator import Estimator, predicted_timeline
 from tpipe_jax.planning.latency import LatencyTable
 from tpipe_jax.planning.plan import Plan, PlanRequest
 from tpipe_jax.planning.planner import Planning, find_plan
 from tpipe_jax.planning.schedule_search import step_seconds
-from tpipe_jax.planning.settings import read_settings, unit_tokens, work_factors
+from tpipe_jax.planning.settings import divisors, read_settings, unit_tokens, work_factors
 from tpipe_jax.planning.slicer import least_work
 from tpipe_jax.profiling.measured_plan import LATENCY, read_own
 from tpipe_jax.profiling.mesh_search import factorisations
@@ -113,6 +114,10 @@ def _meshes(flags: GpuPlanFlags) -> list[MeshConfig]:
     """Returns the meshes to plan for. Raises `UserError` if there are none on these hosts."""
     mesh, each = flags.config.mesh, flags.gpus_per_host
     total = None if flags.hosts is None else flags.hosts * each
+    if total is not None:
+        check_devices(f"--hosts={flags.hosts} of --gpus-per-host={each} GPUs", total)
+    if not mesh.auto:
+        check_devices("config.mesh", mesh.num_devices)
     if mesh.auto:
         if total is None:
             raise UserError(
@@ -299,8 +304,13 @@ def unit_to_plan(config: Config) -> int:
     unit, seq_len = unit_tokens(config), config.model.seq_len
     if config.plan.unit_tokens is not None:
         return unit
+    num_rows = config.train.batch_size // config.mesh.data
     return next(
-        n for n in range(unit, seq_len + 1, unit) if seq_len % n == 0 and seq_len // n <= MOST_UNITS
+        n
+        for n in divisors(seq_len)
+        if n % unit == 0
+        and seq_len // n <= MOST_UNITS
+        and (fits_times(num_rows, seq_len // n) or n == seq_len)
     )
 
 

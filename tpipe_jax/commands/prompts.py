@@ -3,18 +3,26 @@
 import contextlib
 from pathlib import Path
 
-from tpipe_jax.config.config_files import RUN_FILE, load_config
-from tpipe_jax.config.settings import BYTES, BYTES_NAME, ModelConfig
+from tpipe_jax.config.config_files import load_config
+from tpipe_jax.config.own_runs import RUN_FILE, check_named
+from tpipe_jax.config.settings import BYTES, BYTES_NAME, Config, ModelConfig
 from tpipe_jax.data.carried import with_kept_tokenizer
 from tpipe_jax.data.tokenizer import Tokenizer, open_tokenizer
 from tpipe_jax.errors import UserError
 
 
-def tokenizer_of(workdir: Path, name: str | None = None) -> Tokenizer:
-    """Opens the tokenizer of this name, or the one with which the run has read its text."""
+def tokenizer_of(
+    workdir: Path, name: str | None = None, remedy: str = "add --tokenizer={}"
+) -> Tokenizer:
+    """Opens the tokenizer of this name, or the one with which the run has read its text.
+
+    Raises `UserError` if it cannot be read, or if a stranger's run names one outside of its folder;
+    `remedy` says how to name it, `{}`.
+    """
     path = workdir / RUN_FILE
     if name is None and path.exists():
         data = with_kept_tokenizer(load_config(path).data, workdir)
+        check_named(path, Config(data=data), {"data.tokenizer": remedy})
         return open_tokenizer("config.data.tokenizer", data.tokenizer, data.end_token)
     return open_tokenizer("--tokenizer", name or BYTES_NAME)
 

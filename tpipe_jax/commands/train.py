@@ -44,6 +44,7 @@ from tpipe_jax.reporting.workdir import (
     changed_settings,
     describe_in_files,
     left_as_found,
+    note_config,
     run_lock,
 )
 from tpipe_jax.runtime.failures import watched
@@ -192,6 +193,8 @@ def _train(
             keep_tokenizer(config.data, workdir)
         describe_in_files(run.described, workdir, plan, work_factors(config, plan))
         metrics = Metrics(workdir, first_step, config)
+    else:
+        note_config(run.described, workdir)
     with closing(metrics) if metrics else nullcontext():
         log = StepLog(run.spec, plan, metrics, console)
         recorded = ProfiledSteps(profiled, workdir / "profile")

@@ -1,13 +1,7 @@
 """The command line of each program: its flags, examples, and rules that join flags. No jax."""
 
-import io
 import math
-import os
-import select
-import signal
-import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +11,7 @@ from tpipe_jax.config.config_files import (
     check_block_is_named,
     find_config,
     load_config,
+    with_named_places,
 )
 from tpipe_jax.config.flags import (
     CheckpointsFlags,
@@ -34,76 +29,20 @@ from tpipe_jax.config.flags import (
     ProcessFlags,
     TokenizeFlags,
 )
+from tpipe_jax.config.own_runs import PLACES
 from tpipe_jax.errors import UserError
 
 DEFAULT_CONFIG = "quickstart"
 
 AnyRunFlags = TypeVar("AnyRunFlags", Flags, PlanFlags, GpuPlanFlags, DoctorFlags, CompileFlags)
 
-
-STOPPED = 130, 143  # exit statuses after Ctrl-C and after SIGTERM
-UNREAD = 128 + signal.SIGPIPE  # exit status when nobody reads the output any more
-
-
-def exit_status(program: Callable[[], int | None]) -> int:
-    """Runs a program and returns its exit status, or prints its `UserError` and returns 2.
-
-    When the user stops the program (Ctrl-C or SIGTERM), the process ends at once, with status 130
-    or 143. When its output is a pipe that nobody reads any more, as after `| head`, the program
-    ends without a word.
-    """
-    _escape_what_cannot_be_shown()
-    try:
-        try:
-            status = _status_of(program)
-        except SystemExit:  # after help
-            sys.stdout.flush()
-            raise
-        sys.stdout.flush()
-    except BrokenPipeError:
-        if not (unread := [n for n in (1, 2) if _is_unread(n)]):
-            raise
-        for descriptor in unread:  # Python writes the rest when it ends
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-        return UNREAD
-    return status
-
-
-def _status_of(program: Callable[[], int | None]) -> int:
-    try:
-        status = program() or 0
-    except UserError as error:
-        show_error(str(error))
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
-        status = STOPPED[0]
-    if status in STOPPED:  # sys.exit would wait for threads that still compile or save
-        with suppress(BrokenPipeError):
-            sys.stdout.flush()
-        os._exit(status)
-    return status
-
-
-def _escape_what_cannot_be_shown() -> None:
-    """Lets characters be printed as escapes that the output's encoding does not have."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _is_unread(descriptor: int) -> bool:
-    """Returns whether an output is a pipe without a reader."""
-    poll = select.poll()
-    poll.register(descriptor, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
-
-
-def show_error(text: str) -> None:
-    """Prints a sentence on what went wrong, in red on a terminal."""
-    is_red = sys.stderr.isatty() and not os.environ.get("NO_COLOR")
-    start, end = ("\x1b[31m", "\x1b[0m") if is_red else ("", "")
-    print(f"{start}error: {text}{end}", file=sys.stderr)
+# Settings that name files or places, of those commands that do not use all of them. What writes a
+# config.json uses all: it would make the user's own what a stranger's file names.
+_USED: dict[type, tuple[str, ...]] = {
+    GpuPlanFlags: ("plan.file",),
+    CompileFlags: ("plan.file",),
+    DoctorFlags: (),
+}
 
 
 def parse(args: Sequence[str], program: str) -> Flags:
@@ -314,6 +253,8 @@ def _parse_run(
     path = find_config(DEFAULT_CONFIG if name is None else name)
     config = load_config(path)
     check_block_is_named(path, config, _last_value(rest, "--config.model.block") is not None)
+    named = [s for s in PLACES if _last_value(rest, f"--config.{s.replace('_', '-')}") is not None]
+    config = with_named_places(path, config, named, _USED.get(kind, PLACES))
     is_of_run = path.name == RUN_FILE
     default = kind(config, path.parent if is_of_run else Path("runs") / path.stem)
     return read_flags(kind, rest, program, examples, default)

@@ -1,14 +1,16 @@
 """Settings from files: shipped configs, Python files, and the config.json of a run. No jax."""
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
+from tpipe_jax.config.own_runs import RUN_FILE, check_links, check_named, with_kept
 from tpipe_jax.config.paths import expanded
 from tpipe_jax.config.settings import Config, from_dict, unresolved
 from tpipe_jax.config.user_code import load_file
 from tpipe_jax.errors import UserError
 from tpipe_jax.json_files import read_json
 
-RUN_FILE = "config.json"  # the settings of a run, in its workdir
 # An installed package has the folder inside, a checkout beside it.
 _PLACES = [Path(__file__).resolve().parents[n] / "configs" for n in (1, 2)]
 CONFIGS = next((place for place in _PLACES if place.is_dir()), _PLACES[0])
@@ -37,9 +39,12 @@ def load_config(path: Path) -> Config:
     """Returns the settings in a run's config.json, or runs a Python file and returns the settings
     that its `get_config()` returns.
 
-    Raises `UserError` if the file does not give settings.
+    Raises `UserError` if the file does not give settings, or if it is a stranger's and a link leads
+    out of its folder.
     """
     if path.suffix == ".json":
+        if path.name == RUN_FILE:
+            check_links(path.parent)
         try:
             return unresolved(from_dict(read_json(path)))
         except (UserError, ValueError, AttributeError, TypeError, OSError) as error:
@@ -73,3 +78,23 @@ def check_block_is_named(path: Path, config: Config, is_named: bool) -> None:
             f"{path} has config.model.block={block}, which is code and is only loaded if you name "
             f"it: read the file, then add --config.model.block={block}."
         )
+
+
+def with_named_places(
+    path: Path, config: Config, named: Iterable[str], used: Iterable[str]
+) -> Config:
+    """Returns the settings of a config file, of which a command uses those in `used` and the user
+    has named those in `named` again, as data.train.
+
+    A stranger's config.json gets the tokenizer in its own folder, if there is one. Raises
+    `UserError` if it names files elsewhere that the user has not named.
+    """
+    if path.suffix != ".json":
+        return config
+    left = [setting for setting in used if setting not in set(named)]
+    kept = with_kept(path, config) if "data.tokenizer" in left else None
+    if kept is not None:
+        config = replace(config, data=replace(config.data, tokenizer=kept))
+    flags = {name: f"add --config.{name.replace('_', '-')}={{}}" for name in left}
+    check_named(path, config, flags)
+    return config

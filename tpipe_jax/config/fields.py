@@ -5,7 +5,7 @@ import types
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from tpipe_jax.errors import UserError
+from tpipe_jax.errors import UserError, shown
 
 
 @dataclass(frozen=True)
@@ -62,14 +62,16 @@ def check_field(path: str, hint: Any, value: Any) -> None:
         return
     if get_origin(hint) is Literal:
         if value not in get_args(hint):
-            raise UserError(f"{path}={value!r} is not one of {', '.join(get_args(hint))}.")
+            raise UserError(
+                f"{path}={shown(repr(value))} is not one of {', '.join(get_args(hint))}."
+            )
         return
     accepted = (int, float) if hint is float else hint
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
-        raise UserError(f"{path}={value!r} must be of type {hint.__name__}.")
+        raise UserError(f"{path}={shown(repr(value))} must be of type {hint.__name__}.")
     if allowed is not None and not math.isfinite(value):
-        raise UserError(f"{path}={value} must be a finite number.")
+        raise UserError(f"{path}={shown(value)} must be a finite number.")
     if hint is int and value > MAX_INT:
-        raise UserError(f"{path}={value} must be at most {MAX_INT}.")
+        raise UserError(f"{path}={shown(value)} must be at most {MAX_INT}.")
     if allowed is not None and value not in allowed:
-        raise UserError(f"{path}={value} must be {allowed}.")
+        raise UserError(f"{path}={shown(value)} must be {allowed}.")

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from tpipe_jax.config.fields import Count, CountOrZero, NonNegative, Range
-from tpipe_jax.config.settings import BUILT_IN, Config, MeshConfig, ScheduleName
+from tpipe_jax.config.settings import BUILT_IN, Config, MaxRecord, MeshConfig, ScheduleName
 
 Gpu = Literal["v100", "v100-32", "a100", "a100-40", "h100", "h200", "b200"]
 
@@ -304,5 +304,7 @@ class TokenizeFlags:
     """Token that ends a document; the tokenizer's own if left out."""
     on_empty: Literal["skip", "refuse"] = "skip"
     """What happens to empty files and documents. Those that are skipped are counted."""
+    max_record_mib: MaxRecord = 32
+    """Size of the largest record, in MiB; a larger one is refused."""
     field: str = "text"  # last, since it hides the function `field`
     """Field that holds the document in a record of JSON lines or Parquet."""

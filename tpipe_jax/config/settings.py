@@ -20,7 +20,7 @@ from tpipe_jax.config.fields import (
     Range,
     check_field,
 )
-from tpipe_jax.errors import UserError
+from tpipe_jax.errors import UserError, shown
 
 Family = Literal["gpt2", "llama"]
 BUILT_IN = "family"  # config.model.block that is the block of the family
@@ -33,6 +33,7 @@ LLAMA_ONLY = (
     *("qkv_bias", "qk_norm", "sliding_window"),
 )
 FOLLOWING = ("d_ff", "tied_head", "num_kv_heads", "head_width", "rope_theta")
+MAX_LOCAL = 2**28  # of the table of local positions, which takes eight bytes for each: 2 GiB
 
 
 @dataclass(frozen=True)
@@ -230,6 +231,9 @@ class OptimConfig:
     each holding all of it; None means yes where mesh.data > 1."""
 
 
+MaxRecord = Annotated[float, Range(0.001, high=256)]
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where tokens come from. Text: pydocs (the documentation inside Python), a text file, a
@@ -270,6 +274,9 @@ class DataConfig:
     long_prompts: Literal["refuse", "skip", "truncate"] = "refuse"
     """What happens to a record whose prompt and completion are longer than a sequence; truncate
     keeps its beginning."""
+    max_record_mib: MaxRecord = 32
+    """Size of the largest record, in MiB; a larger one is refused. Pages of Parquet that are read
+    together may have four times as much."""
 
     @property
     def marks_documents(self) -> bool:
@@ -386,9 +393,15 @@ class Config:
                 f"loss_scale_min={scale.loss_scale_min:g} and "
                 f"loss_scale_max={scale.loss_scale_max:g}: set the three in that order."
             )
+        if self.train.init == "local" and self.model.seq_len * self.model.d_model > MAX_LOCAL:
+            raise UserError(
+                f"config.train.init=local makes a table of config.model.seq_len="
+                f"{self.model.seq_len} x config.model.d_model={self.model.d_model} numbers on each "
+                f"host, and at most {MAX_LOCAL} are allowed: set config.train.init=normal."
+            )
         if sorted(self.mesh.order.split(",")) != ["data", "model", "pipe"]:
             raise UserError(
-                f"config.mesh.order={self.mesh.order} is no order of the three axes: give one such "
+                f"config.mesh.order={shown(self.mesh.order)} is no order of the three axes: give one such "
                 f"as {MeshConfig.order}."
             )
 
@@ -470,7 +483,7 @@ def from_dict(values: dict[str, dict[str, Any]]) -> Config:
     try:
         return Config(**{name: sections[name](**section) for name, section in values.items()})
     except (KeyError, TypeError) as error:
-        raise UserError(f"this is not the config of a run: {error}.") from None
+        raise UserError(f"this is not the config of a run: {shown(error)}.") from None
 
 
 def differences(ours: Any, theirs: Any, name: str = "config") -> Iterator[tuple[str, Any, Any]]:

@@ -5,14 +5,13 @@ that a run keeps in its workdir.
 from dataclasses import replace
 from pathlib import Path
 
+from tpipe_jax.config.own_runs import KEPT
 from tpipe_jax.config.paths import expanded
 from tpipe_jax.config.settings import BYTES, BYTES_NAME, Config, DataConfig
 from tpipe_jax.data.end_token import end_token, write_end
 from tpipe_jax.data.token_files import about_shards, tokenizer_of_shards
 from tpipe_jax.data.tokenizer import hugging_face
 from tpipe_jax.errors import UserError
-
-KEPT = "tokenizer.json"  # in a workdir
 
 
 def with_carried(config: Config) -> tuple[Config, str]:

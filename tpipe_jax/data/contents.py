@@ -9,6 +9,7 @@ import codecs
 import gzip
 import io
 import re
+import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,6 +78,7 @@ def content_of(path: Path, field: str = "text") -> Content:
     """Returns what a file holds. Raises `UserError` if that is neither text, records nor tokens,
     and OSError if the file cannot be read.
     """
+    check_is_file(path)
     with path.open("rb") as file:
         head = file.read(HEAD_BYTES)
     packing = _packing(head)
@@ -197,6 +199,27 @@ def check_text(content: bytes, where: str, at: int = 0) -> None:
             f"{where} has a NUL at byte {at + found}, so it is no text: name a file of text, of "
             "records or of tokens."
         )
+
+
+def check_is_file(path: Path) -> None:
+    """Raises `UserError` if there is something else than a file, as a pipe, which may never end.
+    Raises OSError if there is nothing.
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise UserError(f"{path} is no file but a pipe, a device or a folder: name a file of data.")
+
+
+def shortened(text: str) -> str:
+    """Returns a text that is not too long for a sentence."""
+    return text if len(text) <= 100 else f"{text[:60]}...{text[-20:]}"
+
+
+def too_large(where: str, limit: int) -> UserError:
+    """Returns the error for a record that is too large."""
+    return UserError(
+        f"{where} has a record of more than {limit:,} bytes: split it, or raise "
+        "config.data.max_record_mib or --max-record-mib."
+    )
 
 
 def _decoded(

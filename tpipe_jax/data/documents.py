@@ -3,32 +3,37 @@
 A document comes as one or several pieces of text, so that a file of any size takes little memory.
 """
 
-import errno
+import itertools
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import grain
-
+from tpipe_jax.data.array_record import array_records
 from tpipe_jax.data.contents import (
     COMPLETION,
     MESSAGES,
     PROMPT,
     Content,
+    check_is_file,
     content_of,
     reading,
     texts_of,
+    too_large,
     unpacked,
 )
+from tpipe_jax.data.parquet import parquet_records
 from tpipe_jax.errors import UserError
 from tpipe_jax.json_files import parse_json
 
 EMPTY_FILES, EMPTY_RECORDS = "empty file", "empty document"  # what is skipped
-MOST_RECORD_BYTES = 2**26  # of a line, so that no file takes memory without bound
 LEARNT_ROLE = "assistant"
+MOST_VALUES = 2**20  # of a record
+# A string, or what comes before a value. Without backtracking, which would take memory.
+_JSON_PART = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[,\[{]', re.DOTALL)
 
 
 class Piece(NamedTuple):
@@ -50,6 +55,8 @@ class HowToRead(NamedTuple):
     """Text between the documents of a text file; None if each file is one document."""
     on_empty: Literal["skip", "refuse"] = "skip"
     """What happens to files and documents without any text."""
+    max_bytes: int = 2**25
+    """Of a record, so that no file takes memory without bound."""
 
 
 def read_pieces(
@@ -95,6 +102,7 @@ def read_pieces(
 def file_stat(path: Path) -> os.stat_result:
     """Returns the status of a file. Raises `UserError` if the file cannot be read."""
     try:
+        check_is_file(path)
         with path.open("rb") as file:
             return os.fstat(file.fileno())
     except OSError as error:
@@ -154,17 +162,17 @@ def _of_records(
     stop: int | None,
 ) -> Iterator[Piece]:
     if content.kind == "ArrayRecord":
-        for i, record in enumerate(_array_record(path)):
+        for i, record in enumerate(array_records(path, how.max_bytes)):
             where = f"{path} record {i}"
             text = _checked(where, _decoded(where, record), "text")
             yield from _with_text([Piece(text)], where, how, skipped)
         return
     records = (
-        _parquet(path)
+        parquet_records(path, how.field, how.max_bytes)
         if content.kind == "Parquet"
         else (
             (where, _parsed(where, line, how.field))
-            for where, line in _lines(path, content.packing, start, stop)
+            for where, line in _lines(path, content.packing, start, stop, how.max_bytes)
         )
     )
     for where, record in records:
@@ -184,7 +192,7 @@ def _with_text(
 
 
 def _lines(
-    path: Path, packing: str | None, start: int, stop: int | None
+    path: Path, packing: str | None, start: int, stop: int | None, max_bytes: int
 ) -> Iterator[tuple[str, bytes]]:
     """Yields the lines that are not empty, each with a text that says where it is."""
     with unpacked(path, packing) as file, reading(path):
@@ -192,12 +200,9 @@ def _lines(
             file.seek(start)
         at = start
         while stop is None or at < stop:
-            line = file.readline(MOST_RECORD_BYTES + 1)
-            if len(line) > MOST_RECORD_BYTES:
-                raise UserError(
-                    f"{path} has a record of more than {MOST_RECORD_BYTES:,} bytes at byte {at}: "
-                    "split it."
-                )
+            line = file.readline(max_bytes + 1)
+            if len(line) > max_bytes:
+                raise too_large(f"{path} at byte {at}", max_bytes)
             if line.strip():
                 yield f"{path} at byte {at}", line.strip()
             elif not line:
@@ -205,7 +210,18 @@ def _lines(
             at += len(line)
 
 
+def _has_many_values(line: bytes) -> bool:
+    """Whether a JSON text may have more than `MOST_VALUES`. Commas in texts don't count."""
+    if sum(map(line.count, (b",", b"[", b"{"))) < MOST_VALUES:
+        return False
+    most = 3 * MOST_VALUES  # with a value come a comma and a key
+    return next(itertools.islice(_JSON_PART.finditer(line), most, None), None) is not None
+
+
 def _parsed(where: str, line: bytes, field: str) -> Mapping[str, Any]:
+    # Many small values take a hundred times the memory of their text.
+    if _has_many_values(line):
+        raise UserError(f"{where} has more than {MOST_VALUES:,} values in a record: split it.")
     try:
         record = parse_json(line)
     except ValueError as error:
@@ -213,64 +229,6 @@ def _parsed(where: str, line: bytes, field: str) -> Mapping[str, Any]:
     if not isinstance(record, dict):
         raise _no_text(where, field, f"it is {type(record).__name__}, no object")
     return record
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    try:
-        for i, record in enumerate(grain.experimental.ParquetIterDataset(str(path))):
-            yield f"{path} row {i}", record
-    except ImportError:
-        raise UserError(
-            f"{path} needs pyarrow to be read: install it with pip install tpipe_jax[parquet]."
-        ) from None
-    except UserError:
-        raise
-    except Exception as error:  # pyarrow's own types; it may not be installed
-        if isinstance(error, OSError) and error.errno is not None:
-            raise
-        raise UserError(f"{path} is no Parquet file ({error}): write it again.") from None
-
-
-def _array_record(path: Path) -> Iterator[bytes]:
-    file_stat(path)  # its errors are clearer than the reader's
-    try:
-        source = grain.sources.ArrayRecordDataSource([str(path)])
-        num_records = len(source)
-    except Exception as error:  # the library raises plain ones
-        raise UserError(f"{path} is no ArrayRecord file ({error}): write it again.") from None
-    try:
-        for i in range(num_records):
-            record = source[i]
-            if _is_example(record):
-                raise UserError(
-                    f"{path} has records of tf.train.Example, as TensorFlow Datasets writes them, "
-                    "not of text: write the text itself, or JSON lines."
-                )
-            yield record
-    except (RuntimeError, ValueError) as error:
-        raise OSError(errno.EIO, str(error), str(path)) from None
-
-
-def _is_example(record: bytes) -> bool:
-    """Whether a record is a protocol buffer `tf.train.Example`: a message of its whole length in
-    field 1, in which each entry of the map of features is field 1 again.
-    """
-    inner = _field_1(record)
-    return inner is not None and (not inner or _field_1(inner, is_whole=False) is not None)
-
-
-def _field_1(message: bytes, is_whole: bool = True) -> bytes | None:
-    """Returns the content of field 1 at the beginning of a message; None if there is none."""
-    if message[:1] != b"\x0a":
-        return None
-    size = 0
-    for n, byte in enumerate(message[1:6]):
-        size |= (byte & 127) << 7 * n
-        if byte < 128:
-            content = message[2 + n : 2 + n + size]
-            is_all = len(message) == 2 + n + size if is_whole else len(content) == size
-            return content if is_all else None
-    return None
 
 
 def _of_record(where: str, record: Mapping[str, Any], field: str) -> list[Piece]:

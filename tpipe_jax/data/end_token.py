@@ -21,17 +21,24 @@ def end_token(made: tokenizers.Tokenizer, path: str, given: str | None) -> int |
     Raises `UserError` if the tokenizer has no token of the given name.
     """
     if given is not None:
-        token = made.token_to_id(given)
+        token = _number(made, given)
         if token is None:
             raise UserError(
                 f"config.data.end_token={given} is no token of {path}: name one that it has, or "
                 "leave it out."
             )
         return token
-    for name in (*_in_settings(Path(path).expanduser().parent), *NAMES):
-        if (token := made.token_to_id(name)) is not None:
+    for name in (*_in_settings(Path(path).expanduser()), *NAMES):
+        if (token := _number(made, name)) is not None:
             return token
     return None
+
+
+def _number(made: tokenizers.Tokenizer, name: str) -> int | None:
+    try:
+        return made.token_to_id(name)
+    except UnicodeEncodeError:  # half a character
+        return None
 
 
 def write_end(folder: Path, made: tokenizers.Tokenizer, end: int | None) -> None:
@@ -42,14 +49,20 @@ def write_end(folder: Path, made: tokenizers.Tokenizer, end: int | None) -> None
         (folder / SETTINGS[0]).write_text(content, encoding="utf-8")
 
 
-def _in_settings(folder: Path) -> list[str]:
-    """Returns the names that settings of Hugging Face give the end of a text."""
-    names = []
+def _in_settings(path: Path) -> list[str]:
+    """Returns the names that settings of Hugging Face beside a tokenizer give the end of a text.
+    Links that lead elsewhere than to the folder of the tokenizer are not followed.
+    """
+    names, folder = [], path.parent
     for file in SETTINGS:
         try:
-            value = read_json(folder / file)["eos_token"]
+            own = (folder / file).resolve()
+            # In Hugging Face's cache, all files are links to files of one folder.
+            if own.parent not in (folder.resolve(), path.resolve().parent) or not own.is_file():
+                continue
+            value = read_json(own)["eos_token"]
             name = value["content"] if isinstance(value, dict) else value
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError):
             continue
         if isinstance(name, str):
             names.append(name)

@@ -1,5 +1,6 @@
 """Turns the files of a source into tokens, on the disk or encoded into memory."""
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from tpipe_jax.data.tokenizer import Tokenizer
 from tpipe_jax.errors import UserError
 
 MOST_TOKENS = 2**30  # of a file whose tokens are kept in memory: 4 GB
+# A small file may unpack to any number of tokens and documents. It has at most as many as these.
+SMALL_TOKENS, SMALL_DOCUMENTS = 2**25, 2**21
+TOKENS_PER_BYTE = 50  # of a larger file; it has at most one document for each byte
 BY_TOKENIZER = "text by its tokenizer"  # a format
 
 
@@ -42,6 +46,15 @@ class Documents:
 Segment = TokenFile | Documents
 
 
+def _bounds(path: Path | None) -> tuple[int, int]:
+    """Returns how many tokens and documents of a file are kept in memory at most."""
+    size = path.stat().st_size if path else MOST_TOKENS
+    return (
+        min(max(SMALL_TOKENS, TOKENS_PER_BYTE * size), MOST_TOKENS),
+        max(SMALL_DOCUMENTS, size),
+    )
+
+
 class Reader:
     """Turns the files of a source into tokens, and notes what is worth a line."""
 
@@ -50,7 +63,9 @@ class Reader:
     ) -> None:
         self._setting, self._tokenizer, self._data = setting, tokenizer, data
         self._vocab_size, self._skipped = vocab_size, Counter[str]()
-        self._how = HowToRead(data.field, data.text_separator, data.on_empty)
+        self._how = HowToRead(
+            data.field, data.text_separator, data.on_empty, int(data.max_record_mib * 2**20)
+        )
         self._has_documents = False
 
     @property
@@ -123,31 +138,31 @@ class Reader:
         """Returns the tokens of documents, each with the tokenizer's end, if it has one, unless
         they are whole text files. Returns None if there are none.
         """
-        tokens: list[np.ndarray] = []
-        is_learnt: list[np.ndarray] = []
-        starts, at, is_new = [], 0, True
+        # These grow in place, without an object for each document.
+        tokens, starts, is_learnt = array("i"), array("q"), bytearray()
+        is_new, most, most_documents = True, *_bounds(path)
         is_file = format in (TEXT, BY_TOKENIZER) and self._how.separator is None
         end = np.array([] if is_file or self._tokenizer.end is None else [self._tokenizer.end])
         for part in encoded(pieces, self._tokenizer, where):
             if is_new:
-                starts.append(at)
-            own = [part.tokens, end.astype(np.int32)] if part.ends else [part.tokens]
-            size = sum(map(len, own))
-            tokens += own
-            is_learnt.append(np.full(size, part.is_learnt))
-            at, is_new = at + size, part.ends
-            if at > MOST_TOKENS:
+                starts.append(len(tokens))
+            for own in (part.tokens, end) if part.ends else (part.tokens,):
+                tokens.frombytes(own.astype(np.int32).tobytes())
+                is_learnt.extend(bytes([part.is_learnt]) * len(own))
+            is_new = part.ends
+            if len(tokens) > most or len(starts) > most_documents:
+                what = f"{most:,} tokens" if len(tokens) > most else f"{most_documents:,} documents"
                 raise UserError(
-                    f"{where} has more than {MOST_TOKENS:,} tokens, which a run does not keep in "
-                    "memory: make shards of it with tpipe tokenize."
+                    f"{where} has more than {what}, which a run does not keep in memory: make "
+                    "shards of it with tpipe tokenize."
                 )
         self._has_documents |= not is_file and len(starts) > 1
-        if not at:
+        if not tokens:
             return None
-        mask = np.concatenate(is_learnt)
+        mask = np.frombuffer(is_learnt, bool)
         return Documents(
-            np.concatenate(tokens),
-            np.array(starts, np.int64),
+            np.frombuffer(tokens, np.int32),
+            np.frombuffer(starts, np.int64),
             format,
             path,
             None if mask.all() else mask,

@@ -14,6 +14,7 @@ import numpy as np
 
 from tpipe_jax.config.paths import expanded
 from tpipe_jax.config.settings import BYTES_NAME, DataConfig
+from tpipe_jax.data.contents import check_is_file, shortened
 from tpipe_jax.data.reader import Documents, Reader, Segment
 from tpipe_jax.data.token_files import (
     LLM_C_FORMAT,
@@ -191,7 +192,7 @@ def _weighted(name: str, value: str) -> list[tuple[str, float]]:
         found = _WEIGHTED.search(part)
         if not found or not 0 < (weight := float(found[1])) < math.inf:
             raise UserError(
-                f"{name}={_short(value)} has a source {part} without a weight: give each a "
+                f"{name}={shortened(value)} has a source {part} without a weight: give each a "
                 "positive one, as a.bin:0.7,b.bin:0.3."
             )
         weighted.append((part[: found.start()], weight))
@@ -202,6 +203,7 @@ def _listed(name: str, value: str) -> list[str]:
     """Returns the sources in the lines of a file. Their paths start from its folder."""
     path = expanded(name, value[1:])
     try:
+        check_is_file(path)
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as error:
         raise UserError(
@@ -213,10 +215,6 @@ def _listed(name: str, value: str) -> list[str]:
     if not sources:
         raise UserError(f"{name}={value} lists no sources: write a line for each, as a.bin:0.7.")
     return [own if own.startswith("~") else str(path.parent / own) for own in sources]
-
-
-def _short(value: str) -> str:
-    return value if len(value) <= 100 else f"{value[:60]}...{value[-20:]}"
 
 
 def open_source(name: str, value: str, vocab_size: int, data: DataConfig) -> TokenSource:

@@ -8,6 +8,7 @@ import errno
 import os
 import struct
 import tokenize
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,21 @@ import numpy as np
 
 from tpipe_jax.config.paths import expanded
 from tpipe_jax.config.settings import BYTES_NAME
-from tpipe_jax.data.contents import TOKEN_SUFFIXES, Content, check_text, content_of
+from tpipe_jax.data.contents import (
+    TOKEN_SUFFIXES,
+    Content,
+    check_is_file,
+    check_text,
+    content_of,
+    shortened,
+)
 from tpipe_jax.data.find import find
 from tpipe_jax.errors import UserError
 from tpipe_jax.json_files import read_json
 
 PYDOCS = "pydocs"
 INDEX = "index.json"  # in a folder of token shards, which `token_shards` writes
+MOST_NAME = 255  # characters of a file's name
 TEXT = "bytes of text"  # a format
 LLM_C_FORMAT = "llm.c"
 NPY = b"\x93NUMPY"
@@ -83,7 +92,7 @@ def open_files(
     """
     name, path = setting.partition("=")[0], expanded(setting.partition("=")[0], value)
     if value and (about := about_shards(path)):
-        return _open_shards(setting, path, about, vocab_size), [], []
+        return open_shards(setting, path, about, vocab_size), [], []
     found = find(name, value, field)
     if found is None:
         raise UserError(
@@ -108,7 +117,7 @@ def _open_tokens(setting: str, path: Path, vocab_size: int) -> TokenFile:
         content = file.read(12)
     if path.suffix == ".npy" or content.startswith(NPY):
         return _open_npy(setting, path)
-    if path.with_suffix(".idx").exists():
+    if os.path.lexists(path.with_suffix(".idx")):  # a link to nothing is an error
         return _open_megatron(setting, path)
     header = np.frombuffer(content, "<i4") if len(content) == 12 else np.zeros(3, "<i4")
     if int(header[0]) in LLM_C:
@@ -117,9 +126,12 @@ def _open_tokens(setting: str, path: Path, vocab_size: int) -> TokenFile:
 
 
 def about_shards(folder: Path) -> dict[str, Any] | None:
-    """Returns the index that `token_shards` has left in a folder; None if there is none."""
+    """Returns the index that `token_shards` has left in a folder; None if there is none. Raises
+    `UserError` if it is a link out of the folder.
+    """
     if not os.path.isfile(folder / INDEX):  # which is False for names that are too long
         return None
+    _inside(folder, INDEX)
     try:
         about = read_json(folder / INDEX)
     except (OSError, ValueError):
@@ -133,36 +145,73 @@ def tokenizer_of_shards(folder: Path, about: dict[str, Any]) -> Path | None:
     Raises `UserError` if the index, which may be a stranger's, names one outside of its folder.
     """
     name = about.get("tokenizer", BYTES_NAME)
-    return None if name == BYTES_NAME else _inside(folder, str(name))
+    return None if name == BYTES_NAME else _inside(folder, name)
 
 
-def _inside(folder: Path, name: str) -> Path:
-    path = folder / name
-    if Path(name).name != name or path.resolve().parent != folder.resolve():
+def _inside(folder: Path, name: Any) -> Path:
+    """Returns the path of a file in a folder. Raises `UserError` if it leads elsewhere."""
+    try:
+        path = folder / name
+        is_plain = Path(name).name == name and len(name) <= MOST_NAME and name.isprintable()
+        is_inside = is_plain and path.resolve().parent == folder.resolve()
+    except (OSError, RuntimeError, TypeError, ValueError):  # links in a circle, no text, a NUL
+        path, is_inside = folder, False
+    if not is_inside:
         raise UserError(
-            f"{folder / INDEX} names {name!r}, which is not in that folder: make the shards again, "
-            "or name the file itself."
+            f"{folder / INDEX} names {shortened(repr(name))}, which is not in that folder: make "
+            "the shards again, or name the file itself."
         )
     return path
 
 
-def _open_shards(
+def open_shards(
     setting: str, folder: Path, about: dict[str, Any], vocab_size: int
 ) -> list[TokenFile]:
-    try:
-        names, size = [str(shard["name"]) for shard in about["shards"]], int(about["vocab_size"])
-    except (ValueError, KeyError, TypeError) as error:
+    """Opens the token shards that an index describes. Raises `UserError` if it does not fit them,
+    or the vocabulary is larger than `vocab_size`.
+    """
+    shards: Any = about["shards"]
+    size: Any = about.get("vocab_size")
+    if fault := _fault_of(shards, size):
         raise UserError(
-            f"{setting} has an {INDEX} that is not of tpipe tokenize ({error}): make it again."
-        ) from None
+            f"{setting} has an {INDEX} that is not of tpipe tokenize, since {fault}: make it again."
+        )
     if size > vocab_size:
         raise UserError(
             f"{setting} was made with a tokenizer of {size} tokens, more than "
             f"config.model.vocab_size={vocab_size}: set that to at least as many."
         )
-    for name in names:
+    files = []
+    for shard in shards:
+        name, expected = shard["name"], (shard["num_tokens"], shard["num_documents"])
         _inside(folder, f"{name}.idx")
-    return [_open_megatron(setting, _inside(folder, f"{name}.bin")) for name in names]
+        file = _open_megatron(setting, _inside(folder, f"{name}.bin"))
+        found = len(file), 0 if file.starts is None else len(file.starts)
+        if found != expected:
+            raise UserError(
+                f"{file.path} has {found[0]} tokens of {found[1]} documents, but {INDEX} says "
+                f"{shortened(str(expected[0]))} of {shortened(str(expected[1]))}: make the shards "
+                "again."
+            )
+        files.append(file)
+    return files
+
+
+def _fault_of(shards: Any, vocab_size: Any) -> str | None:
+    """Returns what is wrong with the values of an index of shards."""
+    if not isinstance(vocab_size, int) or isinstance(vocab_size, bool) or vocab_size < 1:
+        return f"its vocab_size is {shortened(repr(vocab_size))}"
+    if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
+        return "its shards are no list of objects"
+    for shard in shards:
+        if not isinstance(shard.get("name"), str):
+            return f"a shard has the name {shortened(repr(shard.get('name')))}"
+        for key in ("num_tokens", "num_documents"):
+            value = shard.get(key)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+                return f"a shard has {shortened(repr(value))} as its {key}"
+    names = [shard["name"] for shard in shards]
+    return "it names a shard twice" if len(set(names)) < len(names) else None
 
 
 def _open_text(path: Path, content: Content) -> TokenFile:
@@ -186,7 +235,7 @@ def _open_llm_c(setting: str, path: Path, header: np.ndarray) -> TokenFile:
     magic, _, num_tokens = map(int, header)
     dtype = LLM_C[magic]
     expected = LLM_C_HEADER + num_tokens * dtype.itemsize
-    if _num_bytes(path) != expected:
+    if num_tokens < 0 or _num_bytes(path) != expected:
         raise UserError(
             f"{setting} is a file of llm.c for {num_tokens} tokens, {expected} bytes, but has "
             f"{_num_bytes(path)}: write it again."
@@ -199,6 +248,8 @@ def _open_megatron(setting: str, path: Path) -> TokenFile:
     them.
     """
     index = path.with_suffix(".idx")
+    check_is_file(index)
+    check_is_file(path)
     with index.open("rb") as file:
         content = file.read(MEGATRON_HEADER.size)
         if len(content) < MEGATRON_HEADER.size or not content.startswith(MEGATRON):
@@ -220,14 +271,17 @@ def _open_megatron(setting: str, path: Path) -> TokenFile:
         documents = np.frombuffer(file.read(8 * num_documents * is_whole), "<i8")
     dtype = np.dtype(MEGATRON_TYPES[code])
     sizes = lengths.astype(np.int64) * dtype.itemsize
-    is_whole = is_whole and sizes.sum() == _num_bytes(path)
-    if not is_whole or (starts != np.cumsum(sizes) - sizes).any():
+    is_whole = is_whole and (lengths >= 0).all() and sizes.sum() == _num_bytes(path)
+    # `documents` has the first sequence of each document, and last the number of all sequences.
+    bounds = documents if num_documents else np.array([0, num_sequences])
+    is_ordered = is_whole and not bounds[0] and bounds[-1] == num_sequences
+    is_ordered = is_ordered and (np.diff(bounds) >= 0).all()
+    if not is_ordered or (starts != np.cumsum(sizes) - sizes).any():
         raise UserError(
             f"{setting} and its index {index.name} do not belong together, or one is cut short: "
             "write both again."
         )
-    # `documents` has the first sequence of each document, and last the number of all sequences.
-    is_first = documents[(documents >= 0) & (documents < num_sequences)]
+    is_first = bounds[bounds < num_sequences]
     return TokenFile(
         *(path, dtype, 0, int(lengths.sum()), f"Megatron-LM, {dtype.name}"),
         starts=starts[np.unique(is_first)] // dtype.itemsize,
@@ -246,17 +300,38 @@ def _looks_like_uint32(path: Path) -> bool:
 
 def _open_npy(setting: str, path: Path) -> TokenFile:
     try:
-        tokens = np.lib.format.open_memmap(path, mode="r")
-    except (ValueError, tokenize.TokenError) as error:  # TokenError: a damaged header
+        with path.open("rb") as file, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # on headers of Python 2
+            version = np.lib.format.read_magic(file)
+            read_header = {
+                (1, 0): np.lib.format.read_array_header_1_0,
+                (2, 0): np.lib.format.read_array_header_2_0,
+                (3, 0): np.lib.format.read_array_header_2_0,  # names of fields in UTF-8
+            }[version]
+            shape, _, dtype = read_header(file)  # no longer than 10,000 bytes
+            offset = file.tell()
+    # What Python's own reader of literals and numpy's of types may raise.
+    except (ValueError, LookupError, TypeError, ArithmeticError, tokenize.TokenError) as error:
+        raise _no_npy(setting, str(error)) from None
+    except (SyntaxError, RecursionError, MemoryError, AttributeError):
+        raise _no_npy(setting, "its header cannot be read") from None
+    if len(shape) != 1 or dtype.kind not in "iu":
         raise UserError(
-            f"{setting} is not a whole .npy array ({error}): write it with numpy.save."
-        ) from None
-    if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
-        raise UserError(
-            f"{setting} has shape {tokens.shape} and type {tokens.dtype}: "
+            f"{setting} has shape {shortened(str(shape))} and type {shortened(str(dtype))}: "
             "save tokens as a one-dimensional array of integers."
         )
-    return TokenFile(path, tokens.dtype, tokens.offset, len(tokens), f"npy, {tokens.dtype}")
+    [num_tokens] = shape
+    size = _num_bytes(path)
+    if isinstance(num_tokens, bool) or not 0 <= num_tokens <= (size - offset) // dtype.itemsize:
+        raise _no_npy(setting, f"its header says {shortened(str(num_tokens))} tokens")
+    return TokenFile(path, dtype, offset, num_tokens, f"npy, {dtype}")
+
+
+def _no_npy(setting: str, reason: str) -> UserError:
+    return UserError(
+        f"{setting} is not a whole .npy array ({shortened(' '.join(reason.split()))}): write it "
+        "with numpy.save."
+    )
 
 
 def _num_bytes(path: Path) -> int:

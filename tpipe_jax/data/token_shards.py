@@ -34,7 +34,7 @@ from tpipe_jax.data.encode import encoded
 from tpipe_jax.data.end_token import SETTINGS, write_end
 from tpipe_jax.data.end_token import end_token as find_end
 from tpipe_jax.data.find import find
-from tpipe_jax.data.token_files import INDEX, MEGATRON
+from tpipe_jax.data.token_files import INDEX, MEGATRON, open_shards
 from tpipe_jax.data.tokenizer import Tokenizer, hugging_face, open_tokenizer, train_bpe
 from tpipe_jax.errors import UserError
 from tpipe_jax.files import locked
@@ -42,6 +42,7 @@ from tpipe_jax.json_files import read_json
 
 PARTIAL = ".partial"
 PART_BYTES = 64 * 2**20  # bytes of input for one shard, if no document is longer
+AT_ONCE = 2**24  # tokens that are checked together
 TOKENIZER = "tokenizer.json"
 LARGEST = 2**16  # the largest vocabulary that fits into 16-bit tokens
 
@@ -158,6 +159,15 @@ def _publish(partial: Path, out: Path, worker: "_Worker", results: Sequence[Resu
         "end": worker.end,
         "shards": [asdict(result) for result in results if result.num_tokens],
     }
+    # Read once more, since an earlier call may have left some of them behind.
+    for file in open_shards(f"--out={out}", partial, about, about["vocab_size"]):
+        for start in range(0, len(file), AT_ONCE):
+            own = file[start : start + AT_ONCE]
+            if own.min() < 0 or own.max() >= about["vocab_size"]:
+                raise UserError(
+                    f"{file.path} has tokens that its tokenizer does not have: remove {partial}, "
+                    "and run the command again."
+                )
     (partial / INDEX).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     for path in partial.glob("*.json"):
         if path.name not in (INDEX, TOKENIZER, SETTINGS[0]):
@@ -293,7 +303,8 @@ _how, _end = HowToRead(), np.array([], np.int32)
 
 def _open_in_worker(worker: _Worker) -> None:
     global _tokenizer, _how, _end
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and ends its workers
+    for number in (signal.SIGINT, signal.SIGHUP):  # the parent gets them too, and ends its workers
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are parallel already
     _tokenizer = open_tokenizer("--tokenizer", worker.tokenizer)
@@ -325,6 +336,8 @@ def _write_shard(folder: Path, index: int, part: ShardInput, how: dict[str, Any]
             tokens = tokens.astype(dtype)
             file.write(tokens.tobytes())
             size += len(tokens)
+            if size >= 2**31:  # an index has no larger numbers
+                raise UserError(f"{part.files[0][0]} has a document of 2^31 tokens: split it.")
             if own.ends:
                 lengths.append(size)
                 size = 0

@@ -1,7 +1,9 @@
 """Text to tokens and back: bytes, or a Hugging Face `tokenizer.json`. No network."""
 
+import base64
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +13,14 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from tpipe_jax.config.paths import expanded
 from tpipe_jax.config.settings import BYTES, BYTES_NAME
+from tpipe_jax.data.contents import check_is_file, shortened
 from tpipe_jax.data.end_token import end_token
 from tpipe_jax.errors import UserError
 from tpipe_jax.json_files import parse_json
 
+MOST_BYTES = 2**26  # of a tokenizer.json; of 33 MB is one with 260,000 tokens
+MOST_TOKENS = 2**21
+MOST_GROWTH = 64  # of a text, where parts of it are replaced
 MAX_PENDING = 8  # tokens that may wait for the rest of a character
 END_OF_TEXT = "<|endoftext|>"  # GPT-2's token between documents
 
@@ -35,6 +41,8 @@ class Tokenizer:
     num_bytes: CountBytes | None
     """The number of bytes in the text of tokens; special tokens have none. None where the tokens
     of a text do not say what its bytes are, and for tokens that swallow spaces beside them."""
+    cuts_anywhere: bool = False
+    """Whether the parts of a text have its tokens, wherever it is cut."""
 
     def stream(self, tokens: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
         """Yields the text that each token adds to that of the tokens before; empty until all bytes
@@ -66,18 +74,32 @@ def open_tokenizer(name: str, value: str, end: str | None = None) -> Tokenizer:
                 f"config.data.end_token={end} is no token of {name}=bytes: leave it out, or name a "
                 "tokenizer.json."
             )
-        return Tokenizer(BYTES, None, _to_bytes, _from_bytes, len)
+        return Tokenizer(BYTES, None, _to_bytes, _from_bytes, len, cuts_anywhere=True)
     made = hugging_face(name, value)
     made.encode_special_tokens = True
 
+    vocab_size = max(made.get_vocab().values(), default=0) + 1  # there may be gaps
+    if vocab_size > MOST_TOKENS:
+        raise UserError(
+            f"{name}={value} has a token of number {vocab_size - 1}, but numbers are below "
+            f"{MOST_TOKENS}: name another tokenizer."
+        )
+
     def encode(text: str) -> np.ndarray:
-        [found] = made.encode_batch_fast([text], add_special_tokens=False)  # without offsets
-        return np.array(found.ids, np.int32)
+        with _in_library(f"{name}={value} cannot read a text"):
+            [found] = made.encode_batch_fast([text], add_special_tokens=False)  # without offsets
+        tokens = np.array(found.ids, np.int64)
+        if tokens.max(initial=0) >= vocab_size:
+            raise UserError(
+                f"{name}={value} makes token {tokens.max()} of a text, but has {vocab_size}: name "
+                "another tokenizer."
+            )
+        return tokens.astype(np.int32)
 
     def decode(tokens: Sequence[int]) -> str:
-        return made.decode(list(tokens), skip_special_tokens=False)
+        with _in_library(f"{name}={value} cannot write a text"):
+            return made.decode(list(tokens), skip_special_tokens=False)
 
-    vocab_size = max(made.get_vocab().values()) + 1  # there may be gaps
     return Tokenizer(
         vocab_size, end_token(made, value, end), encode, decode, _byte_counter(made, vocab_size)
     )
@@ -96,17 +118,69 @@ def hugging_face(name: str, value: str) -> tokenizers.Tokenizer:
         made.decoder = decoders.ByteLevel()
         return made
     path = expanded(name, value)
-    try:
+    with _in_library(f"{name}={value} cannot be read", _REMEDY):
+        check_is_file(path)
+        with path.open("rb") as file:
+            content = file.read(MOST_BYTES + 1)
+        if len(content) > MOST_BYTES:
+            raise ValueError(f"it has more than {MOST_BYTES >> 20} MiB")
         # Not from_file, which needs a locale that can write the path.
-        made = tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        made = tokenizers.Tokenizer.from_str(content.decode())
         made.no_truncation()
         made.no_padding()
-    except Exception as error:  # the library raises plain ones
-        raise UserError(
-            f"{name}={value} cannot be read ({error}): give bytes, or the tokenizer.json of a "
-            "Hugging Face model."
-        ) from None
+        growth = max(_growth(made.normalizer), _growth(made.decoder))
+        if growth > MOST_GROWTH:
+            raise ValueError(f"it makes texts {growth:,} times as long")
     return made
+
+
+_REMEDY = "give bytes, or the tokenizer.json of a Hugging Face model"
+
+
+@contextmanager
+def _in_library(what: str, remedy: str = "name another tokenizer") -> Iterator[None]:
+    """Turns whatever the library raises into a `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:  # it raises plain ones, and where it panics none of `Exception`
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = shortened(" ".join(str(error).split()))
+        raise UserError(f"{what} ({reason}): {remedy}.") from None
+
+
+def _growth(part: Any) -> int:
+    """Returns how many times as long a normalizer or a decoder may make a text by replacing parts
+    of it. Steps multiply, so that a few of them could take any memory.
+    """
+    growth = 1
+    for step in _steps(parse_json(part.__getstate__())) if part is not None else []:
+        if step["type"] == "Replace":
+            pattern = len(step["pattern"].get("String", "")) or 1
+            growth *= max(-(-len(step["content"]) // pattern), 1)
+        elif step["type"] == "Prepend":
+            growth *= max(len(step["prepend"]), 1)
+        elif step["type"] == "Precompiled":
+            growth *= _longest_replacement(base64.b64decode(step["precompiled_charsmap"] or ""))
+    return growth
+
+
+def _longest_replacement(charsmap: bytes) -> int:
+    """Returns the length of the longest text that a map of SentencePiece puts for a character: its
+    texts end with NULs, and come after a tree, whose size is in the first four bytes.
+    """
+    start = 4 + int.from_bytes(charsmap[:4], "little")
+    return max(len(text) for text in [b" ", *charsmap[start:].split(b"\0")])
+
+
+def _steps(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the steps of a part of a tokenizer, which may be a sequence of others."""
+    for name in ("normalizers", "pretokenizers", "decoders"):
+        if name in state:
+            return [step for part in state[name] for step in _steps(part)]
+    return [state]
 
 
 def bytes_to_letters() -> list[str]:
@@ -193,7 +267,7 @@ def _writes_each_byte(made: tokenizers.Tokenizer) -> bool:
     if not is_plain or made.pre_tokenizer is None:
         return False
     normalizers = made.normalizer and parse_json(made.normalizer.__getstate__())
-    steps = _pre_tokenizers(parse_json(made.pre_tokenizer.__getstate__()))
+    steps = _steps(parse_json(made.pre_tokenizer.__getstate__()))
     return (
         (not normalizers or normalizers.get("normalizers") == [])
         and any(step["type"] == "ByteLevel" for step in steps)
@@ -204,12 +278,6 @@ def _writes_each_byte(made: tokenizers.Tokenizer) -> bool:
             for step in steps
         )
     )
-
-
-def _pre_tokenizers(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the steps of a pre-tokenizer, which may be a sequence of others."""
-    parts = state.get("pretokenizers")
-    return [state] if parts is None else [step for part in parts for step in _pre_tokenizers(part)]
 
 
 def _to_bytes(text: str) -> np.ndarray:

@@ -220,9 +220,7 @@ class Reader:
         # First, since a list is made of all weights that the settings ask for.
         start = adapter.layer
         layers = {
-            name.removeprefix(start).split(".")[0]
-            for name in self._files
-            if name.startswith(start)
+            name.removeprefix(start).split(".")[0] for name in self._files if name.startswith(start)
         }
         if len(layers) < model.num_layers:
             raise UserError(

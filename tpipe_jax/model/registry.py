@@ -1,13 +1,10 @@
 """Finds the family that a config names, and its block: the family's, or a class of the user's."""
 
-import hashlib
 import inspect
 from functools import cache
-from pathlib import Path
 
-from tpipe_jax.config.paths import expanded
 from tpipe_jax.config.settings import BUILT_IN, ModelConfig
-from tpipe_jax.config.user_code import load_file
+from tpipe_jax.config.user_code import file_and_class, load_file
 from tpipe_jax.errors import UserError
 from tpipe_jax.model import gpt2, llama
 from tpipe_jax.model.block import Block, Family
@@ -21,13 +18,6 @@ def family(config: ModelConfig) -> Family:
     return _FAMILIES[config.family]
 
 
-def block_digest(config: ModelConfig) -> str | None:
-    """Returns the SHA-256 digest of the file of a user's own block; None for a family's block."""
-    if not config.has_own_block:
-        return None
-    return hashlib.sha256(_file_and_class(config.block)[0].read_bytes()).hexdigest()
-
-
 def block_class(config: ModelConfig) -> type[Block]:
     """Returns the class that config.model.block names. Raises `UserError` if there is no such class
     derived from `Block`.
@@ -37,14 +27,9 @@ def block_class(config: ModelConfig) -> type[Block]:
     return _load(config.block)
 
 
-def _file_and_class(setting: str) -> tuple[Path, str]:
-    file, _, name = setting.rpartition(":")
-    return expanded("config.model.block", file), name
-
-
 @cache
 def _load(setting: str) -> type[Block]:
-    path, name = _file_and_class(setting)
+    path, name = file_and_class(setting)
     if not path.is_file() or path.suffix != ".py":
         raise UserError(
             f"config.model.block={setting} names no Python file: give {BUILT_IN}, or a file and a "

@@ -31,8 +31,13 @@ def context_read(num_tokens: np.ndarray, context: np.ndarray, key_block: int) ->
         size = query_block(int(length), key_block)
         starts = np.arange(0, length, size)
         shares = np.minimum(size, length - starts) / length
-        with_context = -(-(contexts.ravel()[where, None] + starts) // key_block)
-        result[where] = key_block * ((with_context - -(-starts // key_block)) @ shares)
+        whole, rest = np.divmod(contexts.ravel()[where], key_block)
+        rests, of_context = np.unique(
+            rest, return_inverse=True
+        )  # few, where slices are whole units
+        with_rest = -(-(rests[:, None] + starts) // key_block)
+        added = (with_rest - -(-starts // key_block)) @ shares
+        result[where] = key_block * (whole + added[of_context])
     return result.reshape(lengths.shape)
 
 

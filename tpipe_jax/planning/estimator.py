@@ -8,6 +8,7 @@ import numpy as np
 
 from tpipe_jax.config.settings import ScheduleName
 from tpipe_jax.errors import UserError
+from tpipe_jax.planning.bounds import MAX_CELLS, check_times
 from tpipe_jax.planning.latency import LatencyTable, Memory
 from tpipe_jax.planning.placement import chunk_factors
 from tpipe_jax.planning.plan import Nested, Plan, PlanRequest, Prediction
@@ -136,11 +137,16 @@ class Estimator:
     def least_activation_bytes(
         self, batch_slices: tuple[int, ...], schedule: ScheduleName
     ) -> float:
-        """Returns `activation_bytes` with the shortest slices; no others need less. Raises
-        `UserError` if it is not known.
+        """Returns `activation_bytes` with the shortest slices; no others need less. Of many slices,
+        only the first count. Raises `UserError` if it is not known.
         """
         _ = self.memory  # raises where it is not known
         shortest = tuple(np.diff(self.cuts).tolist())
+        if schedule in ("1f1b", "1f1b-deferred"):  # others keep all sequences
+            cells = len(shortest) * self.request.num_stages
+            batch_slices = batch_slices[: max(2, MAX_CELLS // cells)]
+        else:
+            shortest = (self.request.seq_len,)
         slices = batch_slices, (shortest,) * len(batch_slices)
         plan = Plan(self.request.num_stages, *slices, schedule=schedule)
         return self.activation_bytes(plan) or 0.0
@@ -188,13 +194,15 @@ def _times(table: LatencyTable, request: PlanRequest) -> tuple[np.ndarray, list[
                 "measured."
             )
         cuts = np.cumsum([0, *request.token_slices])
-        b = np.arange(1, request.batch_size + 1)[:, None, None]
-        stop, start = cuts[None, :, None], cuts[None, None, :]
-        num_tokens = np.maximum(stop - start, 1)
+        b = np.arange(1, request.batch_size + 1)[:, None]
+        num_tokens, start = np.diff(cuts), cuts[:-1]
+        check_times(
+            "plan.token_slices",
+            *(request.batch_size, len(num_tokens), "give fewer token slices"),
+        )
         times = table.profile.slice_seconds(b, num_tokens, start)
         deferred = table.profile.without_weights(times[1], b, num_tokens) or ()
-        is_next = np.eye(len(cuts), k=-1, dtype=bool)
-        return cuts, [np.where(is_next, t, np.inf) for t in (*times, *deferred)]
+        return cuts, [_between_neighbours(t) for t in (*times, *deferred)]
     num_units, rest = divmod(request.seq_len, table.unit_tokens)
     if rest:
         raise UserError(
@@ -202,7 +210,22 @@ def _times(table: LatencyTable, request: PlanRequest) -> tuple[np.ndarray, list[
             f"latencies, {table.unit_tokens} tokens: plan for another length, or measure another "
             "unit."
         )
+    check_times(
+        f"a sequence of {request.seq_len} tokens, in units of {table.unit_tokens} tokens,",
+        *(len(table.forward), num_units),
+        "plan for shorter sequences, or with latencies of a longer unit",
+    )
     return np.arange(num_units + 1) * table.unit_tokens, table.by_cuts(num_units)
+
+
+def _between_neighbours(times: np.ndarray) -> np.ndarray:
+    """Returns seconds `[b - 1, stop, start]` where each slice ends at the next cut, from those of
+    the slices, `[b - 1, slice]`.
+    """
+    num_rows, num_slices = times.shape
+    full = np.full((num_rows, num_slices + 1, num_slices + 1), np.inf)
+    full[:, np.arange(1, num_slices + 1), np.arange(num_slices)] = times
+    return full
 
 
 def _of_slices(slicing: Slicing, times: np.ndarray) -> Nested:

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tpipe_jax.planning.bounds import check_times
 from tpipe_jax.planning.context_blocks import context_read
 
 DEFERRED = "backward_inputs", "backward_weights"  # names in the file of the times under deferral
@@ -262,6 +263,10 @@ class Profile:
     def table(self, unit_tokens: int) -> "LatencyTable":
         """Returns the times of all slices in whole units."""
         num_units = self.seq_len // unit_tokens
+        check_times(
+            f"a sequence of {self.seq_len} tokens in units of {unit_tokens}",
+            *(self.batch_size, num_units, "set a larger config.plan.unit_tokens"),
+        )
         b = np.arange(1, self.batch_size + 1)[:, None, None]
         i = np.arange(1, num_units + 1)[None, :, None]
         j = np.arange(num_units)[None, None, :]

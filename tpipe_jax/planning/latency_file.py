@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tpipe_jax.errors import UserError
-from tpipe_jax.json_files import read_json
+from tpipe_jax.config.fields import MAX_INT
+from tpipe_jax.errors import UserError, shown
+from tpipe_jax.json_files import is_number, read_json
+from tpipe_jax.planning.bounds import MAX_TIMES
 from tpipe_jax.planning.latency import (
     DEFERRED,
     Deferral,
@@ -20,6 +22,9 @@ from tpipe_jax.planning.latency import (
 )
 from tpipe_jax.planning.plan import MAX_SECONDS
 
+MAX_FIGURE = 1e18  # of bytes and seconds, so that sums and products are finite
+MAX_SAMPLES = 10_000  # a run times a few dozen, and the fit looks at each pair of shapes
+
 
 def read_profile(content: dict[str, Any]) -> Profile:
     """Returns the profile from its `dataclasses.asdict`, which may have passed through JSON.
@@ -28,6 +33,8 @@ def read_profile(content: dict[str, Any]) -> Profile:
     """
     if not isinstance(content, dict):
         raise TypeError("it is not an object")
+    if not isinstance(content.get("key"), dict) or len(content["samples"]) > MAX_SAMPLES:
+        raise ValueError(f"it has no key, or more than {MAX_SAMPLES} samples")
     deferral = content.get("deferral")
     profile = Profile(
         **content
@@ -41,20 +48,33 @@ def read_profile(content: dict[str, Any]) -> Profile:
     )
     counts = [profile.batch_size, profile.seq_len, profile.key_block, profile.tile_tokens]
     counts += [n for sample in profile.samples for n in sample[:2]]
-    if not all(isinstance(n, int) and n > 0 for n in counts):
-        raise ValueError("a size is not a positive whole number")
+    if not all(type(n) is int and 0 < n <= MAX_INT for n in counts):
+        raise ValueError(f"a size is not a positive whole number up to {MAX_INT}")
+    _check_samples(profile)
     times = [*profile.transfer, profile.outside_seconds, *dataclasses.astuple(profile.memory)]
     times += profile.stage_seconds
     if not len(profile.transfer) == len(profile.stage_seconds) == 2 or not all(
-        0 <= t < math.inf for t in times
+        is_number(t) and 0 <= t <= MAX_FIGURE for t in times
     ):
-        raise ValueError("a figure is not finite and positive")
-    if not all(len(pair) == 2 and all(map(math.isfinite, pair)) for pair in profile.deferral or ()):
+        raise ValueError(f"a figure is not between 0 and {MAX_FIGURE:g}")
+    pairs = profile.deferral or ()
+    if not all(len(pair) == 2 and all(map(is_number, pair)) for pair in pairs) or not all(
+        abs(t) <= MAX_SECONDS for pair in pairs for t in pair
+    ):
         raise ValueError("what deferred gradients of weights take is not two pairs of numbers")
-    if not all(0 < t <= MAX_SECONDS for sample in profile.samples for t in sample[3:5]):
-        raise ValueError("a sample is not a time")
     profile.models()  # raises where there are too few samples
     return profile
+
+
+def _check_samples(profile: Profile) -> None:
+    """Raises ValueError if a sample is not what one is."""
+    for sample in profile.samples:
+        times = sample[3:5]
+        if not all(is_number(t) and 0 < t <= MAX_SECONDS for t in times):
+            raise ValueError("a sample is not a time")
+        context, is_test = sample[2], sample[5]
+        if type(context) is not int or not 0 <= context <= MAX_INT or type(is_test) is not bool:
+            raise ValueError("a sample has no context, or does not say whether it is a test")
 
 
 def load_table(path: Path) -> LatencyTable:
@@ -76,8 +96,8 @@ def load_table(path: Path) -> LatencyTable:
     if missing := [key for key in ("unit_tokens", *names) if key not in content]:
         raise wrong(f"it has no {missing[0]}")
     unit = content["unit_tokens"]
-    if not isinstance(unit, int) or isinstance(unit, bool) or unit < 1:
-        raise wrong(f"unit_tokens={unit!r} is not a positive whole number")
+    if type(unit) is not int or not 0 < unit <= MAX_INT:
+        raise wrong(f"unit_tokens={shown(repr(unit))} is not a positive whole number")
     forward, *others = (_to_array(content[key], key, wrong) for key in names)
     for name, other in zip(names[1:], others, strict=True):
         if forward.shape != other.shape:
@@ -93,8 +113,12 @@ def load_table(path: Path) -> LatencyTable:
             raise ValueError(
                 f"it is of {profile.seq_len} tokens and the times of {unit * forward.shape[2]}"
             )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise wrong(f"its profile cannot be used ({error!r})") from error
+        if profile and profile.batch_size != len(forward):
+            raise ValueError(
+                f"it is of {profile.batch_size} sequences and the times of {len(forward)}"
+            )
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise wrong(f"its profile cannot be used ({error!r:.200})") from error
     return LatencyTable(
         unit, forward, backward, profile, (deferred[0], deferred[1]) if deferred else None
     )
@@ -107,14 +131,15 @@ def _to_array(lists: Any, name: str, wrong: Any) -> np.ndarray:
     sizes = {len(rows) for rows in lists}, {len(row) for rows in lists for row in rows}
     if any(len(size) != 1 or 0 in size for size in sizes):
         raise wrong(f"the lists of {name} differ in length or are empty")
+    if len(lists) * len(lists[0]) * len(lists[0][0]) > MAX_TIMES:
+        raise wrong(f"{name} has more than the {MAX_TIMES} times that can be planned with")
     for b, rows in enumerate(lists):
         for i, row in enumerate(rows):
             for j, value in enumerate(row):
                 if value is None:
                     continue
-                is_number = isinstance(value, int | float) and not isinstance(value, bool)
-                if not is_number or not 0 <= value <= MAX_SECONDS:
-                    raise wrong(f"{name}[{b}][{i}][{j}]={value!r} is not a time")
+                if not is_number(value) or not 0 <= value <= MAX_SECONDS:
+                    raise wrong(f"{name}[{b}][{i}][{j}]={shown(repr(value))} is not a time")
     return np.array(
         [[[math.inf if t is None else t for t in row] for row in rows] for rows in lists], float
     )

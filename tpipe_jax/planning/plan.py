@@ -7,9 +7,11 @@ from typing import Any, get_args
 
 import numpy as np
 
+from tpipe_jax.config.fields import MAX_INT
 from tpipe_jax.config.settings import ScheduleName
-from tpipe_jax.errors import UserError
-from tpipe_jax.json_files import read_json
+from tpipe_jax.errors import UserError, shown
+from tpipe_jax.json_files import is_number, read_json
+from tpipe_jax.planning.bounds import MAX_SEQUENCES, MAX_SHAPES, MAX_STAGES, most_slices
 
 Nested = tuple[tuple[float, ...], ...]
 CHUNKS = 2, 4  # numbers of chunks per stage that the planner tries
@@ -139,7 +141,7 @@ def read_plan(content: Any) -> Plan:
     try:
         num_stages = content["num_stages"]
         batch_slices = tuple(content["batch_slices"])
-        token_slices = tuple(tuple(slices) for slices in content["token_slices"])
+        token_slices = tuple(map(tuple, content["token_slices"]))
     except KeyError as error:
         raise ValueError(f"it has no {error.args[0]}") from error
     except TypeError as error:
@@ -151,19 +153,38 @@ def read_plan(content: Any) -> Plan:
         *batch_slices,
         *(n for slices in token_slices for n in slices),
     ]
-    if not all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in counts):
-        raise ValueError("a size in it is not a positive whole number")
+    if not all(type(n) is int and 0 < n <= MAX_INT for n in counts):
+        raise ValueError(f"a size in it is not a positive whole number up to {MAX_INT}")
     if not batch_slices or len(token_slices) != len(batch_slices):
         raise ValueError(
             f"it has {len(batch_slices)} batch slices, but tokens of {len(token_slices)}"
         )
     schedule = content.get("schedule", "terapipe")
     if schedule not in get_args(ScheduleName):
-        raise ValueError(f"it has a schedule that is not known, {schedule!r}")
+        raise ValueError(f"it has a schedule that is not known, {shown(repr(schedule))}")
     if (num_chunks > 1) != (schedule == "interleaved"):
-        raise ValueError(f"it has {num_chunks!r} chunks of a stage under {schedule}")
+        raise ValueError(f"it has {num_chunks} chunks of a stage under {schedule}")
+    _check_work(num_stages, num_chunks, token_slices)
     prediction = _read_prediction(content)
     return Plan(num_stages, batch_slices, token_slices, prediction, schedule, num_chunks)
+
+
+def _check_work(
+    num_stages: int, num_chunks: int, token_slices: tuple[tuple[int, ...], ...]
+) -> None:
+    """Raises ValueError if a plan asks for more than can be run."""
+    num_slices, most = num_chunks * sum(map(len, token_slices)), most_slices(num_stages)
+    num_lengths = len({n for own in token_slices for n in own})
+    if len(token_slices) > MAX_SEQUENCES:
+        raise ValueError(f"its {len(token_slices)} batch slices are more than {MAX_SEQUENCES}")
+    if num_stages > MAX_STAGES:
+        raise ValueError(f"its {num_stages} stages are more than {MAX_STAGES}")
+    if num_slices > most:
+        raise ValueError(
+            f"it has {num_slices} slices, more than the {most} that {num_stages} stages can work on"
+        )
+    if num_lengths > MAX_SHAPES:
+        raise ValueError(f"its slices have {num_lengths} lengths, more than {MAX_SHAPES}")
 
 
 def load_plan(path: Path, request: PlanRequest) -> Plan:
@@ -225,7 +246,9 @@ def _read_prediction(content: dict[str, Any]) -> Prediction | None:
         none = [[0.0] * len(own) for own in slices]
 
         def times(key: str, default: Any = None) -> Nested:
-            nested = content[key] if default is None else content.get(key) or default
+            nested = content[key] if default is None else content.get(key, default)
+            if not isinstance(nested, list) or not all(isinstance(own, list) for own in nested):
+                raise ValueError(f"{key} is no list of lists")
             return tuple(tuple(map(_seconds, own)) for own in nested)
 
         has_weights = content.get("slice_weight_seconds") is not None
@@ -240,7 +263,9 @@ def _read_prediction(content: dict[str, Any]) -> Prediction | None:
             lower_bound_seconds=_seconds(content["lower_bound_seconds"]),
         )
         if not isinstance(prediction.is_optimal, bool):
-            raise ValueError(f"optimal is {prediction.is_optimal!r}, neither true nor false")
+            raise ValueError(
+                f"optimal is {shown(repr(prediction.is_optimal))}, neither true nor false"
+            )
         if (content.get("schedule") == "1f1b-deferred") != has_weights:
             raise ValueError("times of gradients of weights are of 1f1b-deferred")
     except KeyError as error:
@@ -282,7 +307,7 @@ def _check_sums(prediction: Prediction) -> None:
 
 
 def _seconds(value: Any) -> float:
-    """Returns a time from a file as a float. Raises TypeError or ValueError if it is no time."""
-    if isinstance(value, bool) or not 0 <= value <= MAX_SECONDS:
-        raise ValueError(f"{value!r} is not a time")
+    """Returns a time from a file as a float. Raises ValueError if it is no time."""
+    if not is_number(value) or not 0 <= value <= MAX_SECONDS:
+        raise ValueError(f"{shown(repr(value))} is not a time")
     return float(value)

@@ -8,6 +8,7 @@ import numpy as np
 
 from tpipe_jax.config.settings import ScheduleName
 from tpipe_jax.errors import Infeasible, UserError
+from tpipe_jax.planning.bounds import check_sequences, check_slices, check_stages
 from tpipe_jax.planning.estimator import Estimator
 from tpipe_jax.planning.latency import DEFERRED, LatencyTable, Profile
 from tpipe_jax.planning.plan import Plan, PlanRequest
@@ -84,6 +85,7 @@ def find_plan(
     `preferred` schedule comes first. Raises `UserError` if there is no plan.
     """
     start = time.perf_counter()
+    check_request(request)
     _check_schedule(table, request)
     estimator = Estimator.of(table, request, stage_factors)
     found = [search_schedule(name, estimator, memory_limit_bytes) for name in request.schedules]
@@ -125,6 +127,15 @@ def find_plan(
         fastest_uniform=fastest_uniform,
         tolerance=error,
     )
+
+
+def check_request(request: PlanRequest) -> None:
+    """Raises `UserError` if a plan for the request takes more than can be done."""
+    check_stages("the number of stages", request.num_stages)
+    if request.batch_slices is None:
+        check_sequences("the batch size", request.batch_size)
+    num_slices = len(request.batch_slices or (1,)) * len(request.token_slices or (1,))
+    check_slices("the request", request.num_stages, num_slices * (request.num_chunks or 1))
 
 
 def error_of(plan: Plan, profile: Profile) -> float:

@@ -207,6 +207,7 @@ def one_forward_one_backward(plan: Plan) -> Schedule:
     forward_entries: list[int] = []  # the tick in which each item enters the first stage
     backward_entries: dict[int, int] = {}  # and the last stage on its way back, in this order
     parts: list[Part] = []
+    row, last = 0, -1  # sequences so far, and the last tick in which one enters the last stage
     for size, own in zip(plan.batch_slices, plan.token_slices, strict=True):
         first, count = len(forward_entries), len(own)
         embed_tick = 1 + max(forward_entries[-1:], default=-1)
@@ -214,11 +215,12 @@ def one_forward_one_backward(plan: Plan) -> Schedule:
             embed_tick = parts[-1].embed_grad_tick + 1
         forward_entries += range(embed_tick, embed_tick + count)
         loss_tick = forward_entries[-1] + P - 1
-        start = max(loss_tick, 1 + max(backward_entries.values(), default=-1))
+        start = max(loss_tick, 1 + last)
         backward_entries |= {first + count - 1 - n: start + n for n in range(count)}
-        embed_grad_tick, row = start + count + P - 2, sum(part.num_rows for part in parts)
+        last, embed_grad_tick = start + count - 1, start + count + P - 2
         ticks = embed_tick, loss_tick, embed_grad_tick
         parts.append(Part(row, size, 0, *ticks, last_tick=embed_grad_tick))
+        row += size
     num_ticks = parts[-1].embed_grad_tick + 1
     forward, backward = (np.full((num_ticks, P), IDLE, np.int32) for _ in range(2))
     for stage in range(P):
@@ -258,10 +260,10 @@ def deferred_weights(plan: Plan) -> Schedule:
         for stage, items in enumerate(row):
             weights[tick, stage, : len(items)] = items
     more = ((0, len(rows) - schedule.num_ticks), (0, 0))
-    part_of = np.array(schedule.part_of)
+    last_ticks = _last_ticks(weights, np.array(schedule.part_of), len(schedule.parts))
     parts = (
-        replace(part, last_tick=max(part.embed_grad_tick, _last_tick(weights, part_of == i)))
-        for i, part in enumerate(schedule.parts)
+        replace(part, last_tick=max(part.embed_grad_tick, last))
+        for part, last in zip(schedule.parts, last_ticks, strict=True)
     )
     return _with_rows(
         replace(
@@ -290,18 +292,21 @@ def _slots(backward: np.ndarray, weights: list[list[list[int]]], num_items: int)
     return slots
 
 
-def _last_tick(table: np.ndarray, is_wanted: np.ndarray) -> int:
-    """Returns the last tick in which the table has any of the wanted items."""
-    found = (table != IDLE) & is_wanted[table]
-    return int(np.flatnonzero(found.reshape(len(table), -1).any(1)).max())
+def _last_ticks(table: np.ndarray, part_of: np.ndarray, num_parts: int) -> list[int]:
+    """Returns the last tick in which the table has an item of each part."""
+    last, found = np.full(num_parts, IDLE), table != IDLE
+    np.maximum.at(last, part_of[table[found]], np.nonzero(found)[0])
+    return last.tolist()
 
 
 def _with_rows(schedule: Schedule) -> Schedule:
     """Returns the schedule with each part in the lowest free rows of the buffers."""
     parts: list[Part] = []
-    for part in schedule.parts:
-        alive = [other for other in parts if other.last_tick >= part.embed_tick]
-        parts.append(replace(part, buffer_row=_free_row(alive, part.num_rows)))
+    alive: list[Part] = []
+    for part in schedule.parts:  # each is embedded later than the one before
+        alive = [other for other in alive if other.last_tick >= part.embed_tick]
+        alive.append(replace(part, buffer_row=_free_row(alive, part.num_rows)))
+        parts.append(alive[-1])
     num_rows = max(part.buffer_row + part.num_rows for part in parts)
     longest = max(part.num_rows for part in parts)
     return replace(

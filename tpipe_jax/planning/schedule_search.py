@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 
 from tpipe_jax.config.settings import ScheduleName
+from tpipe_jax.planning.bounds import MAX_CELLS, most_slices
 from tpipe_jax.planning.estimator import Estimator, predicted_timeline
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.settings import uniform as uniform_parts
@@ -15,6 +16,8 @@ from tpipe_jax.planning.slicer import ROUNDING, Slicing, fastest_slicing, least_
 
 MOST_UNIFORM = 8  # uniform slicings that are tried for each size of batch slices
 MOST_MOVES = 100  # moves of a cut by a unit that are tried
+MOST_SIMULATED = 16 * MAX_CELLS  # cells of schedules that are simulated, in about a minute
+MOST_COUNTS = 64  # sequences whose numbers of equal batch slices are all tried
 MOST_PLAINER = 8  # uniform plans that are kept beside the best
 # Uniform plans are kept if they are slower than the best by at most this fraction. It is what the
 # predicted time of a plan may be off whose slices were not timed (docs/planning.md).
@@ -96,8 +99,13 @@ def _terapipe(estimator: Estimator, limit_bytes: float | None) -> Found:
     )
     if slicing is None:
         return None, [], 0
-    plan = estimator.plan_of(slicing, "terapipe")
     plainer = _plainer(estimator, (1 + NEAR) * slicing.seconds + NEAR * estimator.outside_seconds)
+    if not _is_possible(estimator, slicing):
+        plan = min(plainer, key=step_seconds, default=None)
+        if plan is None:
+            return None, [], slicing.num_solves
+    else:
+        plan = estimator.plan_of(slicing, "terapipe")
     if min(factors) < max(factors) and request.batch_slices is None:
         # The slicer minimises an upper bound then, so a uniform plan may turn out faster.
         uniform = (
@@ -114,7 +122,7 @@ def _plainer(estimator: Estimator, most_seconds: float) -> list[Plan]:
     request = estimator.request
     if request.token_slices is not None:
         return []
-    batches = [uniform_parts(request.batch_size, n) for n in range(1, request.batch_size + 1)]
+    batches = _equal_batch_slices(request.batch_size)
     if request.batch_slices is not None:
         batches = [request.batch_slices]
     found = [
@@ -124,6 +132,34 @@ def _plainer(estimator: Estimator, most_seconds: float) -> list[Plan]:
     ]
     found = [*found[:1], *sorted(found, key=_slicing_complexity)[:MOST_PLAINER]]
     return [estimator.plan_of(slicing, "terapipe") for slicing in found]
+
+
+def _equal_batch_slices(batch_size: int) -> list[tuple[int, ...]]:
+    """Returns equal batch slices in all numbers; of many sequences, only the fewest of a size."""
+    counts = range(1, batch_size + 1)
+    if batch_size > MOST_COUNTS:
+        counts = sorted({-(-batch_size // size) for size in counts})
+    return [uniform_parts(batch_size, n) for n in counts]
+
+
+def _is_possible(estimator: Estimator, slicing: Slicing, num_chunks: int = 1) -> bool:
+    """Whether a schedule can have so many slices."""
+    num_slices = num_chunks * sum(len(cuts) - 1 for cuts in slicing.cuts)
+    return num_slices <= most_slices(estimator.request.num_stages)
+
+
+def _affordable(
+    estimator: Estimator, options: list[tuple[int, Slicing]]
+) -> list[tuple[int, Slicing]]:
+    """Returns those of the slicings, each with its number of chunks, that a schedule can have, and
+    of these only as many as can be simulated soon: the fastest first, as far as a formula tells.
+    """
+    P, left, kept = estimator.request.num_stages, MOST_SIMULATED, []
+    for num_chunks, slicing in sorted(options, key=lambda option: option[1].seconds):
+        left -= P * (P + num_chunks * sum(map(len, slicing.cuts)))
+        if _is_possible(estimator, slicing, num_chunks) and (left > 0 or not kept):
+            kept.append((num_chunks, slicing))
+    return kept
 
 
 def _slicing_complexity(slicing: Slicing) -> tuple[int, int, float]:
@@ -167,7 +203,7 @@ def _best_found(schedule: ScheduleName, estimator: Estimator, limit_bytes: float
             return np.inf
         return step_seconds(plan)
 
-    known = [(seconds(*option), *option) for option in slicings]
+    known = [(seconds(*option), *option) for option in _affordable(estimator, slicings)]
     least, num_chunks, best = min(known, key=lambda found: found[0], default=(np.inf, 1, None))
     if best is None or least == np.inf:
         return None, [], num_solves
@@ -188,14 +224,16 @@ def _with_moved_cuts(
 
     Stops when no move makes it faster, or when `MOST_MOVES` have been tried.
     """
-    num_tried, has_improved = 0, True
+    P = estimator.request.num_stages
+    cells = P * (P + sum(map(len, best.cuts)))
+    most_moves, num_tried, has_improved = min(MOST_MOVES, MOST_SIMULATED // cells), 0, True
     while has_improved:
         has_improved = False
         for place in _places(estimator, best):
             moved = _moved(estimator, best, *place)
             if moved is None:
                 continue
-            if num_tried == MOST_MOVES:
+            if num_tried == most_moves:
                 return best
             num_tried += 1
             if (after := seconds(moved)) < least:
@@ -310,8 +348,7 @@ def best_uniform_plan(estimator: Estimator, token_counts: Iterable[int]) -> Plan
     request = estimator.request
     if request.token_slices is not None:
         return None
-    batches = [uniform_parts(request.batch_size, n) for n in range(1, request.batch_size + 1)]
-    found = _uniform(estimator, batches, token_counts)
+    found = _uniform(estimator, _equal_batch_slices(request.batch_size), token_counts)
     return estimator.plan_of(found[0], "terapipe") if found else None
 
 
@@ -324,7 +361,7 @@ def _uniform(
     (forward, backward), factors = estimator.times, estimator.stage_factors
     slowest = max(factors)
     wait = sum(factors) - slowest
-    batches, found = list(batches), []
+    batches, found, most = list(batches), [], most_slices(estimator.request.num_stages)
     for num_tokens in token_counts:
         cuts = np.cumsum([0, *uniform_parts(forward.shape[1] - 1, num_tokens)])
         f, b = (t[:, cuts[1:], cuts[:-1]] for t in (forward, backward))  # [sizes, token slices]
@@ -334,7 +371,7 @@ def _uniform(
                 continue
             rows = np.array(sizes) - 1
             longest = longest_f[rows].max() + longest_b[rows].max()
-            if np.isfinite(longest):
+            if np.isfinite(longest) and len(sizes) * num_tokens <= most:
                 seconds = float(slowest * work[rows].sum() + wait * longest)
                 found.append(Slicing(sizes, (tuple(cuts.tolist()),) * len(sizes), seconds, 0.0, 0))
     return sorted(found, key=lambda slicing: slicing.seconds)

@@ -1,10 +1,21 @@
 """Reads the plan in the settings: a complete plan, or the limits of the planner."""
 
+import math
 from dataclasses import replace
 
 from tpipe_jax.config.paths import expanded
 from tpipe_jax.config.settings import Config, ScheduleName
 from tpipe_jax.errors import UserError
+from tpipe_jax.planning.bounds import (
+    MAX_SEQUENCES,
+    MAX_SHAPES,
+    check_sequences,
+    check_slices,
+    check_stages,
+    check_times,
+    fits_times,
+    most_slices,
+)
 from tpipe_jax.planning.placement import chunk_factors
 from tpipe_jax.planning.plan import Plan, PlanRequest, load_plan
 
@@ -22,6 +33,7 @@ def read_settings(config: Config) -> Plan | PlanRequest:
             f"config.mesh.data={mesh.data}: set a batch size of "
             f"{mesh.data * max(1, round(train.batch_size / mesh.data))}, or another mesh."
         )
+    check_stages("config.mesh.pipe", mesh.pipe)
     batch_slices = parse_slices(
         config.plan.batch_slices,
         train.batch_size // mesh.data,
@@ -61,8 +73,60 @@ def read_settings(config: Config) -> Plan | PlanRequest:
         slices = batch_slices, (token_slices,) * len(batch_slices)
         schedule = schedule or "terapipe"
         num_chunks = replace(config.plan, schedule=schedule).num_chunks
-        return Plan(mesh.pipe, *slices, schedule=schedule, num_chunks=num_chunks)
+        plan = Plan(mesh.pipe, *slices, schedule=schedule, num_chunks=num_chunks)
+        _check_work(config, batch_slices, token_slices, num_chunks)
+        return plan
+    _check_work(config, batch_slices, token_slices, config.plan.chunks or 1)
+    _check_search(config, batch_slices, token_slices)
     return request
+
+
+def _check_work(
+    config: Config,
+    batch_slices: tuple[int, ...] | None,
+    token_slices: tuple[int, ...] | None,
+    num_chunks: int,
+) -> None:
+    """Raises `UserError` if the slices that are given are more than can be run."""
+    if len(batch_slices or ()) > MAX_SEQUENCES:
+        raise UserError(
+            f"config.plan.batch_slices has {len(batch_slices or ())} batch slices, and each is "
+            f"embedded on its own: give at most {MAX_SEQUENCES}."
+        )
+    num_slices = len(batch_slices or (1,)) * len(token_slices or (1,)) * num_chunks
+    check_slices(
+        "the product of config.plan.batch_slices, config.plan.token_slices and config.plan.chunks",
+        *(config.mesh.pipe, num_slices),
+    )
+    lengths = set(token_slices or ())
+    if len(lengths) > MAX_SHAPES:
+        raise UserError(
+            f"config.plan.token_slices has {len(lengths)} lengths, each with programs of its own, "
+            f"and at most {MAX_SHAPES} can be compiled: let uniform:{len(token_slices or ())} "
+            "divide the sequence."
+        )
+
+
+def _check_search(
+    config: Config, batch_slices: tuple[int, ...] | None, token_slices: tuple[int, ...] | None
+) -> None:
+    """Raises `UserError` if there is too much to choose from for the planner."""
+    num_rows, seq_len = config.train.batch_size // config.mesh.data, config.model.seq_len
+    if batch_slices is None:
+        check_sequences("config.train.batch_size / config.mesh.data", num_rows)
+    if token_slices is None:
+        unit = unit_tokens(config)
+        check_times(
+            f"config.model.seq_len={seq_len} with a unit of {unit} tokens",
+            *(num_rows, seq_len // unit),
+            "set config.plan.unit_tokens to a larger divisor of the length, choose a length that "
+            "has one, or give config.plan.token_slices",
+        )
+    else:
+        check_times(
+            "config.plan.token_slices",
+            *(num_rows, len(token_slices), "give fewer token slices"),
+        )
 
 
 def settled(config: Config, plan: Plan) -> Config:
@@ -129,18 +193,29 @@ def _check_serves(begin: str, schedule: str, config: Config) -> None:
 def unit_tokens(config: Config) -> int:
     """Returns the unit of planned slices in tokens: each slice is a multiple of it.
 
-    Unless set, it is the largest divisor of `seq_len` up to 8, or up to `seq_len` / 256 if larger.
-    Raises `UserError` if the setting does not divide the sequence.
+    Unless set, it is the largest divisor of `seq_len` up to 8, or up to `seq_len` / 256 if larger;
+    of large batches, the next one whose slices the planner can look at, if there are 16 units of
+    it. Raises `UserError` if the setting does not divide the sequence.
     """
     seq_len, unit = config.model.seq_len, config.plan.unit_tokens
     if unit is None:
-        return next(n for n in range(max(8, seq_len // 256), 0, -1) if seq_len % n == 0)
+        num_rows, options = config.train.batch_size // config.mesh.data, divisors(seq_len)
+        unit = max(n for n in options if n <= max(8, seq_len // 256))
+        coarser = (n for n in options if unit < n <= seq_len // 16)
+        fitting = (n for n in (unit, *coarser) if fits_times(num_rows, seq_len // n))
+        return next(fitting, unit)
     if seq_len % unit:
         raise UserError(
             f"config.plan.unit_tokens={unit} does not divide config.model.seq_len={seq_len}: pick "
             "a divisor."
         )
     return unit
+
+
+def divisors(number: int) -> list[int]:
+    """Returns all divisors of a number, ascending."""
+    low = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*low, *(number // n for n in low)})
 
 
 def parse_slices(text: str, total: int, setting: str, total_name: str) -> tuple[int, ...] | None:
@@ -153,26 +228,38 @@ def parse_slices(text: str, total: int, setting: str, total_name: str) -> tuple[
     if text.strip() == "auto":
         return None
     kind, _, count = text.partition(":")
+    most, given = most_slices(1), text if len(text) <= 60 else f"{text[:50]} ..."
     if kind.strip() == "uniform" and count.strip().isdecimal():
-        num = int(count)
+        num = _whole(count)
         if not 1 <= num <= total:
             raise UserError(
-                f"{setting}={text} must ask for 1 to {total} slices, since {total_name} is {total}."
+                f"{setting}={given} must ask for 1 to {total} slices, since {total_name} is "
+                f"{total}."
             )
+        if num > most:
+            raise UserError(f"{setting}={given} must ask for at most {most} slices.")
         return uniform(total, num)
+    if text.count(",") >= most:
+        raise UserError(f"{setting}={given} must have at most {most} slices.")
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+    if not all(part.isdecimal() and _whole(part) > 0 for part in parts):
         raise UserError(
-            f"{setting}={text} is neither auto nor uniform:N nor a list of positive lengths as "
+            f"{setting}={given} is neither auto nor uniform:N nor a list of positive lengths as "
             "96,64,56,40."
         )
-    slices = tuple(map(int, parts))
+    slices = tuple(map(_whole, parts))
     if sum(slices) != total:
         raise UserError(
-            f"{setting}={text} sums to {sum(slices)}, but {total_name} is {total}: "
+            f"{setting}={given} sums to {sum(slices)}, but {total_name} is {total}: "
             f"change the slices, or let uniform:{min(len(slices), total)} divide it."
         )
     return slices
+
+
+def _whole(text: str) -> int:
+    """Returns the number that decimal digits name, or one that is too large for more than 18."""
+    text = text.strip()
+    return int(text) if len(text) <= 18 else 10**18
 
 
 def uniform(total: int, num: int) -> tuple[int, ...]:

@@ -22,6 +22,9 @@ from typing import NamedTuple
 import numpy as np
 
 ROUNDING = 1e-12  # relative change of a sum when its terms change order
+MOST_SOLVES = 20_000  # dynamic programmes after which a search stops, even without a proof
+MOST_WORK = 2**32  # times that the dynamic programmes of a search look at, in about half a minute
+MOST_FACTORS = 4  # of unequal stages, for which a bound is searched
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ def fastest_slicing(
     *,
     batch_slices: Sequence[int] | None = None,
     num_chunks: int = 1,
-    max_solves: int = 20_000,
+    max_solves: int | None = None,
 ) -> Slicing | None:
     """Plans batch slices and the token slices of each batch slice jointly, for the least step time.
 
@@ -64,12 +67,14 @@ def fastest_slicing(
         batch_slices: the sizes to keep to, or None to choose them.
         num_chunks: chunks of each stage. While the pipeline fills and drains, stages wait for
             passes through one chunk.
-        max_solves: dynamic programmes after which the search stops, even without a proof.
+        max_solves: dynamic programmes after which the search stops, even without a proof; as many
+            as `MOST_SOLVES` and `MOST_WORK` allow if left out.
 
     Returns:
         The slicing, or None where no allowed slices cover the batch.
     """
     times = _Times(np.stack([forward, backward]), batch_size, batch_slices)
+    max_solves = max_solves or min(MOST_SOLVES, max(1, MOST_WORK // max(1, times.size)))
     slowest = max(stage_factors)
     weights = slowest, (sum(stage_factors) - slowest) / num_chunks
     best, lower_bound, num_solves = _search(times, weights, max_solves)
@@ -79,7 +84,8 @@ def fastest_slicing(
         # The formula is no lower bound then. For each factor, a lower bound is the time if the
         # stages that take at least that factor took just that, and all others took no time.
         bounds = []
-        for factor in set(stage_factors):
+        factors = sorted(set(stage_factors))
+        for factor in factors[:: -(-len(factors) // MOST_FACTORS)]:  # each gives a bound
             num_stages = sum(a >= factor for a in stage_factors)
             _, bound, more = _search(
                 times, (factor, factor * (num_stages - 1) / num_chunks), max_solves
@@ -134,9 +140,21 @@ class _Times:
     def __init__(
         self, times: np.ndarray, batch_size: int, batch_slices: Sequence[int] | None
     ) -> None:
+        sizes = range(1, times.shape[1] + 1)
+        if batch_slices is not None:  # only times of these are looked at
+            sizes = [b for b in sorted(set(batch_slices)) if b in sizes]
+            times = times[:, [b - 1 for b in sizes]]
+        self._index = {b: index for index, b in enumerate(sizes)}
         self._times = np.where(np.isfinite(times).all(0), times, np.inf)
         self._work = self._times.sum(0)
         self._batch_size, self._batch_slices = batch_size, batch_slices
+
+    @property
+    def size(self) -> int:
+        """The number of times that a dynamic programme looks at, and of its steps over sequences,
+        which take as long as a hundred.
+        """
+        return self._work.size + 100 * self._batch_size * (self._batch_slices is None)
 
     def levels(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns all distinct forward and all distinct backward times, ascending."""
@@ -150,8 +168,12 @@ class _Times:
         total, batch_slices = self._over_batch(work, np.add)
         if not np.isfinite(total):
             return None
-        cuts = {b: _trace(starts[b - 1]) for b in set(batch_slices)}
-        slices = [(b - 1, stop, start) for b in cuts for start, stop in itertools.pairwise(cuts[b])]
+        cuts = {b: _trace(starts[self._index[b]]) for b in set(batch_slices)}
+        slices = [
+            (self._index[b], stop, start)
+            for b in cuts
+            for start, stop in itertools.pairwise(cuts[b])
+        ]
         forward, backward = (max(float(t[s]) for s in slices) for t in self._times)
         return _Solution(
             total, (forward, backward), batch_slices, tuple(cuts[b] for b in batch_slices)
@@ -167,23 +189,23 @@ class _Times:
     def _over_batch(self, cost: np.ndarray, join: np.ufunc) -> tuple[float, tuple[int, ...]]:
         """Returns the least joint cost of batch slices, and these batch slices.
 
-        A batch slice of b sequences costs `cost[b - 1]`.
+        A batch slice of b sequences costs `cost[self._index[b]]`.
         """
         if self._batch_slices is not None:
             sizes = tuple(self._batch_slices)
-            costs = [cost[b - 1] if b <= len(cost) else np.inf for b in sizes]
+            costs = [cost[self._index[b]] if b in self._index else np.inf for b in sizes]
             return float(join.reduce(costs)), sizes
-        best, last = [0.0], [0]
+        best, last = np.zeros(self._batch_size + 1), [0] * (self._batch_size + 1)
         for size in range(1, self._batch_size + 1):
-            options = range(1, min(size, len(cost)) + 1)
-            joint = [float(join(best[size - b], cost[b - 1])) for b in options]
-            best.append(min(joint))
-            last.append(options[joint.index(best[-1])])
+            num_options = min(size, len(cost))
+            joint = join(best[size - num_options : size][::-1], cost[:num_options])
+            last[size] = 1 + int(joint.argmin())
+            best[size] = joint[last[size] - 1]
         sizes, left = [], self._batch_size
         while left:
             sizes.append(last[left])
             left -= last[left]
-        return best[-1], tuple(sorted(sizes, reverse=True))
+        return float(best[-1]), tuple(sorted(sizes, reverse=True))
 
 
 def _over_tokens(cost: np.ndarray, join: np.ufunc) -> tuple[np.ndarray, np.ndarray]:

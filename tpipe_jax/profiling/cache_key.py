@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from tpipe_jax.config.settings import to_dict
-from tpipe_jax.model.registry import block_digest
+from tpipe_jax.config.user_code import block_digest
 from tpipe_jax.pipeline.spec import StageSpec
 from tpipe_jax.planning.settings import unit_tokens
 from tpipe_jax.version import __version__

@@ -7,22 +7,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.console import Console as RichConsole
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
-    ProgressColumn,
-    Task,
     TextColumn,
 )
 from rich.table import Column, Table
-from rich.text import Text
 
 from tpipe_jax.config.settings import MeshConfig
 from tpipe_jax.planning.estimator import predicted_timeline
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.planner import TIE, TIMED_ERROR, Alternative, Planning, preferred
+from tpipe_jax.reporting.terminal import QuietableConsole, TimeLeft
 
 if TYPE_CHECKING:
     from tpipe_jax.devices.mesh import HostPart
@@ -53,7 +50,7 @@ class Console:
     """Prints to the terminal; `is_quiet` silences all but one process of a run."""
 
     def __init__(self, is_quiet: bool = False) -> None:
-        self._rich = RichConsole(
+        self._rich = QuietableConsole(
             quiet=is_quiet, highlight=False, soft_wrap=True, markup=False, emoji=False
         )
         # A variable such as FORCE_COLOR asks for colours in a pipe too, but bars would fill it.
@@ -395,18 +392,3 @@ def _span(values: Sequence[float]) -> str:
         f"{value:.0f}" if value >= 100 else f"{value:.3g}" for value in (min(values), max(values))
     ]
     return "-".join(dict.fromkeys(ends))
-
-
-class TimeLeft(ProgressColumn):
-    """The time that is left, and says so: it could be taken for the time that has passed."""
-
-    max_refresh = 0.5
-
-    def render(self, task: Task) -> Text:
-        left = task.time_remaining
-        if task.finished or left is None:
-            return Text("")
-        minutes, seconds = divmod(int(left), 60)
-        hours, minutes = divmod(minutes, 60)
-        start = f"{hours}:{minutes:02}" if hours else f"{minutes}"
-        return Text(f"{start}:{seconds:02} left")

@@ -3,6 +3,7 @@
 import os
 import tempfile
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +11,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tpipe_jax.errors import UserError
+from tpipe_jax.errors import UserError, shown
 from tpipe_jax.files import writing_to
-from tpipe_jax.json_files import parse_json
+from tpipe_jax.json_files import is_number, parse_json
 
 FILE = "loss.png"
 SMOOTHED = 0.8  # share of the mean so far in an exponential mean over logged steps
+MAX_LINE = 2**16  # bytes of a line; a run writes a few hundred
+MAX_LINES = 2**20
+MAX_DRAWN = 1e30  # beyond which an axis has no room
+DRAWN = ("loss", "eval_loss", "learning_rate")  # of a line
 COLOURS = 10  # of matplotlib's standard cycle
 
 LoggedLine = dict[str, float | None]
@@ -28,18 +33,38 @@ def read_metrics(workdir: Path) -> list[LoggedLine]:
     """
     path = workdir / "metrics.jsonl"
     try:
-        texts = path.read_bytes().splitlines(keepends=True)
-        lines = [parse_json(text) for text in texts if text.endswith(b"\n")]
-        if not all(isinstance(line, dict) and isinstance(line["step"], int) for line in lines):
-            raise ValueError("a line has no step")
+        with path.open("rb") as file:
+            texts = iter(lambda: file.readline(MAX_LINE + 1), b"")
+            lines = [_read_line(text) for text in islice(texts, MAX_LINES) if _is_line(text)]
+            if next(texts, None) is not None:
+                raise ValueError(f"there are more than {MAX_LINES}")
     except OSError as error:
         raise UserError(
             f"{workdir} has no metrics.jsonl to read ({error.strerror}): name the workdir of a run "
             "that has logged a step."
         ) from None
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise UserError(f"{path} has lines that are no metrics of a run ({error}).") from None
     return lines
+
+
+def _is_line(text: bytes) -> bool:
+    """Whether a text is not the torn last line that a kill leaves."""
+    return text.endswith(b"\n") or len(text) > MAX_LINE
+
+
+def _read_line(text: bytes) -> LoggedLine:
+    """Returns what is drawn of a line. Raises ValueError if it is no line of metrics."""
+    if len(text) > MAX_LINE:
+        raise ValueError(f"a line has more than {MAX_LINE} bytes")
+    line = parse_json(text)
+    if not isinstance(line, dict) or type(line.get("step")) is not int:
+        raise ValueError("a line has no step")
+    for name in ("step", *DRAWN):
+        value = line.get(name)
+        if value is not None and not (is_number(value) and abs(value) <= MAX_DRAWN):
+            raise ValueError(f"{name} is {shown(repr(value))}, no number that can be drawn")
+    return {name: line[name] for name in ("step", *DRAWN) if name in line}
 
 
 def draw_losses(workdirs: Sequence[Path], path: Path, option: str = "--workdir") -> None:
@@ -60,8 +85,10 @@ def draw_losses(workdirs: Sequence[Path], path: Path, option: str = "--workdir")
         _draw_run(losses, rates, lines, f"C{n % COLOURS}", label)
     losses.set(ylabel="loss [nats per token]")
     title = ", ".join(names.values()) if len(runs) < 4 else f"{len(runs)} runs"
-    losses.set_title(f"{title}: measured losses", loc="left", fontsize=11)
-    losses.legend(frameon=False)
+    # Names of folders are no formulas.
+    losses.set_title(f"{title}: measured losses", loc="left", fontsize=11, parse_math=False)
+    for text in losses.legend(frameon=False).get_texts():
+        text.set_parse_math(False)
     rates.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     rates.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (losses, rates):

@@ -4,9 +4,10 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.collections import PatchCollection
+from matplotlib.collections import PolyCollection
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
@@ -26,6 +27,7 @@ LABELS: dict[Kind, str] = {
     "weights": "gradients of weights",
 }
 MANY_STAGES = 24
+MANY_BOXES = 4000  # of which single patches would take seconds to draw
 LABEL_POINTS = 10  # as matplotlib's ticks
 CHARACTER_POINTS = 0.65 * LABEL_POINTS  # a digit of matplotlib's font
 LINE_POINTS = 0.9 * LABEL_POINTS  # digits have nothing below their line
@@ -97,23 +99,14 @@ def draw_boxes(
     scale, label = (1.0, "time [s]") if end >= 10 else (1000.0, "time [ms]")
     if unit != "s":
         scale, label = 100 / end, "share of a step [%]"
-    are_many = num_stages > MANY_STAGES
-    rectangles = []
-    for box in timeline.boxes:
-        style = dict(STYLES[box.kind])
-        if are_many:
-            style.pop("hatch", None)
-        corner = scale * box.start_seconds, box.stage - 0.4
-        width = scale * (box.stop_seconds - box.start_seconds)
-        edge = "none" if are_many else "white"
-        shade = _shade(box.item, num_items)
-        rectangles.append(
-            Rectangle(corner, width, 0.8, facecolor=shade, edgecolor=edge, lw=0.8, **style)
-        )
-        if not are_many:
-            axes.add_patch(rectangles[-1])
-    if are_many:  # much faster to draw than many single patches
-        axes.add_collection(PatchCollection(rectangles, match_original=True))
+    if num_stages > MANY_STAGES or len(timeline.boxes) > MANY_BOXES:
+        axes.add_collection(_many_boxes(timeline, num_items, scale), autolim=False)
+    else:
+        for box in timeline.boxes:
+            corner = scale * box.start_seconds, box.stage - 0.4
+            width = scale * (box.stop_seconds - box.start_seconds)
+            look = {"facecolor": _shade(box.item, num_items), "edgecolor": "white", "lw": 0.8}
+            axes.add_patch(Rectangle(corner, width, 0.8, **look, **STYLES[box.kind]))
     axes.set(xlim=(0, scale * end), ylim=(num_stages - 0.5, -0.5), xlabel=label)
     step = -(-num_stages // MANY_STAGES)
     axes.set_yticks(range(0, num_stages, step), [f"stage {s}" for s in range(0, num_stages, step)])
@@ -130,6 +123,21 @@ def draw_boxes(
         ends = {"first slice": 0, "last slice": num_items - 1}
         entries += [Patch(label=name, color=_shade(i, num_items)) for name, i in ends.items()]
     return entries
+
+
+def _many_boxes(timeline: Timeline, num_items: int, scale: float) -> PolyCollection:
+    """Returns all boxes as one thing to draw, without edges and hatches."""
+    shades = np.array([_shade(item, num_items) for item in range(num_items)])
+    figures = [
+        (scale * box.start_seconds, scale * box.stop_seconds, box.stage) for box in timeline.boxes
+    ]
+    left, right, stage = np.array(figures, float).T
+    top, bottom = stage - 0.4, stage + 0.4
+    corners = np.array([(left, top), (right, top), (right, bottom), (left, bottom)])
+    colours = shades[[box.item for box in timeline.boxes]]
+    colours[:, 3] = [STYLES[box.kind].get("alpha", 1.0) for box in timeline.boxes]
+    boxes: Any = np.moveaxis(corners, -1, 0)  # [box, corner, axis]
+    return PolyCollection(boxes, facecolors=colours, edgecolors="none")
 
 
 def label_boxes(axes: Axes, schedule: Schedule, timeline: Timeline) -> None:

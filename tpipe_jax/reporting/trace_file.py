@@ -1,14 +1,17 @@
 """Timelines as a trace file, timeline.json: an event for each slice on each stage."""
 
 import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from tpipe_jax.json_files import read_json
+from tpipe_jax.json_files import is_number, read_json
+from tpipe_jax.planning.plan import MAX_SECONDS
 from tpipe_jax.planning.schedule import Schedule
-from tpipe_jax.planning.simulate import Box, Timeline
+from tpipe_jax.planning.simulate import Box, Kind, Timeline
 
 EXPECTED, MEASURED = 0, 1  # kinds of timelines in a trace
+NAME = re.compile(r"[\w:, ]{1,80}")  # of a timeline; other signs could be formulas to matplotlib
 
 
 def trace_events(
@@ -45,12 +48,14 @@ def trace_events(
 
 
 def read_timeline(events: list[dict[str, Any]], schedule: Schedule) -> tuple[str, Timeline] | None:
-    """Returns the name and the timeline of the events of one kind; None if they are not of this
-    schedule.
+    """Returns the name and the timeline of the events of one kind, as `read_trace` returns them;
+    None if they are not of this schedule.
     """
     items = {name: item for item, name in enumerate(_item_names(schedule))}
     try:
         [given] = [event["args"] for event in events if event["name"] == "process_name"]
+        if not is_number(given["step_seconds"]) or not 0 <= given["step_seconds"] <= MAX_SECONDS:
+            return None
         boxes = [
             Box(
                 event["tid"],
@@ -63,7 +68,10 @@ def read_timeline(events: list[dict[str, Any]], schedule: Schedule) -> tuple[str
             if event["ph"] == "X"
         ]
         timeline = Timeline(tuple(boxes), float(given["step_seconds"]), schedule.num_stages)
-        return (str(given["name"]), timeline) if boxes else None
+        is_whole = len(boxes) == len({(box.stage, box.item, box.kind) for box in boxes}) > 0
+        is_on_stages = all(box.stage < schedule.num_stages for box in boxes)
+        is_named = NAME.fullmatch(given["name"])
+        return (given["name"], timeline) if is_whole and is_on_stages and is_named else None
     except (ValueError, KeyError, TypeError):
         return None
 
@@ -78,10 +86,25 @@ def read_trace(path: Path, kind: int) -> list[dict[str, Any]]:
     """Returns the events of one kind in a trace file; none if it is missing or not a trace."""
     try:
         events = [event for event in read_json(path)["traceEvents"] if event["pid"] == kind]
-        work_of(events)  # raises if they are no events of slices
-        return events
+        return events if all(map(_is_event, events)) else []
     except (OSError, ValueError, KeyError, TypeError):
         return []
+
+
+def _is_event(event: dict[str, Any]) -> bool:
+    """Whether an event from a file is as `trace_events` makes them. Raises KeyError if not."""
+    if type(event["pid"]) is not int or not isinstance(event["name"], str):
+        return False
+    if event["ph"] == "M":
+        return isinstance(event["args"], dict)
+    times = event["ts"], event["dur"]
+    return (
+        event["ph"] == "X"
+        and type(event["tid"]) is int
+        and event["tid"] >= 0
+        and event["cat"] in get_args(Kind)
+        and all(is_number(t) and 0 <= t <= 1e6 * MAX_SECONDS for t in times)
+    )
 
 
 def work_of(events: list[dict[str, Any]]) -> list[tuple[int, str, str]]:

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from tpipe_jax.config.own_runs import RUN_FILE, check_links, record_run
 from tpipe_jax.config.settings import Config, differences, from_dict, to_dict
 from tpipe_jax.errors import UserError
 from tpipe_jax.files import locked, writing_to
@@ -37,12 +38,13 @@ def changed_settings(config: Config, workdir: Path) -> list[str]:
     already.
 
     Raises `UserError` if the folder has files that are not of a run, since they would be
-    overwritten.
+    overwritten, or if it is a stranger's and a link leads out of it.
     """
+    check_links(workdir)
     try:
-        path = workdir / "config.json"
+        path = workdir / RUN_FILE
         if not path.exists():
-            foreign = [name for name in FILES if (workdir / name).exists()]
+            foreign = [name for name in FILES if os.path.lexists(workdir / name)]
             if foreign:
                 raise UserError(f"{foreign[0]} without one")
             return []
@@ -90,10 +92,25 @@ def describe_in_files(
 
 
 def write_config(config: Config, workdir: Path) -> None:
-    """Writes config.json, in one step, since others may read it. Raises OSError."""
-    new = workdir / "config.json.new"
-    new.write_text(json.dumps(to_dict(config), indent=2) + "\n", encoding="utf-8")
-    os.replace(new, workdir / "config.json")
+    """Writes config.json, in one step, since others may read it, and notes that it is the user's
+    own (`config.own_runs`). Raises OSError.
+    """
+    note_config(config, workdir)
+    new = workdir / f"{RUN_FILE}.new"
+    new.unlink(missing_ok=True)  # it may be a link
+    new.write_bytes(_content(config))
+    os.replace(new, workdir / RUN_FILE)
+
+
+def note_config(config: Config, workdir: Path) -> None:
+    """Notes that the config.json of this config is the user's own, on a host that does not write
+    it: each host may have a home folder of its own.
+    """
+    record_run(workdir, _content(config))
+
+
+def _content(config: Config) -> bytes:
+    return (json.dumps(to_dict(config), indent=2) + "\n").encode()
 
 
 def add_measured_ticks(workdir: Path, plan: Plan, step: int, timeline: Timeline) -> None:

@@ -23,6 +23,7 @@ from jax._src import distributed  # the coordination service's values have no pu
 from jax.errors import JaxRuntimeError
 
 from tpipe_jax.errors import UserError
+from tpipe_jax.runtime.exits import stop_status
 
 POLL_SECONDS = 0.5  # between two checks for another process's error, or for a step that is late
 FAREWELL_SECONDS = 15  # by then all processes should have seen an error, on a busy machine too
@@ -121,6 +122,7 @@ def print_error(text: str) -> None:
     """Prints to stderr. Does nothing if nobody reads it any more."""
     with suppress(OSError, ValueError):
         sys.stdout.flush()
+    with suppress(OSError, ValueError):
         print(text, file=sys.stderr, end="\n" if text else "", flush=True)
 
 
@@ -128,7 +130,7 @@ def _failure_of(error: BaseException) -> Failure:
     if isinstance(error, UserError):
         return Failure(2, f"error: {error}")
     if isinstance(error, KeyboardInterrupt):
-        return STOPPED
+        return replace(STOPPED, status=stop_status(error))
     return Failure(1, "".join(traceback.format_exception(error)).rstrip())
 
 

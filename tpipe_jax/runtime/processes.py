@@ -29,6 +29,8 @@ from jax.experimental import multihost_utils
 from tpipe_jax.config.flags import Flags, PlanFlags, ProcessFlags
 from tpipe_jax.config.settings import FLASH_PACKAGES, differences, to_dict
 from tpipe_jax.errors import UserError
+from tpipe_jax.runtime.environment import computing
+from tpipe_jax.runtime.exits import heeded
 from tpipe_jax.runtime.failures import ending_together, print_error
 from tpipe_jax.runtime.network import hidden, host_and_port, place_gloo, proxies
 from tpipe_jax.runtime.schedulers import check_alone, misleading
@@ -156,7 +158,7 @@ def _giving_up(flags: ProcessFlags) -> Iterator[None]:
     """Ends this process and prints why, if joining takes longer than `flags.join_seconds`.
 
     jax waits in C++, where Python handles no signals, and aborts when its own time is up. So a
-    timer ends the process. Meanwhile Ctrl-C ends it as the system does by default.
+    timer ends the process. Meanwhile signals end it as the system does by default.
     """
 
     def give_up() -> None:
@@ -181,11 +183,12 @@ def _giving_up(flags: ProcessFlags) -> Iterator[None]:
     timer = threading.Timer(flags.join_seconds, give_up)
     timer.daemon = True
     timer.start()
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in heeded()}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         timer.cancel()
 
 
@@ -241,7 +244,7 @@ def _agree(flags: Flags | PlanFlags) -> None:
         raise UserError(
             f"process {distributed.global_state.process_id} on {socket.gethostname()} was started "
             f"otherwise than process 0 ({'; '.join(found)}): start all processes with the same "
-            "settings and the same versions."
+            "settings, versions and variables."
         )
 
 
@@ -259,6 +262,7 @@ def _facts(flags: Flags | PlanFlags) -> dict[str, Any]:
         "jaxlib": jaxlib.__version__,
         "FlashAttention": _flash_attention(),
         "Python": ".".join(platform.python_version_tuple()[:2]),
+        **computing(os.environ),
     }
 
 

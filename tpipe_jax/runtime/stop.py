@@ -1,4 +1,4 @@
-"""Keeps a request to stop, made with Ctrl-C or SIGTERM, until the run can follow it."""
+"""Keeps a request to stop, made with Ctrl-C or another signal, until the run can follow it."""
 
 import os
 import signal
@@ -11,11 +11,11 @@ from typing import Self
 
 import jax
 
+from tpipe_jax.runtime.exits import STOPS, heeded, is_insisted
 from tpipe_jax.runtime.failures import end_stopped
 from tpipe_jax.runtime.processes import from_all, stop_notices
 
 PATIENCE_SECONDS = 5  # for the main thread to follow a second Ctrl-C
-STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}  # exit statuses, as a shell has them
 
 # What a run answers to a request to stop, by what it does.
 MEASURING = "Stopping; nothing is lost, and measurements that are complete are kept."
@@ -29,26 +29,27 @@ class Stopped(Exception):
 class Stop:
     """Whether a stop was asked for in any process, from `__enter__` to `__exit__`.
 
-    A second Ctrl-C raises KeyboardInterrupt. So does a second SIGTERM if there is one process. If
-    there are several, jax handles SIGTERM, and tells all of them.
+    All signals of `exits.STOPS` ask for it. A second Ctrl-C raises KeyboardInterrupt. So does a
+    second SIGTERM if there is one process. If there are several, jax handles SIGTERM, and tells all
+    of them.
     """
 
     def __init__(self, say: Callable[[str], None], answer: str = TRAINING) -> None:
         self.answer = answer
         """What is said when a stop is asked for."""
-        self._say, self._is_due, self._num_signals = say, False, 0
-        self._first = signal.SIGTERM  # where another process got the signal
+        self._say, self._is_due = say, False
+        self._received: list[int] = []
         self._is_alone = jax.process_count() == 1
         self._before: dict[signal.Signals, object] = {}
         self._left = threading.Event()
 
     def __enter__(self) -> Self:
-        numbers = [signal.SIGINT]
+        numbers = heeded()
         if self._is_alone:
-            self._asked = lambda: self._num_signals > 0
-            numbers.append(signal.SIGTERM)
+            self._asked = lambda: bool(self._received)
         else:
             self._asked = stop_notices()
+            numbers.remove(signal.SIGTERM)
         self._before = {number: signal.signal(number, self._receive) for number in numbers}
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
@@ -76,11 +77,12 @@ class Stop:
         return self._is_due
 
     def status(self) -> int:
-        """Returns the exit status of a run that has stopped: 130 after Ctrl-C in any process, else
-        143. All processes call this equally often.
+        """Returns the exit status of a run that has stopped: 130 after Ctrl-C in any process, 143
+        after SIGTERM alone. All processes call this equally often.
         """
-        firsts = from_all(str(int(self._first)))
-        return STATUS[signal.SIGINT if str(int(signal.SIGINT)) in firsts else signal.SIGTERM]
+        own = self._received[0] if self._received else signal.SIGTERM  # another process got it
+        firsts = from_all(str(int(own)))
+        return 128 + next(number for number in STOPS if str(int(number)) in firsts)
 
     def check(self) -> None:
         """Raises `Stopped` if a stop is due."""
@@ -95,21 +97,25 @@ class Stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _watch(self) -> None:
-        """Ends the run PATIENCE_SECONDS after a second signal, if it still runs. Python's handlers
+        """Ends the run PATIENCE_SECONDS after a second Ctrl-C, if it still runs. Python's handlers
         wait for the main thread, which may wait for a device for ever.
         """
-        num_signals = 0
+        received: list[int] = []
         with self._reader:
             while number := self._reader.recv(1):
-                num_signals += number[0] in self._before
-                if num_signals > 1 and not self._left.wait(PATIENCE_SECONDS):
+                if number[0] not in self._before:
+                    continue
+                is_last = is_insisted(number[0], received)
+                received.append(number[0])
+                if is_last and not self._left.wait(PATIENCE_SECONDS):
                     end_stopped()
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._num_signals:
+        if is_insisted(number, self._received):
             raise KeyboardInterrupt
-        self._num_signals += 1
-        self._first = signal.Signals(number)
+        self._received.append(number)
+        if len(self._received) > 1:
+            return
         with suppress(RuntimeError):  # the signal interrupted another output
             self._say(self.answer)
         if not self._is_alone:
