@@ -1,4 +1,4 @@
-"""Llama 3.1 8B, tuned on sequences of 131072 tokens, two a step, on 8 H100 (docs/long-context.md).
+"""Llama 3.1 8B, on sequences of 131072 tokens, two a step, on 8 H100 (docs/long-context.md).
 
 python launch/multihost.py --config=llama3_8b_128k --config.data.train=tokens.bin
 """

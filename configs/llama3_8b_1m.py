@@ -1,4 +1,4 @@
-"""Llama 3.1 8B, tuned on sequences of 1048576 tokens, one a step, on 32 H100 (docs/long-context.md).
+"""Llama 3.1 8B, on sequences of 1048576 tokens, one a step, on 32 H100 (docs/long-context.md).
 
     python launch/multihost.py --config=llama3_8b_1m --config.data.train=tokens.bin
 

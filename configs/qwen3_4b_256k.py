@@ -1,4 +1,4 @@
-"""Qwen3 4B, tuned on sequences of 262144 tokens, two a step, on 16 H100 (docs/long-context.md).
+"""Qwen3 4B, on sequences of 262144 tokens, two a step, on 16 H100 (docs/long-context.md).
 
     python launch/multihost.py --config=qwen3_4b_256k --config.data.train=tokens.bin
 

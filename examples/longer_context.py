@@ -7,7 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from tpipe_jax import import_model, load, train
+from tpipe_jax import Config, import_model, load, train
 from tpipe_jax.config import MeshConfig, OptimConfig, PlanConfig, TrainConfig
 
 FACTOR, STEPS = 4, 20
@@ -26,9 +26,9 @@ def main(source: str, text: str, workdir: str) -> None:
         optim=OptimConfig(learning_rate=2e-5, warmup_steps=5),
         train=TrainConfig(num_steps=STEPS, batch_size=1, log_every=5, eval_every=STEPS),
     )
-    before = load(workdir, mesh=mesh).evaluate(text).loss
+    before = load(workdir, config=Config(mesh=mesh)).evaluate(text).loss
     train(longer, workdir)
-    after = load(workdir, mesh=mesh).evaluate(text).loss
+    after = load(workdir, config=Config(mesh=mesh)).evaluate(text).loss
     print(f"{short} tokens of context: {before:.3f} nats per token", end="; ")
     print(f"{FACTOR * short} tokens, after {STEPS} steps: {after:.3f}")
     print(f"tpipe convert export --workdir={workdir} --to={Path(workdir) / 'transformers'}")

@@ -22,7 +22,8 @@ from tpipe_jax.data.batches import open_held_out
 from tpipe_jax.data.tokenizer import bytes_to_letters, hugging_face
 from tpipe_jax.errors import UserError
 from tpipe_jax.interop import convert
-from tpipe_jax.interop.gpt2 import write_model
+from tpipe_jax.interop.gpt2 import ADAPTER
+from tpipe_jax.interop.hugging_face import write_model
 from tpipe_jax.model import reference, transformer
 from tpipe_jax.planning.plan import Plan
 
@@ -152,7 +153,7 @@ def imported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
         for where, value in jax.tree.leaves_with_path(params)
     }
     (folder / "there").mkdir()
-    write_model(folder / "there", config, values.__getitem__, 2**30)
+    write_model(folder / "there", ADAPTER, config, values.__getitem__)
     convert.import_model(folder / "there", folder / "run")
     return params, folder / "run"
 

@@ -13,7 +13,8 @@ from tpipe_jax import json_files
 from tpipe_jax.config.config_files import load_config
 from tpipe_jax.config.settings import Config
 from tpipe_jax.errors import UserError
-from tpipe_jax.interop import gpt2
+from tpipe_jax.interop.convert import ADAPTERS
+from tpipe_jax.interop.hugging_face import read_model
 from tpipe_jax.json_files import MAX_DEPTH, parse_json, read_json
 from tpipe_jax.planning.latency_file import load_table
 from tpipe_jax.planning.plan import Plan, PlanRequest, load_plan
@@ -181,7 +182,7 @@ READERS = {
     "workdir": in_folder(lambda f: changed_settings(Config(), f), "config.json"),
     "plot": in_folder(read_metrics, "metrics.jsonl"),
     "metrics": in_folder(lambda f: Metrics(f, 1), "metrics.jsonl"),
-    "import": in_folder(gpt2.read_model, "config.json"),
+    "import": in_folder(lambda f: read_model(f, ADAPTERS), "config.json"),
 }
 
 

@@ -1,8 +1,8 @@
 """Token-level pipeline parallelism (TeraPipe) for training large GPTs in JAX.
 
-`Config`, `plan`, `make_train_step`, `train`, `load` and `Block` are the library; `api` describes
-them. They are imported when they are first asked for, so that settings of jax and XLA may come
-before.
+`Config`, `plan`, `make_train_step`, `train`, `load`, `import_model` and `Block` are the library;
+`api` describes them. They are imported when they are first asked for, so that settings of jax and
+XLA may come before.
 
 The letters at the end of an array's name are its shape, here and in every module; inside
 `shard_map` they mean the shape on this device.
@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 from tpipe_jax.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from tpipe_jax.api import Config, TrainStep, load, make_train_step, plan, train
+    from tpipe_jax.api import Config, TrainStep, import_model, load, make_train_step, plan, train
     from tpipe_jax.model.block import Block
 
 __all__ = [
     "Block",
     "Config",
     "TrainStep",
+    "import_model",
     "load",
     "make_train_step",
     "plan",

@@ -33,7 +33,7 @@ from tpipe_jax.data.sources import open_shares
 from tpipe_jax.devices.mesh import put_rows
 from tpipe_jax.devices.startup import find_devices
 from tpipe_jax.errors import UserError
-from tpipe_jax.interop.convert import export_model
+from tpipe_jax.interop import convert
 from tpipe_jax.pipeline.spec import StageSpec, spec_on_devices
 from tpipe_jax.planning.latency import LatencyTable
 from tpipe_jax.planning.plan import Plan, PlanRequest, check_plan
@@ -231,11 +231,21 @@ class Model:
         return evaluate(self.trained, open_shares("data", str(data), size, self.config.data))
 
     def save(self, folder: Path | str) -> None:
-        """Writes a folder that `transformers` loads, with the
-        tokenizer of the run. Raises `UserError` if the folder is not empty, or if the model is not
-        GPT-2's.
+        """Writes a folder that `transformers` loads, with the tokenizer of the run. Raises
+        `UserError` if the folder is not empty, or if no class there computes what the model does.
         """
-        export_model(self._workdir, Path(folder), self.step)
+        convert.export_model(self._workdir, Path(folder), self.step)
+
+
+@needed()
+def import_model(folder: Path | str, workdir: Path | str, seq_len: int | None = None) -> Config:
+    """Makes a workdir with the weights of a Hugging Face folder as its step 0. Returns its config,
+    with the model, the tokenizer and a learning rate for tuning.
+
+    `seq_len` replaces the longest sequence that the folder names. Raises `UserError` if the folder
+    has no model of a family here, or if the workdir is not empty.
+    """
+    return convert.import_model(Path(folder), Path(workdir), seq_len)
 
 
 @needed()

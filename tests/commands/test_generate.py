@@ -24,7 +24,8 @@ from tpipe_jax.data.tokenizer import open_tokenizer, train_bpe
 from tpipe_jax.devices.mesh import make_mesh, shardings
 from tpipe_jax.errors import UserError
 from tpipe_jax.interop import convert
-from tpipe_jax.interop import gpt2 as gpt2_files
+from tpipe_jax.interop.gpt2 import ADAPTER
+from tpipe_jax.interop.hugging_face import write_model
 from tpipe_jax.model import reference as plain_model
 from tpipe_jax.model import transformer
 from tpipe_jax.model.sharding import param_specs
@@ -169,7 +170,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     folder = tmp_path_factory.mktemp("bytes")
     (folder / "made").mkdir()
-    gpt2_files.write_model(folder / "made", config, values.__getitem__, gpt2_files.SHARD_BYTES)
+    write_model(folder / "made", ADAPTER, config, values.__getitem__)
     convert.import_model(folder / "made", folder / "run")
     return folder / "run"
 
@@ -269,7 +270,7 @@ def test_text_of_a_tokenizer(tmp_path: Path):
         for where, value in jax.tree.leaves_with_path(params)
     }
     source.mkdir()
-    gpt2_files.write_model(source, config, values.__getitem__, gpt2_files.SHARD_BYTES)
+    write_model(source, ADAPTER, config, values.__getitem__)
     convert.import_model(source, workdir)
     tokenizer = open_tokenizer("--tokenizer", str(path))
     prompt = tokenizer.encode("Grüße").tolist()

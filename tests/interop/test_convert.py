@@ -10,6 +10,7 @@ import stat
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from tpipe_jax.config.settings import CheckpointConfig, Config, ModelConfig
 from tpipe_jax.data.tokenizer import open_tokenizer, train_bpe
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.errors import UserError
-from tpipe_jax.interop import convert, gpt2
+from tpipe_jax.interop import convert, gpt2, hugging_face
 from tpipe_jax.model import reference as plain_model
 from tpipe_jax.model import transformer
 from tpipe_jax.pipeline.spec import make_spec
@@ -73,7 +74,7 @@ def folder(tmp_path: Path) -> Path:
     }
     made = tmp_path / "made"
     made.mkdir()
-    gpt2.write_model(made, MODEL, values.__getitem__, gpt2.SHARD_BYTES)
+    hugging_face.write_model(made, gpt2.ADAPTER, MODEL, values.__getitem__)
     return made
 
 
@@ -95,7 +96,7 @@ def test_logits_of_imported_weights_are_those_of_transformers(
     gpt.save_pretrained(source, max_shard_size=max_shard_size)
     assert (source / "model.safetensors").exists() == (max_shard_size == "5GB")
     config = convert.import_model(source, tmp_path / "run")
-    assert config.model == MODEL
+    assert config.model == resolved_model(MODEL)
     params = restored(tmp_path / "run", config).params
     params = jax.tree.map(np.asarray, params)
     blocks = [jax.tree.map(lambda a: a[0], block) for block in params["blocks"]]
@@ -107,7 +108,7 @@ def test_logits_of_imported_weights_are_those_of_transformers(
     np.testing.assert_allclose(plain_model.logits(MODEL, params, tokens), want, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("shard_bytes", [gpt2.SHARD_BYTES, 10_000])
+@pytest.mark.parametrize("shard_bytes", [hugging_face.SHARD_BYTES, 10_000])
 def test_a_round_trip_changes_no_bit(
     saved: tuple[Any, Path],
     tmp_path: Path,
@@ -115,11 +116,11 @@ def test_a_round_trip_changes_no_bit(
     monkeypatch: pytest.MonkeyPatch,
 ):
     transformers = pytest.importorskip("transformers", reason=REASON)
-    monkeypatch.setattr(gpt2, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(hugging_face, "SHARD_BYTES", shard_bytes)
     gpt, source = saved
     convert.import_model(source, tmp_path / "run")
     assert convert.export_model(tmp_path / "run", tmp_path / "back", None) == 0
-    assert (tmp_path / "back" / gpt2.INDEX).exists() == (shard_bytes == 10_000)
+    assert (tmp_path / "back" / hugging_face.INDEX).exists() == (shard_bytes == 10_000)
     again = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "back")
     weights = again.state_dict()
     assert weights.keys() == gpt.state_dict().keys()
@@ -179,13 +180,13 @@ def change(folder: Path, **tensors: np.ndarray | None) -> None:
 
 FOREIGN = {"wte2.weight": np.zeros(3, np.float32)}
 BROKEN = {
-    "no folder": (lambda f: shutil.rmtree(f), r"config.json cannot be read .*GPT-2"),
+    "no folder": (lambda f: shutil.rmtree(f), r"config.json cannot be read .*Hugging Face"),
     "no settings": (lambda f: (f / "config.json").unlink(), "config.json cannot be read"),
     "settings are a list": (lambda f: (f / "config.json").write_text("[]"), "it is no object"),
-    "another model": (lambda f: edit(f, model_type="llama"), "of type llama: only gpt2"),
+    "another model": (lambda f: edit(f, model_type="bert"), "of type bert: only gpt2, llama"),
     "another activation": (
         lambda f: edit(f, activation_function="relu"),
-        "activation_function=relu in config.json, but the model here has gelu_new",
+        "activation_function=relu, but the model here has gelu_new",
     ),
     "heads that don't divide": (lambda f: edit(f, n_head=5), "num_heads=5 does not divide"),
     "a size that is none": (lambda f: edit(f, n_layer="x"), "num_layers='x' must be of type int"),
@@ -211,7 +212,7 @@ BROKEN = {
         lambda f: change(f, **{"ln_f.bias": np.zeros(24, np.int64)}),
         r"ln_f.bias as I64 \[24\]",
     ),
-    "foreign": (lambda f: change(f, **FOREIGN), "has a weight wte2.weight, which GPT-2 has not"),
+    "foreign": (lambda f: change(f, **FOREIGN), "has a weight wte2.weight, which config.json does"),
     "a head of its own": (
         lambda f: save_file(
             load_file(f / "model.safetensors") | {"lm_head.weight": np.zeros((53, 24), np.float32)},
@@ -220,11 +221,11 @@ BROKEN = {
         "has a head lm_head.weight of its own",
     ),
     "an index of nothing": (
-        lambda f: (f / gpt2.INDEX).write_text('{"weight_map": 3}'),
+        lambda f: (f / hugging_face.INDEX).write_text('{"weight_map": 3}'),
         "has no weight_map",
     ),
     "an index that leads elsewhere": (
-        lambda f: (f / gpt2.INDEX).write_text('{"weight_map": {"wte.weight": "../x"}}'),
+        lambda f: (f / hugging_face.INDEX).write_text('{"weight_map": {"wte.weight": "../x"}}'),
         "has no x: give a folder",
     ),
 }
@@ -351,12 +352,17 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
 
-def test_files_can_be_read_as_usual_ones(folder: Path, tmp_path: Path):
+def test_files_can_be_read_as_usual_ones(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     before = os.umask(0o022)
     try:
         convert.import_model(folder, tmp_path / "run")
         convert.export_model(tmp_path / "run", tmp_path / "out", None)
-        gpt2.write_model(made := tmp_path / "shards", MODEL, *reading(made, tmp_path, 4000))
+        monkeypatch.setattr(hugging_face, "SHARD_BYTES", 4000)
+        made = tmp_path / "shards"
+        made.mkdir()
+        hugging_face.write_model(made, gpt2.ADAPTER, MODEL, reading(tmp_path))
     finally:
         os.umask(before)
     for written in (tmp_path / "run", tmp_path / "out", made):
@@ -370,11 +376,10 @@ def test_files_can_be_read_as_usual_ones(folder: Path, tmp_path: Path):
     assert {mode(path) for path in (tmp_path / "own").iterdir()} == {0o600}
 
 
-def reading(made: Path, folder: Path, shard_bytes: int) -> tuple[Any, int]:
-    made.mkdir()
+def reading(folder: Path) -> Callable[[str], np.ndarray]:
     checkpoint = folder / "run" / "checkpoints" / "0"
     shapes = {weight.name: weight.shape for weight in gpt2.weights_of(MODEL)}
-    return lambda name: read_array(checkpoint, f"params/{name}", shapes[name]), shard_bytes
+    return lambda name: read_array(checkpoint, f"params/{name}", shapes[name])
 
 
 @pytest.mark.parametrize(
@@ -414,11 +419,11 @@ def test_the_end_is_kept_without_a_tokenizer(folder: Path, tmp_path: Path):
     """Ids that the model does not have are not."""
     for given, kept in ((53, None), (-1, None), ("x", None), (True, None), (7, 7), ([60, 9], 9)):
         edit(folder, eos_token_id=given)
-        assert gpt2.read_end(folder, 53) == kept
+        assert hugging_face.read_end(hugging_face.read_settings(folder), 53) == kept
     config = convert.import_model(folder, tmp_path / "run")
     assert (config.data.tokenizer, config.data.separator) == ("bytes", 9)
     convert.export_model(tmp_path / "run", tmp_path / "out", None)
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == 9
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["eos_token_id"] == [60, 9]
 
 
 def test_a_tokenizer_that_does_not_fit_is_refused(folder: Path, tmp_path: Path):
@@ -459,7 +464,7 @@ def test_a_learnt_tokenizer_is_loaded_by_transformers(folder: Path, tmp_path: Pa
         for where, value in jax.tree.leaves_with_path(params)
     }
     (tmp_path / "there").mkdir()
-    gpt2.write_model(tmp_path / "there", config, values.__getitem__, gpt2.SHARD_BYTES)
+    hugging_face.write_model(tmp_path / "there", gpt2.ADAPTER, config, values.__getitem__)
     convert.import_model(tmp_path / "there", run)
     made.save(str(tmp_path / "own.json"))
     convert.export_model(run, tmp_path / "out", None, str(tmp_path / "own.json"))

@@ -132,14 +132,14 @@ def test_there_and_back_changes_no_bit(
     monkeypatch.setattr(hugging_face, "SHARD_BYTES", shard_bytes)
     kind = {"bfloat16": "qwen2", "float16": "mistral", "float32": "llama 3.1"}[dtype]
     gpt = made(kind).to(getattr(torch, dtype))
-    gpt.generation_config.top_k = 7
+    gpt.generation_config.max_new_tokens = 7
     gpt.save_pretrained(tmp_path / "source", max_shard_size=shard_bytes)
     convert.import_model(tmp_path / "source", tmp_path / "run")
     convert.export_model(tmp_path / "run", tmp_path / "back", None)
     assert (tmp_path / "back" / hugging_face.INDEX).exists() == (shard_bytes == 4000)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
     assert type(again) is type(gpt)
-    assert again.generation_config.top_k == 7
+    assert again.generation_config.max_new_tokens == 7
     before, after = gpt.state_dict(), again.state_dict()
     assert before.keys() == after.keys()
     for name, value in before.items():

@@ -36,7 +36,6 @@ from tpipe_jax.errors import UserError, brief, shown
 from tpipe_jax.files import as_user_error
 from tpipe_jax.runtime.processes import from_all, from_first, gathered
 
-
 # Settings of the model that no parameter of Llama's family depends on.
 FREE = tuple(
     f"config.model.{name}" for name in ("seq_len", "rope_theta", "rope_scaling", "sliding_window")

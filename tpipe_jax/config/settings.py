@@ -27,12 +27,11 @@ BUILT_IN = "family"  # config.model.block that is the block of the family
 BYTES, BYTES_NAME = 256, "bytes"  # of text read as bytes: vocabulary and tokenizer
 IGNORE = -1  # a target that the loss leaves out
 ROPE_THETA = 10000.0
-# Settings of models that gpt2 has not, and those that follow from others if they are not given.
+# Settings of models that gpt2 has not.
 LLAMA_ONLY = (
     *("num_kv_heads", "head_width", "rope_theta", "rope_scaling"),
     *("qkv_bias", "qk_norm", "sliding_window"),
 )
-FOLLOWING = ("d_ff", "tied_head", "num_kv_heads", "head_width", "rope_theta")
 MAX_LOCAL = 2**28  # of the table of local positions, which takes eight bytes for each: 2 GiB
 
 
@@ -447,9 +446,12 @@ def resolved_model(model: ModelConfig) -> ModelConfig:
 
 def _unresolved_model(model: ModelConfig) -> ModelConfig:
     """Returns the model with None for each setting that `resolved_model` would make the same of."""
-    bare = dataclasses.replace(model, **dict.fromkeys(FOLLOWING))
+    bare = dataclasses.replace(
+        model, d_ff=None, tied_head=None, num_kv_heads=None, head_width=None, rope_theta=None
+    )
     filled = resolved_model(bare)
-    given = {n: getattr(model, n) for n in FOLLOWING if getattr(model, n) != getattr(filled, n)}
+    names = "d_ff", "tied_head", "num_kv_heads", "head_width", "rope_theta"
+    given = {n: getattr(model, n) for n in names if getattr(model, n) != getattr(filled, n)}
     return dataclasses.replace(bare, **given)
 
 

@@ -11,8 +11,8 @@ from tpipe_jax.config.settings import ModelConfig
 
 
 def block_digest(model: ModelConfig) -> str | None:
-    """Returns the SHA-256 digest of the file of a user's own block; None for a family's block. Raises
-    OSError if the file cannot be read.
+    """Returns the SHA-256 digest of the file of a user's own block; None for a family's block.
+    Raises OSError if the file cannot be read.
     """
     if not model.has_own_block:
         return None

@@ -198,12 +198,11 @@ def tokenizer_settings(end: str | None, seq_len: int, kept: dict[str, Any] | Non
     is the token that ends a document, after which the next one begins. `kept` are the settings of
     the folder that the tokenizer comes from.
     """
-    if kept is not None:
-        return json.dumps(kept | {"model_max_length": seq_len}, indent=2) + "\n"
     names = ("bos_token", "eos_token", *(["unk_token"] if end == END_OF_TEXT else []))
     special = dict.fromkeys(names, end) if end is not None else {}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": seq_len}
-    return json.dumps(settings | special, indent=2) + "\n"
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | special | (kept or {})
+    settings |= {"model_max_length": seq_len} | ({} if end is None else {"eos_token": end})
+    return json.dumps(settings, indent=2) + "\n"
 
 
 def train_bpe(documents: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:

@@ -379,6 +379,8 @@ def _write_settings(
         settings |= {"eos_token_id": end}
     if not is_own:
         settings |= dict.fromkeys(("bos_token_id", "eos_token_id"), end)
+    elif adapter.family == "gpt2" and settings.get("bos_token_id") is None:
+        settings |= {"bos_token_id": end}
     _write_json(folder / SETTINGS, settings)
     if source is not None and source.generation is not None:
         _write_json(folder / GENERATION, source.generation)

@@ -86,7 +86,7 @@ def read_model(settings: Settings) -> ModelConfig:
 
 
 def settings_of(model: ModelConfig, before: Settings) -> Settings:
-    """As `Adapter.settings_of`. Raises `UserError` if no class of transformers computes the same."""
+    """As `Adapter.settings_of`. Raises `UserError` if no class there computes the same."""
     settings = {there: getattr(model, name) for name, (there, _) in SIZES.items()}
     settings |= {"num_key_value_heads": model.num_key_heads, "head_dim": model.width_of_heads}
     kind = _kind(model, before)
@@ -175,7 +175,7 @@ def _rope(settings: Settings) -> tuple[float, str | None]:
 
 
 def _yarn(found: Settings, factor: Any) -> list[Any]:
-    """Returns the limits of YaRN, and the factor of queries and keys, if it is not the usual one."""
+    """Returns the limits of YaRN, and the factor of queries and keys if it is not the usual."""
     limits = [found.get("beta_fast") or 32, found.get("beta_slow") or 1]
     attention = found.get("attention_factor")
     one, all_dims = found.get("mscale"), found.get("mscale_all_dim")
@@ -212,7 +212,7 @@ def weights_of(model: ModelConfig) -> list[Weight]:
     """As `Adapter.weights_of`."""
     D, F, K = model.d_model, model.ff_width, model.width_of_heads
     N, H, S = model.num_heads, model.num_key_heads, ff_groups(model)
-    attn, ff = f"{{}}.self_attn.{{}}_proj.{{}}", "{}.mlp.{}_proj.weight"
+    attn, ff = "{}.self_attn.{}_proj.{}", "{}.mlp.{}_proj.weight"
 
     def norm(name: str, there: str, width: int = D) -> Weight:
         return Weight(f"{name}/scale", (width,), {f"{there}.weight": (width,)})

@@ -43,7 +43,7 @@ def block_functions(
 
     def qkv(params: Params, x: Array, at: Array, tape: Tape) -> tuple[Array, Array, Array]:
         q, k, v = nnx.merge(graph, params).qkv(x, at, tape)
-        if num_key_heads in (None, k.shape[2]):
+        if num_key_heads is None or num_key_heads == k.shape[2]:
             return q, k, v
         copies = num_key_heads // k.shape[2]
         return q, jnp.repeat(k, copies, axis=2), jnp.repeat(v, copies, axis=2)

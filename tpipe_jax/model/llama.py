@@ -100,8 +100,8 @@ class LlamaBlock(Block):
         q = jnp.einsum("bld,dhgk->blhgk", normed_BLD, linear["kernel"]) + linear.get("bias", 0)
         return self._query(q, positions_BL)
 
-    def finish(self, x_BLD: Array, attn_BLNK: Array, tape: Tape) -> Array:
-        attn_BLE = tape("attn", merge_heads(attn_BLNK))
+    def finish(self, x_BLD: Array, attn_BLHK: Array, tape: Tape) -> Array:
+        attn_BLE = tape("attn", merge_heads(attn_BLHK))
         middle_BLD = tape("middle", x_BLD + self.attn_out(attn_BLE))
         normed_BLD = tape("norm_2", self.norm_2(middle_BLD).astype(self.dtype))
         hidden_BLF = tape("hidden", self.ff_in(normed_BLD))

@@ -9,7 +9,6 @@ from tpipe_jax.errors import UserError
 from tpipe_jax.model import gpt2, llama
 from tpipe_jax.model.block import Block, Family
 
-
 _FAMILIES: dict[str, Family] = {"gpt2": gpt2.FAMILY, "llama": llama.FAMILY}
 
 

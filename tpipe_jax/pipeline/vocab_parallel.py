@@ -2,8 +2,8 @@
 
 This is code of one device inside `shard_map`, with the axis 'pipe' manual. Each stage holds V / P
 rows of the embedding, and of the head's own table if it has one. GSPMD divides these rows over
-'model'. Rows beyond the vocabulary are padding. The method is Megatron-LM's parallel cross-entropy (Shoeybi et al. 2019, section 3),
-with all-reduces over 'pipe' only.
+'model'. Rows beyond the vocabulary are padding. The method is Megatron-LM's parallel cross-entropy
+(Shoeybi et al. 2019, section 3), with all-reduces over 'pipe' only.
 """
 
 from collections.abc import Callable
@@ -187,11 +187,11 @@ def add_cross_entropy_and_grads(
             write(buffer_BTD, d_y_BLD, Position(0, here.token)),
         ), None
 
-    is_tied = sums.d_table is None
-    d_table_VD = sums.d_embed["tokens"] if is_tied else sums.d_table
+    d_own = sums.d_table
+    d_table_VD = sums.d_embed["tokens"] if d_own is None else d_own
     start = sums.loss, d_table_VD, sums.d_norm, varying(y_BTD)
     (total, d_table_VD, d_norm, d_y_BTD), _ = lax.scan(tile, start, tiles)
-    if is_tied:
+    if d_own is None:
         return Sums(total, sums.d_embed | {"tokens": d_table_VD}, None, d_norm), d_y_BTD
     return Sums(total, sums.d_embed, d_table_VD, d_norm), d_y_BTD
 
