@@ -23,7 +23,7 @@ from tpipe_jax.data.tokenizer import bytes_to_letters, hugging_face
 from tpipe_jax.errors import UserError
 from tpipe_jax.interop import convert
 from tpipe_jax.interop.gpt2 import ADAPTER
-from tpipe_jax.interop.hugging_face import write_model
+from tpipe_jax.interop.write_folder import write_model
 from tpipe_jax.model import reference, transformer
 from tpipe_jax.planning.plan import Plan
 

@@ -25,7 +25,7 @@ from tpipe_jax.devices.mesh import make_mesh, shardings
 from tpipe_jax.errors import UserError
 from tpipe_jax.interop import convert
 from tpipe_jax.interop.gpt2 import ADAPTER
-from tpipe_jax.interop.hugging_face import write_model
+from tpipe_jax.interop.write_folder import write_model
 from tpipe_jax.model import reference as plain_model
 from tpipe_jax.model import transformer
 from tpipe_jax.model.sharding import param_specs

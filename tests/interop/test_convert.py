@@ -26,11 +26,11 @@ from support.forged import bounded_memory
 from tpipe_jax.checkpoint.arrays import read_array
 from tpipe_jax.checkpoint.checkpoints import Checkpoints
 from tpipe_jax.config.config_files import load_config
-from tpipe_jax.config.settings import CheckpointConfig, Config, ModelConfig
+from tpipe_jax.config.settings import CheckpointConfig, Config, ModelConfig, resolved_model
 from tpipe_jax.data.tokenizer import open_tokenizer, train_bpe
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.errors import UserError
-from tpipe_jax.interop import convert, gpt2, hugging_face
+from tpipe_jax.interop import convert, gpt2, hugging_face, write_folder
 from tpipe_jax.model import reference as plain_model
 from tpipe_jax.model import transformer
 from tpipe_jax.pipeline.spec import make_spec
@@ -74,7 +74,7 @@ def folder(tmp_path: Path) -> Path:
     }
     made = tmp_path / "made"
     made.mkdir()
-    hugging_face.write_model(made, gpt2.ADAPTER, MODEL, values.__getitem__)
+    write_folder.write_model(made, gpt2.ADAPTER, MODEL, values.__getitem__)
     return made
 
 
@@ -108,7 +108,7 @@ def test_logits_of_imported_weights_are_those_of_transformers(
     np.testing.assert_allclose(plain_model.logits(MODEL, params, tokens), want, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("shard_bytes", [hugging_face.SHARD_BYTES, 10_000])
+@pytest.mark.parametrize("shard_bytes", [write_folder.SHARD_BYTES, 10_000])
 def test_a_round_trip_changes_no_bit(
     saved: tuple[Any, Path],
     tmp_path: Path,
@@ -116,7 +116,7 @@ def test_a_round_trip_changes_no_bit(
     monkeypatch: pytest.MonkeyPatch,
 ):
     transformers = pytest.importorskip("transformers", reason=REASON)
-    monkeypatch.setattr(hugging_face, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(write_folder, "SHARD_BYTES", shard_bytes)
     gpt, source = saved
     convert.import_model(source, tmp_path / "run")
     assert convert.export_model(tmp_path / "run", tmp_path / "back", None) == 0
@@ -359,10 +359,10 @@ def test_files_can_be_read_as_usual_ones(
     try:
         convert.import_model(folder, tmp_path / "run")
         convert.export_model(tmp_path / "run", tmp_path / "out", None)
-        monkeypatch.setattr(hugging_face, "SHARD_BYTES", 4000)
+        monkeypatch.setattr(write_folder, "SHARD_BYTES", 4000)
         made = tmp_path / "shards"
         made.mkdir()
-        hugging_face.write_model(made, gpt2.ADAPTER, MODEL, reading(tmp_path))
+        write_folder.write_model(made, gpt2.ADAPTER, MODEL, reading(tmp_path))
     finally:
         os.umask(before)
     for written in (tmp_path / "run", tmp_path / "out", made):
@@ -464,7 +464,7 @@ def test_a_learnt_tokenizer_is_loaded_by_transformers(folder: Path, tmp_path: Pa
         for where, value in jax.tree.leaves_with_path(params)
     }
     (tmp_path / "there").mkdir()
-    hugging_face.write_model(tmp_path / "there", gpt2.ADAPTER, config, values.__getitem__)
+    write_folder.write_model(tmp_path / "there", gpt2.ADAPTER, config, values.__getitem__)
     convert.import_model(tmp_path / "there", run)
     made.save(str(tmp_path / "own.json"))
     convert.export_model(run, tmp_path / "out", None, str(tmp_path / "own.json"))

@@ -13,7 +13,7 @@ import pytest
 from support import reference
 from tpipe_jax.config.settings import ModelConfig, resolved_model
 from tpipe_jax.errors import UserError
-from tpipe_jax.interop import convert, hugging_face, llama
+from tpipe_jax.interop import convert, hugging_face, llama, write_folder
 from tpipe_jax.interop.hugging_face import Reader
 from tpipe_jax.model import reference as plain_model
 
@@ -124,12 +124,12 @@ def test_logits_and_gradients_are_those_of_transformers(kind: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("shard_bytes", [hugging_face.SHARD_BYTES, 4000])
+@pytest.mark.parametrize("shard_bytes", [write_folder.SHARD_BYTES, 4000])
 def test_there_and_back_changes_no_bit(
     dtype: str, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the folder's own format, with what the folder says beside its weights."""
-    monkeypatch.setattr(hugging_face, "SHARD_BYTES", shard_bytes)
+    monkeypatch.setattr(write_folder, "SHARD_BYTES", shard_bytes)
     kind = {"bfloat16": "qwen2", "float16": "mistral", "float32": "llama 3.1"}[dtype]
     gpt = made(kind).to(getattr(torch, dtype))
     gpt.generation_config.max_new_tokens = 7

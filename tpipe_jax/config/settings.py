@@ -16,106 +16,22 @@ from tpipe_jax.config.fields import (
     CountOrZero,
     Fraction,
     NonNegative,
-    Positive,
     Range,
     check_field,
 )
+from tpipe_jax.config.model_settings import BUILT_IN as BUILT_IN
+from tpipe_jax.config.model_settings import ROPE_THETA as ROPE_THETA
+from tpipe_jax.config.model_settings import (
+    ModelConfig,
+    check_model_settings,
+    resolved_model,
+    unresolved_model,
+)
 from tpipe_jax.errors import UserError, shown
 
-Family = Literal["gpt2", "llama"]
-BUILT_IN = "family"  # config.model.block that is the block of the family
 BYTES, BYTES_NAME = 256, "bytes"  # of text read as bytes: vocabulary and tokenizer
 IGNORE = -1  # a target that the loss leaves out
-ROPE_THETA = 10000.0
-# Settings of models that gpt2 has not.
-LLAMA_ONLY = (
-    *("num_kv_heads", "head_width", "rope_theta", "rope_scaling"),
-    *("qkv_bias", "qk_norm", "sliding_window"),
-)
 MAX_LOCAL = 2**28  # of the table of local positions, which takes eight bytes for each: 2 GiB
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The model: a GPT as published for GPT-2 and GPT-3, or one like Llama, Qwen or Mistral."""
-
-    num_layers: Count = 4
-    """Transformer blocks, spread over the stages as evenly as possible."""
-    d_model: Count = 128
-    """Width of the residual stream."""
-    num_heads: Count = 4
-    """Attention heads; must divide d_model unless head_width is given."""
-    d_ff: Count | None = None
-    """Width of the feed-forward layer; None means 4 * d_model, and for llama 8/3 * d_model, rounded
-    up to a multiple of 64."""
-    vocab_size: Count = 256
-    """Number of token ids; 256 reads text as bytes."""
-    seq_len: Count = 256
-    """Tokens of a training sequence."""
-    family: Family = "gpt2"
-    """The architecture. gpt2: learned positions, LayerNorm, GELU, biases, a head tied to the
-    embedding. llama: rotary positions, RMSNorm, SwiGLU, grouped queries, no biases."""
-    block: str = BUILT_IN
-    """What each layer is: family, the block of the family, or a class of your own derived from
-    tpipe_jax.Block, by its file and name, as my_block.py:MyBlock."""
-    norm_eps: Positive = 1e-5
-    """Added to the variance in each norm."""
-    tied_head: bool | None = None
-    """Whether the head is the embedding of tokens; None means yes for gpt2, no for llama."""
-    num_kv_heads: Count | None = None
-    """Heads of keys and values, each for several neighbouring heads of queries; None means
-    num_heads. llama only, like the settings below."""
-    head_width: Count | None = None
-    """Width of each head, an even number; None means d_model / num_heads."""
-    rope_theta: Positive | None = None
-    """Base of the wavelengths of rotary positions; None means 10000."""
-    rope_scaling: str | None = None
-    """How rotary positions are stretched for contexts longer than those that the model was first
-    trained on: linear:FACTOR, llama3:FACTOR,LOW,HIGH,ORIGINAL or
-    yarn:FACTOR,ORIGINAL[,BETA_FAST,BETA_SLOW[,ATTENTION]]."""
-    qkv_bias: bool = False
-    """Whether queries, keys and values have biases, as in Qwen2."""
-    qk_norm: bool = False
-    """Whether each head of queries and keys is normed, as in Qwen3."""
-    sliding_window: Count | None = None
-    """Tokens that a token sees, itself included, as in Mistral; None means all before it."""
-
-    def __post_init__(self) -> None:
-        if self.family == "gpt2" and self.block == "gpt2":  # as runs before families name it
-            object.__setattr__(self, "block", BUILT_IN)
-
-    @property
-    def has_own_block(self) -> bool:
-        """Whether the layers are a class of the user's own."""
-        return self.block != BUILT_IN
-
-    @property
-    def ff_width(self) -> int:
-        if self.family == "llama":
-            return self.d_ff or -(-8 * self.d_model // (3 * 64)) * 64
-        return self.d_ff or 4 * self.d_model
-
-    @property
-    def has_tied_head(self) -> bool:
-        return self.family == "gpt2" if self.tied_head is None else self.tied_head
-
-    @property
-    def window(self) -> int | None:
-        """The sliding window; None where it is as long as the sequence."""
-        is_shorter = self.sliding_window is not None and self.sliding_window < self.seq_len
-        return self.sliding_window if is_shorter else None
-
-    @property
-    def theta(self) -> float:
-        return self.rope_theta or ROPE_THETA
-
-    @property
-    def num_key_heads(self) -> int:
-        return self.num_kv_heads or self.num_heads
-
-    @property
-    def width_of_heads(self) -> int:
-        return self.head_width or self.d_model // self.num_heads
 
 
 @dataclass(frozen=True)
@@ -384,7 +300,7 @@ class Config:
     def __post_init__(self) -> None:
         for path, hint, value in _fields(self):
             check_field(path, hint, value)
-        _check_model(self.model)
+        check_model_settings(self.model)
         scale = self.precision
         if not scale.loss_scale_min <= scale.loss_scale_start <= scale.loss_scale_max:
             raise UserError(
@@ -400,59 +316,9 @@ class Config:
             )
         if sorted(self.mesh.order.split(",")) != ["data", "model", "pipe"]:
             raise UserError(
-                f"config.mesh.order={shown(self.mesh.order)} is no order of the three axes: give one such "
-                f"as {MeshConfig.order}."
+                f"config.mesh.order={shown(self.mesh.order)} is no order of the three axes: give "
+                f"one such as {MeshConfig.order}."
             )
-
-
-def _check_model(model: ModelConfig) -> None:
-    """Raises `UserError` if settings of the model contradict each other."""
-    if model.family == "gpt2":
-        for name in LLAMA_ONLY:
-            if value := getattr(model, name):
-                raise UserError(
-                    f"config.model.{name}={value} is nothing that gpt2 has: leave it out, or set "
-                    "config.model.family=llama."
-                )
-    if model.head_width is None and model.d_model % model.num_heads:
-        raise UserError(
-            f"config.model.num_heads={model.num_heads} does not divide "
-            f"config.model.d_model={model.d_model}: pick a divisor."
-        )
-    if model.num_heads % model.num_key_heads:
-        raise UserError(
-            f"config.model.num_kv_heads={model.num_kv_heads} does not divide "
-            f"config.model.num_heads={model.num_heads}: pick a divisor."
-        )
-    if model.family == "llama" and model.width_of_heads % 2:
-        raise UserError(
-            f"config.model.head_width={model.width_of_heads} is odd, but rotary positions turn "
-            "pairs of numbers: pick an even one."
-        )
-
-
-def resolved_model(model: ModelConfig) -> ModelConfig:
-    """Returns the model with each default filled in that depends on other settings."""
-    model = dataclasses.replace(model, d_ff=model.ff_width, tied_head=model.has_tied_head)
-    if model.family == "gpt2":
-        return model
-    return dataclasses.replace(
-        model,
-        num_kv_heads=model.num_key_heads,
-        head_width=model.width_of_heads,
-        rope_theta=model.theta,
-    )
-
-
-def _unresolved_model(model: ModelConfig) -> ModelConfig:
-    """Returns the model with None for each setting that `resolved_model` would make the same of."""
-    bare = dataclasses.replace(
-        model, d_ff=None, tied_head=None, num_kv_heads=None, head_width=None, rope_theta=None
-    )
-    filled = resolved_model(bare)
-    names = "d_ff", "tied_head", "num_kv_heads", "head_width", "rope_theta"
-    given = {n: getattr(model, n) for n in names if getattr(model, n) != getattr(filled, n)}
-    return dataclasses.replace(bare, **given)
 
 
 def resolved(config: Config) -> Config:
@@ -471,7 +337,7 @@ def unresolved(config: Config) -> Config:
     optim = config.optim
     if optim.shard_state == (config.mesh.data > 1):
         optim = dataclasses.replace(optim, shard_state=None)
-    return dataclasses.replace(config, model=_unresolved_model(config.model), optim=optim)
+    return dataclasses.replace(config, model=unresolved_model(config.model), optim=optim)
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -44,9 +44,9 @@ from tpipe_jax.interop.hugging_face import (
     read_model,
     read_settings,
     read_source,
-    write_model,
     write_source,
 )
+from tpipe_jax.interop.write_folder import write_model
 from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.reporting.workdir import write_config
 from tpipe_jax.training.health import new_health
