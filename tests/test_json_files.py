@@ -222,3 +222,10 @@ def test_files_are_read_through_this_module_alone():
     }
     data = {name for name in reads if name.startswith("data/")}
     assert reads - data == between_processes | {"json_files.py"}
+
+
+@pytest.mark.parametrize("step", ["true", "1.0", '"1"', "null", "[]"])
+def test_a_run_goes_on_only_after_steps_that_are_whole_numbers(step: str, tmp_path: Path):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": {step}}}\n')
+    with pytest.raises(UserError, match="has lines that are no metrics of a run"):
+        Metrics(tmp_path, 1)

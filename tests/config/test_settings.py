@@ -1,6 +1,11 @@
 """What settings say of each other."""
 
-from tpipe_jax.config.settings import differences
+from dataclasses import replace
+
+import pytest
+
+from tpipe_jax.config.settings import Config, ModelConfig, OptimConfig, TrainConfig, differences
+from tpipe_jax.errors import UserError
 
 
 def test_differences_name_what_differs():
@@ -17,3 +22,18 @@ def test_differences_name_what_differs():
         ("config.a", 0, None),
     ]
     assert list(differences(ours["config"], theirs["config"])) == [("config.a.x", 1, 3)]
+
+
+def test_a_whole_number_that_is_no_float_is_refused():
+    for value in (10**4000, -(10**4000)):
+        with pytest.raises(UserError, match=r"learning_rate=-?10*\.\.\. must be a finite number"):
+            Config(optim=OptimConfig(learning_rate=value))
+
+
+def test_the_table_of_local_positions_is_bounded():
+    model = ModelConfig(d_model=128, seq_len=2**21)
+    Config(model=model, train=TrainConfig(init="local"))
+    model = replace(model, seq_len=2**22)
+    Config(model=model)
+    with pytest.raises(UserError, match="init=local makes a table of config.model.seq_len=4194304"):
+        Config(model=model, train=TrainConfig(init="local"))

@@ -125,11 +125,11 @@ def changed(path: Path, values: dict[int, int], size: int = 4) -> Path:
     return path
 
 
-# Three sequences of 300, 2 and 698 tokens; after a header of 34 bytes come their lengths, where
+# Three sequences of 300, 1 and 699 tokens; after a header of 34 bytes come their lengths, where
 # they begin, and the first sequence of each document.
 LENGTHS, STARTS, DOCUMENTS = 34, 34 + 12, 34 + 36
 MEGATRON = {
-    "a negative length": ({LENGTHS: 1300, LENGTHS + 4: -998, LENGTHS + 8: 698}, 4),
+    "a negative length": ({LENGTHS: 1300, LENGTHS + 4: -999, LENGTHS + 8: 699}, 4),
     "lengths that wrap": ({LENGTHS: 2**31 - 1, LENGTHS + 4: 2**31 - 1}, 4),
     "a pointer outside": ({STARTS + 8: 10**12}, 8),
     "a negative pointer": ({STARTS: -2}, 8),
@@ -151,8 +151,8 @@ def test_indexes_of_megatron(values: dict[int, int], size: int, tmp_path: Path):
 
 def test_a_length_that_is_made_up_for_is_not_trained_on(tmp_path: Path):
     """The sum of the lengths is right, and so are the pointers."""
-    path = changed(tmp_path / "a.bin", {LENGTHS: 1300, LENGTHS + 4: -998})
-    changed_starts = np.array([0, 2600, 604], "<i8").tobytes()
+    path = changed(tmp_path / "a.bin", {LENGTHS: 1300, LENGTHS + 4: -999})
+    changed_starts = np.array([0, 2600, 602], "<i8").tobytes()
     index = bytearray(path.with_suffix(".idx").read_bytes())
     index[STARTS:DOCUMENTS] = changed_starts
     path.with_suffix(".idx").write_bytes(index)

@@ -7,6 +7,7 @@
 `folder` is what readers may open. `outside` holds files that a forged file names and none may open.
 """
 
+import copy
 import ctypes
 import json
 import os
@@ -310,7 +311,7 @@ def values(files: list[str] | None = None) -> st.SearchStrategy[Any]:
         st.integers(),
         st.floats(),
         st.text(max_size=5),
-    )
+    ).map(copy.deepcopy)  # since what is drawn is changed again
 
 
 @st.composite

@@ -32,6 +32,7 @@ class Range:
         )
 
 
+MAX_FLOAT = 10**300  # of whole numbers where a float belongs, which may not overflow
 MAX_INT = 2**31 - 1  # the devices count in int32
 Count = Annotated[int, Range(1)]
 CountOrZero = Annotated[int, Range(0)]
@@ -69,7 +70,8 @@ def check_field(path: str, hint: Any, value: Any) -> None:
     accepted = (int, float) if hint is float else hint
     if not isinstance(value, accepted) or (isinstance(value, bool) and hint is not bool):
         raise UserError(f"{path}={shown(repr(value))} must be of type {hint.__name__}.")
-    if allowed is not None and not math.isfinite(value):
+    is_huge = hint is float and isinstance(value, int) and abs(value) > MAX_FLOAT
+    if is_huge or (allowed is not None and hint is float and not math.isfinite(value)):
         raise UserError(f"{path}={shown(value)} must be a finite number.")
     if hint is int and value > MAX_INT:
         raise UserError(f"{path}={shown(value)} must be at most {MAX_INT}.")

@@ -133,16 +133,21 @@ def _to_array(lists: Any, name: str, wrong: Any) -> np.ndarray:
         raise wrong(f"the lists of {name} differ in length or are empty")
     if len(lists) * len(lists[0]) * len(lists[0][0]) > MAX_TIMES:
         raise wrong(f"{name} has more than the {MAX_TIMES} times that can be planned with")
-    for b, rows in enumerate(lists):
-        for i, row in enumerate(rows):
-            for j, value in enumerate(row):
-                if value is None:
-                    continue
-                if not is_number(value) or not 0 <= value <= MAX_SECONDS:
-                    raise wrong(f"{name}[{b}][{i}][{j}]={shown(repr(value))} is not a time")
-    return np.array(
-        [[[math.inf if t is None else t for t in row] for row in rows] for rows in lists], float
+    values = np.array(
+        [[[math.inf if t is None else _time(t) for t in row] for row in rows] for rows in lists],
+        float,
     )
+    wrong_places = np.argwhere(np.isnan(values))
+    if len(wrong_places):
+        b, i, j = wrong_places[0].tolist()
+        raise wrong(f"{name}[{b}][{i}][{j}]={shown(repr(lists[b][i][j]))} is not a time")
+    return values
+
+
+def _time(value: Any) -> float:
+    """Returns a time from a file, or NaN if it is none."""
+    is_time = type(value) in (int, float) and 0 <= value <= MAX_SECONDS
+    return value if is_time else math.nan
 
 
 def _is_nested(lists: Any) -> bool:

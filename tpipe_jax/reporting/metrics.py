@@ -158,7 +158,10 @@ def _drop_after(last_step: int, path: Path) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     whole = [line for line in lines if line.endswith(b"\n")]
     try:
-        kept = [line for line in whole if parse_json(line)["step"] <= last_step]
+        steps = [parse_json(line)["step"] for line in whole]
+        if not all(type(step) is int for step in steps):
+            raise ValueError("a step is no whole number")
+        kept = [line for line, step in zip(whole, steps, strict=True) if step <= last_step]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} has lines that are no metrics of a run: move it away, or choose another "
