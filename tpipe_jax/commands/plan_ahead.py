@@ -37,7 +37,9 @@ from tpipe_jax.runtime.stop import Stop, Stopped
 from tpipe_jax.training.memory import TooLarge, fitting_step, limit_bytes, program_bytes
 from tpipe_jax.training.optimizer import make_optimizer
 
-MOST_UNITS = 64  # places where a sequence may be cut, unless the settings have a unit
+# Places where a sequence may be cut, unless the settings have a unit. There are more where many
+# stages work on a long sequence, as long as each part has enough tokens for a GPU.
+MOST_UNITS, UNITS_PER_STAGE, ENOUGH_TOKENS = 64, 16, 2048
 MOST_COMPILED = 4  # steps that are compiled to find one that fits
 MOST_PLANNED = 3  # ways that are planned under all schedules
 QUICK: tuple[ScheduleName, ...] = ("terapipe", "1f1b")  # schedules to compare ways by
@@ -304,12 +306,13 @@ def unit_to_plan(config: Config) -> int:
     unit, seq_len = unit_tokens(config), config.model.seq_len
     if config.plan.unit_tokens is not None:
         return unit
+    most = max(MOST_UNITS, min(UNITS_PER_STAGE * config.mesh.pipe, seq_len // ENOUGH_TOKENS))
     num_rows = config.train.batch_size // config.mesh.data
     return next(
         n
         for n in divisors(seq_len)
         if n % unit == 0
-        and seq_len // n <= MOST_UNITS
+        and seq_len // n <= most
         and (fits_times(num_rows, seq_len // n) or n == seq_len)
     )
 

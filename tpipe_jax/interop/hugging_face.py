@@ -290,7 +290,7 @@ class Reader:
             with safe_open(path, "numpy") as file:
                 return use(file, key)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read ({error}): download it again.") from None
+            raise UserError(f"{path} cannot be read ({brief(error)}): download it again.") from None
 
 
 def _files(folder: Path, prefix: str) -> dict[str, tuple[Path, str]]:
@@ -320,7 +320,7 @@ def _keys(folder: Path, path: Path) -> Iterator[str]:
         with safe_open(path, "numpy") as file:
             yield from file.keys()
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}): download it again.") from None
+        raise UserError(f"{path} cannot be read ({brief(error)}): download it again.") from None
 
 
 def _dtype(file: Any, key: str) -> str:
