@@ -229,7 +229,7 @@ class Reader:
             with safe_open(path, "numpy") as file:
                 return use(file, key)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{path} cannot be read ({error}): download it again.") from None
+            raise UserError(f"{path} cannot be read ({brief(error)}): download it again.") from None
 
 
 def write_model(
@@ -316,7 +316,7 @@ def _keys(folder: Path, path: Path) -> Iterator[str]:
         with safe_open(path, "numpy") as file:
             yield from file.keys()
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be read ({error}): download it again.") from None
+        raise UserError(f"{path} cannot be read ({brief(error)}): download it again.") from None
 
 
 def _dtype(file: Any, key: str) -> str:
