@@ -54,6 +54,7 @@ from tpipe_jax.reporting.console import Console
 from tpipe_jax.reporting.loss_plot import draw_losses
 from tpipe_jax.reporting.metrics import Metrics
 from tpipe_jax.reporting.plan_report import draw_plan
+from tpipe_jax.reporting.trace_file import EXPECTED, MEASURED, read_timeline, read_trace
 from tpipe_jax.reporting.workdir import add_measured_ticks, changed_settings, describe_in_files
 
 EXAMPLES = settings.default.max_examples if settings.default else 100
@@ -263,10 +264,17 @@ def timeline(data: st.DataObject, made: Made, run: Path, outside: Path) -> str:
     shutil.copy(made.run / "plan.json", run)
     forged(data, made.run / "timeline.json", run / "timeline.json", outside)
 
+    schedule = make_schedule(made.plan)
+
     def read() -> None:
+        for kind in (EXPECTED, MEASURED):
+            found = read_timeline(read_trace(run / "timeline.json", kind), schedule)
+            boxes = found[1].boxes if found else ()
+            assert all(box.stage in (0, 1) and box.stop_seconds < 1e10 for box in boxes)
+        if data.draw(st.integers(0, 9)):
+            return  # drawing takes a second
         describe_in_files(made.config, run, made.plan, [1.0, 1.0])
         if data.draw(st.booleans()):
-            schedule = make_schedule(made.plan)
             ones = [1.0] * len(schedule.items)
             add_measured_ticks(run, made.plan, 1, simulate(schedule, ones, ones))
         events = json.loads((run / "timeline.json").read_text())["traceEvents"]
