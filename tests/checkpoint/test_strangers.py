@@ -27,7 +27,7 @@ from tpipe_jax.config.command_line import parse, parse_plan
 from tpipe_jax.config.settings import Config, DataConfig, MeshConfig, to_dict
 from tpipe_jax.devices import startup
 from tpipe_jax.errors import UserError
-from tpipe_jax.interop.convert import export_gpt2
+from tpipe_jax.interop.convert import export_model
 
 TABLE = "params/embed/tokens"
 
@@ -255,7 +255,7 @@ def test_no_place_that_a_stranger_names_is_opened(run: Path, tmp_path: Path):
         (lambda: evaluate.main([workdir, f"--data={own}"], "x"), f"add --tokenizer={tokenizer}"),
         (lambda: evaluate.main([workdir, f"--tokenizer={own}"], "x"), f"add --data={secret}"),
         (lambda: generate.main([workdir, "--prompt=a"], "x"), f"add --tokenizer={tokenizer}"),
-        (lambda: export_gpt2(run, tmp_path / "to", None), f"add --tokenizer={tokenizer}"),
+        (lambda: export_model(run, tmp_path / "to", None), f"add --tokenizer={tokenizer}"),
         (lambda: tpipe_jax.load(run).generate("a"), f"copy {tokenizer} to tokenizer.json in"),
         (lambda: tpipe_jax.load(run).evaluate(own), f"copy {tokenizer} to tokenizer.json in"),
         (lambda: tpipe_jax.load(run).save(tmp_path / "to"), f"add --tokenizer={tokenizer}"),

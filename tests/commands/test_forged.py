@@ -43,7 +43,7 @@ from tpipe_jax.config.own_runs import check_named
 from tpipe_jax.config.settings import Config, MeshConfig, ModelConfig
 from tpipe_jax.data.carried import with_kept_tokenizer
 from tpipe_jax.errors import UserError
-from tpipe_jax.interop.convert import export_gpt2, import_gpt2
+from tpipe_jax.interop.convert import export_model, import_model
 from tpipe_jax.planning.latency import Deferral
 from tpipe_jax.planning.latency_file import load_table
 from tpipe_jax.planning.plan import Plan, PlanRequest, load_plan
@@ -105,7 +105,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     schedule = make_schedule(planning.plan)
     ones = [1.0] * len(schedule.items)
     add_measured_ticks(run, planning.plan, 1, simulate(schedule, ones, ones))
-    export_gpt2(run, model, None, "bytes")
+    export_model(run, model, None, "bytes")
     return Made(run, model, config, planning.plan, arrays_of(run))
 
 
@@ -379,7 +379,7 @@ def checkpoint(data: st.DataObject, made: Made, run: Path, outside: Path) -> str
         with suppress(UserError):
             checkpoints_list.main([str(run)], "program")
         if data.draw(st.integers(0, 3)) == 0:
-            export_gpt2(run, run / "exported", None, "bytes")
+            export_model(run, run / "exported", None, "bytes")
         return arrays_of(run)
 
     end, params = outcome(read, run, outside)
@@ -434,7 +434,7 @@ def imported(data: st.DataObject, made: Made, run: Path, outside: Path) -> str:
         link_to(model / name, data.draw(st.sampled_from([str(outside / name), "/etc/passwd"])))
 
     def read() -> Any:
-        import_gpt2(model, run / "new")
+        import_model(model, run / "new")
         return arrays_of(run / "new")
 
     end, params = outcome(read, run, outside)
