@@ -168,7 +168,7 @@ def test_what_a_killed_run_left_is_ignored_and_removed(tmp_path: Path):
 def test_names_each_setting_of_another_model(tmp_path: Path):
     with open_folder(tmp_path) as checkpoints:
         checkpoints.save(1, state_on(ONE))
-    other = replace(MODEL, d_model=32, seq_len=16)
+    other = replace(MODEL, d_model=32, seq_len=16, d_ff=64)
     with open_folder(tmp_path, model=other) as checkpoints, pytest.raises(UserError) as caught:
         checkpoints.newest_step()
     assert str(caught.value) == (
@@ -178,26 +178,52 @@ def test_names_each_setting_of_another_model(tmp_path: Path):
     )
 
 
-def test_a_checkpoint_may_be_older_than_a_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Which then was as it is without being set."""
+@pytest.mark.parametrize("block", [None, "gpt2"])
+def test_a_checkpoint_may_be_older_than_a_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: str | None
+):
+    """Which then was as it is without being set; the block of GPT-2 once had that name."""
     identity_of = saving.identity_of
+    then = "num_layers", "d_model", "num_heads", "d_ff", "vocab_size", "seq_len"
 
-    def without_block(model: ModelConfig) -> dict[str, Any]:
-        identity = identity_of(model)
-        del identity["model"]["block"]
-        return identity
+    def older(model: ModelConfig) -> dict[str, Any]:
+        values = identity_of(model)["model"]
+        named = {} if block is None else {"block": block}
+        return {"model": {name: values[name] for name in then} | named}
 
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "identity_of", without_block)
+        patch.setattr(saving, "identity_of", older)
         with open_folder(tmp_path) as checkpoints:
             checkpoints.save(1, state_on(ONE))
-    assert "block" not in manifest.read_manifest(tmp_path / "1").identity["model"]
+    assert "family" not in manifest.read_manifest(tmp_path / "1").identity["model"]
     with open_folder(tmp_path) as checkpoints:
         assert checkpoints.newest_step() == 1
     other = replace(MODEL, block="my_block.py:MyBlock")
     with (
         open_folder(tmp_path, model=other) as checkpoints,
-        pytest.raises(UserError, match=r"with config\.model\.block=gpt2, but this run has my_"),
+        pytest.raises(UserError, match=r"with config\.model\.block=family, but this run has my_"),
+    ):
+        checkpoints.newest_step()
+
+
+def test_llama_goes_on_with_what_is_no_parameter(tmp_path: Path):
+    """Another length and other positions are said; another width is refused."""
+    model = replace(MODEL, family="llama", num_kv_heads=1)
+    with open_folder(tmp_path, model=model) as checkpoints:
+        checkpoints.save(1, state_on(ONE))
+    said: list[str] = []
+    longer = replace(model, seq_len=32, rope_scaling="yarn:4,8")
+    with open_folder(tmp_path, model=longer, said=said) as checkpoints:
+        assert checkpoints.newest_step() == 1
+    assert said == [
+        "the checkpoint of step 1 was written with config.model.seq_len=8: this run goes on from "
+        "it with 32",
+        "the checkpoint of step 1 was written with config.model.rope_scaling=None: this run goes "
+        "on from it with yarn:4,8",
+    ]
+    with (
+        open_folder(tmp_path, model=replace(model, qk_norm=True)) as checkpoints,
+        pytest.raises(UserError, match="qk_norm=False, but this run has True: use the same"),
     ):
         checkpoints.newest_step()
 

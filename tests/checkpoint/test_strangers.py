@@ -24,7 +24,7 @@ from tpipe_jax.checkpoint.checkpoints import newest_sound
 from tpipe_jax.cli import evaluate, generate
 from tpipe_jax.commands.trained_model import load
 from tpipe_jax.config.command_line import parse, parse_plan
-from tpipe_jax.config.settings import Config, DataConfig, MeshConfig, to_dict
+from tpipe_jax.config.settings import Config, DataConfig, MeshConfig, resolved_model, to_dict
 from tpipe_jax.devices import startup
 from tpipe_jax.errors import UserError
 from tpipe_jax.interop.convert import export_model
@@ -290,7 +290,7 @@ def test_a_checkpoint_knows_the_file_of_its_block(
         checkpoints.save(3, state_on(MeshConfig()))
     digest = manifest.digest((tmp_path / "own.py").read_bytes())
     assert manifest.read_manifest(run / "checkpoints" / "3").block == digest
-    assert newest_sound(run)[1] == model
+    assert newest_sound(run)[1] == resolved_model(model)
     with pytest.raises(UserError, match=rf"block={block} \(of SHA-256 {digest}\), which is code"):
         loaded(run)
 

@@ -1,5 +1,6 @@
 """Llama, Mistral, Qwen2 and Qwen3 beside the classes of transformers, and there and back."""
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,10 @@ import numpy as np
 import pytest
 
 from support import reference
-from tpipe_jax.config.settings import ModelConfig, resolved_model
+from support.marks import slow
+from tpipe_jax.commands.generate import Generator, chooser
+from tpipe_jax.commands.trained_model import load
+from tpipe_jax.config.settings import Config, MeshConfig, ModelConfig, resolved_model
 from tpipe_jax.errors import UserError
 from tpipe_jax.interop import convert, hugging_face, llama, write_folder
 from tpipe_jax.interop.hugging_face import Reader
@@ -121,6 +125,23 @@ def test_logits_and_gradients_are_those_of_transformers(kind: str, tmp_path: Pat
     want = as_tree(model, list(weights.values()), gradient)
     grads = jax.grad(lambda p: reference.loss(model, p, jnp.asarray(rows)))(params)
     reference.assert_close(grads, want, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama 3.1", slow("mistral"), slow("qwen2"), slow("qwen3")])
+def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    """On two stages, from the caches."""
+    gpt = made(name)
+    gpt.generation_config.eos_token_id = None
+    gpt.save_pretrained(tmp_path / "source")
+    convert.import_model(tmp_path / "source", tmp_path / "run")
+    trained = load(tmp_path / "run", None, Config(mesh=MeshConfig(pipe=2)), jax.devices())
+    prompt = [5, 9, 33, 2]
+    tokens = Generator(trained.spec, trained.params).tokens_after(prompt, chooser(0))
+    got = list(itertools.islice(tokens, 16))
+    with torch.no_grad():
+        more: Any = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
+        want = gpt.generate(torch.tensor([prompt]), **more)[0, len(prompt) :].tolist()
+    assert got == want
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
