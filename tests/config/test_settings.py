@@ -35,5 +35,5 @@ def test_the_table_of_local_positions_is_bounded():
     Config(model=model, train=TrainConfig(init="local"))
     model = replace(model, seq_len=2**22)
     Config(model=model)
-    with pytest.raises(UserError, match="init=local makes a table of config.model.seq_len=4194304"):
+    with pytest.raises(UserError, match="init=local makes a table"):
         Config(model=model, train=TrainConfig(init="local"))

@@ -331,8 +331,8 @@ class Config:
             )
         if sorted(self.mesh.order.split(",")) != ["data", "model", "pipe"]:
             raise UserError(
-                f"config.mesh.order={shown(self.mesh.order)} is no order of the three axes: give one such "
-                f"as {MeshConfig.order}."
+                f"config.mesh.order={shown(self.mesh.order)} is no order of the three axes: give "
+                f"one such as {MeshConfig.order}."
             )
 
 
