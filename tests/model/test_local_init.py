@@ -78,12 +78,12 @@ def test_they_depend_neither_on_the_mesh_nor_on_odd_sizes():
 
 
 def test_other_blocks_are_refused():
-    with pytest.raises(UserError, match=r"init=local is for GPT-2's blocks, but .*block=a.py:B"):
+    with pytest.raises(UserError, match=r"init=local is for the blocks of families, but .*block=a.py:B"):
         check_local_init(ModelConfig(block="a.py:B"))
 
 
 def test_other_blocks_are_refused_by_the_library_too():
     block = f"{runs.ROOT / 'examples' / 'own_block.py'}:LlamaBlock"
     model = ModelConfig(num_layers=2, d_model=16, num_heads=2, seq_len=8, block=block)
-    with pytest.raises(UserError, match=r"init=local is for GPT-2's blocks"):
+    with pytest.raises(UserError, match=r"init=local is for the blocks of families"):
         fresh("local", model=model)

@@ -54,9 +54,10 @@ class GPT2Block(Block):
         linear = partial(nnx.Linear, dtype=dtype, rngs=rngs)
         self.num_heads, self.dtype = config.num_heads, dtype
         norm = partial(_layer_norm, D, epsilon=config.norm_eps, rngs=rngs)
-        self.norm_1, self.norm_2 = norm(), norm()
+        self.norm_1 = norm()
         self.attn_in = linear(D, 3 * D, kernel_init=init)
         self.attn_out = linear(D, D, kernel_init=residual_init)
+        self.norm_2 = norm()
         self.ff_in = linear(D, F, kernel_init=init)
         self.ff_out = linear(F, D, kernel_init=residual_init)
 
