@@ -20,7 +20,11 @@ if TYPE_CHECKING:  # the tests come without mkdocs
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = ("tpipe_jax", "launch", "configs", "examples", "bench", "tests", "docs")
 LANGUAGES = {".py": "python", ".sh": "bash", ".yaml": "yaml"}
-DOCUMENTS = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
+DOCUMENTS = {
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+    "SECURITY.md": "security.md",
+}
 PREFIXES = ("", "tpipe_jax/", "tests/")  # folders that the name of a file may leave out
 SUFFIXES = "|".join(suffix[1:] for suffix in (*LANGUAGES, ".md"))
 UNITS = re.compile(r"(?<=\d) (?=(?:s|ms|MB|GB|GiB|min)\b)")

@@ -7,10 +7,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jax
+
 from tpipe_jax import Config, import_model, load, train
 from tpipe_jax.config import MeshConfig, OptimConfig, PlanConfig, TrainConfig
 
 FACTOR, STEPS = 4, 20
+jax.config.update("jax_num_cpu_devices", 2)  # two stages, also where there are no GPUs
 
 
 def main(source: str, text: str, workdir: str) -> None:

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,14 @@ from tpipe_jax.config.settings import Config, MeshConfig, ModelConfig, PlanConfi
 from tpipe_jax.data.batches import open_held_out
 from tpipe_jax.data.tokenizer import bytes_to_letters, hugging_face
 from tpipe_jax.errors import UserError
-from tpipe_jax.interop import convert
-from tpipe_jax.interop.gpt2 import ADAPTER
+from tpipe_jax.interop import convert, gpt2, llama
+from tpipe_jax.interop.hugging_face import Adapter
 from tpipe_jax.interop.write_folder import write_model
 from tpipe_jax.model import reference, transformer
 from tpipe_jax.planning.plan import Plan
 
 EXAMPLES = sorted((runs.ROOT / "examples").glob("*.py"))
+SMALL = ModelConfig(num_layers=2, d_model=16, num_heads=2, seq_len=16)
 LEARNT = {"train_on_arrays": 1.25, "own_block": 2.5}  # at the end, from 4.6 and 5.5 nats
 
 
@@ -36,10 +38,20 @@ LEARNT = {"train_on_arrays": 1.25, "own_block": 2.5}  # at the end, from 4.6 and
 def test_it_runs(path: Path, tmp_path: Path):
     """From another folder."""
     assert len(path.read_text().splitlines()) < 60
-    command = [sys.executable, path]
+    command = [sys.executable, str(path)]
+    if path.stem == "longer_context":
+        there = hugging_face_folder(tmp_path, llama.ADAPTER, replace(SMALL, family="llama"))[1]
+        (tmp_path / "text.txt").write_text("one two three four five six seven. " * 200)
+        command += [str(there), "text.txt", "longer"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    if path.stem in LEARNT:
+    if path.stem == "longer_context":
+        found = re.search(
+            r"16 tokens of context: (\S+) .*; 64 tokens, after 20 steps: (\S+)", done.stdout
+        )
+        assert found is not None, done.stdout
+        assert float(found[2]) < float(found[1])
+    elif path.stem in LEARNT:
         losses = re.findall(r"loss ([\d.]+) ", done.stdout)
         assert float(losses[-1]) < LEARNT[path.stem], done.stdout
     else:
@@ -141,20 +153,25 @@ def test_a_run_is_trained_and_loaded(tmp_path: Path):
         trained.evaluate(tmp_path / "missing.txt")
 
 
-@pytest.fixture(scope="module")
-def imported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """The parameters of a model, and the workdir of a run that starts from them."""
-    config = ModelConfig(num_layers=2, d_model=16, num_heads=2, seq_len=70)
+def hugging_face_folder(folder: Path, adapter: Adapter, config: ModelConfig) -> tuple[Any, Path]:
+    """Fresh parameters, larger than usual, and the folder `there` that they are in."""
     params = jax.device_get(transformer.init(config, jax.random.key(0)))
     params = jax.tree.map(lambda a: 8 * a if a.ndim > 1 else a, params)
-    folder = tmp_path_factory.mktemp("imported")
     values = {
         jax.tree_util.keystr(where, simple=True, separator="/"): np.array(value)
         for where, value in jax.tree.leaves_with_path(params)
     }
     (folder / "there").mkdir()
-    write_model(folder / "there", ADAPTER, config, values.__getitem__)
-    convert.import_model(folder / "there", folder / "run")
+    write_model(folder / "there", adapter, config, values.__getitem__)
+    return params, folder / "there"
+
+
+@pytest.fixture(scope="module")
+def imported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """The parameters of a model, and the workdir of a run that starts from them."""
+    config, folder = replace(SMALL, seq_len=70), tmp_path_factory.mktemp("imported")
+    params, there = hugging_face_folder(folder, gpt2.ADAPTER, config)
+    convert.import_model(there, folder / "run")
     return params, folder / "run"
 
 

@@ -78,7 +78,7 @@ def test_they_depend_neither_on_the_mesh_nor_on_odd_sizes():
 
 
 def test_other_blocks_are_refused():
-    with pytest.raises(UserError, match=r"init=local is for the blocks of families, but .*block=a.py:B"):
+    with pytest.raises(UserError, match=r"is for the blocks of families, but .*block=a.py:B"):
         check_local_init(ModelConfig(block="a.py:B"))
 
 
