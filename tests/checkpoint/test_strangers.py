@@ -28,6 +28,7 @@ from tpipe_jax.config.settings import Config, DataConfig, MeshConfig, resolved_m
 from tpipe_jax.devices import startup
 from tpipe_jax.errors import UserError
 from tpipe_jax.interop.convert import export_model
+from tpipe_jax.reporting.workdir import write_config
 
 TABLE = "params/embed/tokens"
 
@@ -293,6 +294,9 @@ def test_a_checkpoint_knows_the_file_of_its_block(
     assert newest_sound(run)[1] == resolved_model(model)
     with pytest.raises(UserError, match=rf"block={block} \(of SHA-256 {digest}\), which is code"):
         loaded(run)
+    write_config(Config(model=model), run)
+    with pytest.raises(UserError, match=rf"block={block} \(of SHA-256 {digest}\), which is code"):
+        parse([f"--workdir={run}"], "program")
 
     config = Config(model=model)
     load(run, None, config, jax.devices())

@@ -1,6 +1,7 @@
 """Settings from files: shipped configs, Python files, and the config.json of a run. No jax."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from tpipe_jax.config.own_runs import RUN_FILE, check_links, check_named, with_k
 from tpipe_jax.config.paths import expanded
 from tpipe_jax.config.settings import Config, from_dict, unresolved
 from tpipe_jax.config.user_code import load_file
-from tpipe_jax.errors import UserError
+from tpipe_jax.errors import UserError, shown
 from tpipe_jax.json_files import read_json
 
 # An installed package has the folder inside, a checkout beside it.
@@ -72,12 +73,26 @@ def check_block_is_named(path: Path, config: Config, is_named: bool) -> None:
 
     A block is code, and a run may come from somebody else.
     """
-    block = config.model.block
+    block = shown(config.model.block)
     if path.suffix == ".json" and config.model.has_own_block and not is_named:
         raise UserError(
-            f"{path} has config.model.block={block}, which is code and is only loaded if you name "
-            f"it: read the file, then add --config.model.block={block}."
+            f"{path} has config.model.block={block}{_digest_of_block(path.parent)}, which is code "
+            f"and is only loaded if you name it: read the file, then add "
+            f"--config.model.block={block}."
         )
+
+
+def _digest_of_block(run: Path) -> str:
+    """Returns what the newest checkpoint of a run says of the file of its block; empty if it says
+    nothing. It is a hint for the reader, and nothing is decided by it.
+    """
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        folders = [path for path in (run / "checkpoints").iterdir() if path.name.isdecimal()]
+        newest = max(folders, key=lambda path: int(path.name))
+        digest = read_json(newest / "manifest.json")["block"]
+        if isinstance(digest, str) and len(digest) == 64:
+            return f" (of SHA-256 {shown(digest)})"
+    return ""
 
 
 def with_named_places(
