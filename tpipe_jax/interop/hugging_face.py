@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -32,7 +32,7 @@ HEAD = "lm_head.weight"
 BLOBS = "blobs"  # folder of Hugging Face's cache, which links in its folder `snapshots` lead to
 FORMATS: dict[str, tuple[str, Any]] = {  # by their names in config.json: safetensors' and numpy's
     "float32": ("F32", np.float32),
-    "bfloat16": ("BF16", ml_dtypes.bfloat16),
+    "bfloat16": ("BF16", jnp.bfloat16),
     "float16": ("F16", np.float16),
 }
 _READABLE = ("F32", "F16", "BF16", "F64")
