@@ -139,6 +139,10 @@ class Checkpoints:
         """Returns what was saved with a step on the data up to it; None if nothing was."""
         return manifest.read_manifest(self._folder / str(step)).data
 
+    def seq_len(self, step: int) -> int:
+        """Returns the tokens of the sequences that the run of a checkpoint has read."""
+        return manifest.read_manifest(self._folder / str(step)).identity["model"]["seq_len"]
+
     def raise_failure(self, timeout_seconds: float = math.inf) -> None:
         """Raises `UserError` if a save has failed in the background. Waits for a save that has been
         under way for more than `timeout_seconds`; it may never end.

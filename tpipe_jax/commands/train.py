@@ -310,11 +310,18 @@ def _continue_data(
     """
     data, first_step = run.train_data, saved_step or 0
     saved = None if saved_step is None else checkpoints.data(saved_step)
-    if saved is not None:
-        usual = data.sequences_before(first_step)
-        if saved["sequences"] != usual:
+    if saved is not None and saved_step is not None:
+        begin, usual = saved["sequences"], data.sequences_before(first_step)
+        before, now = checkpoints.seq_len(saved_step), run.config.model.seq_len
+        if before != now:
+            begin = 0
             console.say(
-                f"going on with training sequence {saved['sequences']:,}, since batches had "
+                f"beginning with the first training sequence of {now} tokens: those of {before} "
+                "tokens that were read before are others"
+            )
+        elif begin != usual:
+            console.say(
+                f"going on with training sequence {begin:,}, since batches or sequences had "
                 "another size before"
             )
         if saved["tokens"] != data.num_tokens:
@@ -322,7 +329,7 @@ def _continue_data(
                 f"the training data are not those of the last start: {saved['tokens']:,} tokens "
                 f"then, {data.num_tokens:,} now"
             )
-        data.begin(first_step, saved["sequences"])
+        data.begin(first_step, begin)
     checkpoints.data_at = lambda step: {
         "sequences": data.sequences_before(step),
         "tokens": data.num_tokens,

@@ -153,12 +153,21 @@ def read_source(folder: Path, reader: "Reader") -> Source:
     """Returns what a folder says beside its weights. What names code is left out."""
 
     def read(name: str) -> Settings | None:
-        if not (folder / name).exists():
-            return None
-        found = read_settings(folder, name)
-        return {key: value for key, value in found.items() if key not in _CODE}
+        return read_settings(folder, name) if (folder / name).exists() else None
 
-    return Source(read(SETTINGS) or {}, read(GENERATION), read(TOKENIZER), reader.dtypes())
+    source = Source(read(SETTINGS) or {}, read(GENERATION), read(TOKENIZER), reader.dtypes())
+    return _without_code(source)
+
+
+def _without_code(source: Source) -> Source:
+    def kept(settings: Settings) -> Settings:
+        return {key: value for key, value in settings.items() if key not in _CODE}
+
+    generation, tokenizer = (
+        None if settings is None else kept(settings)
+        for settings in (source.generation, source.tokenizer)
+    )
+    return Source(kept(source.settings), generation, tokenizer, source.dtypes)
 
 
 def write_source(path: Path, source: Source) -> None:
@@ -175,8 +184,9 @@ def load_source(path: Path) -> Source | None:
     try:
         source = Source(**_read_json(path))
         tables = source.settings, source.generation or {}, source.tokenizer or {}, source.dtypes
-        if all(isinstance(table, dict) for table in tables):
-            return source
+        is_sound = all(isinstance(table, dict) for table in tables)
+        if is_sound and all(isinstance(dtype, str) for dtype in source.dtypes.values()):
+            return _without_code(source)
     except TypeError:
         pass
     raise UserError(

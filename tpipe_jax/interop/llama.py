@@ -149,6 +149,8 @@ def _rope(settings: Settings) -> tuple[float, str | None]:
     if not isinstance(theta, int | float) or isinstance(theta, bool):
         raise UserError(f"rope_theta={shown(theta)} is no number.")
     fixed(found, {"partial_rotary_factor": (1.0, 1, None), "truncate": (True,)})
+    if any(isinstance(value, dict) for value in found.values()):
+        raise UserError("it has other rotary positions for each type of layer.")
     if kind == "default":
         return float(theta), None
     names = {

@@ -10,12 +10,18 @@ from tpipe_jax.model.functional import heads, param_shapes
 
 def forward_flops(config: ModelConfig, num_tokens: int, context: int) -> int:
     """Floating-point operations of the forward pass of one layer for a slice with `context` tokens
-    before it. Counts products with matrices, and attention.
+    before it. Counts products with matrices, and attention to the tokens that are seen.
     """
     matrices = sum(math.prod(a.shape) for a in jax.tree.leaves(param_shapes(config)) if a.ndim > 1)
-    visible_pairs = num_tokens * context + num_tokens * (num_tokens + 1) // 2
+    visible_pairs = _pairs(config, context + num_tokens) - _pairs(config, context)
     num_queries, _, width = heads(config)
     return 2 * num_tokens * matrices + 4 * num_queries * width * visible_pairs
+
+
+def _pairs(config: ModelConfig, num_tokens: int) -> int:
+    """Counts the pairs of a token and one that it sees, of the first tokens of a sequence."""
+    window = min(config.window or num_tokens, num_tokens)
+    return window * (window + 1) // 2 + (num_tokens - window) * window
 
 
 def step_flops(config: Config) -> float:

@@ -67,13 +67,14 @@ def _parsed(setting: str | None) -> tuple[str, list[float]]:
     try:
         numbers = [float(word) for word in text.split(",")]
         fewest, most = _NUMBERS[kind]
-        if fewest <= len(numbers) <= most and all(0 < n < math.inf for n in numbers):
+        is_sound = fewest <= len(numbers) <= most and all(0 < n < math.inf for n in numbers)
+        if is_sound and not (kind == "llama3" and numbers[1] >= numbers[2]):
             return kind, numbers
     except (KeyError, ValueError):
         pass
     raise UserError(
-        f"config.model.rope_scaling={setting} is none: give {_FORMS}, numbers above 0, as "
-        "llama3:8,1,4,8192."
+        f"config.model.rope_scaling={setting} is none: give {_FORMS}, numbers above 0 with "
+        "LOW below HIGH, as llama3:8,1,4,8192."
     )
 
 
