@@ -190,6 +190,25 @@ def test_an_export_without_a_source_is_loaded(kind: str, tmp_path: Path) -> None
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
+def test_code_that_a_stranger_names_is_not_handed_on(tmp_path: Path) -> None:
+    """Neither by a folder, nor by what a workdir keeps of one."""
+    made("llama").save_pretrained(tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"A": "a.B"}}))
+    convert.import_model(tmp_path / "source", tmp_path / "run")
+    kept = tmp_path / "run" / convert.SOURCE
+    assert "auto_map" not in kept.read_text()
+    told = json.loads(kept.read_text())
+    told["settings"]["auto_map"] = {"A": "a.B"}
+    kept.write_text(json.dumps(told))
+    convert.export_model(tmp_path / "run", tmp_path / "back", None)
+    assert "auto_map" not in (tmp_path / "back" / "config.json").read_text()
+    for broken in ([], {"settings": 3}, told | {"dtypes": {"norm.weight": ["F32"]}}):
+        kept.write_text(json.dumps(broken))
+        with pytest.raises(UserError, match=r"hugging_face\.json"):
+            convert.export_model(tmp_path / "run", tmp_path / "other", None)
+
+
 def test_what_is_meant_by_settings_that_are_left_out() -> None:
     """transformers fills them in with the same values."""
     for name in llama.KINDS:
@@ -217,6 +236,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "part": ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor=0.5"),
     "untruncated": ({"rope_parameters": YARN | {"truncate": False}}, "truncate=False"),
     "no number": ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta=x is no number"),
+    "types": ({"rope_parameters": {"full_attention": {"rope_theta": 9.0}}}, "each type of layer"),
     "layers": ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
     "odd heads": ({"head_dim": 5}, "head_width=5 is odd"),
     "heads": ({"num_key_value_heads": 4}, "num_kv_heads=4 does not divide"),

@@ -23,6 +23,7 @@ from tpipe_jax.config.settings import (
 from tpipe_jax.devices.mesh import make_mesh, shardings
 from tpipe_jax.errors import UserError
 from tpipe_jax.model import transformer
+from tpipe_jax.model.flops import forward_flops
 from tpipe_jax.model.rope import rotation
 from tpipe_jax.model.sharding import param_specs
 from tpipe_jax.pipeline.spec import make_spec
@@ -122,6 +123,18 @@ def test_a_token_sees_its_window_alone() -> None:
     np.testing.assert_array_equal(np.flatnonzero(differs), range(10, 15))
 
 
+def test_operations_are_those_of_the_pairs_that_are_seen() -> None:
+    """Of each slice, by counting pairs one by one."""
+    for model in (MISTRAL, replace(MISTRAL, sliding_window=None)):
+        products = forward_flops(model, 1, 0) - 4 * 6 * 6
+        for context, num_tokens in ((0, 24), (0, 3), (2, 7), (10, 4)):
+            seen = [
+                min(token + 1, model.window or 24) for token in range(context, context + num_tokens)
+            ]
+            expected = num_tokens * products + 4 * 6 * 6 * sum(seen)
+            assert forward_flops(model, num_tokens, context) == expected
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [("num_kv_heads", 2), ("rope_theta", 5.0), ("qk_norm", True), ("sliding_window", 3)],
@@ -132,7 +145,17 @@ def test_what_gpt2_has_not_is_refused(field: str, value: object) -> None:
 
 
 @pytest.mark.parametrize(
-    "setting", ["linear", "linear:0", "linear:1,2", "llama3:8,1,4", "yarn:2", "ntk:2", "yarn:x,1"]
+    "setting",
+    [
+        "linear",
+        "linear:0",
+        "linear:1,2",
+        "llama3:8,1,4",
+        "llama3:8,4,4,16",
+        "yarn:2",
+        "ntk:2",
+        "yarn:x,1",
+    ],
 )
 def test_a_scaling_that_is_none_is_named(setting: str) -> None:
     with pytest.raises(UserError, match=rf"config\.model\.rope_scaling={setting} is none: give"):

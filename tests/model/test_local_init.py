@@ -1,5 +1,7 @@
 """Fresh parameters with which tokens attend to their neighbours."""
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -87,3 +89,20 @@ def test_other_blocks_are_refused_by_the_library_too():
     model = ModelConfig(num_layers=2, d_model=16, num_heads=2, seq_len=8, block=block)
     with pytest.raises(UserError, match=r"init=local is for the blocks of families"):
         fresh("local", model=model)
+
+
+@pytest.mark.parametrize("num_keys", [4, 2])
+def test_llamas_tokens_attend_to_their_neighbours(num_keys: int):
+    """Scores of a query and equal keys, at growing distances. With a head of keys for each head of
+    queries the token itself has the highest; with grouped queries the nearest have it on average.
+    """
+    sizes: dict[str, Any] = {"num_layers": 1, "d_model": 64, "num_heads": 4, "seq_len": 64}
+    model = ModelConfig(**sizes, num_kv_heads=num_keys, family="llama")
+    block = jax.tree.map(lambda a: a[0], fresh("local", model=model)["blocks"][0])
+    x = jnp.tile(jax.random.normal(jax.random.key(0), (1, 1, 64)), (1, 64, 1))
+    functions = block_functions(model, jnp.dtype(jnp.float32))
+    q, k, _ = functions.qkv(block, x, jnp.arange(64)[None], no_tape)
+    scores = jnp.einsum("hk,thk->ht", q[0, -1], jnp.repeat(k[0], 4 // num_keys, axis=1)) / 4
+    if num_keys == 4:
+        assert (scores.argmax(-1) == 63).all()
+    assert (scores[:, -2:].mean(-1) > scores[:, :-2].mean(-1) + 2).all()
