@@ -96,7 +96,28 @@ def test_a_run_with_another_batch_size_reads_each_sequence_once(
         )
         said = runs.run(config, tmp_path / "run")
     assert [n for own in numbers for n in own] == list(range(2 * 4 + 2 * 8 + 2 * 4))
-    assert "going on with training sequence 24, since batches had another size before" in said
+    expected = "going on with training sequence 24, since batches or sequences had another size"
+    assert f"{expected} before" in said
+
+
+@pytest.mark.slow
+def test_a_llama_with_longer_sequences_begins_the_data_anew(tmp_path: Path):
+    """And says so; the next start goes on from there."""
+    own = {"family": "llama"}
+    config = runs.changed(
+        runs.small_config(tmp_path),
+        model=own,
+        train={"num_steps": 2},
+        plan={"token_slices": "uniform:2"},
+    )
+    runs.run(config, tmp_path / "run")
+    size, short = config.train.batch_size, config.model.seq_len
+    longer = runs.changed(config, model={"seq_len": 2 * short}, train={"num_steps": 3})
+    said = runs.run(longer, tmp_path / "run")
+    begin = f"beginning with the first training sequence of {2 * short} tokens: those of {short} "
+    assert [line for line in said if line.startswith(begin)]
+    said = runs.run(runs.changed(longer, train={"num_steps": 4}), tmp_path / "run")
+    assert [line for line in said if f"going on with training sequence {size}," in line]
 
 
 @pytest.mark.slow
