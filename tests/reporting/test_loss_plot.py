@@ -92,6 +92,13 @@ def test_a_torn_line_is_left_out(tmp_path: Path):
     assert [line["step"] for line in read_metrics(workdir)] == list(range(10, 101, 10))
 
 
+def test_lines_have_all_that_a_run_has_logged(tmp_path: Path):
+    line = {"step": 1, "loss": 2.0, "grad_norm": 0.5, "tokens_per_second": 7.0}
+    workdir = a_run(tmp_path / "run", line)
+    assert read_metrics(workdir) == [line]
+    assert read_metrics(workdir, ["step", "loss"]) == [{"step": 1, "loss": 2.0}]
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [

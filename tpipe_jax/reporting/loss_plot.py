@@ -20,22 +20,22 @@ SMOOTHED = 0.8  # share of the mean so far in an exponential mean over logged st
 MAX_LINE = 2**16  # bytes of a line; a run writes a few hundred
 MAX_LINES = 2**20
 MAX_DRAWN = 1e30  # beyond which an axis has no room
-DRAWN = ("loss", "eval_loss", "learning_rate")  # of a line
+DRAWN = ("step", "loss", "eval_loss", "learning_rate")  # of a line
 COLOURS = 10  # of matplotlib's standard cycle
 
 LoggedLine = dict[str, float | None]
 
 
-def read_metrics(workdir: Path) -> list[LoggedLine]:
-    """Returns the lines of metrics.jsonl, as dictionaries. Raises `UserError` if there are none.
+def read_metrics(workdir: Path, names: Sequence[str] | None = None) -> list[LoggedLine]:
+    """Returns the lines of metrics.jsonl, as dictionaries: all numbers, or only those of `names`.
 
-    A torn last line, which a kill leaves, is left out.
+    A torn last line, which a kill leaves, is left out. Raises `UserError` if there are no lines.
     """
     path = workdir / "metrics.jsonl"
     try:
         with path.open("rb") as file:
             texts = iter(lambda: file.readline(MAX_LINE + 1), b"")
-            lines = [_read_line(text) for text in islice(texts, MAX_LINES) if _is_line(text)]
+            lines = [_read_line(text, names) for text in islice(texts, MAX_LINES) if _is_line(text)]
             if next(texts, None) is not None:
                 raise ValueError(f"there are more than {MAX_LINES}")
     except OSError as error:
@@ -53,18 +53,18 @@ def _is_line(text: bytes) -> bool:
     return text.endswith(b"\n") or len(text) > MAX_LINE
 
 
-def _read_line(text: bytes) -> LoggedLine:
-    """Returns what is drawn of a line. Raises ValueError if it is no line of metrics."""
+def _read_line(text: bytes, names: Sequence[str] | None) -> LoggedLine:
+    """Returns the numbers of a line, or those of `names`. Raises ValueError if it has others."""
     if len(text) > MAX_LINE:
         raise ValueError(f"a line has more than {MAX_LINE} bytes")
     line = parse_json(text)
     if not isinstance(line, dict) or type(line.get("step")) is not int:
         raise ValueError("a line has no step")
-    for name in ("step", *DRAWN):
+    for name in DRAWN:
         value = line.get(name)
         if value is not None and not (is_number(value) and abs(value) <= MAX_DRAWN):
             raise ValueError(f"{name} is {shown(repr(value))}, no number that can be drawn")
-    return {name: line[name] for name in ("step", *DRAWN) if name in line}
+    return line if names is None else {name: line[name] for name in names if name in line}
 
 
 def draw_losses(workdirs: Sequence[Path], path: Path, option: str = "--workdir") -> None:
@@ -73,7 +73,7 @@ def draw_losses(workdirs: Sequence[Path], path: Path, option: str = "--workdir")
     `option` is the flag that named the picture's folder; errors quote it. Raises `UserError` if a
     run has no losses, or if the picture cannot be written.
     """
-    runs = {workdir: read_metrics(workdir) for workdir in workdirs}
+    runs = {workdir: read_metrics(workdir, DRAWN) for workdir in workdirs}
     for workdir, lines in runs.items():
         if not lines:
             raise UserError(f"{workdir} has logged no step yet: wait for one, then draw again.")
