@@ -53,7 +53,9 @@ def _check_sizes(files: Digests, model: ModelConfig) -> None:
         num_hidden = model.ff_width * (2 if model.family == "llama" else 1)
         for layer in range(model.num_layers):
             sizes[f"{blocks}{layer}/attn_in/kernel"] = width * heads * model.width_of_heads
-            sizes[f"{blocks}{layer}/ff_in/kernel"] = width * num_hidden
+            of_experts = width * num_hidden * (model.num_experts or 1)
+            name = "experts/ff_in" if model.num_experts else "ff_in/kernel"
+            sizes[f"{blocks}{layer}/{name}"] = of_experts
     for name, size in sizes.items():
         if stored[name] < _FLOAT32 * size:
             raise DamagedError(

@@ -13,8 +13,9 @@ ROPE_THETA = 10000.0
 # Settings of models that gpt2 has not.
 LLAMA_ONLY = (
     *("num_kv_heads", "head_width", "rope_theta", "rope_scaling"),
-    *("qkv_bias", "qk_norm", "sliding_window"),
+    *("qkv_bias", "qk_norm", "sliding_window", "num_experts"),
 )
+EXPERTS_OF_TOKEN = 2
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class ModelConfig:
     num_heads: Count = 4
     """Attention heads; must divide d_model unless head_width is given."""
     d_ff: Count | None = None
-    """Width of the feed-forward layer; None means 4 * d_model, and for llama 8/3 * d_model, rounded
-    up to a multiple of 64."""
+    """Width of the feed-forward layer, or of each expert; None means 4 * d_model, and for llama
+    8/3 * d_model, rounded up to a multiple of 64."""
     vocab_size: Count = 256
     """Number of token ids; 256 reads text as bytes."""
     seq_len: Count = 256
@@ -61,6 +62,14 @@ class ModelConfig:
     """Whether each head of queries and keys is normed, as in Qwen3."""
     sliding_window: Count | None = None
     """Tokens that a token sees, itself included, as in Mistral; None means all before it."""
+    num_experts: Count | None = None
+    """Feed-forward layers in each block, of which a token goes through a few, as in Mixtral; None
+    means one, for all tokens."""
+    experts_per_token: Count | None = None
+    """Experts that each token goes through; None means 2. Only with num_experts."""
+    norm_topk_prob: bool = True
+    """Whether the weights of a token's experts add up to 1. If not, a weight is the expert's
+    probability among all experts. Only with num_experts."""
 
     def __post_init__(self) -> None:
         if self.family == "gpt2" and self.block == "gpt2":  # as runs before families name it
@@ -88,6 +97,10 @@ class ModelConfig:
         return self.sliding_window if is_shorter else None
 
     @property
+    def experts_of_token(self) -> int:
+        return self.experts_per_token or EXPERTS_OF_TOKEN
+
+    @property
     def theta(self) -> float:
         return self.rope_theta or ROPE_THETA
 
@@ -109,6 +122,18 @@ def check_model_settings(model: ModelConfig) -> None:
                     f"config.model.{name}={value} is nothing that gpt2 has: leave it out, or set "
                     "config.model.family=llama."
                 )
+    if not model.num_experts:
+        for name, usual in {"experts_per_token": None, "norm_topk_prob": True}.items():
+            if (value := getattr(model, name)) != usual:
+                raise UserError(
+                    f"config.model.{name}={value} is for mixtures of experts: leave it out, or set "
+                    "config.model.num_experts."
+                )
+    elif model.experts_of_token > model.num_experts:
+        raise UserError(
+            f"config.model.experts_per_token={model.experts_of_token} is more than "
+            f"config.model.num_experts={model.num_experts}: lower it."
+        )
     if model.head_width is None and model.d_model % model.num_heads:
         raise UserError(
             f"config.model.num_heads={model.num_heads} does not divide "
@@ -136,15 +161,14 @@ def resolved_model(model: ModelConfig) -> ModelConfig:
         num_kv_heads=model.num_key_heads,
         head_width=model.width_of_heads,
         rope_theta=model.theta,
+        experts_per_token=model.experts_of_token if model.num_experts else None,
     )
 
 
 def unresolved_model(model: ModelConfig) -> ModelConfig:
     """Returns the model with None for each setting that `resolved_model` would make the same of."""
-    bare = dataclasses.replace(
-        model, d_ff=None, tied_head=None, num_kv_heads=None, head_width=None, rope_theta=None
-    )
+    names = ("d_ff", "tied_head", "num_kv_heads", "head_width", "rope_theta", "experts_per_token")
+    bare = dataclasses.replace(model, **dict.fromkeys(names))
     filled = resolved_model(bare)
-    names = "d_ff", "tied_head", "num_kv_heads", "head_width", "rope_theta"
     given = {n: getattr(model, n) for n in names if getattr(model, n) != getattr(filled, n)}
     return dataclasses.replace(bare, **given)

@@ -88,6 +88,9 @@ class PlanConfig:
         return (self.chunks or 2) if self.schedule == "interleaved" else 1
 
 
+BALANCE = 0.001  # usual weight of the balance loss, as in Mixtral and Qwen3-MoE
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """The training loop."""
@@ -112,6 +115,9 @@ class TrainConfig:
     compare_steps: CountOrZero = 0
     """Steps that are timed at the end of the run, in token slices and with whole sequences, to
     compare the two; 0 for none."""
+    balance_loss: NonNegative | None = None
+    """Weight of the balance loss, which keeps tokens from choosing the same experts; 0 for none.
+    None means 0.001 where there are experts."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What happens when the loss or gradients are not finite: stop ends the run, skip goes on with
     the next step. Such a step changes nothing."""
@@ -301,6 +307,11 @@ class Config:
         for path, hint, value in _fields(self):
             check_field(path, hint, value)
         check_model_settings(self.model)
+        if self.train.balance_loss and not self.model.num_experts:
+            raise UserError(
+                f"config.train.balance_loss={self.train.balance_loss:g} is for mixtures of "
+                "experts: leave it out, or set config.model.num_experts."
+            )
         scale = self.precision
         if not scale.loss_scale_min <= scale.loss_scale_start <= scale.loss_scale_max:
             raise UserError(
@@ -319,6 +330,12 @@ class Config:
                 f"config.mesh.order={shown(self.mesh.order)} is no order of the three axes: give "
                 f"one such as {MeshConfig.order}."
             )
+
+    @property
+    def balance_weight(self) -> float:
+        """Weight of the balance loss; 0 if there is none."""
+        given = self.train.balance_loss
+        return (BALANCE if given is None else given) if self.model.num_experts else 0.0
 
 
 def resolved(config: Config) -> Config:

@@ -24,6 +24,12 @@ def varying(tree: Tree, axes: Sequence[str] = ("data", "pipe")) -> Tree:
     return jax.tree.map(cast, tree)
 
 
+def varying_like(value: Array, others: Sequence[Array]) -> Array:
+    """Tells jax that a value may differ along all mesh axes along which one of the others may."""
+    axes = {axis for other in others for axis in jax.typeof(other).manual_axis_type.varying}
+    return varying(value, sorted(axes))
+
+
 def needs_sums(mesh: Mesh | AbstractMesh) -> bool:
     """Whether programs sum over 'data' and 'pipe'.
 

@@ -42,6 +42,9 @@ class Block(nnx.Module):
     """For each norm `x * scale`, or `x * scale + bias`, whose result is the input of one linear
     layer and of nothing else, the name of that layer, which is in `linears`. A step multiplies the
     scale into the layer's kernel, and the methods get a scale of 1 and a bias of 0 (`folding`)."""
+    router_logits: ClassVar[str | None] = None
+    """The name on the tape of the logits `[B, L, E]` by which a router chooses among E experts, if
+    the block has some. The balance loss is computed from them."""
     specs: ClassVar[Params] = None
     """How the axis 'model' divides the parameters, a tree of `PartitionSpec`; None leaves the
     parameters whole. What depends on the config is in `specs_of`."""
@@ -73,9 +76,9 @@ class Block(nnx.Module):
 
 
 class Family(NamedTuple):
-    """An architecture: its block, and what the frame around the blocks is (`transformer`)."""
+    """An architecture: its blocks, and what the frame around the blocks is (`transformer`)."""
 
-    block: type[Block]
+    block_of: Callable[[ModelConfig], type[Block]]
     norm: Callable[..., nnx.Module]
     """Makes the final norm from a width, `epsilon` and `rngs`; its result is float32."""
     has_positions: bool

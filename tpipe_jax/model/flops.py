@@ -5,6 +5,7 @@ import math
 import jax
 
 from tpipe_jax.config.settings import Config, ModelConfig
+from tpipe_jax.model.block import Params
 from tpipe_jax.model.functional import heads, param_shapes
 
 
@@ -12,10 +13,23 @@ def forward_flops(config: ModelConfig, num_tokens: int, context: int) -> int:
     """Floating-point operations of the forward pass of one layer for a slice with `context` tokens
     before it. Counts products with matrices, and attention to the tokens that are seen.
     """
-    matrices = sum(math.prod(a.shape) for a in jax.tree.leaves(param_shapes(config)) if a.ndim > 1)
+    matrices = num_active(config)
     visible_pairs = _pairs(config, context + num_tokens) - _pairs(config, context)
     num_queries, _, width = heads(config)
     return 2 * num_tokens * matrices + 4 * num_queries * width * visible_pairs
+
+
+def num_active(config: ModelConfig) -> int:
+    """Counts the elements of the matrices of a layer that a token is multiplied with."""
+
+    def of(shapes: Params) -> int:
+        return sum(math.prod(a.shape) for a in jax.tree.leaves(shapes) if a.ndim > 1)
+
+    shapes = param_shapes(config)
+    if not config.num_experts or config.has_own_block:
+        return of(shapes)
+    experts = of(shapes["experts"])
+    return of(shapes) - experts + experts * config.experts_of_token // config.num_experts
 
 
 def _pairs(config: ModelConfig, num_tokens: int) -> int:

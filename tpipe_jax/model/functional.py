@@ -30,6 +30,8 @@ class BlockFunctions(NamedTuple):
     """As `Block.linears`."""
     norms: Mapping[str, str]
     """As `Block.norms`."""
+    router_logits: str
+    """As `Block.router_logits`; empty if there is no router."""
 
 
 def block_functions(
@@ -54,6 +56,7 @@ def block_functions(
         finish=lambda params, x, attn, tape: nnx.merge(graph, params).finish(x, attn, tape),
         linears=own.linears,
         norms=own.norms,
+        router_logits=own.router_logits or "",
     )
 
 

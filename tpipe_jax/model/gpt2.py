@@ -89,4 +89,4 @@ class GPT2Block(Block):
         return tape("out", middle_BLD + self.ff_out(activation_BLF))
 
 
-FAMILY = Family(GPT2Block, _layer_norm, has_positions=True)
+FAMILY = Family(lambda config: GPT2Block, _layer_norm, has_positions=True)

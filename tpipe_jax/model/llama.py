@@ -2,12 +2,13 @@
 
 Llama 1 to 3 (arXiv 2302.13971, 2407.21783), Mistral (arXiv 2310.06825), Qwen2, which has biases of
 queries, keys and values (arXiv 2407.10671), and Qwen3, which has norms of queries and keys
-(arXiv 2505.09388).
+(arXiv 2505.09388). Mixtral (arXiv 2401.04088) and Qwen3-MoE have experts in the place of the
+feed-forward layer (`experts`).
 """
 
 import math
 from functools import partial
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from tpipe_jax.config.settings import ModelConfig
 from tpipe_jax.model.block import Block, Family, Tape, merge_heads
+from tpipe_jax.model.experts import Experts
 from tpipe_jax.model.rope import rotation
 
 MOST_GROUPS = 64  # into which the feed-forward width is divided (`ff_groups`)
@@ -48,22 +50,25 @@ class LlamaBlock(Block):
     norms: ClassVar = {"norm_1": "attn_in", "norm_2": "ff_in"}
 
     def __init__(self, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs):
-        D, F, K = config.d_model, config.ff_width, config.width_of_heads
+        D, K = config.d_model, config.width_of_heads
         N, H = config.num_heads, config.num_key_heads
-        init = nnx.initializers.normal(0.02)
-        residual_init = nnx.initializers.normal(0.02 * (2 * config.num_layers) ** -0.5)
         norm = partial(_rms_norm, epsilon=config.norm_eps, rngs=rngs)
-        linear = partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
         self.num_keys, self.width, self.dtype = H, K, dtype
-        self.num_groups, self.rotation = ff_groups(config), rotation(config)
+        self.rotation = rotation(config)
         self.norm_1, self.norm_2 = norm(D), norm(D)
-        self.attn_in = linear(D, (N + 2 * H) * K, kernel_init=init, use_bias=config.qkv_bias)
-        self.attn_out = linear(N * K, D, kernel_init=residual_init)
-        self.ff_in = linear(D, 2 * F, kernel_init=init)
-        self.ff_out = linear(F, D, kernel_init=residual_init)
+        linear, residual = _linears(config, dtype, rngs)
+        self.attn_in = linear(D, (N + 2 * H) * K, use_bias=config.qkv_bias)
+        self.attn_out = residual(N * K, D)
+        self._make_feed_forward(config, rngs)
         self.has_qk_norm = config.qk_norm
         if config.qk_norm:
             self.q_norm, self.k_norm = norm(K), norm(K)
+
+    def _make_feed_forward(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        D, F = config.d_model, config.ff_width
+        linear, residual = _linears(config, self.dtype, rngs)
+        self.num_groups = ff_groups(config)
+        self.ff_in, self.ff_out = linear(D, 2 * F), residual(F, D)
 
     @classmethod
     def specs_of(cls, config: ModelConfig) -> dict:
@@ -104,13 +109,16 @@ class LlamaBlock(Block):
         attn_BLE = tape("attn", merge_heads(attn_BLHK))
         middle_BLD = tape("middle", x_BLD + self.attn_out(attn_BLE))
         normed_BLD = tape("norm_2", self.norm_2(middle_BLD).astype(self.dtype))
+        return tape("out", middle_BLD + self._feed_forward(normed_BLD, tape))
+
+    def _feed_forward(self, normed_BLD: Array, tape: Tape) -> Array:
         hidden_BLF = tape("hidden", self.ff_in(normed_BLD))
-        B, L, _ = x_BLD.shape
+        B, L, _ = normed_BLD.shape
         parts = hidden_BLF.astype(jnp.float32).reshape(B, L, self.num_groups, 2, -1)
         gate, value = (part.squeeze(3) for part in lax.split(parts, (1, 1), axis=3))
         swiglu_BLF = (nnx.silu(gate) * value).reshape(B, L, -1)
         swiglu_BLF = tape("swiglu", swiglu_BLF.astype(self.dtype))
-        return tape("out", middle_BLD + self.ff_out(swiglu_BLF))
+        return self.ff_out(swiglu_BLF)
 
     def _query(self, q_BLHGK: Array, positions_BL: Array) -> Array:
         B, L, _, _, K = q_BLHGK.shape
@@ -123,7 +131,51 @@ class LlamaBlock(Block):
         return self.rotation.turned(k, positions_BL)
 
 
+class ExpertsBlock(LlamaBlock):
+    """The block of Mixtral and Qwen3-MoE. The tape sees `router` `[B, L, E]`, the logits, and no
+    `hidden` or `swiglu`, which are computed again in the backward pass.
+    """
+
+    linears: ClassVar = {
+        "attn_in": ("norm_1", "qkv"),
+        "attn_out": ("attn", "middle"),
+        "router": ("norm_2", "router"),
+    }
+    norms: ClassVar = {"norm_1": "attn_in"}  # experts read norm_2, too
+    router_logits: ClassVar = "router"
+
+    def _make_feed_forward(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
+        assert config.num_experts
+        linear, _ = _linears(config, self.dtype, rngs)
+        self.router = linear(config.d_model, config.num_experts)
+        self.experts = Experts(config, self.dtype, rngs)
+
+    @classmethod
+    def specs_of(cls, config: ModelConfig) -> dict:
+        """As in Llama's block, with the experts divided. Each device computes all logits."""
+        specs = super().specs_of(config)
+        kept = {name: spec for name, spec in specs.items() if name not in ("ff_in", "ff_out")}
+        return kept | {"router": {"kernel": PartitionSpec()}, "experts": Experts.specs()}
+
+    def _feed_forward(self, normed_BLD: Array, tape: Tape) -> Array:
+        return self.experts(normed_BLD, tape("router", self.router(normed_BLD)))
+
+
+def _linears(config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> tuple[Any, Any]:
+    """Returns the makers of linear layers, and of those whose output is added to the residual
+    stream.
+    """
+    linear = partial(nnx.Linear, use_bias=False, dtype=dtype, rngs=rngs)
+    init = nnx.initializers.normal
+    residual = init(0.02 * (2 * config.num_layers) ** -0.5)
+    return partial(linear, kernel_init=init(0.02)), partial(linear, kernel_init=residual)
+
+
+def _block_of(config: ModelConfig) -> type[Block]:
+    return ExpertsBlock if config.num_experts else LlamaBlock
+
+
 # Without a dtype it returns float32, the dtype of its parameters.
 _rms_norm = nnx.RMSNorm
 
-FAMILY = Family(LlamaBlock, _rms_norm, has_positions=False)
+FAMILY = Family(_block_of, _rms_norm, has_positions=False)

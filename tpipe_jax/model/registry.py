@@ -22,7 +22,7 @@ def block_class(config: ModelConfig) -> type[Block]:
     derived from `Block`.
     """
     if not config.has_own_block:
-        return family(config).block
+        return family(config).block_of(config)
     return _load(config.block)
 
 

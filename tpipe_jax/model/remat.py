@@ -6,7 +6,7 @@ The input of a layer, its keys and its values are always saved.
 from tpipe_jax.config.settings import MemoryConfig
 from tpipe_jax.errors import UserError
 
-DOTS = ("q", "attn", "middle", "hidden")
+DOTS = ("q", "attn", "middle", "router", "hidden")
 EVERYTHING = (*DOTS, "norm_1", "norm_2", "gelu", "swiglu")
 POLICIES = {"none": EVERYTHING, "dots": DOTS, "full": ()}
 # From the fastest to the smallest. `none` is no faster than `dots` (docs/design.md).

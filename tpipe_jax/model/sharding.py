@@ -26,10 +26,11 @@ def check_model(config: ModelConfig, mesh: MeshConfig) -> None:
     if config.has_own_block:
         divided = {f"the heads of config.model.block={config.block}, ": heads(config).num_queries}
     else:
-        divided = {
-            "config.model.num_heads=": config.num_heads,
-            "config.model.d_ff=": config.ff_width,
-        }
+        divided = {"config.model.num_heads=": config.num_heads}
+        if config.num_experts:
+            divided["config.model.num_experts="] = config.num_experts
+        else:
+            divided["config.model.d_ff="] = config.ff_width
     for name, value in divided.items():
         if value % mesh.model:
             raise UserError(

@@ -9,12 +9,13 @@ from jax import Array, lax
 
 from tpipe_jax.attention.base import KVCache
 from tpipe_jax.model.block import Params
+from tpipe_jax.pipeline.balance import Routing, no_routing
 from tpipe_jax.pipeline.packing import JoinedBiases, Packing, join_biases
 
 # When a stage computes the gradients of weights: how long after the backward pass of a slice.
 WeightGrads = Literal["at once", "some ticks later", "at the end"]
 # Saved values that every device of 'model' holds whole; these devices divide all other values.
-UNDIVIDED = ("x", "middle", "out", "norm_1", "norm_2")
+UNDIVIDED = ("x", "middle", "out", "norm_1", "norm_2", "router")
 
 
 class Saved(NamedTuple):
@@ -25,6 +26,8 @@ class Saved(NamedTuple):
     """The input x `[B, T, D]`, and the values that are not computed again: q and attn
     `[B, T, G H K]`, other values of the block `[B, T, width]`, all of these as a `Packing` joins
     them, and lse `[B, T, G H]`, the log-sum-exp that belongs to attn."""
+    routing: Routing | None = None
+    """What is known of a router's choices, if there is a balance loss."""
 
 
 class Gradients(NamedTuple):
@@ -51,9 +54,11 @@ def empty_saved(
     packing: Packing,
     num_queries: int,
     make: Callable[[tuple[int, ...], Any], Array] = lax.empty,
+    num_experts: int = 0,
 ) -> list[Saved]:
     """Returns buffers of every layer, for the values of the packing, made by `make(shape, dtype)`.
-    `num_queries` is the number of heads of queries.
+    `num_queries` is the number of heads of queries, `num_experts` that of experts with a balance
+    loss.
     """
 
     def values(cache: KVCache) -> dict[str, Array]:
@@ -62,7 +67,8 @@ def empty_saved(
         has_attn = any("attn" in group for group in packing.groups)
         return own | ({"lse": make((B, T, num_queries), jnp.float32)} if has_attn else {})
 
-    return [Saved(cache, values(cache)) for cache in caches]
+    routing = no_routing(num_experts) if num_experts else None
+    return [Saved(cache, values(cache), routing) for cache in caches]
 
 
 def empty_gradients(

@@ -103,6 +103,7 @@ def make_stage(
         DEFERRED_TOKENS.get(spec.device.platform, 1024),
         starts_BT1,
         spec.config.model.window,
+        spec.config.model.experts_of_token,
         skips=spec.skips,
     )
 
@@ -126,7 +127,8 @@ def saved_of(spec: StageSpec, packing: Packing, num_rows: int) -> list[Saved]:
     """
     caches = caches_of(spec, spec.dtype, num_rows)
     make = jnp.zeros if spec.weight_grads == "at the end" else lax.empty
-    return empty_saved(caches, packing, spec.heads.num_queries, make)
+    num_experts = spec.config.model.num_experts if spec.config.balance_weight else 0
+    return empty_saved(caches, packing, spec.heads.num_queries, make, num_experts or 0)
 
 
 def packing_of(spec: StageSpec, num_tokens: int) -> Packing:

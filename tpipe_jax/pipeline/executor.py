@@ -28,6 +28,7 @@ from tpipe_jax.devices.collectives import varying
 from tpipe_jax.devices.inplace import Position, read, write
 from tpipe_jax.devices.scopes import BACKWARD, FORWARD, WHOLE_BATCH
 from tpipe_jax.devices.skips import CONDITIONALS, Skips
+from tpipe_jax.pipeline.balance import Routing
 from tpipe_jax.pipeline.lane import Carry, ItemShape, ItemWork, Lane, State
 from tpipe_jax.planning.schedule import IDLE, Item, Part, Schedule
 
@@ -55,6 +56,9 @@ class StepWork(NamedTuple):
     where backward passes leave these out. `each(function, state)` calls `function(chunk, (B, L),
     position, state)` for each of these slices.
     """
+    balance: Callable[[list[Routing]], list[Routing]] | None = None
+    """What all stages do together once the whole batch has gone forward, with the routing of their
+    layers, if there is a balance loss."""
     embed_grads: Callable[[Array, Array | int, Any], Any] | None = None
     """`(d_x [b, T, D], row, sums)` to the sums with the gradients of the embedding added. d_x is
     read on the first stage only."""
@@ -111,6 +115,9 @@ def execute(
                     (saved, trunk, ahead),
                 )
         trunk, sums = on_part(row["losses"], partial(_losses, work), (trunk, sums))
+        if work.balance:
+            routing = on_part(row["losses"], partial(_balance, work), _routing(saved))
+            saved = _with_routing(saved, routing)
         if work.backward and schedule.has_passes:
             with jax.named_scope(BACKWARD):
                 gradients, trunk, back = skips.run_on_all_if(
@@ -171,6 +178,8 @@ def _execute_in_sweeps(
         saved, trunk, _ = ticks(lanes[0], work.forward, schedule.forward, carry)
     with jax.named_scope(WHOLE_BATCH):
         trunk, sums = _losses(work, rows, (trunk, sums))
+        if work.balance:
+            saved = _with_routing(saved, _balance(work, rows, _routing(saved)))
     if work.backward:
         with jax.named_scope(BACKWARD):
             carry = gradients, trunk, packets[1]
@@ -273,6 +282,19 @@ def _losses(work: StepWork, part: _Rows, carry: tuple[Array, SumsT]) -> tuple[Ar
     y_BTD = read(trunk, part.in_buffers, part.num_rows, trunk.shape[1])
     d_y_BTD, sums = work.losses(y_BTD, part.row, sums)
     return write(trunk, d_y_BTD, part.in_buffers), sums
+
+
+def _balance(work: StepWork, part: _Rows, routing: list[Routing]) -> list[Routing]:
+    assert work.balance
+    return work.balance(routing)
+
+
+def _routing(saved: Any) -> list[Routing]:
+    return [layer.routing for layer in saved]
+
+
+def _with_routing(saved: Any, routing: list[Routing]) -> Any:
+    return [layer._replace(routing=own) for layer, own in zip(saved, routing, strict=True)]
 
 
 def _embed_grads(work: StepWork, trunk: Array, part: _Rows, sums: SumsT) -> SumsT:

@@ -18,6 +18,7 @@ from tpipe_jax.devices.inplace import Position, in_shared_rows, read, write
 from tpipe_jax.devices.skips import CONDITIONALS, Skips
 from tpipe_jax.model.block import Params, merge_heads, split_heads
 from tpipe_jax.model.functional import BlockFunctions
+from tpipe_jax.pipeline.balance import Routing, add_choices, slope_of
 from tpipe_jax.pipeline.buffers import Gradients, Saved
 from tpipe_jax.pipeline.packing import JoinedBiases, Packing, split_biases, sum_of_outputs
 from tpipe_jax.pipeline.replay import substitute, tap
@@ -62,6 +63,8 @@ class Stage(NamedTuple):
     not see each other; None if they do."""
     window: int | None = None
     """Tokens that a token sees, itself included; None means all before it."""
+    num_chosen: int = 0
+    """Experts that a token goes through, where a block has a router."""
     shares_gradient_rows: bool = False
     """Whether parts of the batch go backward one after another in the same rows of
     `Gradients.cache`."""
@@ -86,11 +89,15 @@ class Stage(NamedTuple):
         """Runs a slice forward and saves the values that its backward pass needs."""
 
         def layer(n: int, carry: tuple[Array, Saved]) -> tuple[Array, Saved]:
-            x_BLD, (cache, buffers) = carry
+            x_BLD, (cache, buffers, routing) = carry
             y_BLD, cache, values = self._layer(n, x_BLD, cache, at)
             new = self.packing.pack(values)
             new |= {name: values[name] for name in buffers if name not in new}
-            return y_BLD, Saved(cache, {n: write(buffers[n], new[n], at) for n in buffers})
+            if routing is not None:
+                logits_BLE = values[self.block.router_logits]
+                routing = add_choices(routing, logits_BLE, self.num_chosen)
+            buffers = {name: write(buffers[name], new[name], at) for name in buffers}
+            return y_BLD, Saved(cache, buffers, routing)
 
         return self._each_layer(self.chunks[chunk], layer, x_BLD, saved)
 
@@ -193,18 +200,21 @@ class Stage(NamedTuple):
 
                 def tape(name: str, value: Array) -> Array:
                     is_saved = name in of_block
-                    seen[name] = substitute(value, of_block[name]) if is_saved else value
-                    return tap(seen[name], taps[name]) if name in taps else seen[name]
+                    value = substitute(value, of_block[name]) if is_saved else value
+                    seen[name] = tap(value, taps[name]) if name in taps else value
+                    return seen[name]
 
                 return function(params | others, *inputs, tape), seen
 
             return run
 
         q, attn, lse = self._attention_again(n, values, cache, at)
-        _, finish_vjp, seen = jax.vjp(
-            replay(self.block.finish), others, taps, x_BLD, attn, has_aux=True
-        )
-        d_others, d_taps, d_x_BLD, d_attn = finish_vjp(d_y_BLD)
+        finish, d_out = replay(self.block.finish), d_y_BLD
+        if saved.routing is not None:
+            finish = self._with_balance(finish, saved.routing)
+            d_out = d_y_BLD, jnp.ones_like(saved.routing.slopes[0])
+        _, finish_vjp, seen = jax.vjp(finish, others, taps, x_BLD, attn, has_aux=True)
+        d_others, d_taps, d_x_BLD, d_attn = finish_vjp(d_out)
         own = self._slice(q, cache, at, starts_BL1)
         d_q, d_kv, d_cache = self.attention.backward(own, attn, lse, d_attn, d_cache)
         positions = _positions(at, L, starts_BL1)
@@ -231,6 +241,17 @@ class Stage(NamedTuple):
             more = _linear_gradients(linears, params, seen_before | seen, d_taps)
             d_params = _sum(d_params, d_others | more)
         return d_x_BLD, Gradients(d_cache, d_params, d_outputs)
+
+    def _with_balance(self, finish: Callable[..., Any], routing: Routing) -> Callable[..., Any]:
+        """Returns the second part of a layer with the balance loss of its tokens as a further
+        result.
+        """
+
+        def run(*inputs: Any) -> tuple[tuple[Array, Array], dict[str, Array]]:
+            y_BLD, seen = finish(*inputs)
+            return (y_BLD, slope_of(seen[self.block.router_logits], routing.slopes)), seen
+
+        return run
 
     def _values(
         self, saved: Saved, at: Position, num_rows: int, num_tokens: int

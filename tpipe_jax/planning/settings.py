@@ -166,7 +166,7 @@ def _read_schedule(config: Config, batch_slices: tuple[int, ...] | None) -> Sche
             "or stages, or config.plan.schedule=terapipe."
         )
     if schedule == "auto":
-        return "terapipe" if config.memory.defer_weight_grads else None
+        return "terapipe" if needs_whole_batch(config) else None
     return schedule
 
 
@@ -178,16 +178,27 @@ def check_plan_serves(name: str, plan: Plan, config: Config) -> None:
 
 
 def _check_serves(begin: str, schedule: str, config: Config) -> None:
-    if schedule in ("1f1b", "1f1b-deferred") and config.memory.defer_weight_grads:
+    if schedule in ("1f1b", "1f1b-deferred") and (setting := needs_whole_batch(config)):
         raise UserError(
-            f"{begin} keeps a part of the batch at a time, and "
-            "config.memory.defer_weight_grads=true needs all of it: leave one of them out."
+            f"{begin} keeps a part of the batch at a time, and {setting[0]} needs all of it: set "
+            f"{setting[1]} or config.plan.schedule=terapipe."
         )
     if schedule in ("interleaved", "1f1b-deferred") and config.mesh.pipe == 1:
         raise UserError(
             f"{begin} shortens the time in which stages wait for each other, and "
             "config.mesh.pipe=1 has one: set another schedule, or more stages."
         )
+
+
+def needs_whole_batch(config: Config) -> tuple[str, str] | None:
+    """Returns the setting for which all of a batch has to go forward before anything goes backward,
+    and the setting without that need; None if there is no such need.
+    """
+    if config.memory.defer_weight_grads:
+        return "config.memory.defer_weight_grads=true", "config.memory.defer_weight_grads=false"
+    if config.balance_weight:
+        return f"config.train.balance_loss={config.balance_weight:g}", "config.train.balance_loss=0"
+    return None
 
 
 def unit_tokens(config: Config) -> int:

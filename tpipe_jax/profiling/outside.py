@@ -17,7 +17,7 @@ from tpipe_jax.devices.mesh import put_rows
 from tpipe_jax.pipeline.spec import StageSpec
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import Schedule, idle_schedule, make_schedule, terapipe
-from tpipe_jax.planning.settings import uniform
+from tpipe_jax.planning.settings import needs_whole_batch, uniform
 from tpipe_jax.profiling.clock import REPEATS, OnProgress, agreed
 from tpipe_jax.training.memory import budget, compile_step, limit_bytes
 from tpipe_jax.training.optimizer import make_optimizer
@@ -106,7 +106,7 @@ def idle_step_schedule(spec: StageSpec) -> Schedule:
     is_one_by_one = config.plan.schedule == "1f1b"
     if config.plan.schedule == "auto" and limit is not None:
         is_one_by_one = sum(budget(spec, whole, make_optimizer(config)).values()) > limit
-    if num_rows == 1 or config.memory.defer_weight_grads or not is_one_by_one:
+    if num_rows == 1 or needs_whole_batch(config) or not is_one_by_one:
         return idle_schedule(whole)
     token_slices = uniform(seq_len, min(2 * num_stages, seq_len))  # enough to keep few rows
     return idle_schedule(

@@ -35,7 +35,7 @@ from tpipe_jax.pipeline.vocab_parallel import tile_tokens
 from tpipe_jax.planning.plan import Plan, PlanRequest
 from tpipe_jax.planning.schedule import Schedule, make_schedule
 from tpipe_jax.planning.schedule_check import check
-from tpipe_jax.planning.settings import settled, uniform, unit_tokens
+from tpipe_jax.planning.settings import needs_whole_batch, settled, uniform, unit_tokens
 from tpipe_jax.runtime.processes import host_names
 from tpipe_jax.training.state import abstract_rows, abstract_state, state_bytes
 from tpipe_jax.training.step import make_train_step
@@ -252,8 +252,7 @@ def too_little(
     one_by_one = "config.plan.schedule=1f1b" + " with more batch slices" * (not has_batch_slices)
     could_take_turns = schedule.num_rows > 1 and len(schedule.parts) == 1
     remedies = {
-        one_by_one: (could_take_turns and not config.memory.defer_weight_grads)
-        or schedule.num_slots > 0,
+        one_by_one: (could_take_turns and not needs_whole_batch(config)) or schedule.num_slots > 0,
         "config.memory.defer_weight_grads=false": config.memory.defer_weight_grads,
         "config.memory.remat=full": config.memory.remat != "full",
         "a smaller config.train.batch_size or config.model.seq_len": True,

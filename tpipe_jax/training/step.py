@@ -18,6 +18,7 @@ from tpipe_jax.devices.collectives import psum, varying
 from tpipe_jax.errors import UserError
 from tpipe_jax.model.block import Params
 from tpipe_jax.pipeline import vocab_parallel
+from tpipe_jax.pipeline.balance import balance_loss, with_slopes
 from tpipe_jax.pipeline.build import (
     block_gradients,
     caches_of,
@@ -33,6 +34,7 @@ from tpipe_jax.pipeline.executor import StepWork, execute
 from tpipe_jax.pipeline.spec import StageSpec
 from tpipe_jax.pipeline.vocab_parallel import Sums
 from tpipe_jax.planning.schedule import Schedule
+from tpipe_jax.planning.settings import needs_whole_batch
 from tpipe_jax.training.health import next_health
 from tpipe_jax.training.loss_scale import next_loss_scale
 from tpipe_jax.training.optimizer import clipped, global_norm
@@ -44,19 +46,21 @@ def make_train_step(
 ) -> Wrapped:
     """Returns the training step, `(state, rows)` (`RowLayout`) to the next state and the metrics.
 
-    The metrics are `loss`, `grad_norm`, for float16 also the `loss_scale` of this step, and the
-    counts of `Health` after it. If loss or gradients are not finite on any device, all devices keep
-    their parameters and optimiser state. The old state is donated.
+    The metrics are `loss`, `grad_norm`, with experts the `balance_loss`, for float16 the
+    `loss_scale` of this step, and the counts of `Health` after it. If loss or gradients are not
+    finite on any device, all devices keep their parameters and optimiser state. The old state is
+    donated.
     """
-    config, loss_and_grads = spec.config, make_loss_and_grads(spec, schedule)
+    config, losses_and_grads = spec.config, _make_losses_and_grads(spec, schedule)
     places = jax.tree.map(lambda a: a.sharding, abstract_state(spec, optimizer))
     is_scaled = config.precision.compute == "float16"
 
     @partial(jax.jit, donate_argnums=0, out_shardings=(places, None))
     def train_step(state: TrainState, rows: Array) -> tuple[TrainState, dict[str, Array]]:
         scale = state.loss_scale
-        value, grads = loss_and_grads(state.params, rows, scale.value if is_scaled else 1.0)
-        metrics = {"loss": value, "grad_norm": global_norm(grads)}
+        factor = jnp.float32(scale.value if is_scaled else 1.0)
+        metrics, grads = losses_and_grads(state.params, rows, factor)
+        metrics["grad_norm"] = global_norm(grads)
         is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
         grads = clipped(config.optim, grads, metrics["grad_norm"])
         state = apply_gradients(optimizer, state, grads, is_finite)
@@ -90,13 +94,27 @@ def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
     gradients.
 
     The backward pass computes gradients of `scale` times the loss; they are divided by `scale` at
-    the end. Raises `UserError` if the schedule does not allow
-    config.memory.defer_weight_grads.
+    the end. With experts, the gradients are those of the loss plus the weighted balance loss.
+    Raises `UserError` if the settings need all of a batch at once, and the schedule has less.
     """
-    _check_weight_grads(spec, schedule)
-    model, packing = spec.config.model, packing_of(spec, schedule.longest_shape[1])
+    losses_and_grads = _make_losses_and_grads(spec, schedule)
 
-    def local(params: Params, rows: Array, scale: Array) -> tuple[Array, Params]:
+    def loss_and_grads(params: Params, rows: Array, scale: Any = 1.0) -> tuple[Array, Params]:
+        losses, grads = losses_and_grads(params, rows, jnp.float32(scale))
+        return losses["loss"], grads
+
+    return jax.jit(loss_and_grads)
+
+
+def _make_losses_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
+    """As `make_loss_and_grads`, to the losses by name, `loss` and the `balance_loss` of a model
+    with experts, and the gradients of `loss` plus config.train.balance_loss times `balance_loss`.
+    """
+    _check_has_batch(spec, schedule)
+    config, packing = spec.config, packing_of(spec, schedule.longest_shape[1])
+    model, balance_weight = config.model, config.balance_weight
+
+    def local(params: Params, rows: Array, scale: Array) -> tuple[dict[str, Array], Params]:
         batch, given, params = _Batch.of(spec.config, rows), params, for_compute(spec, params)
         count = _count(batch.targets_BT)
         weight, head = scale / count, make_head(spec, params)
@@ -112,6 +130,9 @@ def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
             )
             return d_y_BTD, sums
 
+        num_tokens = batch.tokens_BT.size * lax.axis_size("data") * model.num_layers
+        balance = partial(with_slopes, count=num_tokens, weight=scale * balance_weight)
+
         def embed_grads(d_x_BTD: Array, row: Array | int, sums: Sums) -> Sums:
             tokens, _, starts = batch.part(row, len(d_x_BTD))
             d_embed = vocab_parallel.add_embed_grads(sums.d_embed, tokens, d_x_BTD, weight, starts)
@@ -123,6 +144,7 @@ def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
             losses,
             stage.backward,
             stage.weight_gradients,
+            balance if balance_weight else None,
             embed_grads,
         )
         saved, gradients, sums = execute(
@@ -138,21 +160,23 @@ def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
         blocks = {"blocks": block_gradients(spec, given, d_blocks)}
         grads = vocab_parallel.gradients_of(sums, weight) | blocks
         total, grads = psum((sums.loss, grads), "data")
-        return total / count, jax.tree.map(lambda g: g / scale, grads)
+        values = {"loss": total / count}
+        if balance_weight:
+            values["balance_loss"] = balance_loss([own.routing for own in saved], num_tokens)
+        return values, jax.tree.map(lambda g: g / scale, grads)
 
-    mapped = over_mesh(spec, local, lambda specs: (PartitionSpec(), specs), num_scalars=1)
-    return jax.jit(lambda params, rows, scale=1.0: mapped(params, rows, jnp.float32(scale)))
+    return over_mesh(spec, local, lambda specs: (PartitionSpec(), specs), num_scalars=1)
 
 
-def _check_weight_grads(spec: StageSpec, schedule: Schedule) -> None:
-    """Raises `UserError` if the settings defer gradients of weights to the end, but the schedule
-    keeps only a part of the batch at a time.
+def _check_has_batch(spec: StageSpec, schedule: Schedule) -> None:
+    """Raises `UserError` if the settings need all of a batch at once, but the schedule keeps only a
+    part of it at a time.
     """
-    if spec.config.memory.defer_weight_grads and len(schedule.parts) > 1:
+    setting = needs_whole_batch(spec.config)
+    if setting and len(schedule.parts) > 1:
         raise UserError(
-            "config.memory.defer_weight_grads=true needs all of a batch at once, and the plan's "
-            "schedule keeps a part at a time: set it to false, or plan with "
-            "config.plan.schedule=terapipe."
+            f"{setting[0]} needs all of a batch at once, and the plan's schedule keeps a part at a "
+            f"time: set {setting[1]}, or plan with config.plan.schedule=terapipe."
         )
 
 

@@ -24,7 +24,10 @@ from tpipe_jax.training.optimizer import learning_rate_at
 
 RISES = 8  # of the loss from line to line, after which it is told; noise alone: one in 8!
 COMPARED_STEPS = 20  # to time before prediction and measurement are compared
-STEP_METRICS = ("loss", "grad_norm", "loss_scale", "skipped_steps", "loss_spikes")
+STEP_METRICS = (
+    *("loss", "balance_loss", "grad_norm"),
+    *("loss_scale", "skipped_steps", "loss_spikes"),
+)
 
 
 class StepLog:
