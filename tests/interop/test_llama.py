@@ -17,7 +17,7 @@ from tpipe_jax.commands.generate import Generator, chooser
 from tpipe_jax.commands.trained_model import load
 from tpipe_jax.config.settings import Config, MeshConfig, ModelConfig, resolved_model
 from tpipe_jax.errors import UserError
-from tpipe_jax.interop import convert, hugging_face, llama, write_folder
+from tpipe_jax.interop import convert, hugging_face, llama, mixtures, write_folder
 from tpipe_jax.interop.hugging_face import Reader
 from tpipe_jax.model import reference as plain_model
 
@@ -61,6 +61,11 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral 0.3": ("mistral", {"head_dim": 6, "sliding_window": None}),
     "qwen2": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 6, "rope_parameters": YARN}),
+    "mixtral": ("mixtral", {"head_dim": 6, "num_local_experts": 5}),
+    "qwen3 moe": (
+        *("qwen3_moe",),
+        {"head_dim": 6, "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 12},
+    ),
 }
 T = 24
 
@@ -108,14 +113,20 @@ def test_logits_and_gradients_are_those_of_transformers(kind: str, tmp_path: Pat
     model, params = read(tmp_path)
     rows = np.random.default_rng(0).integers(0, 53, (2, T + 1))
     got = plain_model.logits(model, params, jnp.asarray(rows[:, :-1]))
-    outcome = gpt(torch.from_numpy(rows[:, :-1]), use_cache=False).logits
+    more = {"output_router_logits": True} if model.num_experts else {}
+    result = gpt(torch.from_numpy(rows[:, :-1]), use_cache=False, **more)
+    outcome = result.logits
     np.testing.assert_allclose(got, outcome.detach().numpy(), rtol=0, atol=1e-4)
 
     loss = torch.nn.functional.cross_entropy(
         outcome.reshape(-1, 53), torch.from_numpy(rows[:, 1:]).reshape(-1)
     )
+    if model.num_experts:  # the balance loss too, with a weight that makes its gradients matter
+        loss = loss + 0.3 * result.aux_loss
     loss.backward()
-    there = {n.removeprefix("model."): p.grad.numpy() for n, p in gpt.named_parameters()}
+    there = {}
+    for name, parameter in gpt.named_parameters():
+        there |= of_experts(model, name.removeprefix("model."), parameter.grad.numpy())
     weights = {weight.name: weight for weight in llama.ADAPTER.all_weights(model)}
 
     def gradient(name: str) -> np.ndarray:
@@ -123,11 +134,42 @@ def test_logits_and_gradients_are_those_of_transformers(kind: str, tmp_path: Pat
         return weight.to_here([there[one] for one in weight.there])
 
     want = as_tree(model, list(weights.values()), gradient)
-    grads = jax.grad(lambda p: reference.loss(model, p, jnp.asarray(rows)))(params)
-    reference.assert_close(grads, want, 1e-4)
+
+    def total(params: Any) -> jax.Array:
+        if not model.num_experts:
+            return reference.loss(model, params, jnp.asarray(rows))
+        loss, balance = reference.losses(model, params, jnp.asarray(rows))
+        return loss + 0.3 * balance
+
+    reference.assert_close(jax.grad(total)(params), want, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama 3.1", slow("mistral"), slow("qwen2"), slow("qwen3")])
+def of_experts(model: ModelConfig, name: str, value: np.ndarray) -> dict[str, np.ndarray]:
+    """A weight by its name in a folder, or those of all experts, which lie together in memory."""
+    names = mixtures.QWEN if model.qk_norm else mixtures.MIXTRAL
+    name = name.replace("mlp.gate.", f"{names.folder}.gate.")
+    folder, _, last = name.partition(".mlp.experts.")
+    if not last:
+        return {name: value}
+    kinds = (names.gate, names.value) if last == "gate_up_proj" else (names.out,)
+    return {
+        f"{folder}.{names.folder}.experts.{n}.{kind}.weight": part
+        for n, own in enumerate(value)
+        for kind, part in zip(kinds, np.split(own, len(kinds)), strict=True)
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama 3.1",
+        slow("mistral"),
+        slow("qwen2"),
+        slow("qwen3"),
+        slow("mixtral"),
+        slow("qwen3 moe"),
+    ],
+)
 def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     """On two stages, from the caches."""
     gpt = made(name)
@@ -144,14 +186,22 @@ def test_greedy_tokens_are_those_of_transformers(name: str, tmp_path: Path) -> N
     assert got == want
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("qwen2", "bfloat16"),
+        ("mistral", "float16"),
+        ("llama 3.1", "float32"),
+        ("mixtral", "float16"),
+        ("qwen3 moe", "bfloat16"),
+    ],
+)
 @pytest.mark.parametrize("shard_bytes", [write_folder.SHARD_BYTES, 4000])
 def test_there_and_back_changes_no_bit(
-    dtype: str, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, dtype: str, shard_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In the folder's own format, with what the folder says beside its weights."""
     monkeypatch.setattr(write_folder, "SHARD_BYTES", shard_bytes)
-    kind = {"bfloat16": "qwen2", "float16": "mistral", "float32": "llama 3.1"}[dtype]
     gpt = made(kind).to(getattr(torch, dtype))
     gpt.generation_config.max_new_tokens = 7
     gpt.save_pretrained(tmp_path / "source", max_shard_size=shard_bytes)
@@ -240,6 +290,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "layers": ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
     "odd heads": ({"head_dim": 5}, "head_width=5 is odd"),
     "heads": ({"num_key_value_heads": 4}, "num_kv_heads=4 does not divide"),
+    "dense layers": ({"model_type": "qwen3_moe", "mlp_only_layers": [0]}, "mlp_only_layers=.0."),
+    "sparse step": ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step=2"),
+    "jitter": ({"model_type": "mixtral", "router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
+    "experts": ({"model_type": "mixtral", "num_local_experts": 1}, "experts_per_token=2 is more"),
     "eps": ({"rms_norm_eps": "x"}, "norm_eps='x' must be of type float"),
 }
 

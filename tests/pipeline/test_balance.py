@@ -22,9 +22,7 @@ from tpipe_jax.config.settings import (
 from tpipe_jax.devices.mesh import make_mesh, shardings
 from tpipe_jax.errors import UserError
 from tpipe_jax.model import transformer
-from tpipe_jax.model.functional import block_functions
-from tpipe_jax.model.reference import self_attention
-from tpipe_jax.model.sharding import param_specs
+from tpipe_jax.model.sharding import check_model, param_specs
 from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.training import step
@@ -38,24 +36,6 @@ WEIGHT = 0.5  # so that its gradients are as large as those of the loss
 B = 4
 
 
-def plain_losses(model: ModelConfig, params: Any, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The loss of the plain model, and the balance loss by its formula, from all layers at once."""
-    block, logits = block_functions(model, jnp.dtype(jnp.float32)), []
-
-    def tape(name: str, value: jax.Array) -> jax.Array:
-        logits.extend([value] * (name == "router"))
-        return value
-
-    x, positions = params["embed"]["tokens"][rows[:, :-1]], jnp.arange(model.seq_len)[None]
-    for own in params["blocks"]:
-        x = block.finish(own, x, self_attention(*block.qkv(own, x, positions, tape)), tape)
-    probabilities = jax.nn.softmax(jnp.stack(logits), -1)
-    chosen = jax.lax.top_k(probabilities, model.experts_of_token)[1]
-    often = jax.nn.one_hot(chosen, model.num_experts).sum(-2).mean((0, 1, 2))
-    balance = model.num_experts * (often * probabilities.mean((0, 1, 2))).sum()
-    return reference.loss(model, params, rows), balance
-
-
 def run(config: Config) -> tuple[Any, Any, Any]:
     """Losses and gradients of the pipeline, and what the plain model has."""
     model, mesh = config.model, config.mesh
@@ -67,7 +47,7 @@ def run(config: Config) -> tuple[Any, Any, Any]:
     rows = np.random.default_rng(0).integers(0, model.vocab_size, (B, model.seq_len + 1))
 
     def total(params: Any) -> tuple[jax.Array, Any]:
-        loss, balance = plain_losses(model, params, jnp.asarray(rows))
+        loss, balance = reference.losses(model, params, jnp.asarray(rows))
         return loss + config.balance_weight * balance, (loss, balance)
 
     (_, expected), expected_grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)
@@ -133,6 +113,4 @@ def test_settings_that_do_not_go_together():
     with pytest.raises(UserError, match=r"balance_loss=0.001 needs all of a batch at once"):
         step.make_loss_and_grads(spec, make_schedule(plan))
     with pytest.raises(UserError, match=r"config.mesh.model=3 does not divide .*num_experts=4"):
-        from tpipe_jax.model.sharding import check_model
-
         check_model(MODEL, MeshConfig(model=3))

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from tpipe_jax.config.settings import IGNORE, Config, ModelConfig
 from tpipe_jax.model import reference as plain_model
+from tpipe_jax.model.functional import block_functions
 from tpipe_jax.model.sharding import padded_vocab_size
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.settings import read_settings
@@ -47,6 +48,25 @@ def loss(config: ModelConfig, params: Params, rows: Array) -> Array:
     log_probs_BTV = jax.nn.log_softmax(plain_model.logits(config, params, rows[:, :-1]))
     found_BT = jnp.take_along_axis(log_probs_BTV, targets_BT[..., None], -1)[..., 0]
     return -found_BT.mean(where=targets_BT != IGNORE)
+
+
+def losses(config: ModelConfig, params: Params, rows: Array) -> tuple[Array, Array]:
+    """The loss of the plain model, and the balance loss by its formula, from all layers at once."""
+    block, logits = block_functions(config, jnp.dtype(jnp.float32)), []
+
+    def tape(name: str, value: Array) -> Array:
+        logits.extend([value] * (name == "router"))
+        return value
+
+    x, positions = params["embed"]["tokens"][rows[:, :-1]], jnp.arange(rows.shape[1] - 1)[None]
+    for own in params["blocks"]:
+        attn = plain_model.self_attention(*block.qkv(own, x, positions, tape), config.window)
+        x = block.finish(own, x, attn, tape)
+    probabilities = jax.nn.softmax(jnp.stack(logits), -1)
+    chosen = jax.lax.top_k(probabilities, config.experts_of_token)[1]
+    often = jax.nn.one_hot(chosen, config.num_experts).sum(-2).mean((0, 1, 2))
+    balance = logits[0].shape[-1] * (often * probabilities.mean((0, 1, 2))).sum()
+    return loss(config, params, rows), balance
 
 
 def to_stages(params: Params, mesh: Mesh, num_chunks: int = 1) -> Params:

@@ -1,4 +1,4 @@
-"""Llama, Mistral, Qwen2 and Qwen3 in a Hugging Face folder.
+"""Llama, Mistral, Qwen2 and Qwen3 in a Hugging Face folder, and Mixtral and Qwen3-MoE (`mixtures`).
 
 Weights are `[out, in]` there and `[in, out]` here. There queries, keys and values have weights of
 their own, and so have gates and values of the feed-forward layer; here they lie together as
@@ -15,6 +15,7 @@ import numpy as np
 
 from tpipe_jax.config.settings import ROPE_THETA, ModelConfig
 from tpipe_jax.errors import UserError, shown
+from tpipe_jax.interop import mixtures
 from tpipe_jax.interop.hugging_face import Adapter, Settings, Weight, fixed
 from tpipe_jax.model.llama import ff_groups
 
@@ -23,7 +24,10 @@ KINDS = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "mixtral": "MixtralForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
 }
+WITH_WINDOW = ("mistral", "mixtral")
 # Names there, and the values that are meant if a folder leaves one out (for all kinds, or for one).
 SIZES = {
     "num_layers": ("num_hidden_layers", 32),
@@ -53,6 +57,7 @@ MEANT: dict[str, Settings] = {
     },
     "qwen2": _QWEN,
     "qwen3": _QWEN | {"head_dim": 128},
+    **mixtures.MEANT,
 }
 FIXED: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
@@ -60,6 +65,7 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "mlp_bias": (False,),
     "partial_rotary_factor": (1.0, 1, None),
     "use_sliding_window": (False,),
+    **mixtures.FIXED,
 }
 
 
@@ -74,14 +80,15 @@ def read_model(settings: Settings) -> ModelConfig:
             "would compute something else."
         )
     theta, scaling = _rope(settings)
+    sizes = {name: settings.get(*there) for name, there in SIZES.items()}
     return ModelConfig(
-        **{name: settings.get(*there) for name, there in SIZES.items()},
+        **(sizes | mixtures.read_experts(kind, settings)),
         family="llama",
         rope_theta=theta,
         rope_scaling=scaling,
         qkv_bias=kind == "qwen2",
-        qk_norm=kind == "qwen3",
-        sliding_window=settings.get("sliding_window") if kind == "mistral" else None,
+        qk_norm=kind in ("qwen3", "qwen3_moe"),
+        sliding_window=settings.get("sliding_window") if kind in WITH_WINDOW else None,
     )
 
 
@@ -90,10 +97,11 @@ def settings_of(model: ModelConfig, before: Settings) -> Settings:
     settings = {there: getattr(model, name) for name, (there, _) in SIZES.items()}
     settings |= {"num_key_value_heads": model.num_key_heads, "head_dim": model.width_of_heads}
     kind = _kind(model, before)
-    if kind == "mistral":
+    settings |= mixtures.experts_settings(kind, model, before)
+    if kind in WITH_WINDOW:
         settings["sliding_window"] = model.sliding_window
-    if kind in ("qwen2", "qwen3"):
-        settings |= {"use_sliding_window": False}
+    else:
+        settings |= {"use_sliding_window": False} if kind != "llama" else {}
     settings |= {"hidden_act": "silu", "attention_dropout": 0.0, "model_type": kind}
     rope = _rope_settings(model)
     if "rope_parameters" in before or not before:
@@ -107,26 +115,29 @@ def _kind(model: ModelConfig, before: Settings) -> str:
     """Returns the kind of model that computes what this one does; that of the folder that it comes
     from, if there are several.
     """
+    has_window, has_experts = model.sliding_window is not None, bool(model.num_experts)
     fits = {
-        "qwen2": (True, False, False),
-        "qwen3": (False, True, False),
-        "mistral": (False, False, model.sliding_window is not None),
-        "llama": (False, False, False),
+        "qwen2": (True, False, False, False),
+        "qwen3": (False, True, False, False),
+        "mistral": (False, False, has_window, False),
+        "llama": (False, False, False, False),
+        "mixtral": (False, False, has_window, model.norm_topk_prob),
+        "qwen3_moe": (False, True, False, True),
     }
-    has = model.qkv_bias, model.qk_norm, model.sliding_window is not None
+    has = model.qkv_bias, model.qk_norm, has_window, has_experts
     found = [kind for kind, features in fits.items() if features == has]
     if has[0] and model.width_of_heads * model.num_heads != model.d_model:
         found = []  # transformers' Qwen2 derives the width of heads
     if not found:
         raise UserError(
-            "the model has config.model.qkv_bias, qk_norm and sliding_window as no class of "
-            "transformers has them together: it cannot be exported."
+            "the model has config.model.qkv_bias, qk_norm, sliding_window and norm_topk_prob as no "
+            "class of transformers has them together: it cannot be exported."
         )
     return before["model_type"] if before.get("model_type") in found else found[-1]
 
 
 def _layer_type(kind: str, settings: Settings) -> str:
-    has_window = kind == "mistral" and settings.get("sliding_window") is not None
+    has_window = kind in WITH_WINDOW and settings.get("sliding_window") is not None
     return "sliding_attention" if has_window else "full_attention"
 
 
@@ -223,6 +234,17 @@ def weights_of(model: ModelConfig) -> list[Weight]:
         turned = lambda values: values[0].T  # noqa: E731
         return Weight(name, size, {there: size[::-1]}, turned, lambda value: [value.T])
 
+    def feed_forward(model: ModelConfig, here: str, there: str) -> list[Weight]:
+        gates = {ff.format(there, name): (F, D) for name in ("gate", "up")}
+        return [
+            Weight(
+                *(f"{here}/ff_in/kernel", (D, 2 * F), gates),
+                partial(_joined_gates, num_groups=S),
+                partial(_split_gates, num_groups=S),
+            ),
+            linear(f"{here}/ff_out/kernel", ff.format(there, "down"), (F, D)),
+        ]
+
     def layer(n: int) -> list[Weight]:
         here, there = f"blocks/{n}", f"layers.{n}"
         heads = {"q": N, "k": H, "v": H}
@@ -249,16 +271,10 @@ def weights_of(model: ModelConfig) -> list[Weight]:
             parts += [
                 norm(f"{here}/{a}_norm", f"{there}.self_attn.{a}_norm", K) for a in ("q", "k")
             ]
-        gates = {ff.format(there, name): (F, D) for name in ("gate", "up")}
         return [
             *parts,
             linear(f"{here}/attn_out/kernel", attn.format(there, "o", "weight"), (N * K, D)),
-            Weight(
-                *(f"{here}/ff_in/kernel", (D, 2 * F), gates),
-                partial(_joined_gates, num_groups=S),
-                partial(_split_gates, num_groups=S),
-            ),
-            linear(f"{here}/ff_out/kernel", ff.format(there, "down"), (F, D)),
+            *(mixtures.experts_weights if model.num_experts else feed_forward)(model, here, there),
             norm(f"{here}/norm_1", f"{there}.input_layernorm"),
             norm(f"{here}/norm_2", f"{there}.post_attention_layernorm"),
         ]
