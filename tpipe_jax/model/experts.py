@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array, lax
 from jax.sharding import PartitionSpec
@@ -23,8 +24,6 @@ from tpipe_jax.devices.collectives import varying_like
 
 ROOM = 1.25  # places of an expert in a round, for each token that it has on average
 PLACES = 8  # that number is a multiple of this one
-
-_WHOLE, _BY_EXPERTS = PartitionSpec(), PartitionSpec("model")
 
 
 class Experts(nnx.Module):
@@ -43,7 +42,7 @@ class Experts(nnx.Module):
     @staticmethod
     def specs() -> dict:
         """'model' divides the experts."""
-        return {"ff_in": _BY_EXPERTS, "ff_out": _BY_EXPERTS}
+        return {"ff_in": PartitionSpec("model"), "ff_out": PartitionSpec("model")}
 
     def __call__(self, x_BLD: Array, logits_BLE: Array) -> Array:
         """Returns the sum of the outputs of each token's experts, weighted by their probabilities.
@@ -54,7 +53,7 @@ class Experts(nnx.Module):
         weights_MJ, experts_MJ = self._choose(logits_ME)
         kernels = tuple(kernel[...].astype(self.dtype) for kernel in (self.ff_in, self.ff_out))
         y_MD = _of_experts(x_MD, weights_MJ, experts_MJ, *kernels)
-        return y_MD.reshape(B, L, D).astype(self.dtype)
+        return y_MD.reshape(B, L, D)
 
     def _choose(self, logits_ME: Array) -> tuple[Array, Array]:
         """Returns the weights of each token's experts, float32, and which experts these are."""
@@ -117,9 +116,8 @@ class _Places(NamedTuple):
 def _of_experts(
     x_MD: Array, weights_MJ: Array, experts_MJ: Array, in_EDF: Array, out_EFD: Array
 ) -> Array:
-    """Returns the weighted sum of the outputs of each token's experts, `[M, D]` float32."""
-    given = x_MD, weights_MJ, experts_MJ, in_EDF, out_EFD
-    return _divided(_forward, (_WHOLE,), given)[0]
+    """Returns the weighted sum of the outputs of each token's experts, `[M, D]`."""
+    return _divided(_forward, 1, (x_MD, weights_MJ, experts_MJ, in_EDF, out_EFD))[0]
 
 
 def _of_experts_forward(*given: Array) -> tuple[Array, tuple[Array, ...]]:
@@ -127,21 +125,19 @@ def _of_experts_forward(*given: Array) -> tuple[Array, tuple[Array, ...]]:
 
 
 def _of_experts_backward(given: tuple[Array, ...], d_y_MD: Array) -> tuple[Array | None, ...]:
-    out_specs = _WHOLE, _WHOLE, _BY_EXPERTS, _BY_EXPERTS
-    d_x, d_weights, d_in, d_out = _divided(_backward, out_specs, (*given, d_y_MD))
-    return d_x.astype(given[0].dtype), d_weights, None, d_in, d_out
+    d_x, d_weights, d_in, d_out = _divided(_backward, 2, (*given, d_y_MD))
+    return d_x, d_weights, None, d_in, d_out
 
 
 _of_experts.defvjp(_of_experts_forward, _of_experts_backward)
 
 
 def _divided(
-    function: Callable[..., tuple[Array, ...]],
-    out_specs: tuple[PartitionSpec, ...],
-    given: tuple[Array, ...],
+    function: Callable[..., tuple[Array, ...]], num_sums: int, given: tuple[Array, ...]
 ) -> tuple[Array, ...]:
     """Returns `function(num_experts, *given)`, with the experts divided over 'model' by hand. Each
-    device computes those that it has, and what is no part of an expert is summed, in float32.
+    device computes those that it has. The first `num_sums` results are summed, the others belong to
+    experts.
     """
     num_experts = len(given[3])
     if jax.sharding.get_abstract_mesh().shape.get("model", 1) == 1:
@@ -150,16 +146,15 @@ def _divided(
     def local(x: Array, weights: Array, experts: Array, in_EDF: Array, *more: Array):
         own = experts - lax.axis_index("model") * len(in_EDF)
         found = function(num_experts, x, weights, own, in_EDF, *more)
-        return tuple(
-            lax.psum(a, "model") if spec == _WHOLE else a
-            for a, spec in zip(found, out_specs, strict=True)
-        )
+        return *(a[None] for a in found[:num_sums]), *found[num_sums:]
 
-    d_y = (_WHOLE,) * (len(given) - 5)
-    in_specs = _WHOLE, _WHOLE, _WHOLE, _BY_EXPERTS, _BY_EXPERTS, *d_y
-    return jax.shard_map(local, axis_names={"model"}, in_specs=in_specs, out_specs=out_specs)(
-        *given
-    )
+    whole, divided = PartitionSpec(), PartitionSpec("model")
+    in_specs = whole, whole, whole, divided, divided, *(whole,) * (len(given) - 5)
+    run = jax.shard_map(local, axis_names={"model"}, in_specs=in_specs, out_specs=divided)
+    found = run(*given)
+    # GSPMD makes an all-reduce of such a sum, as of the partial sums of other layers.
+    sums = (lax.reduce(a, np.zeros((), a.dtype), lax.add, (0,)) for a in found[:num_sums])
+    return *sums, *found[num_sums:]
 
 
 def _forward(
@@ -181,7 +176,8 @@ def _forward(
         return y_MD + (weights_MJ[..., None] * taken_MJD).sum(1)
 
     zeros = varying_like(jnp.zeros(x_MD.shape, jnp.float32), (x_MD, in_EDF))
-    return (lax.fori_loop(0, _num_rounds(places, size), add_round, zeros),)
+    y_MD = lax.fori_loop(0, _num_rounds(places, size), add_round, zeros)
+    return (y_MD.astype(x_MD.dtype),)
 
 
 def _backward(
@@ -193,10 +189,9 @@ def _backward(
     out_EFD: Array,
     d_y_MD: Array,
 ) -> tuple[Array, ...]:
-    """Returns the gradients of inputs and weights, float32, and those of the kernels."""
+    """Returns the gradients of inputs, weights and kernels."""
     places, J = _Places.of(experts_MJ, len(in_EDF)), experts_MJ.shape[1]
     size, dtype = _round_size(experts_MJ, num_experts), x_MD.dtype
-    d_y_MD = d_y_MD.astype(dtype)
 
     def add_round(n: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         choice_EC, is_one_EC = places.rows(n * size, size)
@@ -222,7 +217,7 @@ def _backward(
     d_x, d_weights, d_in, d_out = lax.fori_loop(
         0, _num_rounds(places, size), add_round, tuple(zeros)
     )
-    return d_x, d_weights, d_in.astype(in_EDF.dtype), d_out.astype(out_EFD.dtype)
+    return d_x.astype(dtype), d_weights, d_in.astype(in_EDF.dtype), d_out.astype(out_EFD.dtype)
 
 
 def _hidden(x_ECD: Array, in_EDF: Array) -> tuple[Array, Array, Array]:
