@@ -190,7 +190,7 @@ class MeshFlags:
 @dataclass(frozen=True)
 class ImportFlags:
     """Makes a workdir with the weights of a Hugging Face folder as its step 0: of GPT-2, Llama,
-    Mistral, Qwen2 or Qwen3.
+    Mistral, Qwen2, Qwen3, Mixtral or Qwen3-MoE.
     """
 
     source: Annotated[Path, tyro.conf.arg(name="from")]
