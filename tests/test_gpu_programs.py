@@ -8,6 +8,7 @@ no GPU: pip install -e ".[compile]".
 import itertools
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,7 +35,7 @@ from tpipe_jax.config.settings import (
     TrainConfig,
 )
 from tpipe_jax.devices.exchanges import find_collectives
-from tpipe_jax.training.memory import budget, program_bytes
+from tpipe_jax.training.memory import budget, host_bytes, program_bytes
 from tpipe_jax.training.optimizer import make_optimizer
 
 ROWS, T, D = 2, 1024, 256
@@ -179,6 +180,40 @@ def test_stages_of_unequal_depth_skip_layers_without_copies() -> None:
     flags = CompileFlags(Config(**(vars(asked) | {"model": model})), Path("run"), gpu="h100")
     compiled = compile_for(flags)
     assert compiled.tick.copied_bytes < most_copied_bytes(compiled)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "schedule", "slices"),
+    [
+        ("h100", "terapipe", EQUAL),
+        ("h100", "1f1b", UNEQUAL),
+        ("a100", "interleaved", EQUAL),
+        ("v100", "1f1b-deferred", EQUAL),
+    ],
+)
+def test_saved_values_are_on_the_host(gpu: Any, schedule: ScheduleName, slices: str) -> None:
+    """Their bytes are missing on the device, and slices of them go to and fro, not the buffers."""
+    asked = config(schedule, slices, MeshConfig(1, 2, 1), "auto")
+    here, there = (
+        compile_for(
+            CompileFlags(
+                replace(asked, memory=MemoryConfig(remat="dots", offload=is_there)),
+                Path("run"),
+                gpu=gpu,
+            )
+        )
+        for is_there in (False, True)
+    )
+    offloaded = host_bytes(there.spec, there.schedule)
+    assert offloaded > 4 * BUFFER_BYTES
+    assert host_bytes(here.spec, here.schedule) == 0
+    moved = program_bytes(here.step) - program_bytes(there.step)
+    # Slices that are on their way are on the device, for each length.
+    of_slice = offloaded * there.schedule.longest_shape[1] / (there.schedule.num_rows * T)
+    assert moved > offloaded - (2 if slices == EQUAL else 4) * of_slice
+    assert there.step.memory_analysis().host_temp_size_in_bytes >= offloaded
+    assert there.tick.copied_bytes < most_copied_bytes(there)
+    assert there.tick.kernels.forward <= here.tick.kernels.forward + 8
 
 
 @pytest.mark.skipif(not has_tpu_compiler(), reason="needs libtpu")

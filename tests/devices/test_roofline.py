@@ -9,7 +9,7 @@ from tpipe_jax.devices.speeds import NVLINK_LATENCY, Link, Network, Speed, speed
 from tpipe_jax.devices.targets import GPUS
 
 # In a second there are 1000 operations, and 100 bytes are moved. A kernel takes 1 s, a question 10.
-SPEED = Speed(1000.0, 100.0, 10.0, 1.0, True, 0.5, 0.25, kernel_seconds=1, question_seconds=10)
+SPEED = Speed(1000.0, 100.0, 10.0, 1.0, True, 4.0, 0.5, 0.25, kernel_seconds=1, question_seconds=10)
 SEEN = Seen(num_rows=2, num_tokens=4, context=12, group=8)
 
 FUSED = """
@@ -170,6 +170,18 @@ def test_attention_follows_what_the_slice_sees():
         4 * 256 * 6 / 500 + written
     )  # one of two turns: 8 keys, 4 keys
     assert cudnn(4, "__cudnn$fmhaSoftmaxBackward") == pytest.approx(10 * 256 * 2 / 250 + written)
+
+
+def test_values_come_from_the_host_during_work_and_go_there_after_it():
+    buffer, value = "bf16[2,64,8]{2,1,0:S(5)}", "bf16[1,4,8]{2,1,0}"  # 64 bytes, 16 s
+    there = f"(({buffer}, {value}, s32[]), {buffer}, u32[]) fusion-start(%b, %v, %n), calls=%double"
+    back = f"(({buffer}, s32[]), {value}, u32[]) fusion-start(%b, %n), kind=kLoop, calls=%double"
+    assert cost(f"%dynamic-update-slice-start = {there}") == Cost(kernels=1, to_host=16)
+    assert cost(f"%dynamic-slice-start = {back}") == Cost(kernels=1, from_host=16)
+    work = Cost(other=20, kernels=1)
+    assert (work + Cost(from_host=16)).seconds(SPEED) == 21
+    assert (work + Cost(from_host=30)).seconds(SPEED) == 30
+    assert (work + Cost(to_host=16)).seconds(SPEED) == 37
 
 
 def test_costs_add_up():

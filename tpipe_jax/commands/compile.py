@@ -30,6 +30,7 @@ from tpipe_jax.training.memory import (
     budget,
     compile_step,
     fitting_step,
+    host_bytes,
     is_out_of_memory,
     limit_bytes,
     program_bytes,
@@ -69,6 +70,7 @@ class CompiledFor:
             "peak_bytes": program_bytes(self.step) if self.step else None,
             "argument_bytes": memory.argument_size_in_bytes if memory else None,
             "temporary_bytes": memory.temp_size_in_bytes if memory else None,
+            "host_bytes": host_bytes(self.spec, self.schedule),
             "limit_bytes": None if self.limit_bytes is None else int(self.limit_bytes),
             "fits": self.shortage is None,
             "copied_bytes_per_tick": tick.copied_bytes if tick else None,
@@ -238,6 +240,8 @@ def _memory(compiled: CompiledFor) -> dict[str, int | float]:
         }
     if compiled.limit_bytes is not None:
         found["limit"] = compiled.limit_bytes
+    if offloaded := host_bytes(compiled.spec, compiled.schedule):
+        found["saved values on the host"] = offloaded
     return found
 
 

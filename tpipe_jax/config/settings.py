@@ -228,6 +228,9 @@ class MemoryConfig:
     """What the backward pass computes again: none, dots (all but matrix products), full (all but
     layer inputs, keys and values), or names of what is saved instead, as attn,hidden; auto means
     the fastest that fits."""
+    offload: bool = False
+    """Whether saved values wait in the host's memory between the forward and the backward pass;
+    attention caches stay on the device. For GPUs."""
     defer_weight_grads: bool = False
     """Whether gradients of weights are computed as one product for each layer after the last slice,
     rather than one for each slice: this shortens the ticks of deep pipelines and takes memory."""

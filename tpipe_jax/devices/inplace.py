@@ -1,12 +1,16 @@
 """Large buffers that a compiled loop updates in place.
 
 Every buffer has sequences on its first axis and tokens on its last but one, as `[B, T, D]` and
-`[B, H, T, K]`. A slice reads and writes the part of a buffer that starts at its `Position`.
+`[B, H, T, K]`. A slice reads and writes the part of a buffer that starts at its `Position`. A
+buffer may be in the memory of the host (`on_host`); then slices go to and fro.
 """
 
 from typing import NamedTuple
 
+import jax
 from jax import Array, lax
+
+_Space = jax.memory.Space
 
 
 class Position(NamedTuple):
@@ -33,12 +37,25 @@ def in_shared_rows(at: Position, buffer: Array, num_rows: int) -> Position:
 def read(buffer: Array, at: Position, num_rows: int, num_tokens: int) -> Array:
     """Returns `num_rows` sequences by `num_tokens` tokens of a buffer, from a position on."""
     size = (num_rows, *buffer.shape[1:-2], num_tokens, buffer.shape[-1])
-    return lax.dynamic_slice(buffer, _start(buffer, at), size)
+    found = lax.dynamic_slice(buffer, _start(buffer, at), size)
+    return jax.device_put(found, _Space.Device) if _is_on_host(buffer) else found
 
 
 def write(buffer: Array, value: Array, at: Position) -> Array:
     """Returns the buffer with one slice replaced, cast to the buffer's dtype."""
-    return lax.dynamic_update_slice(buffer, value.astype(buffer.dtype), _start(buffer, at))
+    value = value.astype(buffer.dtype)
+    if _is_on_host(buffer):
+        value = on_host(value)
+    return lax.dynamic_update_slice(buffer, value, _start(buffer, at))
+
+
+def on_host(value: Array) -> Array:
+    """Returns a value in the memory of the host. XLA makes a buffer there, not on the device."""
+    return jax.device_put(value, _Space.Host)
+
+
+def _is_on_host(buffer: Array) -> bool:
+    return jax.typeof(buffer).memory_space == _Space.Host
 
 
 def _start(buffer: Array, at: Position) -> tuple[Array | int, ...]:

@@ -4,7 +4,8 @@
 Each kernel takes the longer of two times: its operations at the rate of large products, and its
 bytes at the bandwidth of the memory. To these come a time for each kernel, and a longer one for
 each loop or conditional whose course the host has to ask for. Exchanges between devices take their
-bytes at the bandwidth of the link, and a latency.
+bytes at the bandwidth of the link, and a latency. Values that come back from the host's memory are
+on their way while a layer works, as XLA orders them; values that go there come after all work.
 """
 
 import math
@@ -20,6 +21,8 @@ from tpipe_jax.devices.speeds import Link, Speed
 from tpipe_jax.devices.work import starts_nothing
 
 _CONTRACTED = re.compile(r'lhs_contracting_dim(?:s=\{|ensions":\[)"?([\d",]*)')
+ON_HOST = "S(5)"  # in the layout of an array in the memory of the host
+SCALAR_BYTES = 8
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 
 
@@ -52,6 +55,8 @@ class Cost:
     exchanges: float = 0.0
     kernels: float = 0.0
     questions: float = 0.0
+    from_host: float = 0.0
+    to_host: float = 0.0
 
     def __add__(self, more: "Cost") -> "Cost":
         return Cost(*(getattr(self, f.name) + getattr(more, f.name) for f in fields(Cost)))
@@ -64,7 +69,7 @@ class Cost:
         """Returns the time that all of it takes."""
         work = self.products + self.attention + self.other + self.exchanges
         starts = speed.kernel_seconds * self.kernels + speed.question_seconds * self.questions
-        return work + starts
+        return max(work + starts, self.from_host) + self.to_host
 
 
 @dataclass(frozen=True)
@@ -101,6 +106,8 @@ class Roofline:
             return sum((self.cost(called) for called in operation.called), Cost())
         if starts_nothing(operation):
             return Cost()
+        if operation.opcode.endswith("-start") and ON_HOST in operation.shape:
+            return self._host_transfer(operation)
         if (kind := collective_kind(operation)) and not exchanges_nothing(operation):
             return self._exchange(kind, operation)
         if operation.opcode == "custom-call":
@@ -121,6 +128,15 @@ class Roofline:
         share = 2.0 if kind == "all-reduce" else 1.0
         seconds = share * num_bytes / self.link.bytes_per_second + self.link.latency_seconds
         return Cost(exchanges=seconds, kernels=1)
+
+    def _host_transfer(self, operation: Operation) -> Cost:
+        """A slice of a buffer in the host's memory, read or written. The smallest array is it."""
+        num_bytes = min(n for n in array_bytes(operation.shape) if n > SCALAR_BYTES)
+        seconds = num_bytes / self.speed.pcie_bytes_per_second
+        is_write = "update" in operation.name
+        return Cost(
+            kernels=1, to_host=seconds if is_write else 0, from_host=0 if is_write else seconds
+        )
 
     def _custom_call(self, operation: Operation, own: dict[str, Operation]) -> Cost:
         found = _TARGET.search(operation.attributes)

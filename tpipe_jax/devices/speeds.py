@@ -24,6 +24,8 @@ class Speed(NamedTuple):
     """Gbit/s of the network of a host that is typical for it, in one direction."""
     is_measured: bool
     """Whether the first two were measured; else they are assumed."""
+    pcie_bytes_per_second: float
+    """To the memory of its host, in one direction; assumed."""
     forward_attention: float = 0.87
     """The part of `product_flops` that a fused attention kernel reaches."""
     backward_attention: float = 0.65
@@ -44,28 +46,31 @@ ERROR = 0.15
 """By which fraction a predicted time may be off. The steps that were measured are met within 8%."""
 
 NVLINK_LATENCY = 8e-6  # of an exchange in a host, assumed
-_PRODUCTS, _MEMORY, _NVLINK = 0.72, 0.90, 0.75  # shares of the data sheet; the last is assumed
+# Shares of the data sheet; the last two are assumed.
+_PRODUCTS, _MEMORY, _NVLINK, _PCIE = 0.72, 0.90, 0.75, 0.75
 
 # Data sheets of NVIDIA: TFLOP/s in 16 bits, GB/s of the memory, GB/s of NVLink in one direction.
 # Networks: a p3.16xlarge of the paper (Li et al. 2021), and the instances p4d and p5 of AWS.
+# PCIe: 16 lanes of generation 3, 4 or 5, GB/s in one direction.
 _SHEETS = {
-    "v100": (125, 898, 150, 25),
-    "v100-32": (125, 898, 150, 25),
-    "a100": (312, 2039, 300, 400),
-    "a100-40": (312, 1555, 300, 400),
-    "h100": (989, 3352, 450, 3200),
-    "h200": (989, 4800, 450, 3200),
-    "b200": (2250, 7672, 900, 3200),
+    "v100": (125, 898, 150, 25, 16),
+    "v100-32": (125, 898, 150, 25, 16),
+    "a100": (312, 2039, 300, 400, 32),
+    "a100-40": (312, 1555, 300, 400, 32),
+    "h100": (989, 3352, 450, 3200, 64),
+    "h200": (989, 4800, 450, 3200, 64),
+    "b200": (2250, 7672, 900, 3200, 64),
 }
 _MEASURED = {"h100": (712, 3000), "h200": (700, 4300)}  # TFLOP/s and GB/s, docs/gpu.md
 
 
 def speed_of(gpu: str) -> Speed:
     """Returns the speed of a GPU by its name in `targets.GPUS`."""
-    tflops, gbytes, nvlink, gbits = _SHEETS[gpu]
+    tflops, gbytes, nvlink, gbits, pcie = _SHEETS[gpu]
     reached = _MEASURED.get(gpu, (_PRODUCTS * tflops, _MEMORY * gbytes))
     return Speed(
-        reached[0] * 1e12, reached[1] * 1e9, _NVLINK * nvlink * 1e9, gbits, gpu in _MEASURED
+        *(reached[0] * 1e12, reached[1] * 1e9, _NVLINK * nvlink * 1e9, gbits),
+        *(gpu in _MEASURED, _PCIE * pcie * 1e9),
     )
 
 

@@ -12,6 +12,7 @@ from jax.stages import Wrapped
 
 from tpipe_jax.attention.base import KVCache
 from tpipe_jax.devices.collectives import needs_sums, varying
+from tpipe_jax.devices.inplace import on_host
 from tpipe_jax.devices.mesh import manual_part
 from tpipe_jax.model.block import Params
 from tpipe_jax.model.folding import fold, unfold_gradients
@@ -123,12 +124,21 @@ def saved_of(spec: StageSpec, packing: Packing, num_rows: int) -> list[Saved]:
 
     Values are written before they are read, so that nothing need be there before; caches are zeros,
     since fused kernels also multiply what they mask. Products of the whole batch at the end read
-    the values of places without a layer, too.
+    the values of places without a layer, too. With config.memory.offload the values are in the
+    host's memory; attention reads caches again and again, so these are not.
     """
     caches = caches_of(spec, spec.dtype, num_rows)
     make = jnp.zeros if spec.weight_grads == "at the end" else lax.empty
+    if spec.config.memory.offload:
+        make = partial(_made_on_host, make)
     num_experts = spec.config.model.num_experts if spec.config.balance_weight else 0
     return empty_saved(caches, packing, spec.heads.num_queries, make, num_experts or 0)
+
+
+def _made_on_host(
+    make: Callable[[tuple[int, ...], Any], Array], shape: tuple[int, ...], dtype: Any
+) -> Array:
+    return on_host(make(shape, dtype))
 
 
 def packing_of(spec: StageSpec, num_tokens: int) -> Packing:

@@ -15,9 +15,16 @@ def activation_bytes_per_token(spec: StageSpec) -> tuple[int, int]:
     """Returns two numbers, bytes per token on a device: the memory of a sequence in the pipeline,
     and the additional memory while it goes backward.
     """
-    saved, gathered = _shapes(spec, _saved_of), cache_bytes_per_token(spec)[1]
+    saved, gathered = cache_bytes_per_token(spec)
+    if not spec.config.memory.offload:
+        saved += _values_bytes_per_token(spec)
     left = deferred_bytes_per_token(spec) if spec.weight_grads == "at the end" else 0
-    return _bytes_per_token(spec, saved) + left, gathered
+    return saved + left, gathered
+
+
+def host_bytes_per_token(spec: StageSpec) -> int:
+    """Bytes for each token of a sequence in the pipeline that a device keeps on its host."""
+    return _values_bytes_per_token(spec) if spec.config.memory.offload else 0
 
 
 def deferred_bytes_per_token(spec: StageSpec) -> int:
@@ -39,6 +46,10 @@ def cache_bytes_per_token(spec: StageSpec) -> tuple[int, int]:
         for buffers in (_saved_of, gradients_of)
     )
     return saved, gathered
+
+
+def _values_bytes_per_token(spec: StageSpec) -> int:
+    return _bytes_per_token(spec, [saved.values for saved in _shapes(spec, _saved_of)])
 
 
 def _shapes(spec: StageSpec, buffers: Callable[..., list[Any]]) -> list[Any]:

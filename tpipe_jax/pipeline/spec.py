@@ -17,6 +17,7 @@ from tpipe_jax.devices.hardware import DeviceFacts, facts_of
 from tpipe_jax.devices.mesh import make_mesh
 from tpipe_jax.devices.precision import resolve_precision
 from tpipe_jax.devices.skips import Skips, skips_on
+from tpipe_jax.errors import UserError
 from tpipe_jax.model.functional import heads
 from tpipe_jax.model.remat import saved_names
 from tpipe_jax.model.sharding import check_model
@@ -104,11 +105,17 @@ def spec_on_devices(
     config: Config, devices: Sequence[jax.Device], device: DeviceFacts | None = None
 ) -> StageSpec:
     """Makes the spec of a run on these devices. Raises `UserError` if the devices do not fit the
-    mesh, or the mesh does not fit the model.
+    mesh or the settings, or the mesh does not fit the model.
     """
     mesh = make_mesh(config.mesh, devices)
     check_model(config.model, config.mesh)
-    return make_spec(config, mesh, device)
+    spec = make_spec(config, mesh, device)
+    if config.memory.offload and spec.device.platform != "gpu":
+        raise UserError(
+            f"config.memory.offload=true is for GPUs, and these devices are "
+            f"{spec.device.platform.upper()}s: leave it out."
+        )
+    return spec
 
 
 def _weight_grads(config: Config) -> WeightGrads:

@@ -25,6 +25,7 @@ def profile_key(spec: StageSpec) -> dict[str, Any]:
         "precision": config.precision.compute,
         "attention": [attention.backend, attention.block, spec.attention.key_block],
         "saved": list(spec.saved_names),
+        "offload": config.memory.offload,
         "defer_weight_grads": config.memory.defer_weight_grads,
         "shard_state": config.optim.shard_state,
         "unit_tokens": unit_tokens(config),

@@ -126,6 +126,7 @@ class Predictor:
     ) -> SlicePrograms:
         config = spec.config
         key = config.mesh.model, spec.saved_names, spec.weight_grads, most_rows, unit
+        key += (config.memory.offload,)
         if key not in self._known:
             shapes = slices_to_read(most_rows, config.model.seq_len, unit)
             jobs = {"slices": [partial(self._compile, spec, shape) for shape in shapes]}

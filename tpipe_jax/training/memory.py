@@ -28,6 +28,7 @@ from tpipe_jax.pipeline.footprint import (
     activation_bytes_per_token,
     cache_bytes_per_token,
     deferred_bytes_per_token,
+    host_bytes_per_token,
     trunk_bytes_per_token,
 )
 from tpipe_jax.pipeline.spec import StageSpec
@@ -70,6 +71,23 @@ def budget(
         "input and output of the stage": rows[0] * trunk_bytes_per_token(spec),
         "logits of a tile, softmax and gradients": 3 * logits,
     }
+
+
+def host_bytes(spec: StageSpec, schedule: Schedule) -> int:
+    """Returns the bytes of the host's memory that a step uses for a device (`memory.offload`)."""
+    return schedule.num_rows * spec.config.model.seq_len * host_bytes_per_token(spec)
+
+
+def check_host_memory(spec: StageSpec, schedule: Schedule) -> None:
+    """Raises `UserError` if this host has less memory than its devices offload."""
+    needed = host_bytes(spec, schedule) * _num_on_this_host(spec.mesh)
+    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > has:
+        raise UserError(
+            f"config.memory.offload=true keeps {needed / GIB:.0f} GiB in the memory of this host, "
+            f"which has {has / GIB:.0f} GiB: save less with config.memory.remat=full, or shorten "
+            "config.train.batch_size or config.model.seq_len."
+        )
 
 
 def program_bytes(program: Compiled) -> int:

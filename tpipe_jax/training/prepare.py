@@ -22,7 +22,13 @@ from tpipe_jax.planning.schedule import Schedule, make_schedule
 from tpipe_jax.planning.settings import read_settings
 from tpipe_jax.reporting.console import Console
 from tpipe_jax.reporting.metrics import check_tracker
-from tpipe_jax.training.memory import budget, fitting_step, limit_bytes, program_bytes
+from tpipe_jax.training.memory import (
+    budget,
+    check_host_memory,
+    fitting_step,
+    limit_bytes,
+    program_bytes,
+)
 from tpipe_jax.training.optimizer import make_optimizer
 from tpipe_jax.training.state import abstract_rows, abstract_state
 from tpipe_jax.training.step import make_loss
@@ -93,6 +99,7 @@ def compile_programs(run: Run, plan: Plan, console: Console) -> Programs:
     """
     start = time.monotonic()
     schedule = make_schedule(plan)
+    check_host_memory(run.spec, schedule)
     spec, train_step = fitting_step(run.spec, plan, run.optimizer)
     params = abstract_state(spec, run.optimizer).params
     loss = compile_checked(make_loss(spec, schedule), spec.mesh, params, abstract_rows(spec))
