@@ -97,20 +97,20 @@ TERAPIPE = PlanConfig("7,9,8", "uniform:2", schedule="terapipe")
 )
 def test_is_the_same_as_without_a_pipeline(model: ModelConfig, mesh: MeshConfig, more: dict):
     more = {"plan": TERAPIPE, "weight": WEIGHT} | more
-    train = TrainConfig(batch_size=B, balance_loss=more.pop("weight"))
+    train = TrainConfig(batch_size=B, balance_weight=more.pop("weight"))
     run(Config(model, mesh, train=train, attention=AttentionConfig(block=4), **more))
 
 
 def test_settings_that_do_not_go_together():
     """A part of the batch at a time has no balance loss; a model without experts has none."""
-    with pytest.raises(UserError, match=r"balance_loss=0.5 is for mixtures of experts"):
-        Config(train=TrainConfig(balance_loss=0.5))
+    with pytest.raises(UserError, match=r"balance_weight=0.5 is for mixtures of experts"):
+        Config(train=TrainConfig(balance_weight=0.5))
     config = Config(MODEL, MeshConfig(pipe=2), replace(TERAPIPE, schedule="1f1b"))
-    with pytest.raises(UserError, match=r"set config.train.balance_loss=0 or config.plan.sched"):
+    with pytest.raises(UserError, match=r"set config.train.balance_weight=0 or config.plan.sched"):
         reference.plan_of(config)
     plan = replace(reference.plan_of(replace(config, plan=TERAPIPE)), schedule="1f1b")
     spec = make_spec(config, make_mesh(config.mesh, jax.devices()[:2]))
-    with pytest.raises(UserError, match=r"balance_loss=0.001 needs all of a batch at once"):
+    with pytest.raises(UserError, match=r"balance_weight=0.001 needs all of a batch at once"):
         step.make_loss_and_grads(spec, make_schedule(plan))
     with pytest.raises(UserError, match=r"config.mesh.model=3 does not divide .*num_experts=4"):
         check_model(MODEL, MeshConfig(model=3))

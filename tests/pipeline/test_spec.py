@@ -28,7 +28,7 @@ def test_what_is_left_open_is_filled_in():
     assert spec.config.model.d_ff == 64
     assert spec.config.optim.shard_state is False
     assert spec.heads == (2, 2, 8)
-    assert spec.saved_names == ("q", "attn", "middle", "hidden")
+    assert spec.saved_names == ("q", "attn", "middle", "router", "hidden")
     again = make_spec(spec.config, spec.mesh)
     assert again.config == spec.config
 

@@ -236,5 +236,7 @@ def test_deferred_products_are_planned_under_terapipe():
     assert request.schedules == ("terapipe",)
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     other = Plan(1, (1,) * 8, ((256,),) * 8, schedule="1f1b")
-    with pytest.raises(UserError, match="keeps a part at a time: set it to false"):
+    with pytest.raises(
+        UserError, match=r"keeps a part at a time: set config.memory.defer_weight_grads=false"
+    ):
         make_loss_and_grads(make_spec(config, mesh), make_schedule(other))

@@ -2,7 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from tpipe_jax.config.fields import Count, Positive
 from tpipe_jax.errors import UserError
@@ -168,7 +168,8 @@ def resolved_model(model: ModelConfig) -> ModelConfig:
 def unresolved_model(model: ModelConfig) -> ModelConfig:
     """Returns the model with None for each setting that `resolved_model` would make the same of."""
     names = ("d_ff", "tied_head", "num_kv_heads", "head_width", "rope_theta", "experts_per_token")
-    bare = dataclasses.replace(model, **dict.fromkeys(names))
+    nothing: dict[str, Any] = dict.fromkeys(names)
+    bare = dataclasses.replace(model, **nothing)
     filled = resolved_model(bare)
     given = {n: getattr(model, n) for n in names if getattr(model, n) != getattr(filled, n)}
     return dataclasses.replace(bare, **given)

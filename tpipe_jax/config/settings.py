@@ -115,7 +115,7 @@ class TrainConfig:
     compare_steps: CountOrZero = 0
     """Steps that are timed at the end of the run, in token slices and with whole sequences, to
     compare the two; 0 for none."""
-    balance_loss: NonNegative | None = None
+    balance_weight: NonNegative | None = None
     """Weight of the balance loss, which keeps tokens from choosing the same experts; 0 for none.
     None means 0.001 where there are experts."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
@@ -228,12 +228,12 @@ class MemoryConfig:
     """What the backward pass computes again: none, dots (all but matrix products), full (all but
     layer inputs, keys and values), or names of what is saved instead, as attn,hidden; auto means
     the fastest that fits."""
-    offload: bool = False
-    """Whether saved values wait in the host's memory between the forward and the backward pass;
-    attention caches stay on the device. For GPUs."""
     defer_weight_grads: bool = False
     """Whether gradients of weights are computed as one product for each layer after the last slice,
     rather than one for each slice: this shortens the ticks of deep pipelines and takes memory."""
+    offload: bool = False
+    """Whether saved values wait in the host's memory between the forward and the backward pass;
+    attention caches stay on the device. For GPUs."""
 
 
 # FlashAttention, for CUDA 12 and 13.
@@ -310,9 +310,9 @@ class Config:
         for path, hint, value in _fields(self):
             check_field(path, hint, value)
         check_model_settings(self.model)
-        if self.train.balance_loss and not self.model.num_experts:
+        if self.train.balance_weight and not self.model.num_experts:
             raise UserError(
-                f"config.train.balance_loss={self.train.balance_loss:g} is for mixtures of "
+                f"config.train.balance_weight={self.train.balance_weight:g} is for mixtures of "
                 "experts: leave it out, or set config.model.num_experts."
             )
         scale = self.precision
@@ -337,7 +337,7 @@ class Config:
     @property
     def balance_weight(self) -> float:
         """Weight of the balance loss; 0 if there is none."""
-        given = self.train.balance_loss
+        given = self.train.balance_weight
         return (BALANCE if given is None else given) if self.model.num_experts else 0.0
 
 

@@ -1,6 +1,6 @@
 """The buffers of a stage between slices: attention caches, saved values, gradients."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -69,6 +69,16 @@ def empty_saved(
 
     routing = no_routing(num_experts) if num_experts else None
     return [Saved(cache, values(cache), routing) for cache in caches]
+
+
+def routings(saved: Any) -> list[Routing]:
+    """Returns what is known of the router of each layer."""
+    return [layer.routing for layer in saved]
+
+
+def with_routings(saved: Any, routing: Sequence[Routing]) -> Any:
+    """Returns the saved values with this of each layer's router."""
+    return [layer._replace(routing=own) for layer, own in zip(saved, routing, strict=True)]
 
 
 def empty_gradients(

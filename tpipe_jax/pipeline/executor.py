@@ -29,6 +29,7 @@ from tpipe_jax.devices.inplace import Position, read, write
 from tpipe_jax.devices.scopes import BACKWARD, FORWARD, WHOLE_BATCH
 from tpipe_jax.devices.skips import CONDITIONALS, Skips
 from tpipe_jax.pipeline.balance import Routing
+from tpipe_jax.pipeline.buffers import routings, with_routings
 from tpipe_jax.pipeline.lane import Carry, ItemShape, ItemWork, Lane, State
 from tpipe_jax.planning.schedule import IDLE, Item, Part, Schedule
 
@@ -116,8 +117,8 @@ def execute(
                 )
         trunk, sums = on_part(row["losses"], partial(_losses, work), (trunk, sums))
         if work.balance:
-            routing = on_part(row["losses"], partial(_balance, work), _routing(saved))
-            saved = _with_routing(saved, routing)
+            routing = on_part(row["losses"], partial(_balance, work), routings(saved))
+            saved = with_routings(saved, routing)
         if work.backward and schedule.has_passes:
             with jax.named_scope(BACKWARD):
                 gradients, trunk, back = skips.run_on_all_if(
@@ -179,7 +180,7 @@ def _execute_in_sweeps(
     with jax.named_scope(WHOLE_BATCH):
         trunk, sums = _losses(work, rows, (trunk, sums))
         if work.balance:
-            saved = _with_routing(saved, _balance(work, rows, _routing(saved)))
+            saved = with_routings(saved, _balance(work, rows, routings(saved)))
     if work.backward:
         with jax.named_scope(BACKWARD):
             carry = gradients, trunk, packets[1]
@@ -287,14 +288,6 @@ def _losses(work: StepWork, part: _Rows, carry: tuple[Array, SumsT]) -> tuple[Ar
 def _balance(work: StepWork, part: _Rows, routing: list[Routing]) -> list[Routing]:
     assert work.balance
     return work.balance(routing)
-
-
-def _routing(saved: Any) -> list[Routing]:
-    return [layer.routing for layer in saved]
-
-
-def _with_routing(saved: Any, routing: list[Routing]) -> Any:
-    return [layer._replace(routing=own) for layer, own in zip(saved, routing, strict=True)]
 
 
 def _embed_grads(work: StepWork, trunk: Array, part: _Rows, sums: SumsT) -> SumsT:

@@ -197,7 +197,10 @@ def needs_whole_batch(config: Config) -> tuple[str, str] | None:
     if config.memory.defer_weight_grads:
         return "config.memory.defer_weight_grads=true", "config.memory.defer_weight_grads=false"
     if config.balance_weight:
-        return f"config.train.balance_loss={config.balance_weight:g}", "config.train.balance_loss=0"
+        return (
+            f"config.train.balance_weight={config.balance_weight:g}",
+            "config.train.balance_weight=0",
+        )
     return None
 
 

@@ -19,6 +19,7 @@ from tpipe_jax.errors import UserError
 from tpipe_jax.model.block import Params
 from tpipe_jax.pipeline import vocab_parallel
 from tpipe_jax.pipeline.balance import balance_loss, with_slopes
+from tpipe_jax.pipeline.buffers import routings
 from tpipe_jax.pipeline.build import (
     block_gradients,
     caches_of,
@@ -108,7 +109,7 @@ def make_loss_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
 
 def _make_losses_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
     """As `make_loss_and_grads`, to the losses by name, `loss` and the `balance_loss` of a model
-    with experts, and the gradients of `loss` plus config.train.balance_loss times `balance_loss`.
+    with experts, and the gradients of `loss` plus config.train.balance_weight times `balance_loss`.
     """
     _check_has_batch(spec, schedule)
     config, packing = spec.config, packing_of(spec, schedule.longest_shape[1])
@@ -162,7 +163,7 @@ def _make_losses_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
         total, grads = psum((sums.loss, grads), "data")
         values = {"loss": total / count}
         if balance_weight:
-            values["balance_loss"] = balance_loss([own.routing for own in saved], num_tokens)
+            values["balance_loss"] = balance_loss(routings(saved), num_tokens)
         return values, jax.tree.map(lambda g: g / scale, grads)
 
     return over_mesh(spec, local, lambda specs: (PartitionSpec(), specs), num_scalars=1)
