@@ -20,7 +20,8 @@ from support.drawn_slices import (
     rounded,
     run,
 )
-from tpipe_jax.attention.base import Attention, KVCache
+from tpipe_jax.attention.base import Attention, KVCache, Slice
+from tpipe_jax.attention.blockwise import blockwise
 from tpipe_jax.attention.flash import Kernels, flash, flash_kernels, obstacle
 from tpipe_jax.attention.fused import over_heads
 from tpipe_jax.config.settings import MeshConfig
@@ -72,6 +73,26 @@ def test_whole_sequences(num_rows: int, attention: Attention) -> None:
         s = draw(Position(row, 0), 70, 70, seed=row, num_rows=num_rows)
         s = s._replace(d_cache=jax.tree.map(np.zeros_like, s.d_cache))
         reference.assert_close(run(s, attention), expect(s), TOLERANCE)
+
+
+@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
+@pytest.mark.parametrize("window", [1, 7, 70, T])
+def test_a_window_hides_what_is_before_it(window: int, kernels: Kernels) -> None:
+    """As the other attention, which is told for each token where it begins to see."""
+
+    def told(s: Slice) -> Slice:
+        B, L, _, _ = s.q_BLNK.shape
+        first = jnp.maximum(s.at.token + jnp.arange(L) - window + 1, 0)
+        return s._replace(starts_BL1=jnp.broadcast_to(first[:, None], (B, L, 1)))
+
+    own = blockwise(32)
+    expected = own._replace(
+        forward=lambda s: own.forward(told(s)),
+        backward=lambda s, *more: own.backward(told(s), *more),
+    )
+    for at in (Position(1, 0), Position(0, 60), Position(2, T - 50)):
+        s = draw(at, 50, T, seed=window, group=2)
+        reference.assert_close(run(s, flash(kernels, window)), run(s, expected), TOLERANCE)
 
 
 def test_scores_may_be_large() -> None:

@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from support import reference
+from support import fake_flash, reference
 from support.marks import slow
+from tpipe_jax.attention import backends, flash
 from tpipe_jax.config.settings import (
     AttentionConfig,
     Config,
@@ -51,8 +52,8 @@ def drawn(model: ModelConfig) -> dict:
 
 
 def check_pipeline(model: ModelConfig, mesh: MeshConfig, plan: PlanConfig, **more: object) -> None:
-    train, attention = TrainConfig(batch_size=B), AttentionConfig(block=4)
-    config = Config(model, mesh, plan, train, attention=attention, **more)  # pyrefly: ignore
+    more = {"attention": AttentionConfig(block=4), **more}
+    config = Config(model, mesh, plan, TrainConfig(batch_size=B), **more)  # pyrefly: ignore
     rows = np.random.default_rng(0).integers(0, model.vocab_size, (B, model.seq_len + 1))
     params = drawn(model)
     expected = jax.value_and_grad(lambda p: reference.loss(model, p, jnp.asarray(rows)))(params)
@@ -102,6 +103,14 @@ def test_schedules(schedule: str) -> None:
     model = replace(MISTRAL, num_layers=4)
     plan = PlanConfig("uniform:4", "uniform:4", schedule=schedule)  # pyrefly: ignore
     check_pipeline(model, MeshConfig(pipe=2), plan)
+
+
+def test_a_window_of_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels hide what is before it; nothing tells them for each token."""
+    monkeypatch.setattr(backends, "_obstacle", lambda *_: None)
+    monkeypatch.setattr(flash, "flash_kernels", lambda _: fake_flash.kernels(False))
+    plan = PlanConfig("7,9,8", "uniform:2")
+    check_pipeline(MISTRAL, MeshConfig(pipe=2), plan, attention=AttentionConfig("flash"))
 
 
 def test_a_window_that_is_as_long_as_the_sequence_is_none() -> None:

@@ -38,8 +38,9 @@ class _Call:
     """What both directions compute: scores of all queries with all keys `[N, Q, S]`."""
 
     def __init__(self, q: Array, k: Array, v: Array, starts: Any, longest: Any, *how: Any) -> None:
-        scale, *mask = how
-        assert mask == [True, (-1, -1)]  # causal, without a window
+        scale, is_causal, (left, right) = how
+        assert is_causal
+        assert (left, right) == (-1, -1) or (left >= 0 and right == 0)
         (Q, N, K), (S, H, _) = q.shape, k.shape
         assert k.shape == v.shape == (S, H, K)
         assert q.dtype == k.dtype == v.dtype
@@ -57,7 +58,8 @@ class _Call:
         self.k, self.v = (jnp.repeat(a.astype(jnp.float32), N // H, 1) for a in (k, v))
         is_own = self.queries.sequence[:, None] == self.keys.sequence
         is_past = self.keys.last <= self.queries.last[:, None]
-        self.visible = is_own & is_past & (self.keys.sequence >= 0)
+        is_near = (left < 0) | (self.keys.last >= self.queries.last[:, None] - left)
+        self.visible = is_own & is_past & is_near & (self.keys.sequence >= 0)
         scores = jnp.einsum("qnk,snk->nqs", self.q, self.k) * scale
         self.scores = jnp.where(self.visible, scores, -jnp.inf)
 

@@ -64,7 +64,7 @@ def make_attention(config: Config, device: DeviceFacts, are_heads_divided: bool)
             return blockwise(default, reads_whole=True)._replace(key_block=seq_len)
         return blockwise(block or default)
     if backend == "flash":
-        attention = flash.flash(flash.flash_kernels(device.capability))
+        attention = flash.flash(flash.flash_kernels(device.capability), config.model.window)
     else:
         attention = grouped(cudnn_kernel(), block or CUDNN_GROUP)
         attention = attention._replace(key_block=block or CUDNN_TILE)
@@ -87,10 +87,10 @@ def _obstacle(backend: Backend, config: Config, device: DeviceFacts, heads: Head
         )
     if not config.data.cross_document_attention:
         return "does not know where documents begin, as cross_document_attention=false needs"
-    if config.model.window is not None:
-        return f"has no sliding window, as config.model.sliding_window={config.model.window} needs"
     if backend == "flash":
         return _obstacle_of_flash(config, capability, heads)
+    if config.model.window is not None:
+        return f"has no sliding window, as config.model.sliding_window={config.model.window} needs"
     return _obstacle_of_cudnn(config, device, capability, heads)
 
 

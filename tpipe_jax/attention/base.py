@@ -119,6 +119,9 @@ class Attention(NamedTuple):
     """Keys that one turn of the loop over a context reads, at most; whole contexts have no loop."""
     layout: Layout
     """The order of the axes of the caches."""
+    window: int | None = None
+    """Tokens that a token sees, itself included, where the attention itself hides the others; where
+    it does not, `Slice.starts_BL1` says what is seen."""
 
 
 def add_to_cache(cache: KVCache, values: KVCache, at: Position, num_tokens: int) -> KVCache:

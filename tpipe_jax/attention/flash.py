@@ -75,20 +75,23 @@ def flash_kernels(capability: tuple[int, int] | None) -> Kernels:
     return Kernels(dew._packed_forward2, dew._packed_backward2, has_lse_of_sequences=True)
 
 
-def flash(kernels: Kernels) -> Attention:
-    """Makes an attention that calls the kernels once for a slice, forward and backward."""
-    own = _Flash(kernels)
-    return Attention(own.forward, own.backward, TILE, TILE, TOKENS_FIRST)
+def flash(kernels: Kernels, window: int | None = None) -> Attention:
+    """Makes an attention that calls the kernels once for a slice, forward and backward. A token
+    sees `window` tokens, itself included, or all before it.
+    """
+    own = _Flash(kernels, window)
+    return Attention(own.forward, own.backward, TILE, TILE, TOKENS_FIRST, window)
 
 
 class _Flash(NamedTuple):
     kernels: Kernels
+    window: int | None
 
     def forward(self, slice_: Slice) -> tuple[Array, Array]:
         """As `Attention.forward`, for sequences that are one document each."""
         assert slice_.starts_BL1 is None
         B, L, N, K = slice_.q_BLNK.shape
-        results = self.kernels.forward(*_packed(slice_), *_places(slice_))
+        results = self.kernels.forward(*_packed(slice_), *self._places(slice_))
         out, lse = _varying_as(slice_.q_BLNK, results)
         if self.kernels.has_lse_of_sequences:
             lse_BLN = lse[:: 1 + _has_gaps(slice_)].swapaxes(1, 2)
@@ -116,7 +119,7 @@ class _Flash(NamedTuple):
         else:
             lse = lse_BLN.transpose(2, 0, 1).reshape(N, B * L)
         d_out, out = (a.astype(q_BLNK.dtype).reshape(-1, N, K) for a in (d_out_BLNK, out_BLNK))
-        results = self.kernels.backward(d_out, *_packed(slice_), out, lse, *_places(slice_))
+        results = self.kernels.backward(d_out, *_packed(slice_), out, lse, *self._places(slice_))
         d_q, *d_kv = _varying_as(q_BLNK, results)
         d_kv = [d.reshape(R, T, W) for d in d_kv]
 
@@ -132,6 +135,21 @@ class _Flash(NamedTuple):
             sums = [TOKENS_FIRST.read(d, d_at, B, L, K) for d in d_cache]
             own = [(a + b).astype(b.dtype) for a, b in zip(sums, own, strict=True)]
         return d_q.reshape(B, L, N, K), KVCache(*own), d_cache
+
+    def _places(self, slice_: Slice) -> tuple[Any, ...]:
+        """The arguments of the kernels that say where each sequence is, and how it is attended."""
+        (B, L, _, K), T, at = slice_.q_BLNK.shape, slice_.cache.k.shape[1], slice_.at
+        if _has_gaps(slice_):
+            row, is_gap = jnp.divmod(jnp.arange(2 * B, dtype=jnp.int32), 2)
+            starts = (row + is_gap) * L, (at.row + row) * T + is_gap * (at.token + L)
+        else:  # the last sequence ends before what follows it in the cache
+            row = jnp.arange(B + 1, dtype=jnp.int32)
+            ends = (at.row + row - 1) * T + at.token + L
+            starts = row * L, jnp.where(row < B, (at.row + row) * T, ends)
+        starts = tuple(a.astype(jnp.int32) for a in starts)
+        # The kernels count the keys to the left of a query.
+        window = _NO_WINDOW if self.window is None else (self.window - 1, 0)
+        return starts, (L, T), float(K**-0.5), True, window
 
 
 def _varying_as(a: Array, results: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -166,17 +184,3 @@ def _packed(slice_: Slice) -> tuple[Array, Array, Array]:
     _, _, N, K = slice_.q_BLNK.shape
     k, v = (a.reshape(-1, a.shape[-1] // K, K) for a in slice_.cache)
     return slice_.q_BLNK.reshape(-1, N, K), k, v
-
-
-def _places(slice_: Slice) -> tuple[Any, ...]:
-    """The arguments of the kernels that say where each sequence is, and how it is attended."""
-    (B, L, _, K), T, at = slice_.q_BLNK.shape, slice_.cache.k.shape[1], slice_.at
-    if _has_gaps(slice_):
-        row, is_gap = jnp.divmod(jnp.arange(2 * B, dtype=jnp.int32), 2)
-        starts = (row + is_gap) * L, (at.row + row) * T + is_gap * (at.token + L)
-    else:  # the last sequence ends before what follows it in the cache
-        row = jnp.arange(B + 1, dtype=jnp.int32)
-        ends = (at.row + row - 1) * T + at.token + L
-        starts = row * L, jnp.where(row < B, (at.row + row) * T, ends)
-    starts = tuple(a.astype(jnp.int32) for a in starts)
-    return starts, (L, T), float(K**-0.5), True, _NO_WINDOW

@@ -103,7 +103,7 @@ def make_stage(
         packing,
         DEFERRED_TOKENS.get(spec.device.platform, 1024),
         starts_BT1,
-        spec.config.model.window,
+        None if spec.attention.window else spec.config.model.window,
         spec.config.model.experts_of_token,
         skips=spec.skips,
     )

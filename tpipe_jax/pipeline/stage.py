@@ -62,7 +62,7 @@ class Stage(NamedTuple):
     """Where the document of each token begins in its sequence, `[B, T, 1]` int32, if documents do
     not see each other; None if they do."""
     window: int | None = None
-    """Tokens that a token sees, itself included; None means all before it."""
+    """Tokens that a token sees, itself included, if attention has to be told; else None."""
     num_chosen: int = 0
     """Experts that a token goes through, where a block has a router."""
     shares_gradient_rows: bool = False

@@ -82,7 +82,8 @@ class Predictor:
         samples = []
         for shape, program in compiled.programs:
             for context in shape.contexts:
-                seen = Seen(*shape[:2], context, spec.attention.group)
+                near = min(context, config.model.window or context)
+                seen = Seen(*shape[:2], near, spec.attention.group)
                 roofline = Roofline(program, speed, links["model"], seen)
                 forward, backward = (
                     spec.layers_per_stage * _slice_cost(roofline, lane).seconds(speed)

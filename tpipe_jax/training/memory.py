@@ -273,6 +273,7 @@ def too_little(
         one_by_one: (could_take_turns and not needs_whole_batch(config)) or schedule.num_slots > 0,
         "config.memory.defer_weight_grads=false": config.memory.defer_weight_grads,
         "config.memory.remat=full": config.memory.remat != "full",
+        "config.memory.offload=true": spec.device.platform == "gpu" and not config.memory.offload,
         "a smaller config.train.batch_size or config.model.seq_len": True,
         "more devices in config.mesh.pipe or config.mesh.model": True,
         "config.optim.shard_state with more data shards": not config.optim.shard_state,
