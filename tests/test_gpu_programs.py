@@ -182,6 +182,23 @@ def test_stages_of_unequal_depth_skip_layers_without_copies() -> None:
     assert compiled.tick.copied_bytes < most_copied_bytes(compiled)
 
 
+@pytest.mark.parametrize("mesh", [MeshConfig(1, 2, 1), MeshConfig(1, 2, 2)], ids=str)
+def test_experts_copy_nothing_and_sum_in_the_short_format(mesh: MeshConfig) -> None:
+    model = ModelConfig(
+        *(2, D, 4), vocab_size=512, seq_len=T, family="llama", num_experts=8, d_ff=D
+    )
+    asked = replace(config("terapipe", EQUAL, mesh, "auto"), model=model)
+    compiled = compile_for(CompileFlags(asked, Path("run"), gpu="h100"))
+    assert compiled.tick
+    assert compiled.tick.copied_bytes < most_copied_bytes(compiled)
+    assert compiled.tick.kernels.forward <= 70
+    assert compiled.tick.kernels.backward <= 110
+    # Attention and experts, forward, and their inputs, backward; weights of experts are small.
+    of_slice = T // 4 * D * 2
+    _, summed = compiled.tick.exchanges.get("all-reduce", (0, 0))
+    assert summed <= (4.3 * of_slice if mesh.model > 1 else 0)
+
+
 @pytest.mark.parametrize(
     ("gpu", "schedule", "slices"),
     [
