@@ -132,15 +132,16 @@ def test_exchanges():
         %d = f32[8] all-gather-done(%s)
         %t = (f32[4], f32[4], u32[]) collective-permute-start(%p), source_target_pairs={{0,1}}
         %u = f32[4] all-reduce-start(%p), replica_groups={}, to_apply=%add
+        %w = ((f32[4], f32[2]), (f32[4], f32[2])) all-reduce-start(%p, %q), to_apply=%add
         %v = ((f32[4], f32[4]), (f32[2], f32[2])) reduce-scatter-start(%p, %q), dimensions={0}
         ROOT %e = f32[4] collective-permute-done(%t)
     """
     found = work(body, FUSED)
     one = {"all-gather": 1, "collective-permute": 1, "reduce-scatter": 1}
-    assert found.exchanges == {"all-reduce": 2} | one
+    assert found.exchanges == {"all-reduce": 3} | one
     expected = {"all-gather": 32, "collective-permute": 16, "reduce-scatter": 16}
-    assert found.exchanged_bytes == {"all-reduce": 24 + 16} | expected
-    assert (found.kernels, found.copied_bytes) == (6, 0)  # one of them on each device alone
+    assert found.exchanged_bytes == {"all-reduce": 24 + 16 + 24} | expected
+    assert (found.kernels, found.copied_bytes) == (7, 0)  # one of them on each device alone
 
 
 def test_works_are_added():

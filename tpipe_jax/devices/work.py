@@ -160,7 +160,8 @@ def _fused(program: Program, fusion: Operation) -> list[Operation]:
 
 def _results(operation: Operation) -> list[int]:
     """Returns the bytes of each result of a collective."""
-    sizes = array_bytes(operation.shape)
-    if operation.opcode.endswith("-start") and operation.opcode != "all-reduce-start":
-        return sizes[len(operation.operands) : 2 * len(operation.operands)]  # after the operands
-    return sizes
+    sizes, num = array_bytes(operation.shape), len(operation.operands)
+    # Most that are begun and ended apart have their operands before their results; an all-reduce
+    # has them since jax 0.12.
+    has_operands = operation.opcode.endswith("-start") and len(sizes) >= 2 * num
+    return sizes[num : 2 * num] if has_operands else sizes
