@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from support import reference, several_processes, timeline_file, zarr_files
-from support.marks import slow
 
 pytestmark = pytest.mark.usefixtures("short_flags")
 
@@ -71,7 +70,8 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
-@pytest.mark.parametrize("num_processes", [2, slow(4)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [2, 4])
 def test_losses_do_not_depend_on_the_processes(num_processes: int, alone: Path, tmp_path: Path):
     out = run(tmp_path, f"--local-processes={num_processes}", "--config.train.trace-step=5")
     check_same(tmp_path, alone)

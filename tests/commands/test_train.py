@@ -68,6 +68,7 @@ def test_a_run_leaves_its_files(config: Config, tmp_path: Path):
     )
 
 
+@pytest.mark.slow
 def test_whole_sequences_are_not_compared_with_themselves(config: Config, tmp_path: Path):
     config = changed(
         config, train={"num_steps": 1, "compare_steps": 2}, plan={"token_slices": "uniform:1"}
@@ -89,6 +90,7 @@ def test_a_picture_that_fails_ends_no_run(
     assert len(metrics(tmp_path / "run")) == 6
 
 
+@pytest.mark.slow
 def test_whole_sequences_that_do_not_fit_are_not_compared(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -157,7 +157,7 @@ def loss_and_grads(config: Config, rows: np.ndarray) -> tuple[float, float, Para
 
 @pytest.mark.parametrize(
     ("block", "is_apart"),
-    [(BUILT_IN, True), (LLAMA, True), (LLAMA, False)],
+    [slow(BUILT_IN, True), (LLAMA, True), slow(LLAMA, False)],
     ids=["gpt2, documents", "llama, documents", "llama"],
 )
 @pytest.mark.parametrize("mesh", MESHES, ids=str)

@@ -69,13 +69,16 @@ def check_pipeline(model: ModelConfig, mesh: MeshConfig, plan: PlanConfig, **mor
     reference.assert_close(grads, expected[1], TOLERANCE)
 
 
-@pytest.mark.parametrize("model", [MODEL, slow(QWEN), MISTRAL], ids=["llama", "qwen", "mistral"])
+@pytest.mark.parametrize(
+    "model", [slow(MODEL), slow(QWEN), MISTRAL], ids=["llama", "qwen", "mistral"]
+)
 def test_is_the_same_as_without_a_pipeline(model: ModelConfig) -> None:
     plan = PlanConfig("7,9,8", "uniform:2")
     check_pipeline(model, MeshConfig(data=2, pipe=2, model=2), plan)
 
 
-@pytest.mark.parametrize("num_devices", [6, slow(3)])
+@pytest.mark.slow
+@pytest.mark.parametrize("num_devices", [6, 3])
 def test_each_device_has_a_copy_of_its_heads_of_keys(num_devices: int) -> None:
     """More devices than heads of keys, a multiple of them."""
     model = replace(QWEN, num_kv_heads=2 if num_devices == 6 else 1)

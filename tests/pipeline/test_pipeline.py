@@ -175,7 +175,7 @@ def test_gradients_equal_those_of_the_unpipelined_model(case: Case) -> None:
         # Six sequences take turns in the rows of three.
         slow(Case(MeshConfig(1, 2, 1), 3, "5,4,3", "uniform:6", 6, "1f1b")),
         slow(Case(MeshConfig(1, 3, 1), 3, "7,5", "1,2,1,2,1,2", 9, "1f1b")),
-        Case(MeshConfig(), 2, "7,5", "1,2,1", 4, "1f1b"),
+        slow(Case(MeshConfig(), 2, "7,5", "1,2,1", 4, "1f1b")),
         Case(MeshConfig(2, 2, 2), 3, "7,5", "uniform:4", 4, "1f1b"),
         # Fewer slices than stages, which wait for the first to come round, and more, which wait.
         Case(MeshConfig(1, 3, 1), 7, "12", "2", 2, "interleaved"),
@@ -279,7 +279,10 @@ def test_gradients_with_flash_attention(
     ("case", "memory"),
     [
         (Case(MeshConfig(2, 2, 1), 3, "7,5", "1,2", 3), MemoryConfig()),
-        (Case(MeshConfig(1, 2, 1), 3, "5,4,3", "uniform:6", 6, "1f1b"), MemoryConfig(remat="full")),
+        slow(
+            Case(MeshConfig(1, 2, 1), 3, "5,4,3", "uniform:6", 6, "1f1b"),
+            MemoryConfig(remat="full"),
+        ),
         slow(
             Case(MeshConfig(1, 2, 1), 3, "7,5", "uniform:3", 3, "1f1b-deferred"),
             MemoryConfig(remat="none"),
@@ -328,7 +331,7 @@ def test_slices_change_nothing() -> None:
     "memory",
     [
         slow(MemoryConfig(remat="none")),
-        MemoryConfig(remat="full"),
+        slow(MemoryConfig(remat="full")),
         slow(MemoryConfig(remat="attn,hidden,norm_1")),
         slow(MemoryConfig(defer_weight_grads=True)),
     ],

@@ -57,6 +57,7 @@ def tick(*args: object, **kw: object) -> TickProgram:
     return found
 
 
+@pytest.mark.slow
 def test_stages_hand_on_slices_and_share_operators():
     """A layer has two sums in each direction. Each direction has one transfer. Devices that share
     operators send a part each, and put the parts together.

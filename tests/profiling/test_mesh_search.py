@@ -152,6 +152,7 @@ def test_a_stop_while_measuring(config: Config, tmp_path: Path, monkeypatch: pyt
     assert FakeProfiler.calls == 5
 
 
+@pytest.mark.slow
 def test_what_a_run_cannot_use_is_found_before_measuring(config: Config, tmp_path: Path):
     devices, workdir = jax.devices()[:4], tmp_path / "run"
     with pytest.raises(UserError, match=r"config\.data\.train"):

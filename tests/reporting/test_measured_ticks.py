@@ -6,7 +6,6 @@ import jax
 import pytest
 
 from support import runs, timeline_file
-from support.marks import slow
 from tpipe_jax.config.settings import MeshConfig
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import one_forward_one_backward, terapipe
@@ -135,8 +134,9 @@ def test_boxes_of_all_processes_start_at_nought():
     assert merged(["[]"], 1) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    "sizes", [MeshConfig(pipe=2), slow(MeshConfig(data=2, pipe=2, model=2))], ids=str
+    "sizes", [MeshConfig(pipe=2), MeshConfig(data=2, pipe=2, model=2)], ids=str
 )
 def test_a_traced_step_is_in_the_timeline(sizes: MeshConfig, tmp_path: Path):
     """And stays there when the run goes on; losses are those of a run without."""
