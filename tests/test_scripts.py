@@ -3,8 +3,10 @@
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -43,9 +45,8 @@ def read(words: list[str], *, flags: str) -> Flags:
     return parse(args, program="program")
 
 
-def pods() -> tuple[dict, dict]:
-    service, job = yaml.safe_load_all((LAUNCH / "k8s.yaml").read_text())
-    return service, job
+def job_set() -> dict:
+    return yaml.safe_load((LAUNCH / "k8s.yaml").read_text())
 
 
 def documented_flags() -> str:
@@ -63,6 +64,36 @@ def test_slurm(tmp_path: Path):
     options = dict(re.findall(r"^#SBATCH --(\S+)=(\S+)", (LAUNCH / "slurm.sh").read_text(), re.M))
     assert int(options["nodes"]) * int(options["ntasks-per-node"]) == DEVICES
     assert options["ntasks-per-node"] == options["gpus-per-node"]
+
+
+@pytest.mark.parametrize("status", [0, 1, 138, 143], ids=["done", "failed", "time", "cancelled"])
+def test_slurm_queues_again_when_the_time_is_up(status: int, tmp_path: Path):
+    install(tmp_path / "bin", "srun", f"exit {status}\n")
+    install(tmp_path / "bin", "scontrol", f'echo "$@" > {tmp_path / "asked"}\n')
+    env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_JOB_ID": "77"}
+    command = ["bash", "launch/slurm.sh"]
+    done = subprocess.run(command, cwd=several_processes.ROOT, env=env, check=False)
+    assert done.returncode == status
+    asked = tmp_path / "asked"
+    assert (asked.read_text() if asked.exists() else "") == "requeue 77\n" * (status == 138)
+    assert status != 138 or status == 128 + signal.SIGUSR1
+    assert "#SBATCH --signal=USR1@" in (LAUNCH / "slurm.sh").read_text()
+
+
+def test_the_image_has_what_the_program_needs():
+    """It copies what is there, and installs extras that exist."""
+    lines = (LAUNCH / "Dockerfile").read_text().splitlines()
+    copied = {name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]}
+    assert copied == {"pyproject.toml", "README.md", "LICENSE", "tpipe_jax", "configs", "launch"}
+    assert all((several_processes.ROOT / name).exists() for name in copied)
+    project = tomllib.loads((several_processes.ROOT / "pyproject.toml").read_text())["project"]
+    assert copied >= {project["readme"], *project["license-files"]}
+    [extras] = [line.partition("=")[2] for line in lines if line.startswith("ARG EXTRAS=")]
+    assert set(extras.split(",")) <= project["optional-dependencies"].keys()
+    workdir = next(line.split()[1] for line in lines if line.startswith("WORKDIR "))
+    [job] = job_set()["spec"]["replicatedJobs"]
+    [container] = job["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["workingDir"] == workdir
 
 
 def test_mpi(tmp_path: Path):
@@ -86,18 +117,25 @@ def test_mpi(tmp_path: Path):
 
 
 def test_kubernetes(tmp_path: Path):
-    service, job = pods()
-    pod = job["spec"]["template"]["spec"]
+    jobs = job_set()
+    [replicated] = jobs["spec"]["replicatedJobs"]
+    job = replicated["template"]["spec"]
+    pod = job["template"]["spec"]
     [container] = pod["containers"]
     command = [*container["command"], *container["args"]]
     env = {variable["name"]: variable["value"] for variable in container["env"]}
     words = run(tmp_path / "bin", *command, JOB_COMPLETION_INDEX="7", **env)
     flags = read(words, flags=documented_flags())
-    name = job["metadata"]["name"]
-    assert pod["subdomain"] == service["metadata"]["name"]
-    assert service["spec"]["selector"] == {"job-name": name}
-    assert flags.processes.coordinator == f"{name}-0.{pod['subdomain']}:29500"
-    counts = {job["spec"][field] for field in ("completions", "parallelism")}
+    # The names of pods are those of their JobSet, job, number of the job, and own number.
+    first = f"{jobs['metadata']['name']}-{replicated['name']}-0-0"
+    network = jobs["spec"]["network"]
+    assert network["enableDNSHostnames"]
+    assert flags.processes.coordinator == f"{first}.{network['subdomain']}:29500"
+    assert (replicated["replicas"], job["backoffLimit"]) == (1, 0)
+    assert jobs["spec"]["failurePolicy"]["maxRestarts"] > 0
+    [port] = container["ports"]
+    assert port["containerPort"] == flags.config.metrics.port
+    counts = {job[field] for field in ("completions", "parallelism")}
     assert counts == {flags.processes.num_processes}
     assert flags.processes.process_id == 7
     gpus = container["resources"]["limits"]["nvidia.com/gpu"]

@@ -46,13 +46,15 @@ PLACES = {
     "tokenizer": ("data__tokenizer", "/etc/passwd"),
     "plan": ("plan__file", "/etc/passwd"),
     "project": ("metrics__wandb", "theirs"),
+    "port": ("metrics__port", 9400),
     "escape": ("data__train", "/etc/\x1b[2Jpasswd"),
 }
 
 
 @pytest.mark.parametrize(("name", "value"), PLACES.values(), ids=PLACES)
-def test_a_stranger_names_no_place(tmp_path: Path, name: str, value: str):
-    value = value.format(run=tmp_path / "run")
+def test_a_stranger_names_no_place(tmp_path: Path, name: str, value: str | int):
+    if isinstance(value, str):
+        value = value.format(run=tmp_path / "run")
     run = downloaded(tmp_path / "run", a_config(**{name: value}))
     (run / "mixture.txt").write_text("/etc/passwd:1\n")
     setting = f"config.{name.replace('__', '.')}"

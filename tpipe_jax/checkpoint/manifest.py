@@ -61,6 +61,13 @@ def list_steps(folder: Path) -> list[int]:
     return sorted((int(name) for name in names if _STEP.fullmatch(name)), reverse=True)
 
 
+def finish_times(folder: Path) -> list[float]:
+    """Returns when the finished checkpoints were finished, the newest first, as times of the
+    clock.
+    """
+    return [(folder / str(step) / MANIFEST_DIGEST).stat().st_mtime for step in list_steps(folder)]
+
+
 def num_bytes(checkpoint: Path) -> int:
     """Returns the bytes of all files of a checkpoint."""
     return sum(path.lstat().st_size for path in _files(checkpoint))

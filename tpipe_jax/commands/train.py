@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from tpipe_jax.checkpoint.checkpoints import Checkpoints
+from tpipe_jax.checkpoint.manifest import finish_times
 from tpipe_jax.commands.generate import Generator, chooser
 from tpipe_jax.config.invocation import command
+from tpipe_jax.config.own_runs import CHECKPOINTS
 from tpipe_jax.config.paths import expanded
 from tpipe_jax.config.settings import BYTES, BYTES_NAME, Config
 from tpipe_jax.data.carried import (
@@ -39,6 +42,7 @@ from tpipe_jax.profiling.measured_plan import as_first, plan_slices
 from tpipe_jax.profiling.mesh_search import choose_mesh, take_latencies
 from tpipe_jax.reporting.console import Console, count
 from tpipe_jax.reporting.metrics import Metrics
+from tpipe_jax.reporting.prometheus import newest_age
 from tpipe_jax.reporting.step_profile import ProfiledSteps
 from tpipe_jax.reporting.workdir import (
     changed_settings,
@@ -192,7 +196,8 @@ def _train(
             workdir.mkdir(parents=True, exist_ok=True)
             keep_tokenizer(config.data, workdir)
         describe_in_files(run.described, workdir, plan, work_factors(config, plan))
-        metrics = Metrics(workdir, first_step, config)
+        age = newest_age(partial(finish_times, workdir / CHECKPOINTS))
+        metrics = Metrics(workdir, first_step, config, age)
     else:
         note_config(run.described, workdir)
     with closing(metrics) if metrics else nullcontext():

@@ -28,6 +28,7 @@ _NO_PLACES: dict[str, tuple[str | None, ...]] = {
     "data.tokenizer": (BYTES_NAME,),
     "plan.file": (None,),
     "metrics.wandb": (None,),
+    "metrics.port": (None,),
 }
 PLACES = tuple(_NO_PLACES)
 
@@ -79,7 +80,7 @@ def check_named(config_file: Path, config: Config, remedies: Mapping[str, str]) 
         raise UserError(
             f"{config_file} has config.{setting}={shown(value)}, which is only used if you name "
             "it, since no run of yours has written that file as it is: "
-            f"{remedy.format(shown(shlex.quote(value)))}, or what you want instead."
+            f"{remedy.format(shown(shlex.quote(str(value))))}, or what you want instead."
         )
 
 

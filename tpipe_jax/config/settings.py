@@ -285,6 +285,8 @@ class MetricsConfig:
 
     wandb: str | None = None
     """Weights & Biases project that gets the numbers too; needs pip install tpipe_jax[wandb]."""
+    port: Annotated[int, Range(1, high=65535)] | None = None
+    """Port at which process 0 answers Prometheus; needs pip install tpipe_jax[prometheus]."""
     peak_tflops: Annotated[float, Range(0)] | None = None
     """Peak speed of a device in TFLOP/s, for the share of it that is used (MFU); None means the
     maker's figure for a known GPU or TPU, in float16 and bfloat16."""

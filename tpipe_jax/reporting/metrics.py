@@ -28,6 +28,7 @@ from tpipe_jax.errors import UserError, brief
 from tpipe_jax.files import as_user_error
 from tpipe_jax.json_files import parse_json
 from tpipe_jax.reporting.loss_plot import FILE, draw_losses
+from tpipe_jax.reporting.prometheus import Age, Exporter
 
 DRAW_SECONDS = 20  # between two pictures of the losses
 
@@ -38,15 +39,23 @@ class Metrics:
     A resumed run logs the steps after its checkpoint again. So lines of steps after `first_step`
     are dropped, and TensorBoard is told to drop its events of them.
 
-    If the config names a project of Weights & Biases, that project gets the numbers too. Raises
-    `UserError`, as `write` and `close` do, if a file cannot be written.
+    If the config names a project of Weights & Biases or a port for Prometheus, these get the
+    numbers too, and Prometheus `checkpoint_age`. Raises `UserError`, as `write` and `close` do, if
+    a file cannot be written.
     """
 
-    def __init__(self, workdir: Path, first_step: int, config: Config | None = None) -> None:
+    def __init__(
+        self,
+        workdir: Path,
+        first_step: int,
+        config: Config | None = None,
+        checkpoint_age: Age | None = None,
+    ) -> None:
         self._path, self._drawn = workdir / "metrics.jsonl", time.monotonic()
         events = workdir / "tensorboard"
         with self._writing():
             events.mkdir(parents=True, exist_ok=True)
+            num_starts = len(list(events.glob("events.out.tfevents.*")))
             _drop_after(first_step, self._path)
             name = f"events.out.tfevents.{time.time_ns()}"  # nanoseconds, so that it is new
             self._events = RecordWriter((events / name).open("xb"))
@@ -55,12 +64,15 @@ class Metrics:
             purge = SessionLog(status=SessionLog.START)
             self._write_event(Event(step=first_step + 1, session_log=purge))
         self._tracker: Any = None
-        if config and config.metrics.wandb:
-            try:
+        self._exporter: Exporter | None = None
+        try:
+            if config and config.metrics.port is not None:
+                self._exporter = Exporter(config, workdir, num_starts, checkpoint_age)
+            if config and config.metrics.wandb:
                 self._tracker = _tracker(config, workdir)
-            except UserError:
-                self.close()
-                raise
+        except UserError:
+            self.close()
+            raise
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends the values after `step` steps. NaN and infinity, unknown to JSON, become null."""
@@ -70,6 +82,8 @@ class Metrics:
             self._lines.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
             self._lines.flush()
             self._write_event(Event(step=step, summary=Summary(value=scalars)))
+        if self._exporter:
+            self._exporter.write(step, values)
         if self._tracker:
             with _tracking():
                 self._tracker.log(values, step=step)
@@ -89,6 +103,8 @@ class Metrics:
 
     def close(self) -> None:
         """Closes the files."""
+        if self._exporter:
+            self._exporter.close()
         with self._writing(), contextlib.closing(self._events):
             self._lines.close()
         if self._tracker:

@@ -22,6 +22,7 @@ from tpipe_jax.planning.schedule import Schedule, make_schedule
 from tpipe_jax.planning.settings import read_settings
 from tpipe_jax.reporting.console import Console
 from tpipe_jax.reporting.metrics import check_tracker
+from tpipe_jax.reporting.prometheus import check_exporter
 from tpipe_jax.training.memory import (
     budget,
     check_host_memory,
@@ -78,6 +79,8 @@ def check_inputs(config: Config) -> tuple[Batches, Batches]:
     Checks what does not need a mesh. Raises `UserError` if settings and data don't fit.
     """
     check_tracker(config)
+    if jax.process_index() == 0:
+        check_exporter(config)
     train_data, held_out = open_data(config)
     for batches in (train_data, held_out):
         batches.batch(0, slice(8))  # mostly raises if their vocabulary is larger
