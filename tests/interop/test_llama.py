@@ -240,6 +240,22 @@ def test_an_export_without_a_source_is_loaded(kind: str, tmp_path: Path) -> None
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("coefficient", "weight"), [(0.02, 0.02), (0, 0.0), (None, None)])
+def test_the_weight_of_the_balance_loss_is_the_folders(
+    coefficient: float | None, weight: float | None, tmp_path: Path
+) -> None:
+    made("mixtral").save_pretrained(tmp_path / "source")
+    path = tmp_path / "source" / "config.json"
+    settings = json.loads(path.read_text()) | {"router_aux_loss_coef": coefficient}
+    path.write_text(json.dumps(settings))
+    config = convert.import_model(tmp_path / "source", tmp_path / "run")
+    assert config.train.balance_weight == weight
+    settings["router_aux_loss_coef"] = "much"
+    path.write_text(json.dumps(settings))
+    with pytest.raises(UserError, match="router_aux_loss_coef=much is no number"):
+        convert.import_model(tmp_path / "source", tmp_path / "other")
+
+
 def test_code_that_a_stranger_names_is_not_handed_on(tmp_path: Path) -> None:
     """Neither by a folder, nor by what a workdir keeps of one."""
     made("llama").save_pretrained(tmp_path / "source")
@@ -294,6 +310,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "sparse step": ({"model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step=2"),
     "jitter": ({"model_type": "mixtral", "router_jitter_noise": 0.1}, "router_jitter_noise=0.1"),
     "experts": ({"model_type": "mixtral", "num_local_experts": 1}, "experts_per_token=2 is more"),
+    "no number of experts": (
+        {"model_type": "qwen3_moe", "num_experts_per_tok": None},
+        "num_experts_per_tok=None is no number",
+    ),
     "eps": ({"rms_norm_eps": "x"}, "norm_eps='x' must be of type float"),
 }
 

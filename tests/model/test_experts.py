@@ -94,3 +94,27 @@ def test_a_token_depends_on_itself_alone():
 def test_settings_that_contradict_each_other(changes: dict, sentence: str):
     with pytest.raises(UserError, match=sentence):
         Config(replace(MODEL, **changes))
+
+
+def test_places_without_a_token_overflow_nothing():
+    """An expert whose products overflow for tokens that have not chosen it."""
+    x, logits, ff_in, ff_out = drawn(0.0)
+    logits = logits.at[..., 0].set(-9.0).at[0, 0, 0].set(9.0)  # one token for expert 0
+    x = x.at[0, 0].set(0.0)
+    half = [a.astype(jnp.float16) for a in (x, ff_in.at[0].multiply(3e4), ff_out)]
+
+    def total(x, ff_in, ff_out):
+        model = replace(MODEL, norm_topk_prob=True)
+        graph, _ = nnx.split(
+            nnx.eval_shape(lambda: Experts(model, jnp.dtype(jnp.float16), nnx.Rngs(0)))
+        )
+        return nnx.merge(graph, {"ff_in": ff_in, "ff_out": ff_out})(x, logits).sum()
+
+    for gradient in jax.grad(total, (0, 1, 2))(*half):
+        assert np.isfinite(np.asarray(gradient, np.float32)).all()
+
+
+def test_logits_are_rounded_wherever_they_are_used():
+    """XLA may keep them in float32 where it computes them: the rounding is part of the text."""
+    text = str(jax.make_jaxpr(experts.probabilities)(jnp.zeros((2, 3), jnp.bfloat16)))
+    assert "reduce_precision[exponent_bits=8 mantissa_bits=7]" in text

@@ -11,6 +11,7 @@ import pytest
 from support import reference
 from support.marks import slow
 from tpipe_jax.config.settings import (
+    IGNORE,
     AttentionConfig,
     Config,
     MemoryConfig,
@@ -45,9 +46,10 @@ def run(config: Config) -> tuple[Any, Any, Any]:
     noise = [a + 0.2 * jax.random.normal(k, a.shape) for a, k in zip(leaves, keys, strict=True)]
     params = jax.tree.unflatten(tree, noise)
     rows = np.random.default_rng(0).integers(0, model.vocab_size, (B, model.seq_len + 1))
+    rows[1, 9:], rows[3, 20:] = IGNORE, IGNORE  # padding
 
     def total(params: Any) -> tuple[jax.Array, Any]:
-        loss, balance = reference.losses(model, params, jnp.asarray(rows))
+        loss, balance = reference.losses(model, params, rows)
         return loss + config.balance_weight * balance, (loss, balance)
 
     (_, expected), expected_grads = jax.jit(jax.value_and_grad(total, has_aux=True))(params)

@@ -1,6 +1,7 @@
 """Saved values in the memory of the host: the same bits, and less memory of a device."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -27,6 +28,7 @@ from tpipe_jax.pipeline.footprint import activation_bytes_per_token, host_bytes_
 from tpipe_jax.pipeline.spec import make_spec, spec_on_devices
 from tpipe_jax.planning.schedule import make_schedule
 from tpipe_jax.training import memory
+from tpipe_jax.training.optimizer import make_optimizer
 from tpipe_jax.training.step import make_loss_and_grads
 
 CONFIG = Config(
@@ -93,8 +95,30 @@ def test_other_devices_and_small_hosts_are_refused(monkeypatch: pytest.MonkeyPat
         spec_on_devices(OFFLOADED, jax.devices()[:2])
     spec_on_devices(OFFLOADED, jax.devices()[:2], DeviceFacts("gpu", "H100", (9, 0), 91002, 1e9))
     spec = make_spec(OFFLOADED, make_mesh(CONFIG.mesh, jax.devices()[:2]))
-    schedule = make_schedule(reference.plan_of(CONFIG))
-    memory.check_host_memory(spec, schedule)
-    monkeypatch.setattr(memory.os, "sysconf", lambda name: 1)
-    with pytest.raises(UserError, match=r"keeps 0 GiB in the memory of this host"):
-        memory.check_host_memory(spec, schedule)
+    plan, optimizer = reference.plan_of(CONFIG), make_optimizer(CONFIG)
+    needed = memory.host_bytes(spec, make_schedule(plan))
+    assert memory.host_limit_bytes(spec) > needed
+    assert memory.host_limit_bytes(make_spec(CONFIG, spec.mesh)) == float("inf")
+    monkeypatch.setattr(memory, "_machine_bytes", lambda: 2.0 * needed - 1)
+    with pytest.raises(UserError, match=r"keeps .* GiB on the host for each device, with .*=dots"):
+        memory.fitting_step(spec, plan, optimizer)
+    monkeypatch.setattr(memory, "_machine_bytes", lambda: 2.0 * needed)
+    assert memory.fitting_step(spec, plan, optimizer)[0].saved_names == spec.saved_names
+    monkeypatch.setattr(memory, "_machine_bytes", lambda: 2.0 * needed - 1)
+    auto = replace(OFFLOADED, memory=replace(OFFLOADED.memory, remat="auto"))
+    found, _ = memory.fitting_step(spec.with_config(auto), plan, optimizer)
+    assert found.config.memory.remat == "attn"  # the first that fits the host
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("1048576\n", 2**20), ("max\n", None), (None, None)]
+)
+def test_a_container_has_less_memory(
+    text: str | None, expected: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(memory, "CONTAINER_LIMIT", tmp_path / "memory.max")
+    whole = memory._machine_bytes()
+    assert whole > 2**30
+    if text is not None:
+        (tmp_path / "memory.max").write_text(text)
+    assert memory._machine_bytes() == (expected or whole)

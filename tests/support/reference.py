@@ -51,7 +51,9 @@ def loss(config: ModelConfig, params: Params, rows: Array) -> Array:
 
 
 def losses(config: ModelConfig, params: Params, rows: Array) -> tuple[Array, Array]:
-    """The loss of the plain model, and the balance loss by its formula, from all layers at once."""
+    """The loss of the plain model, and the balance loss by its formula, from all layers at once.
+    What has no target from it on is padding.
+    """
     block, logits = block_functions(config, jnp.dtype(jnp.float32)), []
 
     def tape(name: str, value: Array) -> Array:
@@ -62,10 +64,12 @@ def losses(config: ModelConfig, params: Params, rows: Array) -> tuple[Array, Arr
     for own in params["blocks"]:
         attn = plain_model.self_attention(*block.qkv(own, x, positions, tape), config.window)
         x = block.finish(own, x, attn, tape)
-    probabilities = jax.nn.softmax(jnp.stack(logits), -1)
+    is_target = np.asarray(rows[:, 1:] != IGNORE)
+    is_token = np.flip(np.logical_or.accumulate(np.flip(is_target, 1), 1), 1)
+    probabilities = jnp.stack([jax.nn.softmax(a[is_token], -1) for a in logits])
     chosen = jax.lax.top_k(probabilities, config.experts_of_token)[1]
-    often = jax.nn.one_hot(chosen, config.num_experts).sum(-2).mean((0, 1, 2))
-    balance = logits[0].shape[-1] * (often * probabilities.mean((0, 1, 2))).sum()
+    often = jax.nn.one_hot(chosen, config.num_experts).sum(-2).mean((0, 1))
+    balance = logits[0].shape[-1] * (often * probabilities.mean((0, 1))).sum()
     return loss(config, params, rows), balance
 
 

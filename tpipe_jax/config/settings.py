@@ -117,7 +117,7 @@ class TrainConfig:
     compare the two; 0 for none."""
     balance_weight: NonNegative | None = None
     """Weight of the balance loss, which keeps tokens from choosing the same experts; 0 for none.
-    None means 0.001 where there are experts."""
+    None means 0.001 where there are experts, and 0 for a block of your own."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What happens when the loss or gradients are not finite: stop ends the run, skip goes on with
     the next step. Such a step changes nothing."""
@@ -339,8 +339,9 @@ class Config:
     @property
     def balance_weight(self) -> float:
         """Weight of the balance loss; 0 if there is none."""
+        usual = 0.0 if self.model.has_own_block else BALANCE
         given = self.train.balance_weight
-        return (BALANCE if given is None else given) if self.model.num_experts else 0.0
+        return (usual if given is None else given) if self.model.num_experts else 0.0
 
 
 def resolved(config: Config) -> Config:

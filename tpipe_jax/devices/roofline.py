@@ -131,7 +131,8 @@ class Roofline:
 
     def _host_transfer(self, operation: Operation) -> Cost:
         """A slice of a buffer in the host's memory, read or written. The smallest array is it."""
-        num_bytes = min(n for n in array_bytes(operation.shape) if n > SCALAR_BYTES)
+        sizes = [n for n in array_bytes(operation.shape) if n > SCALAR_BYTES]
+        num_bytes = min(sizes, default=0)
         seconds = num_bytes / self.speed.pcie_bytes_per_second
         is_write = "update" in operation.name
         return Cost(
@@ -193,7 +194,11 @@ class Roofline:
 
     def _share_of_scatter(self, body: list[Operation]) -> float:
         """A scatter into the sums of the context skips what lies beyond the context."""
-        scatters = [operation for operation in body if operation.opcode == "scatter"]
+        scatters = [
+            operation
+            for operation in body
+            if operation.opcode == "scatter" and not operation.shape.startswith("s32")
+        ]
         if not scatters:
             return 1.0
         rows = array_dims(scatters[0].shape)[0][0]

@@ -25,6 +25,7 @@ from tpipe_jax.config.settings import (
     DataConfig,
     MeshConfig,
     OptimConfig,
+    TrainConfig,
     resolved,
 )
 from tpipe_jax.data.carried import with_kept_tokenizer
@@ -46,6 +47,7 @@ from tpipe_jax.interop.hugging_face import (
     read_source,
     write_source,
 )
+from tpipe_jax.interop.mixtures import balance_weight
 from tpipe_jax.interop.write_folder import write_model
 from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.reporting.workdir import write_config
@@ -84,7 +86,8 @@ def import_model(source: Path, workdir: Path, seq_len: int | None = None) -> Con
         raise UserError(f"--workdir={workdir} is not empty: choose a folder for a new run.")
     data, text = _read_tokenizer(source, about, workdir, model.vocab_size)
     optim = OptimConfig(learning_rate=FINE_TUNING_RATE)
-    config = resolved(Config(model=model, data=data, optim=optim))
+    train = TrainConfig(balance_weight=balance_weight(model, about.settings))
+    config = resolved(Config(model=model, data=data, optim=optim, train=train))
     with writing_to(workdir):
         is_new = not workdir.exists()
         try:

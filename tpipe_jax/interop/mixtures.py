@@ -4,12 +4,14 @@ There each expert has weights of its own; here those of all experts of a layer l
 `model.experts` says. Mixtral and Qwen3-MoE name the same weights differently.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from tpipe_jax.config.settings import ModelConfig
+from tpipe_jax.errors import UserError, shown
 from tpipe_jax.interop.hugging_face import Settings, Weight
 
 # Names of sizes there, the newest first.
@@ -55,7 +57,7 @@ MEANT: dict[str, Settings] = {
 FIXED = {
     "decoder_sparse_step": (1,),
     "mlp_only_layers": ([], None),
-    "router_jitter_noise": (0.0, 0),
+    "router_jitter_noise": (0.0, 0, None),
 }
 
 
@@ -64,12 +66,24 @@ def read_experts(kind: str, settings: Settings) -> Settings:
     if kind not in MEANT:
         return {}
     given = [settings[name] for name in NUM_EXPERTS if name in settings]
+    for name, value in {NUM_EXPERTS[0]: given[0], CHOSEN: settings[CHOSEN]}.items():
+        if value is None:
+            raise UserError(f"{name}=None is no number.")
     fields = {
         "num_experts": given[0],
         "experts_per_token": settings[CHOSEN],
         "norm_topk_prob": True if kind == "mixtral" else settings[NORMED],
     }
     return fields | ({"d_ff": settings[EXPERT_WIDTH]} if kind == "qwen3_moe" else {})
+
+
+def balance_weight(model: ModelConfig, settings: Settings) -> float | None:
+    """Returns config.train.balance_weight as a folder names it; None if it names none."""
+    weight = settings.get("router_aux_loss_coef") if model.num_experts else None
+    is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    if weight is not None and not (is_number and 0 <= weight < math.inf):
+        raise UserError(f"router_aux_loss_coef={shown(weight)} is no number from 0 on.")
+    return weight if weight is None else float(weight)
 
 
 def experts_settings(kind: str, model: ModelConfig, before: Settings) -> Settings:

@@ -64,8 +64,15 @@ class Experts(nnx.Module):
 
 
 def probabilities(logits: Array) -> Array:
-    """Returns the router's probabilities of all experts, float32."""
-    return jax.nn.softmax(logits.astype(jnp.float32), -1)
+    """Returns the router's probabilities of all experts, float32.
+
+    XLA may leave out the rounding of logits where it computes them, but not where they were saved.
+    They are rounded here in any case. Otherwise the backward pass could go through other experts
+    than the forward pass.
+    """
+    about = jnp.finfo(logits.dtype)
+    rounded = lax.reduce_precision(logits.astype(jnp.float32), about.nexp, about.nmant)
+    return jax.nn.softmax(rounded, -1)
 
 
 class _Places(NamedTuple):
@@ -195,8 +202,15 @@ def _backward(
 
     def add_round(n: Array, sums: tuple[Array, ...]) -> tuple[Array, ...]:
         choice_EC, is_one_EC = places.rows(n * size, size)
-        x_ECD, d_y_ECD = x_MD[choice_EC // J], d_y_MD[choice_EC // J]
-        weight_EC1 = jnp.where(is_one_EC, weights_MJ.reshape(-1)[choice_EC], 0)[..., None]
+        # Zeros in places without a token: with another expert's token, a format may overflow.
+        x_ECD, d_y_ECD, weight_EC1 = (
+            jnp.where(is_one_EC[..., None], a, 0)
+            for a in (
+                x_MD[choice_EC // J],
+                d_y_MD[choice_EC // J],
+                weights_MJ.reshape(-1)[choice_EC][..., None],
+            )
+        )
         gate, value, swiglu_ECF = _hidden(x_ECD, in_EDF)
         # Of swiglu, before the weight: d_y is the same for all of a token's experts.
         d_ECF = jnp.einsum("ecd,efd->ecf", d_y_ECD, out_EFD).astype(jnp.float32)

@@ -154,6 +154,13 @@ def _check_declared(config: ModelConfig, values: dict[str, Any]) -> None:
     parameters and values.
     """
     own, params = block_class(config), param_shapes(config)
+    if own.router_logits is not None:
+        found = values[own.router_logits].shape[-1] if own.router_logits in values else None
+        if found != config.num_experts:
+            raise ValueError(
+                f"router_logits has {own.router_logits}, which the tape must have with the width "
+                f"config.model.num_experts={config.num_experts}"
+            )
     for name, (source, target) in own.linears.items():
         if name not in params or not {"kernel"} <= set(params[name]) <= {"kernel", "bias"}:
             raise ValueError(f"linears has {name}, which is no layer of a kernel and a bias")

@@ -145,7 +145,8 @@ class ExpertsBlock(LlamaBlock):
     router_logits: ClassVar = "router"
 
     def _make_feed_forward(self, config: ModelConfig, rngs: nnx.Rngs) -> None:
-        assert config.num_experts
+        if not config.num_experts:
+            raise ValueError("it needs config.model.num_experts")
         linear, _ = _linears(config, self.dtype, rngs)
         self.router = linear(config.d_model, config.num_experts)
         self.experts = Experts(config, self.dtype, rngs)

@@ -147,7 +147,9 @@ def packing_of(spec: StageSpec, num_tokens: int) -> Packing:
     """
     model, all_heads = spec.config.model, spec.heads.num_queries * spec.heads.width
     widths = {**value_widths(model), "attn": all_heads, "q": all_heads}
-    kept = {name: widths[name] for name in spec.saved_names if name in widths}
+    # A router's logits are few, and choose the same experts again.
+    names = (*spec.saved_names, block_class(model).router_logits)
+    kept = {name: widths[name] for name in dict.fromkeys(names) if name in widths}
     is_joined = spec.joins_arrays and num_tokens < model.seq_len
     return Packing.of({"x": model.d_model} | kept, is_joined)
 

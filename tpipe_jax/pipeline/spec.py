@@ -19,6 +19,7 @@ from tpipe_jax.devices.precision import resolve_precision
 from tpipe_jax.devices.skips import Skips, skips_on
 from tpipe_jax.errors import UserError
 from tpipe_jax.model.functional import heads
+from tpipe_jax.model.registry import block_class
 from tpipe_jax.model.remat import saved_names
 from tpipe_jax.model.sharding import check_model
 from tpipe_jax.pipeline.buffers import WeightGrads
@@ -86,6 +87,11 @@ def make_spec(config: Config, mesh: Mesh, device: DeviceFacts | None = None) -> 
     """
     device = device or facts_of(mesh)
     config = resolve_precision(resolved(config), device)
+    if config.balance_weight and not block_class(config.model).router_logits:
+        raise UserError(
+            f"config.train.balance_weight={config.balance_weight:g} needs a router, and "
+            f"config.model.block={config.model.block} has no router_logits: leave it out."
+        )
     of_block = heads(config.model)
     of_block = of_block._replace(num_keys=max(of_block.num_keys, mesh.shape["model"]))
     config = resolve_attention(config, device, of_block)

@@ -65,6 +65,8 @@ class Stage(NamedTuple):
     """Tokens that a token sees, itself included, if attention has to be told; else None."""
     num_chosen: int = 0
     """Experts that a token goes through, where a block has a router."""
+    counts_BT1: Array | None = None
+    """Which tokens count in the balance loss, 1 or 0, `[B, T, 1]` float32; None if all do."""
     shares_gradient_rows: bool = False
     """Whether parts of the batch go backward one after another in the same rows of
     `Gradients.cache`."""
@@ -95,7 +97,8 @@ class Stage(NamedTuple):
             new |= {name: values[name] for name in buffers if name not in new}
             if routing is not None:
                 logits_BLE = values[self.block.router_logits]
-                routing = add_choices(routing, logits_BLE, self.num_chosen)
+                counts_BL1 = self._counts(at, *x_BLD.shape[:2])
+                routing = add_choices(routing, logits_BLE, self.num_chosen, counts_BL1)
             buffers = {name: write(buffers[name], new[name], at) for name in buffers}
             return y_BLD, Saved(cache, buffers, routing)
 
@@ -211,7 +214,7 @@ class Stage(NamedTuple):
         q, attn, lse = self._attention_again(n, values, cache, at)
         finish, d_out = replay(self.block.finish), d_y_BLD
         if saved.routing is not None:
-            finish = self._with_balance(finish, saved.routing)
+            finish = self._with_balance(finish, saved.routing, self._counts(at, B, L))
             d_out = d_y_BLD, jnp.ones_like(saved.routing.slopes[0])
         _, finish_vjp, seen = jax.vjp(finish, others, taps, x_BLD, attn, has_aux=True)
         d_others, d_taps, d_x_BLD, d_attn = finish_vjp(d_out)
@@ -242,14 +245,17 @@ class Stage(NamedTuple):
             d_params = _sum(d_params, d_others | more)
         return d_x_BLD, Gradients(d_cache, d_params, d_outputs)
 
-    def _with_balance(self, finish: Callable[..., Any], routing: Routing) -> Callable[..., Any]:
+    def _with_balance(
+        self, finish: Callable[..., Any], routing: Routing, counts_BL1: Array | float
+    ) -> Callable[..., Any]:
         """Returns the second part of a layer with the balance loss of its tokens as a further
         result.
         """
 
         def run(*inputs: Any) -> tuple[tuple[Array, Array], dict[str, Array]]:
             y_BLD, seen = finish(*inputs)
-            return (y_BLD, slope_of(seen[self.block.router_logits], routing.slopes)), seen
+            logits_BLE = seen[self.block.router_logits]
+            return (y_BLD, slope_of(logits_BLE, routing.slopes, counts_BL1)), seen
 
         return run
 
@@ -329,6 +335,12 @@ class Stage(NamedTuple):
     def _outputs_at(self, at: Position) -> Position:
         """The position of a slice in the buffers of `Gradients.d_outputs`."""
         return Position(at.slot_row, 0) if self.has_slots else at
+
+    def _counts(self, at: Position, num_rows: int, num_tokens: int) -> Array | float:
+        """Which tokens of a slice count in the balance loss, `[B, L, 1]`, or 1 if all do."""
+        if self.counts_BT1 is None:
+            return 1.0
+        return read(self.counts_BT1, at._replace(row=at.batch_row), num_rows, num_tokens)
 
     def _starts(self, at: Position, num_rows: int, num_tokens: int) -> Array | None:
         """Where the document of each token of a slice begins, `[B, L, 1]`."""

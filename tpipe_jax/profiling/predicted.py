@@ -24,6 +24,7 @@ from tpipe_jax.devices.speeds import Link, Network, Speed
 from tpipe_jax.devices.targets import gpu_target
 from tpipe_jax.model.flops import step_flops
 from tpipe_jax.model.functional import param_shapes
+from tpipe_jax.model.registry import block_class
 from tpipe_jax.model.sharding import padded_vocab_size
 from tpipe_jax.pipeline.footprint import (
     activation_bytes_per_token,
@@ -200,7 +201,8 @@ class Predictor:
         written once for each slice.
         """
         config, speed = spec.config, self._speed
-        weights = sum(a.size for a in jax.tree.leaves(param_shapes(config.model)) if a.ndim > 1)
+        shapes, linears = param_shapes(config.model), block_class(config.model).linears
+        weights = float(sum(shapes[name]["kernel"].size for name in linears))
         weights *= spec.layers_per_stage / config.mesh.model
         line = 8 * weights / speed.bytes_per_second, 2 * weights / speed.product_flops
         return Deferral(line, line)

@@ -3,8 +3,9 @@
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -40,6 +41,8 @@ from tpipe_jax.planning.settings import needs_whole_batch, settled, uniform, uni
 from tpipe_jax.runtime.processes import host_names
 from tpipe_jax.training.state import abstract_rows, abstract_state, state_bytes
 from tpipe_jax.training.step import make_train_step
+
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")  # of Linux, in bytes, or a word
 
 
 def budget(
@@ -78,16 +81,29 @@ def host_bytes(spec: StageSpec, schedule: Schedule) -> int:
     return schedule.num_rows * spec.config.model.seq_len * host_bytes_per_token(spec)
 
 
-def check_host_memory(spec: StageSpec, schedule: Schedule) -> None:
-    """Raises `UserError` if this host has less memory than its devices offload."""
-    needed = host_bytes(spec, schedule) * _num_on_this_host(spec.mesh)
-    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > has:
-        raise UserError(
-            f"config.memory.offload=true keeps {needed / GIB:.0f} GiB in the memory of this host, "
-            f"which has {has / GIB:.0f} GiB: save less with config.memory.remat=full, or shorten "
-            "config.train.batch_size or config.model.seq_len."
-        )
+def host_limit_bytes(spec: StageSpec) -> float:
+    """Returns the share of a device in the memory of its host, the least of all hosts; infinity
+    where nothing is offloaded, or the devices are not here.
+    """
+    is_here = set(jax.devices()).issuperset(spec.mesh.devices.flat)
+    if not spec.config.memory.offload or not is_here:
+        return math.inf
+    return _least(_machine_bytes() / _num_on_this_host(spec.mesh))
+
+
+def _machine_bytes() -> float:
+    """Returns the memory of this machine, or of the container that it is seen from."""
+    has = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    with suppress(OSError, ValueError):  # there is no limit, and then the file has a word
+        has = min(has, float(int(CONTAINER_LIMIT.read_text())))
+    return has
+
+
+def _least(value: float) -> float:
+    """Returns the least value of all processes."""
+    if jax.process_count() == 1:
+        return value
+    return float(multihost_utils.process_allgather(np.float64(value)).min())
 
 
 def program_bytes(program: Compiled) -> int:
@@ -112,8 +128,7 @@ def limit_bytes(spec: StageSpec) -> float | None:
     if spec.device.platform == "cpu":
         machine_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         reported = machine_bytes / _num_on_this_host(mesh)
-    if jax.process_count() > 1:
-        reported = float(multihost_utils.process_allgather(np.float64(reported)).min())
+    reported = _least(reported)
     return reported if reported < math.inf else None
 
 
@@ -167,14 +182,17 @@ def fitting_step(
     memory.
 
     Returns the spec with this policy and with the schedule of the plan, and the compiled step.
-    Raises `TooLarge` if no policy fits.
+    Raises `TooLarge` if no policy fits, and `UserError` if none fits the memory of the hosts.
     """
     spec = spec.with_config(settled(spec.config, plan))
     limit, needed, trial, step = limit_bytes(spec), 0, spec, None
     schedule = make_schedule(plan)
     check(schedule)
+    host_limit = host_limit_bytes(spec)
     for remat in candidates(spec.config.memory):
         trial, step = _with_policy(spec, remat), None
+        if host_bytes(trial, schedule) > host_limit:
+            continue
         parts = budget(trial, schedule, optimizer).values()
         if limit is not None and max(parts) > limit:
             needed = sum(parts)
@@ -189,6 +207,13 @@ def fitting_step(
         needed = program_bytes(step)
         if limit is None or needed <= limit:
             return trial, step
+    if (offloaded := host_bytes(trial, schedule)) > host_limit:
+        raise UserError(
+            f"config.memory.offload=true keeps {offloaded / GIB:.3g} GiB on the host for each "
+            f"device, with config.memory.remat={trial.config.memory.remat}, and the host has "
+            f"{host_limit / GIB:.3g} GiB for each: set config.memory.remat=full, or shorten "
+            "config.train.batch_size or config.model.seq_len."
+        )
     raise TooLarge(too_little(trial, schedule, optimizer, limit, needed), trial, step)
 
 

@@ -25,7 +25,6 @@ from tpipe_jax.reporting.metrics import check_tracker
 from tpipe_jax.reporting.prometheus import check_exporter
 from tpipe_jax.training.memory import (
     budget,
-    check_host_memory,
     fitting_step,
     limit_bytes,
     program_bytes,
@@ -102,7 +101,6 @@ def compile_programs(run: Run, plan: Plan, console: Console) -> Programs:
     """
     start = time.monotonic()
     schedule = make_schedule(plan)
-    check_host_memory(run.spec, schedule)
     spec, train_step = fitting_step(run.spec, plan, run.optimizer)
     params = abstract_state(spec, run.optimizer).params
     loss = compile_checked(make_loss(spec, schedule), spec.mesh, params, abstract_rows(spec))

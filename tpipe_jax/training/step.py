@@ -119,9 +119,11 @@ def _make_losses_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
         batch, given, params = _Batch.of(spec.config, rows), params, for_compute(spec, params)
         count = _count(batch.targets_BT)
         weight, head = scale / count, make_head(spec, params)
+        counts_BT1 = _is_no_padding(batch.targets_BT)[..., None].astype(jnp.float32)
         stage = make_stage(spec, params, packing, batch.starts_BT1)._replace(
             shares_gradient_rows=schedule.num_gradient_rows < len(batch.tokens_BT),
             has_slots=schedule.slots is not None,
+            counts_BT1=counts_BT1 if balance_weight else None,
         )
 
         def losses(y_BTD: Array, row: Array | int, sums: Sums) -> tuple[Array, Sums]:
@@ -131,7 +133,7 @@ def _make_losses_and_grads(spec: StageSpec, schedule: Schedule) -> Wrapped:
             )
             return d_y_BTD, sums
 
-        num_tokens = batch.tokens_BT.size * lax.axis_size("data") * model.num_layers
+        num_tokens = psum(counts_BT1.sum(), "data") * model.num_layers
         balance = partial(with_slopes, count=num_tokens, weight=scale * balance_weight)
 
         def embed_grads(d_x_BTD: Array, row: Array | int, sums: Sums) -> Sums:
@@ -296,6 +298,13 @@ def _slot_buffer_shape(schedule: Schedule) -> tuple[int, int] | None:
     """Rows and tokens of the buffer of all slots; None if there are no slots."""
     num_rows, num_tokens = schedule.longest_shape
     return (schedule.num_slots * num_rows, num_tokens) if schedule.num_slots else None
+
+
+def _is_no_padding(targets_BT: Array) -> Array:
+    """Whether a token of the same row, or this one, has a target that counts, from it on. What
+    comes after the last such token of a row is padding.
+    """
+    return lax.cummax((targets_BT != IGNORE).astype(jnp.int32), axis=1, reverse=True) > 0
 
 
 def _count(targets_BT: Array) -> Array:
