@@ -6,7 +6,16 @@ from support import meeting, several_processes
 from support.marks import slow
 from tpipe_jax.errors import UserError
 from tpipe_jax.runtime import schedulers
-from tpipe_jax.runtime.schedulers import KUBERNETES, OPEN_MPI_4, SLURM_JOB, check_alone, misleading
+from tpipe_jax.runtime.schedulers import (
+    KUBERNETES,
+    OPEN_MPI_4,
+    SLURM_JOB,
+    TORCHRUN_ID,
+    Told,
+    check_alone,
+    misleading,
+    told,
+)
 
 STEP = {
     "SLURM_JOB_ID": "77",
@@ -18,7 +27,8 @@ STEP = {
 MANY = STEP | {"SLURM_NTASKS": "8"}
 PMI = {"PMI_SIZE": "4", "PMI_RANK": "1"}
 OPEN_MPI = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"}
-TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "2"}
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1"}
+MASTER = {"MASTER_ADDR": "host", "MASTER_PORT": "29400"}
 
 
 def answer(environ: dict[str, str]) -> tuple[int, str, str]:
@@ -50,6 +60,37 @@ def test_a_process_among_others_that_jax_cannot_find_is_refused(environ: dict[st
     status, out, err = answer(environ)
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "--process-id=1" in err
+
+
+@pytest.mark.parametrize(
+    ("environ", "expected"),
+    [
+        ({}, Told("host:29400", 2, 1, None)),
+        ({TORCHRUN_ID: "7"}, Told("host:29401", 2, 1, None)),  # whose own port it is
+        ({"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "8"}, Told("host:29400", 2, 1, (3,))),
+        ({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, Told("host:29400", 2, 1, None)),
+        ({"MASTER_ADDR": "fd00::7"}, Told("[fd00::7]:29400", 2, 1, None)),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, None),
+        ({"MASTER_ADDR": ""}, None),
+        ({"MASTER_PORT": "x"}, None),
+        ({"RANK": ""}, None),
+    ],
+)
+def test_variables_of_torchrun(environ: dict[str, str], expected: Told | None):
+    assert told(TORCHRUN | MASTER | environ) == expected
+
+
+@pytest.mark.slow
+def test_processes_find_each_other_by_variables_of_torchrun():
+    port, children = several_processes.free_port(), []
+    for rank in range(2):
+        about = {"WORLD_SIZE": 2, "RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        prefix = ["env", *(f"{name}={value}" for name, value in about.items())]
+        children.append(
+            several_processes.start("--config.mesh.pipe=2", program=meeting.__file__, prefix=prefix)
+        )
+    answers = several_processes.results(children)
+    assert [(status, out) for status, out, _ in answers] == [(0, "2 2\n")] * 2, answers
 
 
 @pytest.mark.parametrize(

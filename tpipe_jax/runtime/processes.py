@@ -16,6 +16,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from tpipe_jax.runtime.environment import computing
 from tpipe_jax.runtime.exits import heeded
 from tpipe_jax.runtime.failures import ending_together, print_error
 from tpipe_jax.runtime.network import hidden, host_and_port, place_gloo, proxies
-from tpipe_jax.runtime.schedulers import check_alone, misleading
+from tpipe_jax.runtime.schedulers import check_alone, misleading, told
 from tpipe_jax.version import __version__
 
 PACKAGE = Path(__file__).parents[1]
@@ -124,6 +125,10 @@ def host_names() -> list[str]:
 
 def _connect(flags: ProcessFlags) -> bool:
     """Joins the other processes; returns True when all have come, or False if there are none."""
+    given = flags.coordinator, flags.num_processes, flags.process_id
+    if given == (None, None, None) and (known := told(os.environ)):
+        ids = flags.local_device_ids or known.local_device_ids
+        flags = replace(flags, **known._replace(local_device_ids=ids)._asdict())
     listening = _listening_address(flags.coordinator) if flags.coordinator else None
     if listening and flags.process_id == 0:
         _check_listening(listening)  # jax may crash if it cannot listen

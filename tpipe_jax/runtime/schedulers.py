@@ -7,6 +7,7 @@ started the processes within a job, it would wait for processes that never come.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import NamedTuple
 
 from tpipe_jax.errors import UserError
 
@@ -18,6 +19,7 @@ LAUNCHERS = (
     ("MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_RANK", "MPI's launcher"),
     ("WORLD_SIZE", "RANK", "torchrun, or a launcher like it,"),
 )
+TORCHRUN_ID = "TORCHELASTIC_RUN_ID"  # set by torchrun alone
 OPEN_MPI_4 = "OMPI_MCA_orte_hnp_uri"  # without it, jax cannot join the processes of Open MPI
 SLURM_JOB = "SLURM_JOB_ID"
 SLURM = (SLURM_JOB, "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -32,6 +34,32 @@ class Started:
     size: str
     rank: str
     by: str
+
+
+class Told(NamedTuple):
+    """What a launcher says of this process and the others, as the flags would."""
+
+    coordinator: str
+    num_processes: int
+    process_id: int
+    local_device_ids: tuple[int, ...] | None
+
+
+def told(environ: Mapping[str, str]) -> Told | None:
+    """Returns what the variables of torchrun say, which Ray Train and others set too; None if they
+    are not all there, or if there is one process.
+
+    torchrun itself listens at MASTER_PORT, so the port after it is taken.
+    """
+    size, rank, port = (environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_PORT"))
+    address = environ.get("MASTER_ADDR", "")
+    if not (all(text.isdecimal() for text in (size, rank, port)) and address and int(size) > 1):
+        return None
+    number = int(port) + (TORCHRUN_ID in environ)
+    local = environ.get("LOCAL_RANK", "")
+    is_shared = local.isdecimal() and environ.get("LOCAL_WORLD_SIZE") != "1"
+    host = f"[{address}]" if ":" in address else address
+    return Told(f"{host}:{number}", int(size), int(rank), (int(local),) if is_shared else None)
 
 
 def misleading(environ: Mapping[str, str]) -> list[str]:
