@@ -2,9 +2,9 @@
 
     python launch/multihost.py --config=quickstart_llama
 
-As `quickstart.py`, with Llama's block: rotary positions, RMSNorm, SwiGLU and grouped queries. Its 600
-steps take about two minutes with planning and compiling, and reach a held-out loss of 2.04 nats a
-byte.
+As `quickstart.py`, with Llama's block: rotary positions, RMSNorm, SwiGLU and grouped queries. Its
+600 steps take about two minutes with planning and compiling, and reach a held-out loss of 2.04 nats
+a byte.
 """
 
 from tpipe_jax.config import (

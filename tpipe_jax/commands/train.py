@@ -44,6 +44,7 @@ from tpipe_jax.reporting.console import Console, count
 from tpipe_jax.reporting.metrics import Metrics
 from tpipe_jax.reporting.prometheus import newest_age
 from tpipe_jax.reporting.step_profile import ProfiledSteps
+from tpipe_jax.reporting.stragglers import Stragglers
 from tpipe_jax.reporting.workdir import (
     changed_settings,
     describe_in_files,
@@ -203,11 +204,25 @@ def _train(
     with closing(metrics) if metrics else nullcontext():
         log = StepLog(run.spec, plan, metrics, console)
         recorded = ProfiledSteps(profiled, workdir / "profile")
-        loop = Loop(run, plan, programs, workdir, checkpoints, log, recorded, services)
+        watched = _stragglers(run)
+        loop = Loop(run, plan, programs, workdir, checkpoints, log, recorded, services, watched)
         gathered("training", "", lambda _: "")  # so that no first step waits for another process
         with console.progress(first_step, num_steps):
             step, state = loop.steps(state, first_step, held_out)
     return _ending(run, plan, programs, workdir, step, state, services)
+
+
+def _stragglers(run: Run) -> Stragglers | None:
+    """Returns what watches the stages, if the settings ask for it. All processes call it."""
+    if not run.config.metrics.stage_times_every or run.config.mesh.pipe == 1:
+        return None
+    hosts = host_names()
+    names = {
+        place: f"{hosts[device.process_index]}, process {device.process_index}"
+        for place, device in np.ndenumerate(run.mesh.devices[:, :, 0])
+    }
+    layers = [sum(own) for own in zip(*run.spec.chunk_layers, strict=True)]
+    return Stragglers(layers, names)
 
 
 def _ending(

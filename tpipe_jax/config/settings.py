@@ -285,6 +285,9 @@ class MetricsConfig:
 
     wandb: str | None = None
     """Weights & Biases project that gets the numbers too; needs pip install tpipe_jax[wandb]."""
+    stage_times_every: CountOrZero = 0
+    """Steps between two in which each stage is timed, to name one that is slower than the others
+    for long; 0 for none. Such a step is traced, which takes a moment. One stage shows nothing."""
     port: Annotated[int, Range(1, high=65535)] | None = None
     """Port at which process 0 answers Prometheus; needs pip install tpipe_jax[prometheus]."""
     peak_tflops: Annotated[float, Range(0)] | None = None

@@ -11,13 +11,14 @@ import json
 import tempfile
 import time
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import jax
+import numpy as np
 from jax.profiler import ProfileData
 from jax.sharding import Mesh
 
@@ -28,6 +29,7 @@ from tpipe_jax.errors import UserError
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import IDLE, Schedule, make_schedule
 from tpipe_jax.planning.simulate import Box, Kind, Timeline
+from tpipe_jax.reporting.stragglers import StageOfShard
 from tpipe_jax.reporting.workdir import add_measured_ticks
 from tpipe_jax.runtime.processes import gathered
 
@@ -51,32 +53,33 @@ class TickConditional(NamedTuple):
 
 def traced(
     run: Callable[[], Result], text: str, schedule: Schedule, mesh: Mesh
-) -> tuple[Result, list[Box], float]:
+) -> tuple[Result, dict[StageOfShard, list[Box]], float]:
     """Runs a step, to its end.
 
     Returns the result of the step, the boxes of the stages whose first device belongs to this
-    process, timed by the host's clock, and the duration of the step. All times are in seconds.
-    There are no boxes if the trace cannot be taken or does not show them: devices other than CPUs
-    may name their operations differently.
+    process, by data shard and stage, timed by the host's clock, and the duration of the step. All
+    times are in seconds. There are no boxes if the trace cannot be taken or does not show them:
+    devices other than CPUs may name their operations differently.
     """
     events: dict[int, list[Event]] = {}
     with _recorded(events):
         start = time.monotonic()
         result = jax.block_until_ready(run())
         seconds = time.monotonic() - start
-    lanes, boxes = find_tick_conditionals(text), []
-    for stage, device in enumerate(mesh.devices[0, :, 0]):
+    lanes, boxes = find_tick_conditionals(text), {}
+    for (shard, stage), device in np.ndenumerate(mesh.devices[:, :, 0]):
         if device.process_index == jax.process_index():
             # A trace numbers devices within a process, but CPUs among those of all processes.
             number = device.id if device.platform == "cpu" else device.local_hardware_id
-            boxes += stage_boxes(events.get(number, []), lanes, schedule, stage)
+            own = stage_boxes(events.get(number, []), lanes, schedule, stage)
+            boxes[shard, stage] = own
     return result, boxes, seconds
 
 
 def gathered_ticks(
-    boxes: Sequence[Box], workdir: Path, plan: Plan, step: int
+    boxes: Mapping[StageOfShard, Sequence[Box]], workdir: Path, plan: Plan, step: int
 ) -> tuple[str, float | None]:
-    """Adds the boxes of all processes to timeline.json and timeline.png, once in a run.
+    """Adds the boxes of the first data shard to timeline.json and timeline.png, once in a run.
 
     Returns a text on how this went, and the bubble, the share of time in which stages idle. Only
     process 0 gets the bubble, if known.
@@ -101,7 +104,8 @@ def gathered_ticks(
             f"{1 - timeline.bubble:.0%} of it{passes}; timeline.png shows each tick"
         )
 
-    outcome = gathered("ticks", to_text(boxes), report)
+    of_first = [box for (shard, _), own in boxes.items() if shard == 0 for box in own]
+    outcome = gathered("ticks", to_text(of_first), report)
     return outcome, bubble
 
 

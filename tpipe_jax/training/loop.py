@@ -18,8 +18,11 @@ from tpipe_jax.data.rows import RowLayout
 from tpipe_jax.devices.mesh import put_read_rows
 from tpipe_jax.planning.plan import Plan
 from tpipe_jax.planning.schedule import make_schedule
+from tpipe_jax.reporting import stragglers
 from tpipe_jax.reporting.measured_ticks import gathered_ticks, traced
 from tpipe_jax.reporting.step_profile import ProfiledSteps
+from tpipe_jax.reporting.stragglers import Stragglers
+from tpipe_jax.runtime.processes import gathered
 from tpipe_jax.training.evaluation import mean_loss
 from tpipe_jax.training.prepare import Programs, Run
 from tpipe_jax.training.services import Services
@@ -41,6 +44,8 @@ class Loop:
     log: StepLog
     profiled: ProfiledSteps
     services: Services
+    stragglers: Stragglers | None = None
+    """What process 0 knows of slow stages, in all processes; None if they are not timed."""
 
     def steps(
         self, state: TrainState, first_step: int, held_out: Sequence[Array]
@@ -67,6 +72,9 @@ class Loop:
                 if step == traced_step:
                     log.finish()  # so that the trace does not show the step before
                     state, values = self._traced(step, state, rows)
+                elif self._times_stages(step):
+                    log.finish()
+                    state, values = self._with_stage_times(step, state, rows)
                 else:
                     if self.profiled.is_first(step):
                         log.finish()
@@ -113,6 +121,24 @@ class Loop:
         outcome, bubble = gathered_ticks(boxes, self.workdir, self.plan, step)
         self.services.console.say(f"step {step} was traced: {outcome}")
         self.log.add_bubble(bubble)
+        self.log.leave_out(time.monotonic() - start - seconds)
+        return result
+
+    def _times_stages(self, step: int) -> bool:
+        """Whether a step shows which stages are slow."""
+        is_due = self.stragglers and step % self.run.config.metrics.stage_times_every == 0
+        return bool(is_due) and not self.profiled.has(step)
+
+    def _with_stage_times(self, step: int, state: TrainState, rows: Array) -> StepResult:
+        """Runs a step and times its stages. Says so if one is slower than the others for long."""
+        assert self.stragglers
+        start, train_step = time.monotonic(), self.programs.train_step
+        run_step, text = partial(train_step, state, rows), train_step.as_text() or ""
+        result, boxes, seconds = traced(run_step, text, make_schedule(self.plan), self.run.mesh)
+        found = stragglers.to_text(stragglers.work_seconds(boxes))
+        add = partial(self.stragglers.add, step)
+        if line := gathered(f"stage times {step}", found, add):
+            self.services.console.say(f"step {step}: {line}")
         self.log.leave_out(time.monotonic() - start - seconds)
         return result
 
