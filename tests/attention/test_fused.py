@@ -57,6 +57,7 @@ def test_equals_float64_wherever_the_slice_lies(L: int, num_heads: int) -> None:
     group=st.sampled_from([1, 4, 6, 100]),
 )
 @example(L=1, contexts=[0, 1, 6, 7], group=6)
+@pytest.mark.slow
 def test_equals_float64_for_any_number_of_groups(L: int, contexts: list[int], group: int) -> None:
     for context in contexts:
         s = draw(Position(1, context), L, T=48)

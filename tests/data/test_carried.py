@@ -47,6 +47,7 @@ def test_shards_bring_along_tokenizer_and_vocabulary(shards: Path):
     assert with_carried(Config()) == (Config(), "")
 
 
+@pytest.mark.slow
 def test_a_run_on_shards_needs_no_other_setting(shards: Path, tmp_path: Path):
     config = runs.changed(
         runs.small_config(tmp_path), data={"train": str(shards)}, train={"num_steps": 1}

@@ -82,7 +82,7 @@ def made(kind: str, **more: Any) -> Any:
     return model
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[slow(k) if k in ("mixtral", "linear", "mistral 0.3") else k for k in KINDS])
 def kind(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -78,7 +78,8 @@ TERAPIPE = PlanConfig("7,9,8", "uniform:2", schedule="terapipe")
 @pytest.mark.parametrize(
     ("model", "mesh", "more"),
     [
-        (MODEL, MeshConfig(data=2, pipe=2, model=2), {}),
+        slow(MODEL, MeshConfig(data=2, pipe=2, model=2), {}),
+        (MODEL, MeshConfig(pipe=2), {}),
         slow(OTHER, MeshConfig(), {}),
         slow(OTHER, MeshConfig(model=2), {}),
         slow(OTHER, MeshConfig(pipe=2), {"memory": MemoryConfig(remat="full")}),

@@ -225,7 +225,7 @@ def test_gradients_where_work_is_skipped_otherwise(
     [
         slow(MeshConfig(2, 2, 2), "terapipe"),
         slow(MeshConfig(1, 2, 1), "terapipe"),
-        (MeshConfig(1, 2, 1), "1f1b"),
+        slow(MeshConfig(1, 2, 1), "1f1b"),
     ],
     ids=str,
 )
@@ -256,7 +256,7 @@ def test_gradients_with_a_fused_kernel(
     ],
     ids=str,
 )
-@pytest.mark.parametrize("has_lse_of_sequences", [True, False])
+@pytest.mark.parametrize("has_lse_of_sequences", [slow(True), False])
 def test_gradients_with_flash_attention(
     case: Case, num_heads: int, has_lse_of_sequences: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,7 +278,7 @@ def test_gradients_with_flash_attention(
 @pytest.mark.parametrize(
     ("case", "memory"),
     [
-        (Case(MeshConfig(2, 2, 1), 3, "7,5", "1,2", 3), MemoryConfig()),
+        slow(Case(MeshConfig(2, 2, 1), 3, "7,5", "1,2", 3), MemoryConfig()),
         slow(
             Case(MeshConfig(1, 2, 1), 3, "5,4,3", "uniform:6", 6, "1f1b"),
             MemoryConfig(remat="full"),
@@ -343,7 +343,8 @@ def test_what_is_saved_changes_nothing(memory: MemoryConfig) -> None:
     check_gradients(dataclasses.replace(config, memory=memory))
 
 
-@pytest.mark.parametrize("remat", ["full", slow("hidden"), slow("none")])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "hidden", "none"])
 def test_gradients_of_weights_come_later_whatever_is_saved(remat: str) -> None:
     config = Case(MeshConfig(pipe=2), 3, "7,5", "uniform:3", 3, "1f1b-deferred").config
     check_gradients(dataclasses.replace(config, memory=MemoryConfig(remat=remat)))

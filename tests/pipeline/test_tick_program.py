@@ -75,6 +75,7 @@ def test_stages_hand_on_slices_and_share_operators():
     assert tick(1, 1, 1, "128,128").exchanges == {}
 
 
+@pytest.mark.slow
 def test_losses_and_gradients_are_apart():
     found = tick(2, 2, 1, "128,128")
     assert set(found.part_exchanges) == {"all-reduce"}  # of embedding, logits and hidden states
@@ -86,6 +87,7 @@ def test_losses_and_gradients_are_apart():
     )
 
 
+@pytest.mark.slow
 def test_of_several_lengths_one_slice_is_in_a_tick():
     found = tick(1, 2, 2, "128,64,64").exchanges
     assert found["collective-permute"] == (2, 2 * 64 * ITEM_BYTES)

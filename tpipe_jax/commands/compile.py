@@ -63,14 +63,13 @@ class CompiledFor:
         """Returns what --json writes."""
         memory = self.step.memory_analysis() if self.step else None
         tick = self.tick
-        return {
+        figures = {
             "gpu": self.flags.gpu,
             "tpu": self.flags.tpu,
             "num_devices": len(self.target.devices),
             "peak_bytes": program_bytes(self.step) if self.step else None,
             "argument_bytes": memory.argument_size_in_bytes if memory else None,
             "temporary_bytes": memory.temp_size_in_bytes if memory else None,
-            "host_bytes": host_bytes(self.spec, self.schedule),
             "limit_bytes": None if self.limit_bytes is None else int(self.limit_bytes),
             "fits": self.shortage is None,
             "copied_bytes_per_tick": tick.copied_bytes if tick else None,
@@ -79,6 +78,9 @@ class CompiledFor:
             "compile_seconds": round(self.seconds, 2),
             "jax": jax.__version__,
         }
+        if self.spec.config.memory.offload:
+            figures["host_bytes"] = host_bytes(self.spec, self.schedule)
+        return figures
 
 
 def compile_run(flags: CompileFlags, console: Console) -> None:

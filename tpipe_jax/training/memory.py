@@ -95,7 +95,7 @@ def _machine_bytes() -> float:
     """Returns the memory of this machine, or of the container that it is seen from."""
     has = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     with suppress(OSError, ValueError):  # there is no limit, and then the file has a word
-        has = min(has, float(int(CONTAINER_LIMIT.read_text())))
+        has = min(has, float(int(CONTAINER_LIMIT.read_text(encoding="utf-8"))))
     return has
 
 
