@@ -3,8 +3,10 @@
     python bench/checkpoint.py
     python bench/checkpoint.py --folder=/mnt/disk --d-model=1024 --rounds=9
 
-Saves and restores the state of a GPT on two CPU devices. `stall` is the time until training may go
-on and donate its state, `save` until all of it is on the disk, `restore` until a state is back.
+Saves and restores the state of a GPT on two CPU devices. `stall` is the time until the call
+returns, and `step` how much longer than usual a step then takes that changes the state in place: a
+state that is still being read cannot be. `save` is the time until all of it is on the disk,
+`restore` until a state is back.
 Ours writes digests, and compares them before it restores; Orbax has none. The two take turns;
 figures are medians over the rounds. Orbax is left out where it is not installed
 (pip install orbax-checkpoint).
@@ -28,7 +30,7 @@ from tpipe_jax.pipeline.spec import make_spec
 from tpipe_jax.training.optimizer import make_optimizer
 from tpipe_jax.training.state import abstract_state, init_state
 
-Times = tuple[float, float, float]
+Times = tuple[float, float, float, float]
 
 
 def main() -> None:
@@ -41,16 +43,27 @@ def main() -> None:
     state, like = init_state(spec, optimizer), abstract_state(spec, optimizer)
     num_bytes = sum(a.nbytes for a in jax.tree.leaves(state))
     print(f"{num_bytes / 1e6:.0f} MB, jax {jax.__version__}, medians of {args.rounds} rounds")
+    in_place = jax.jit(lambda state: jax.tree.map(lambda a: a + 1, state), donate_argnums=0)
+
+    def step() -> float:
+        """Changes the state in place, as a training step does. Returns the seconds."""
+        nonlocal state
+        start = time.perf_counter()
+        state = jax.block_until_ready(in_place(state))
+        return time.perf_counter() - start
+
+    usual = statistics.median([step() for _ in range(10)][1:])
 
     def ours(folder: Path) -> Times:
         with Checkpoints(folder, config.checkpoint, model, print) as checkpoints:
             start = time.perf_counter()
             stall = checkpoints.save(1, state)
+            longer = step() - usual
             checkpoints.wait()
             saved = time.perf_counter()
             assert checkpoints.newest_step() == 1
             jax.block_until_ready(checkpoints.restore(1, like))
-            return stall, saved - start, time.perf_counter() - saved
+            return stall, longer, saved - start, time.perf_counter() - saved
 
     ways: dict[str, Callable[[Path], Times]] = {"tpipe_jax": ours}
     try:
@@ -64,10 +77,11 @@ def main() -> None:
             start = time.perf_counter()
             checkpointer.save(folder / "1", state)
             stall = time.perf_counter() - start
+            longer = step() - usual
             checkpointer.wait_until_finished()
             saved = time.perf_counter()
             jax.block_until_ready(checkpointer.restore(folder / "1", like))
-            times: Any = stall, saved - start, time.perf_counter() - saved
+            times: Any = stall, longer, saved - start, time.perf_counter() - saved
             checkpointer.close()
             return times
 
@@ -79,10 +93,12 @@ def main() -> None:
             folder = Path(tempfile.mkdtemp(dir=args.folder))
             times[name].append(way(folder))
             shutil.rmtree(folder)
-    print(f"{'':10} {'stall, s':>9} {'save, s':>9} {'restore, s':>11} {'save, MB/s':>11}")
+    names = f"{'stall, s':>9} {'step, s':>9} {'save, s':>9} {'restore, s':>11} {'save, MB/s':>11}"
+    print(f"{'':10} {names}")
     for name, rounds in times.items():
-        stall, save, restore = map(statistics.median, zip(*rounds[1:], strict=True))
-        print(f"{name:10} {stall:9.3f} {save:9.2f} {restore:11.2f} {num_bytes / save / 1e6:11.0f}")
+        stall, longer, save, restore = map(statistics.median, zip(*rounds[1:], strict=True))
+        figures = f"{stall:9.3f} {longer:9.3f} {save:9.2f} {restore:11.2f}"
+        print(f"{name:10} {figures} {num_bytes / save / 1e6:11.0f}")
 
 
 def parse_args() -> argparse.Namespace:

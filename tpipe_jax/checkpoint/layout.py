@@ -8,6 +8,7 @@ embedding has no padding.
 """
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -25,6 +26,8 @@ Index = tuple[slice, ...]  # with start and stop
 
 # Tables with a row for each token, which are padded on a mesh.
 TABLES = (DictKey("embed"), DictKey("tokens")), (DictKey("head"), DictKey("table"))
+
+NUM_COPIERS = 4  # shards that are copied to the host at the same time: training waits for it
 
 
 class Fragment(NamedTuple):
@@ -55,19 +58,26 @@ def fragments(config: ModelConfig, state: Any, num_chunks: int = 1) -> Iterator[
     """Yields copies of all parts of a state that this process has. All processes together yield
     each part once.
     """
-    leaves = jax.tree.leaves_with_path(state)
-    for _, array in leaves:
-        for shard in array.addressable_shards:
-            if shard.replica_id == 0:
-                shard.data.copy_to_host_async()
-    for path, array in leaves:
-        leaf = _Leaf(config, path, array.shape, num_chunks)
-        for shard in array.addressable_shards:
-            if shard.replica_id == 0:
-                # On a CPU, without a copy, it would be a view of the buffer. XLA could then not
-                # reuse a donated buffer, and would copy it.
-                data = np.array(shard.data, copy=shard.device.platform == "cpu" or None)
-                yield from leaf.to_model(_bounded(shard.index, array.shape), data)
+    own = [
+        (path, array, shard)
+        for path, array in jax.tree.leaves_with_path(state)
+        for shard in array.addressable_shards
+        if shard.replica_id == 0
+    ]
+    for _, _, shard in own:
+        shard.data.copy_to_host_async()
+    with ThreadPoolExecutor(NUM_COPIERS) as pool:
+        copies = pool.map(_copy, (shard for _, _, shard in own))
+        for (path, array, shard), data in zip(own, copies, strict=True):
+            leaf = _Leaf(config, path, array.shape, num_chunks)
+            yield from leaf.to_model(_bounded(shard.index, array.shape), data)
+
+
+def _copy(shard: jax.Shard) -> np.ndarray:
+    """Returns a shard's data on the host. On a CPU, without a copy, it would be a view of the
+    buffer. XLA could then not reuse a donated buffer, and would copy it.
+    """
+    return np.array(shard.data, copy=shard.device.platform == "cpu" or None)
 
 
 def restored(
