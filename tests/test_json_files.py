@@ -211,6 +211,7 @@ def test_files_are_read_through_this_module_alone():
         "checkpoint/checkpoints.py",
         "profiling/measured_plan.py",
         "reporting/measured_ticks.py",
+        "reporting/stragglers.py",
         "runtime/failures.py",
         "runtime/processes.py",
     }

@@ -76,7 +76,7 @@ def test_whole_sequences(num_rows: int, attention: Attention) -> None:
 
 
 @pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
-@pytest.mark.parametrize("window", [1, 7, 70, T])
+@pytest.mark.parametrize("window", [2, 7, 70, T])
 def test_a_window_hides_what_is_before_it(window: int, kernels: Kernels) -> None:
     """As the other attention, which is told for each token where it begins to see."""
 

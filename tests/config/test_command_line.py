@@ -115,7 +115,7 @@ def test_a_field_named_by_a_word_of_python():
         (["--epochs=4"], "length is counted in steps, by --config.train.num-steps;"),
         (["--micro-batch-size=4"], "=uniform:N cuts the batch of a data shard into N;"),
         (["--bf16"], "the setting is --config.precision.compute;"),
-        (["--every=3"], "--config.train.eval-every or --config.checkpoint.every;"),
+        (["--every=3"], "--config.checkpoint.every or --config.metrics.stage-times-every;"),
         (["--loss=3"], "it is not a setting of this command;"),
     ],
 )
