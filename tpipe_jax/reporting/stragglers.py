@@ -10,7 +10,7 @@ from statistics import median
 
 from tpipe_jax.planning.simulate import Box
 
-SLOWER = 1.25  # times as long for a layer as the median of all stages
+SLOWER = 1.25  # times as long for a layer as the median of the other stages
 IN_A_ROW = 3  # timed steps
 
 StageOfShard = tuple[int, int]  # numbers of the data shard and of the stage
@@ -52,8 +52,9 @@ class Stragglers:
         }
         if len(per_layer) < 2:
             return ""
-        usual, lines = median(per_layer.values()), []
+        lines = []
         for place, seconds in sorted(per_layer.items()):
+            usual = median(own for other, own in per_layer.items() if other != place)
             before = self._slow.get(place, [])
             if seconds > SLOWER * usual:
                 self._slow[place] = [*before, (step, seconds / usual)]
@@ -67,8 +68,8 @@ class Stragglers:
         steps, ratios = zip(*self._slow[place], strict=True)
         return (
             f"{self._name(place)} has taken {median(ratios):.2f} times as long for a layer as the "
-            f"stages do mostly, in each of the last {IN_A_ROW} timed steps, since step {steps[0]}: "
-            "all others wait for it"
+            f"others do mostly, in each of the last {IN_A_ROW} timed steps, since step {steps[0]}: "
+            "they wait for it"
         )
 
     def _name(self, place: StageOfShard) -> str:
