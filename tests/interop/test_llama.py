@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from support import reference
+from support.forged import bounded_memory
 from support.marks import slow
 from tpipe_jax.commands.generate import Generator, chooser
 from tpipe_jax.commands.trained_model import load
@@ -326,6 +327,20 @@ def test_what_would_compute_something_else_is_refused(
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=sentence):
         hugging_face.read_model(tmp_path, convert.ADAPTERS)
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3 moe"])
+def test_settings_that_ask_for_more_experts_than_there_are(name: str, tmp_path: Path) -> None:
+    """Nothing is made for each of them."""
+    made(name).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    settings = json.loads(path.read_text()) | {"num_local_experts": 10**9}
+    path.write_text(json.dumps(settings))
+    with (
+        bounded_memory(2**28),
+        pytest.raises(UserError, match=r"config\.json asks for 1000000000 experts in each layer"),
+    ):
+        convert.import_model(tmp_path, tmp_path / "run")
 
 
 @pytest.mark.parametrize("change", ["missing", "shape", "foreign", "untied"])

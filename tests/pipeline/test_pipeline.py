@@ -368,13 +368,13 @@ def test_deferred_products_go_part_by_part(
     part: tuple[int, int],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    shapes, of_part = set(), stage_module._linear_gradients
+    shapes, of_part = set(), stage_module.linear_gradients
 
     def noted(*args: Any) -> Params:
         shapes.update(value.shape[:2] for value in args[-1].values())
         return of_part(*args)
 
-    monkeypatch.setattr(stage_module, "_linear_gradients", noted)
+    monkeypatch.setattr(stage_module, "linear_gradients", noted)
     monkeypatch.setitem(build.DEFERRED_TOKENS, "cpu", tokens)
     batch_size = sum(map(int, batch_slices.split(",")))
     config = Case(mesh, 3, f"7,{seq_len - 7}", batch_slices, batch_size).config

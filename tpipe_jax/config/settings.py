@@ -115,9 +115,6 @@ class TrainConfig:
     compare_steps: CountOrZero = 0
     """Steps that are timed at the end of the run, in token slices and with whole sequences, to
     compare the two; 0 for none."""
-    balance_weight: NonNegative | None = None
-    """Weight of the balance loss, which keeps tokens from choosing the same experts; 0 for none.
-    None means 0.001 where there are experts, and 0 for a block of your own."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What happens when the loss or gradients are not finite: stop ends the run, skip goes on with
     the next step. Such a step changes nothing."""
@@ -129,6 +126,9 @@ class TrainConfig:
     trace_step: CountOrZero = 0
     """A step whose measured ticks are added to timeline.png and timeline.json, or the last one if
     there are fewer; 0 for none. One stage has none to show."""
+    balance_weight: NonNegative | None = None
+    """Weight of the balance loss, which keeps tokens from choosing the same experts; 0 for none.
+    None means 0.001 where there are experts, and 0 for a block of your own."""
 
 
 @dataclass(frozen=True)
@@ -285,14 +285,14 @@ class MetricsConfig:
 
     wandb: str | None = None
     """Weights & Biases project that gets the numbers too; needs pip install tpipe_jax[wandb]."""
-    stage_times_every: CountOrZero = 0
-    """Steps between two in which each stage is timed, to name one that is slower than the others
-    for long; 0 for none. Such a step is traced, which takes a moment. One stage shows nothing."""
-    port: Annotated[int, Range(1, high=65535)] | None = None
-    """Port at which process 0 answers Prometheus; needs pip install tpipe_jax[prometheus]."""
     peak_tflops: Annotated[float, Range(0)] | None = None
     """Peak speed of a device in TFLOP/s, for the share of it that is used (MFU); None means the
     maker's figure for a known GPU or TPU, in float16 and bfloat16."""
+    stage_times_every: CountOrZero = 0
+    """Steps between two in which each stage is timed, to name one that is slower than the others
+    for long; 0 for none. Such a step is traced, which takes a moment. It needs two stages."""
+    port: Annotated[int, Range(1, high=65535)] | None = None
+    """Port at which process 0 answers Prometheus; needs pip install tpipe_jax[prometheus]."""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 Every buffer has sequences on its first axis and tokens on its last but one, as `[B, T, D]` and
 `[B, H, T, K]`. A slice reads and writes the part of a buffer that starts at its `Position`. A
-buffer may be in the memory of the host (`on_host`); then slices go to and fro.
+buffer may be in the memory of the host (`on_host`); then slices are copied from there and back.
 """
 
 from typing import NamedTuple

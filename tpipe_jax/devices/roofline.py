@@ -130,7 +130,9 @@ class Roofline:
         return Cost(exchanges=seconds, kernels=1)
 
     def _host_transfer(self, operation: Operation) -> Cost:
-        """A slice of a buffer in the host's memory, read or written. The smallest array is it."""
+        """Returns the cost to read or write a slice of a buffer in the host's memory. The slice is
+        the smallest array of the operation.
+        """
         sizes = [n for n in array_bytes(operation.shape) if n > SCALAR_BYTES]
         num_bytes = min(sizes, default=0)
         seconds = num_bytes / self.speed.pcie_bytes_per_second

@@ -234,6 +234,12 @@ class Reader:
                 f"--from={folder} has weights of {len(layers)} layers, but {SETTINGS} asks for "
                 f"{model.num_layers}: see that all files of the model are there."
             )
+        if len(self._files) < model.num_layers * (model.num_experts or 1):
+            raise UserError(
+                f"--from={folder} has {len(self._files)} weights, but {SETTINGS} asks for "
+                f"{model.num_experts} experts in each layer: see that all files of the model are "
+                "there."
+            )
         self._weights = {weight.name: weight for weight in adapter.all_weights(model)}
         expected = {there for weight in self._weights.values() for there in weight.there}
         if missing := sorted(expected - self._files.keys()):

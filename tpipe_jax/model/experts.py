@@ -103,7 +103,9 @@ class _Places(NamedTuple):
         return cls(order, rank_MJ, expert_MJ, counts[:-1], starts[:-1])
 
     def rows(self, first: Array, size: int) -> tuple[Array, Array]:
-        """Returns the choices of each expert from `first` on, `[E, C]`, and which of them are."""
+        """Returns the choices of each expert from its number `first` on, `[E, C]`, and which of
+        these places have a choice.
+        """
         rank_C = first + jnp.arange(size)
         is_one_EC = rank_C < self.counts_E[:, None]
         index_EC = jnp.minimum(self.starts_E[:, None] + rank_C, self.tokens.size - 1)

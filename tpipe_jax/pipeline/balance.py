@@ -9,7 +9,7 @@ E f_e, over the count of tokens. It takes the choices of the whole batch: stages
 forward passes, and all devices exchange the sums before the first backward pass.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -57,6 +57,21 @@ def slope_of(logits_BLE: Array, slopes: Array, counts_BL1: Array | float) -> Arr
     that of the balance loss. `counts_BL1` as in `add_choices`.
     """
     return (counts_BL1 * probabilities(logits_BLE) * slopes).sum()
+
+
+def with_balance(
+    finish: Callable[..., Any], router_logits: str, routing: Routing, counts_BL1: Array | float
+) -> Callable[..., Any]:
+    """Returns the second part of a layer with the balance loss of its tokens as a further result.
+    `finish` returns the output `[B, L, D]` and the named values, of which `router_logits` are the
+    logits.
+    """
+
+    def run(*inputs: Any) -> tuple[tuple[Array, Array], dict[str, Array]]:
+        y_BLD, seen = finish(*inputs)
+        return (y_BLD, slope_of(seen[router_logits], routing.slopes, counts_BL1)), seen
+
+    return run
 
 
 def with_slopes(layers: Sequence[Routing], count: Array, weight: Array) -> list[Routing]:

@@ -138,6 +138,7 @@ def saved_of(spec: StageSpec, packing: Packing, num_rows: int) -> list[Saved]:
 def _made_on_host(
     make: Callable[[tuple[int, ...], Any], Array], shape: tuple[int, ...], dtype: Any
 ) -> Array:
+    """Makes a buffer in the host's memory."""
     return on_host(make(shape, dtype))
 
 

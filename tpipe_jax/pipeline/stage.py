@@ -5,7 +5,7 @@ values. In the backward pass it runs with a tape that returns the saved value in
 recomputed one and routes the gradient to the recomputed one. So XLA drops the recomputation.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,8 +18,9 @@ from tpipe_jax.devices.inplace import Position, in_shared_rows, read, write
 from tpipe_jax.devices.skips import CONDITIONALS, Skips
 from tpipe_jax.model.block import Params, merge_heads, split_heads
 from tpipe_jax.model.functional import BlockFunctions
-from tpipe_jax.pipeline.balance import Routing, add_choices, slope_of
+from tpipe_jax.pipeline.balance import add_choices, with_balance
 from tpipe_jax.pipeline.buffers import Gradients, Saved
+from tpipe_jax.pipeline.linears import linear_gradients
 from tpipe_jax.pipeline.packing import JoinedBiases, Packing, split_biases, sum_of_outputs
 from tpipe_jax.pipeline.replay import substitute, tap
 from tpipe_jax.planning.context_blocks import query_block
@@ -214,7 +215,8 @@ class Stage(NamedTuple):
         q, attn, lse = self._attention_again(n, values, cache, at)
         finish, d_out = replay(self.block.finish), d_y_BLD
         if saved.routing is not None:
-            finish = self._with_balance(finish, saved.routing, self._counts(at, B, L))
+            counts_BL1 = self._counts(at, B, L)
+            finish = with_balance(finish, self.block.router_logits, saved.routing, counts_BL1)
             d_out = d_y_BLD, jnp.ones_like(saved.routing.slopes[0])
         _, finish_vjp, seen = jax.vjp(finish, others, taps, x_BLD, attn, has_aux=True)
         d_others, d_taps, d_x_BLD, d_attn = finish_vjp(d_out)
@@ -237,27 +239,13 @@ class Stage(NamedTuple):
         elif isinstance(d_params, JoinedBiases):
             # A barrier, so that sums and products read one array in the short format.
             d_taps = lax.optimization_barrier(d_taps)
-            more = _linear_gradients(linears, params, seen_before | seen, d_taps, has_biases=False)
+            more = linear_gradients(linears, params, seen_before | seen, d_taps, has_biases=False)
             biases = d_params.biases + sum_of_outputs(linears, params, d_taps)
             d_params = JoinedBiases(biases, _sum(d_params.params, d_others | more))
         else:
-            more = _linear_gradients(linears, params, seen_before | seen, d_taps)
+            more = linear_gradients(linears, params, seen_before | seen, d_taps)
             d_params = _sum(d_params, d_others | more)
         return d_x_BLD, Gradients(d_cache, d_params, d_outputs)
-
-    def _with_balance(
-        self, finish: Callable[..., Any], routing: Routing, counts_BL1: Array | float
-    ) -> Callable[..., Any]:
-        """Returns the second part of a layer with the balance loss of its tokens as a further
-        result.
-        """
-
-        def run(*inputs: Any) -> tuple[tuple[Array, Array], dict[str, Array]]:
-            y_BLD, seen = finish(*inputs)
-            logits_BLE = seen[self.block.router_logits]
-            return (y_BLD, slope_of(logits_BLE, routing.slopes, counts_BL1)), seen
-
-        return run
 
     def _values(
         self, saved: Saved, at: Position, num_rows: int, num_tokens: int
@@ -330,7 +318,7 @@ class Stage(NamedTuple):
         weights = {name: self.params[n][name] for name in self.block.linears}
         place = self._outputs_at(at)
         d_own = {name: read(buffer, place, *shape) for name, buffer in d_outputs.items()}
-        return _linear_gradients(self.block.linears, weights, seen, d_own)
+        return linear_gradients(self.block.linears, weights, seen, d_own)
 
     def _outputs_at(self, at: Position) -> Position:
         """The position of a slice in the buffers of `Gradients.d_outputs`."""
@@ -410,25 +398,3 @@ def _sum(gradients: Params, more: Params) -> Params:
     """Returns the sums with the gradients of some parameters added."""
     sums = {name: jax.tree.map(jnp.add, gradients[name], more[name]) for name in more}
     return gradients | sums
-
-
-def _linear_gradients(
-    linears: Mapping[str, tuple[str, str]],
-    params: Params,
-    inputs: dict[str, Array],
-    d_outputs: dict[str, Array],
-    has_biases: bool = True,
-) -> Params:
-    """Returns the gradients of the weights of a block's linear layers, float32, from the inputs of
-    the layers and the gradients with respect to their outputs, `[B, L, ...]`. Without
-    `has_biases`, those of biases are left out.
-    """
-
-    def of(layer: Params, source: str, target: str) -> Params:
-        x, d_y = inputs[source], d_outputs[target]
-        kernel = jnp.einsum("bli,blo->io", x, d_y, preferred_element_type=jnp.float32)
-        if has_biases and "bias" in layer:
-            return {"kernel": kernel, "bias": d_y.astype(jnp.float32).sum((0, 1))}
-        return {"kernel": kernel}
-
-    return {name: of(params[name], *ends) for name, ends in linears.items()}
